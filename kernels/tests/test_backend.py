@@ -1,0 +1,66 @@
+"""Where an op runs, and what the other tests rely on."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from umt_kernels import (
+    cls_scores,
+    cosine_alignment_loss,
+    gather_layer_norm,
+    gather_patches,
+    reference,
+    sample_visible,
+)
+from umt_kernels.backend import next_power_of_2, runs_triton
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_fresh_memory_is_filled(device, dtype):
+    x = torch.zeros(3, 5, dtype=dtype, device=device)
+    for fresh in (
+        torch.empty(3, 5, dtype=dtype, device=device),
+        torch.empty_strided((3, 5), (1, 3), dtype=dtype, device=device),
+        torch.empty_like(x),
+        x.new_empty(3, 5),
+        x.new_empty(3, 5, dtype=torch.float32),
+    ):
+        assert fresh.isnan().all()
+    assert (x.new_empty(4, dtype=torch.int32) == 2**31 - 1).all()
+
+
+def test_which_tensors_take_the_kernels(device, kernels):
+    x = torch.zeros(1, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
+        assert runs_triton(x.to(dtype), None) == kernels
+    assert not runs_triton(x.double())
+    assert not runs_triton(x, x.double())
+    assert not runs_triton(x.to("meta"))
+
+
+def test_no_op_falls_back_in_silence(device, needs_kernels, monkeypatch):
+    for name in ("gather_patches", "gather_layer_norm", "cls_scores", "sample_visible", "cosine_alignment_loss"):
+        monkeypatch.setattr(reference, name, None)
+    x = torch.rand(2, 3, 4, device=device)
+    gather_patches(torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8, device=device), 4)
+    gather_layer_norm(x, x[0, 0], x[0, 0], 1e-6)
+    cls_scores(x, x[:, :, None])
+    sample_visible(x[0], 2)
+    cosine_alignment_loss(x[None], x[None])
+    with pytest.raises(TypeError):  # the patch above is seen
+        sample_visible(x[0].double(), 2)
+
+
+def test_keys_beyond_the_kernels_reach_take_the_reference(device, monkeypatch):
+    q, k = torch.randn(2, 3, 4, device=device), torch.randn(2, 3, 9, 4, device=device)
+    expected = cls_scores(q, k)
+    module = importlib.import_module("umt_kernels.cls_scores")
+    monkeypatch.setattr(module, "LONGEST", 8)
+    monkeypatch.setattr(module, "_forward", None)
+    assert (cls_scores(q, k) - expected).abs().max() < 1e-6
+
+
+def test_next_power_of_2():
+    assert [next_power_of_2(n) for n in (1, 2, 3, 4, 5, 768, 1024, 1025)] == [1, 2, 4, 4, 8, 1024, 1024, 2048]

@@ -1,0 +1,255 @@
+"""Every op as a part of PyTorch: opcheck, torch.compile, autocast, activation checkpointing, CUDA graphs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from umt_kernels import (
+    cls_scores,
+    cosine_alignment_loss,
+    gather_layer_norm,
+    gather_patches,
+    patch_embed,
+    sample_visible,
+)
+from umt_kernels.backend import INTERPRETED
+
+OPS = torch.ops.umt_kernels
+on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+def randn(device: torch.device, *shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_(grad)
+
+
+def ids(device: torch.device, rows: int, kept: int, limit: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + kept)
+    return torch.stack([torch.randperm(limit, generator=generator)[:kept] for _ in range(rows)]).to(device)
+
+
+def uint8_clip(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (2, 2, 8, 8, 3), generator=generator, dtype=torch.uint8).to(device)
+
+
+def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
+    """Arguments of each custom op, as the public functions give them."""
+
+    def r(*shape, **settings):
+        return randn(device, *shape, **settings)
+
+    rows, places = ids(device, 2, 3, 5), ids(device, 2, 3, 7)
+    clip, kept = uint8_clip(device), ids(device, 2, 3, 8)
+    mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    return {
+        "gather_patches": [
+            (clip, 4, 1, kept, 0, mean, std, torch.bfloat16),
+            (clip, 4, 2, None, 1, mean, std, torch.float32),
+            (r(2, 3, 2, 8, 8).transpose(3, 4), 4, 1, kept.int(), 0, mean, std, torch.float32),
+        ],
+        "gather_layer_norm": [
+            (r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), 1e-6, rows, r(7, 6), places),
+            (r(2, 5, 12, grad=True)[..., ::2], r(12, grad=True)[::2], r(6, grad=True), 1e-6, None, None, None),
+            (r(2, 5, 6, grad=True, dtype=torch.bfloat16), r(6, grad=True), r(6, grad=True), 1e-6, rows, None, None),
+        ],
+        "gather_layer_norm_backward": [
+            (r(2, 3, 6), r(2, 5, 6), r(6), r(6), r(2, 2, 3), rows),
+            (r(2, 5, 12)[..., ::2], r(5, 2, 6).transpose(0, 1), r(12)[::2], r(6), r(2, 2, 5), None),
+        ],
+        "cls_scores": [
+            (r(2, 3, 4, grad=True), r(2, 3, 5, 4, grad=True)),
+            (r(2, 4, 3, grad=True).mT, r(2, 5, 3, 4, grad=True).transpose(1, 2)),
+            (r(2, 3, 4, grad=True, dtype=torch.float16), r(2, 3, 5, 4, grad=True, dtype=torch.float16)),
+        ],
+        "cls_scores_backward": [
+            (r(2, 4), r(2, 3, 4), r(2, 3, 5, 4)),
+            (r(4, 2).T, r(2, 4, 3).mT, r(2, 5, 3, 4).transpose(1, 2)),
+        ],
+        "sample_visible": [
+            (r(4, 9).abs(), 3, torch.tensor([5], device=device)),
+            (r(9, 4).abs().T, 9, torch.tensor([5], device=device)),
+        ],
+        "cosine_alignment_loss": [
+            (r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6), None, None, None, 1e-6, True),
+            (r(2, 2, 3, 6, grad=True), r(2, 2, 7, 6), places, r(2, 6, grad=True), r(2, 6, grad=True), 1e-6, True),
+            (
+                r(2, 3, 2, 6, grad=True, dtype=torch.bfloat16).transpose(1, 2),
+                r(2, 2, 7, 6),
+                places.int(),
+                r(6, 2, grad=True).T,
+                r(6, 2, grad=True).T,
+                1e-6,
+                True,
+            ),
+            (r(2, 2, 3, 6), r(2, 2, 3, 6), None, r(2, 6), r(2, 6), 1e-6, False),
+        ],
+        "cosine_alignment_loss_backward": [
+            (r(2, 2, 3, 6), torch.tensor(0.3, device=device)),
+            (r(2, 2, 3, 6, dtype=torch.float16), torch.tensor(0.3, device=device)),
+        ],
+    }
+
+
+CUSTOM_OPS = list(custom_op_cases(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", CUSTOM_OPS)
+def test_opcheck(device, needs_kernels, name):
+    for arguments in custom_op_cases(device)[name]:
+        tests = ["test_schema", "test_faketensor"]
+        # Of the loss, the outputs after the first are for its own backward; to differentiate them is no use of it.
+        if name != "cosine_alignment_loss":
+            tests += ["test_autograd_registration", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
+        elif arguments[-1]:
+            tests.append("test_autograd_registration")
+        torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)
+
+
+def test_every_custom_op_is_checked():
+    for name in ("gather_patches", "gather_layer_norm", "cls_scores", "sample_visible", "cosine_alignment_loss"):
+        importlib.import_module(f"umt_kernels.{name}")
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("umt_kernels::")}
+    assert {name.removeprefix("umt_kernels::") for name in registered} == set(CUSTOM_OPS)
+
+
+def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
+    """Each public op as a function of tensors; those that require a gradient get one."""
+
+    def r(*shape, **settings):
+        return randn(device, *shape, **settings)
+
+    rows, places, kept = ids(device, 2, 3, 5), ids(device, 2, 3, 7), ids(device, 2, 3, 8)
+    return {
+        "gather_patches": (
+            lambda clip, kept: gather_patches(clip, 4, token_ids=kept, halo=1),
+            [uint8_clip(device), kept],
+        ),
+        "patch_embed": (
+            lambda clip, weight, bias, kept, position: patch_embed(
+                clip, weight, bias, 4, token_ids=kept, position=position
+            ),
+            [uint8_clip(device), r(5, 3, 1, 4, 4, grad=True), r(5, grad=True), kept, r(8, 5)],
+        ),
+        "gather_layer_norm": (
+            lambda x, weight, bias, rows, table, places: gather_layer_norm(
+                x, weight, bias, 1e-6, row_ids=rows, position=table, position_ids=places
+            ),
+            [r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), rows, r(7, 6), places],
+        ),
+        "cls_scores": (cls_scores, [r(2, 3, 4, grad=True), r(2, 3, 5, 4, grad=True)]),
+        "cosine_alignment_loss": (
+            lambda x, targets, weight, bias, places: cosine_alignment_loss(
+                x, targets, target_ids=places, weight=weight, bias=bias
+            ),
+            [r(2, 2, 3, 6, grad=True), r(2, 2, 7, 6), r(2, 6, grad=True), r(2, 6, grad=True), places],
+        ),
+        "cosine_alignment_loss, no norm": (
+            lambda x, targets: cosine_alignment_loss(x, targets),
+            [r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6)],
+        ),
+    }
+
+
+PUBLIC_OPS = list(public_cases(torch.device("cpu")))
+
+
+def value_and_gradients(function: Callable, inputs: list[Tensor], autocast: torch.dtype | None = None) -> list[Tensor]:
+    """The backward outside autocast, as PyTorch wants it."""
+    with torch.autocast(inputs[0].device.type, autocast, enabled=autocast is not None):
+        value = function(*inputs)
+    differentiable = [x for x in inputs if x.requires_grad]
+    if not differentiable:
+        return [value]
+    upstream = torch.linspace(0.5, 2, value.numel(), device=value.device).view_as(value).to(value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, differentiable, upstream)]
+
+
+@pytest.mark.parametrize("name", PUBLIC_OPS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_whole(device, name, dynamic, assert_near):
+    function, inputs = public_cases(device)[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    actual, expected = value_and_gradients(compiled, inputs), value_and_gradients(function, inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_near(ours, theirs)
+
+
+def test_a_draw_compiled_whole(device):
+    scores = randn(device, 4, 9).abs()
+    torch._dynamo.reset()
+    drawn = torch.compile(lambda s: sample_visible(s, 3), fullgraph=True, backend="aot_eager")(scores)
+    assert drawn.dtype == torch.int32
+    assert drawn.shape == (4, 3)
+    assert (drawn[:, 1:] > drawn[:, :-1]).all()
+    assert drawn.min() >= 0
+    assert drawn.max() < 9
+
+
+@pytest.mark.parametrize("name", PUBLIC_OPS)
+def test_activation_checkpointing(device, name):
+    function, inputs = public_cases(device)[name]
+
+    def recomputed(*inputs: Tensor) -> Tensor:
+        return checkpoint(lambda *inputs: function(*inputs) * 2, *inputs, use_reentrant=False)
+
+    actual = value_and_gradients(recomputed, inputs)
+    expected = value_and_gradients(lambda *inputs: function(*inputs) * 2, inputs)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC_OPS if name != "patch_embed"])  # its GEMM is autocast's
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(device, name, dtype):
+    function, inputs = public_cases(device)[name]
+    expected = value_and_gradients(function, inputs)
+    actual = value_and_gradients(function, inputs, autocast=dtype)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", PUBLIC_OPS)
+def test_cuda_graph_replays_with_new_inputs(device, name):
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    function, inputs = public_cases(device)[name]
+    if name == "patch_embed":
+        inputs = [x.detach() for x in inputs]  # cuBLAS brings its own workspace; captured without a backward
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        value_and_gradients(function, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = value_and_gradients(function, inputs)
+    with torch.no_grad():
+        for x in inputs:
+            if x.is_floating_point():
+                x.mul_(1.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(captured, value_and_gradients(function, inputs), strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+@on_a_gpu
+def test_a_captured_draw_is_new_at_every_replay(device):
+    scores = torch.rand(50, 196, device=device)
+    sample_visible(scores, 40)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = sample_visible(scores, 40)
+    graph.replay()
+    first = drawn.clone()
+    graph.replay()
+    assert not torch.equal(drawn, first)

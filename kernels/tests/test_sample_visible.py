@@ -1,0 +1,246 @@
+"""sample_visible: what a draw looks like, and the law it follows."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from umt_kernels import sample_visible
+from umt_kernels.backend import INTERPRETED, triton
+
+if triton is not None:
+    import triton.language as tl
+
+# chi-square values exceeded with probability 0.001, by degrees of freedom (NIST/SEMATECH e-Handbook, 1.3.6.7.4)
+CRITICAL = {7: 24.322, 9: 27.877, 11: 31.264}
+UNEVEN = (0.30, 0.02, 0.15, 0.01, 0.22, 0.08, 0.05, 0.17)
+
+
+FEWER = 120 if INTERPRETED else 1
+"""The interpreter needs 10 to 20 ms for a row."""
+
+
+def generator(seed: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def indicators(drawn: Tensor, patches: int) -> Tensor:
+    """Drawn ids [R, n] -> float64 [R, P], 1 where drawn."""
+    return torch.zeros(len(drawn), patches, dtype=torch.float64, device=drawn.device).scatter_(1, drawn.long(), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_visible", [1, 40, 196])
+def test_a_draw_is_ascending_unique_int32_and_in_range(device, dtype, num_visible):
+    scores = torch.rand(9, 196, generator=generator()).to(device, dtype)
+    drawn = sample_visible(scores, num_visible, generator(1, device))
+    assert drawn.shape == (9, num_visible)
+    assert drawn.dtype == torch.int32
+    assert (drawn[:, 1:] > drawn[:, :-1]).all()
+    assert drawn.min() >= 0
+    assert drawn.max() < 196
+
+
+@pytest.mark.parametrize("patches", [1, 2, 65, 257, 300])
+def test_rows_longer_than_a_block_and_of_odd_lengths(device, patches):
+    scores = torch.rand(3, patches, generator=generator()).to(device)
+    for num_visible in {1, (patches + 1) // 2, patches}:
+        drawn = sample_visible(scores, num_visible, generator(1, device))
+        assert drawn.shape == (3, num_visible)
+        assert (drawn[:, 1:] > drawn[:, :-1]).all()
+        assert drawn.min() >= 0
+        assert drawn.max() < patches
+
+
+def test_the_generator_decides_the_draw(device):
+    scores = torch.rand(6, 30, generator=generator()).to(device)
+
+    def draw(seed: int) -> Tensor:
+        return sample_visible(scores, 7, generator(seed, device))
+
+    assert torch.equal(draw(5), draw(5))
+    assert not torch.equal(draw(5), draw(6))
+    same = generator(5, device)
+    assert not torch.equal(sample_visible(scores, 7, same), sample_visible(scores, 7, same))
+    torch.manual_seed(3)
+    default = sample_visible(scores, 7)
+    torch.manual_seed(3)
+    assert torch.equal(sample_visible(scores, 7), default)
+
+
+def test_layout_and_gradient_mode_do_not_change_the_draw(device, spread):
+    scores = torch.rand(5, 30, generator=generator()).to(device)
+    expected = sample_visible(scores, 7, generator(5, device))
+    for given in (spread(scores), scores.T.contiguous().T, scores.clone().requires_grad_()):
+        drawn = sample_visible(given, 7, generator(5, device))
+        assert torch.equal(drawn, expected)
+        assert not drawn.requires_grad
+
+
+def test_rows_are_drawn_apart(device):
+    drawn = sample_visible(torch.ones(60, 30, device=device), 7, generator(0, device))
+    assert len(torch.unique(drawn, dim=0)) > 57
+
+
+if triton is not None:
+
+    @triton.jit
+    def random_numbers(seed_ptr, out_ptr, patches, BLOCK: tl.constexpr):
+        """Philox for key seed + row and counter patch."""
+        row = tl.program_id(0).to(tl.int64)
+        patch = tl.arange(0, BLOCK)
+        tl.store(out_ptr + row * patches + patch, tl.randint(tl.load(seed_ptr) + row, patch), mask=patch < patches)
+
+
+def race(scores: Tensor, num_visible: int, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """The draw of the kernel's numbers by sorting, in float64, and which rows are decided by more than rounding."""
+    bits = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    patches = scores.shape[1]
+    random_numbers[(len(scores),)](seed, bits, patches, BLOCK=triton.next_power_of_2(patches))
+    uniform = ((bits.long() & 0xFFFFFFFF) >> 9).double() + 0.5
+    waits = -(uniform * 2**-23).log()
+    speeds = torch.where(scores > 0, scores.double() / waits, -waits)
+    ordered, ids = speeds.sort(dim=1, descending=True)
+    if num_visible == patches:
+        return ids.sort(dim=1).values.int(), torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    last, next_one = ordered[:, num_visible - 1], ordered[:, num_visible]
+    return ids[:, :num_visible].sort(dim=1).values.int(), last - next_one > 1e-5 * last.abs()
+
+
+@pytest.mark.parametrize(("rows", "patches", "num_visible"), [(30, 196, 40), (3, 300, 299), (4, 65, 1), (2, 7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_draw_is_the_race_of_its_philox_numbers(device, needs_kernels, rows, patches, num_visible, dtype):
+    scores = torch.rand(rows, patches, generator=generator(2)).to(device, dtype)
+    scores[:, ::5] = 0
+    scores[:, 3::11] = -1
+    draw = importlib.import_module("umt_kernels.sample_visible")._draw
+    for key in (0, 2**32 - 3, 2**62 - 1):  # the row is added across the key's halves
+        seed = torch.tensor([key], device=device)
+        expected, decided = race(scores, num_visible, seed)
+        assert decided.double().mean() > 0.9
+        assert torch.equal(draw(scores, num_visible, seed)[decided], expected[decided])
+        if INTERPRETED and rows > 4:
+            break
+
+
+def test_a_random_number_of_all_ones_comes_first_not_last(device, needs_kernels):
+    """Philox of key 810476 and counter 2 has 24 high bits of ones, which with a half added are 1 in float32."""
+    seed = torch.tensor([810476], device=device)
+    bits = torch.empty(1, 4, dtype=torch.int32, device=device)
+    random_numbers[(1,)](seed, bits, 4, BLOCK=4)
+    assert bits[0, 2] >> 8 == -1
+    draw = importlib.import_module("umt_kernels.sample_visible")._draw
+    assert draw(torch.ones(1, 4, device=device), 1, seed) == 2
+
+
+def test_classes_of_a_long_row_follow_multinomial(device):
+    """1024 patches of eight scores, many of each: ten rows say what thousands of short ones would."""
+    patches, num_visible = 1024, 300
+    members = torch.arange(patches) % len(UNEVEN)
+    scores = torch.tensor(UNEVEN)[members]
+    sizes = torch.nn.functional.one_hot(members, len(UNEVEN)).double()
+    theirs = torch.multinomial(scores.expand(4000, -1), num_visible, generator=generator(2))
+    theirs = indicators(theirs, patches) @ sizes
+    rows = 10
+    ours = sample_visible(scores.expand(rows, -1).contiguous().to(device), num_visible, generator(1, device))
+    ours = indicators(ours.cpu(), patches) @ sizes
+    difference = (ours.mean(0) - theirs.mean(0))[:-1]  # the last is what the others leave
+    covariance = torch.cov(theirs.T)[:-1, :-1] * (1 / rows + 1 / len(theirs))
+    assert difference @ torch.linalg.solve(covariance, difference) < CRITICAL[len(UNEVEN) - 1]
+
+
+@pytest.mark.parametrize("num_visible", [2, 5])
+def test_inclusion_follows_multinomial(device, num_visible):
+    """Hotelling's two-sample test: the inclusions of one row are not independent of each other."""
+    rows, patches = 40_000, len(UNEVEN)
+    scores = torch.tensor(UNEVEN, device=device).expand(rows, -1).contiguous()
+    ours = indicators(sample_visible(scores[: rows // FEWER], num_visible, generator(1, device)), patches)
+    theirs = indicators(torch.multinomial(scores, num_visible, generator=generator(2, device)), patches)
+    difference = (ours.mean(0) - theirs.mean(0))[:-1]  # the last is what the others leave
+    # Both have the same covariance; that of the larger sample is known well.
+    covariance = torch.cov(theirs.T)[:-1, :-1] * (1 / len(ours) + 1 / len(theirs))
+    statistic = difference @ torch.linalg.solve(covariance, difference)
+    assert statistic < CRITICAL[patches - 1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 250.0])
+def test_sets_follow_successive_draws_exactly(device, scale):
+    """Every set of 3 out of 5, its probability summed over the orders it can be drawn in."""
+    weights = (0.5, 0.25, 0.12, 0.08, 0.05)
+    probability: dict[tuple[int, ...], float] = {}
+    for order in itertools.permutations(range(5), 3):
+        product, left = 1.0, 1.0
+        for j in order:
+            product *= weights[j] / left
+            left -= weights[j]
+        chosen = tuple(sorted(order))
+        probability[chosen] = probability.get(chosen, 0.0) + product
+    assert sum(probability.values()) == pytest.approx(1)
+
+    rows = 40_000 // FEWER
+    scores = scale * torch.tensor(weights, device=device)
+    drawn = sample_visible(scores.expand(rows, -1), 3, generator(3, device)).cpu()
+    counts = dict.fromkeys(probability, 0)
+    for chosen, count in zip(*torch.unique(drawn, dim=0, return_counts=True), strict=True):
+        counts[tuple(chosen.tolist())] += int(count)
+    if rows * min(probability.values()) > 1:  # or chi-square's law does not hold
+        statistic = sum((counts[s] - rows * p) ** 2 / (rows * p) for s, p in probability.items())
+        assert statistic < CRITICAL[len(probability) - 1]
+
+    included = indicators(drawn, 5).mean(0)
+    for j in range(5):
+        expected = sum(p for s, p in probability.items() if j in s)
+        assert abs(included[j] - expected) < 4 * (expected * (1 - expected) / rows) ** 0.5
+
+
+def test_zero_scores_come_after_all_positive_ones_and_evenly(device):
+    rows, patches, positive = 20_000 // FEWER, 16, [1, 6, 7, 12]
+    scores = torch.zeros(rows, patches, device=device)
+    scores[:, positive] = torch.tensor([1.0, 1e-30, 5.0, 1e-3], device=device)
+    few = sample_visible(scores[:1000], 3, generator(0, device))
+    assert torch.isin(few, torch.tensor(positive, device=device)).all()
+    exact = sample_visible(scores[:1000], 4, generator(0, device))
+    assert (exact == torch.tensor(positive, device=device)).all()
+    included = indicators(sample_visible(scores, 9, generator(0, device)), patches)
+    assert (included[:, positive] == 1).all()
+    others = included[:, [j for j in range(patches) if j not in positive]]
+    difference = (others.mean(0) - 5 / 12)[:-1]
+    statistic = difference @ torch.linalg.solve(torch.cov(others.T)[:-1, :-1] / rows, difference)
+    assert statistic < CRITICAL[11]
+
+
+def test_negative_scores_count_as_zero(device):
+    scores = torch.tensor([[1.0, -1.0, 2.0, -5.0]], device=device).expand(50, -1)
+    drawn = sample_visible(scores, 2, generator(0, device))
+    assert (drawn == torch.tensor([0, 2], device=device)).all()
+
+
+def test_all_patches_visible_is_arange(device):
+    scores = torch.rand(4, 12, generator=generator()).to(device)
+    scores[0] = 0
+    assert (sample_visible(scores, 12, generator(0, device)) == torch.arange(12, device=device)).all()
+
+
+def test_no_rows(device):
+    assert sample_visible(torch.zeros(0, 12, device=device), 3).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_visible", "words"),
+    [
+        (torch.rand(2, 3, 4), 1, ["torch.float32", "[2, 3, 4]", "[rows, patches]"]),
+        (torch.rand(4), 1, ["[4]"]),
+        (torch.ones(2, 4, dtype=torch.int64), 1, ["torch.int64"]),
+        (torch.rand(2, 4), 5, ["num_visible = 5", "4 entries"]),
+        (torch.rand(2, 4), 0, ["num_visible = 0", "4 entries"]),
+        (torch.rand(2, 4), -1, ["num_visible = -1"]),
+    ],
+)
+def test_errors_name_the_value(scores, num_visible, words):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the words follow
+        sample_visible(scores, num_visible)
+    for word in words:
+        assert word in str(caught.value)

@@ -1,0 +1,26 @@
+"""Ops of Unmasked Teacher pre-training (arXiv 2303.16058), usable on their own.
+
+On CUDA tensors every op runs Triton kernels; on others, and for dtypes the kernels do not take, the plain PyTorch
+definition in `umt_kernels.reference`, which the kernels are held to.
+"""
+
+from umt_kernels.cls_scores import cls_scores
+from umt_kernels.cosine_alignment_loss import cosine_alignment_loss
+from umt_kernels.gather_layer_norm import gather_layer_norm
+from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
+from umt_kernels.patch_embed import patch_embed
+from umt_kernels.sample_visible import sample_visible
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "cls_scores",
+    "cosine_alignment_loss",
+    "gather_layer_norm",
+    "gather_patches",
+    "patch_embed",
+    "sample_visible",
+    "weight_matrix",
+]

@@ -1,0 +1,66 @@
+"""Where an op runs: its Triton kernels, or the reference."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # the CPU build of torch does not bring it
+    triton = None
+
+Launch = TypeVar("Launch", bound=Callable)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton's interpreter runs the kernels on CPU tensors: for tests."""
+
+REFERENCE_ONLY = os.environ.get("UMT_KERNELS_REFERENCE", "0") == "1"
+"""Every op runs its reference: to tell whether a kernel is at fault."""
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_triton(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: CUDA, or any under the interpreter, and of a dtype they know."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if (
+        triton is None
+        or REFERENCE_ONLY
+        or any(tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES for tensor in given)
+    ):
+        return False
+    return all(tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu") for tensor in given)
+
+
+def on_its_device(launch: Launch) -> Launch:
+    """Make the device of the first argument current meanwhile: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest)
+
+    return run  # type: ignore[return-value]
+
+
+def kernels_on(device: torch.device) -> str:
+    """Which kernels tensors on `device` take, in words."""
+    if triton is None:
+        return "plain PyTorch (triton is missing)"
+    if (device.type == "cuda" or INTERPRETED) and not REFERENCE_ONLY:
+        return f"triton {triton.__version__}" + (" interpreter" if INTERPRETED else "")
+    return "plain PyTorch"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+PROGRAMS = 132 * 8
+"""Programs of a kernel that loops over rows: eight on each of an H200's 132 multiprocessors."""

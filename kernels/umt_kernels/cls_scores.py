@@ -1,0 +1,179 @@
+"""cls_scores: how much the class token attends to each patch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from umt_kernels import reference
+from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+if triton is not None:
+    import triton.language as tl
+
+LONGEST = 4096
+"""Keys per head that the kernel takes; longer rows take the reference."""
+
+
+def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"]) -> Float[Tensor, "r p"]:
+    """Attention of the class token to the patches: softmax over all keys, mean over heads, class token dropped.
+
+    q  query of the class token; k  keys of the class token (first) and of the P = l - 1 patches, in any layout whose
+    last dimension is contiguous. The scale is d^-0.5. Returns [R, P], float32 (float64 for float64 inputs). No P x P
+    matrix is made; the backward recomputes the softmax.
+
+    Raises ValueError when the shapes do not fit each other.
+    """
+    if q.dim() != 3 or k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2]:
+        raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} do not fit; give q [r, h, d] and k [r, h, 1 + p, d]")
+    if k.shape[2] < 1:
+        raise ValueError(f"k {list(k.shape)} holds no key; its first is the class token's")
+    if not runs_triton(q, k) or k.shape[2] > LONGEST:
+        return reference.cls_scores(q, k)
+    return _forward(q, k)
+
+
+@torch.library.custom_op("umt_kernels::cls_scores", mutates_args=())
+@on_its_device
+def _forward(q: Tensor, k: Tensor) -> Tensor:
+    rows, heads, length, depth = k.shape
+    q = q.contiguous()
+    k = k if k.stride(3) == 1 else k.contiguous()
+    scores = q.new_empty(rows, length - 1, dtype=torch.float32)
+    if scores.numel():
+        _forward_kernel[(rows,)](
+            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+        )
+    return scores
+
+
+@_forward.register_fake
+def _(q, k):
+    return q.new_empty(k.shape[0], k.shape[2] - 1, dtype=torch.float32)
+
+
+@torch.library.custom_op("umt_kernels::cls_scores_backward", mutates_args=())
+@on_its_device
+def _backward(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k; that of k is contiguous."""
+    rows, heads, length, depth = k.shape
+    q, grad = q.contiguous(), grad.contiguous()
+    k = k if k.stride(3) == 1 else k.contiguous()
+    grad_q, grad_k = torch.empty_like(q), k.new_empty(k.shape)
+    if q.numel():
+        _backward_kernel[(rows, heads)](
+            grad, q, k, grad_q, grad_k, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+        )
+    return grad_q, grad_k
+
+
+@_backward.register_fake
+def _(grad, q, k):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def config(length: int, depth: int) -> dict[str, int]:
+    """All keys of a head, `CHUNK` of their columns at a time: a tile that fits into registers."""
+    block = next_power_of_2(length)
+    chunk = max(8, min(next_power_of_2(depth), 8192 // block))
+    return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk // 1024))}
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad):
+    return _backward(grad, *ctx.saved_tensors)
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _load_keys(k_ptr, token, column, length, depth, k_l):
+        mask = (token < length)[:, None] & (column < depth)[None, :]
+        k = tl.load(k_ptr + token.to(tl.int64)[:, None] * k_l + column[None, :], mask=mask, other=0.0)
+        return k.to(tl.float32), mask
+
+    @triton.jit
+    def _softmax(q_ptr, k_ptr, token, length, depth, k_l, scale, LENGTH: tl.constexpr, CHUNK: tl.constexpr):
+        """Attention of one query, at q_ptr, to the keys of its head, at k_ptr."""
+        logits = tl.zeros((LENGTH,), tl.float32)
+        for start in range(0, depth, CHUNK):
+            column = start + tl.arange(0, CHUNK)
+            q = tl.load(q_ptr + column, mask=column < depth, other=0.0).to(tl.float32)
+            k, _ = _load_keys(k_ptr, token, column, length, depth, k_l)
+            logits += tl.sum(k * q[None, :], axis=1)
+        logits = tl.where(token < length, logits * scale, float("-inf"))
+        weights = tl.exp(logits - tl.max(logits, axis=0))
+        return weights / tl.sum(weights, axis=0)
+
+    @triton.jit
+    def _forward_kernel(
+        q_ptr,  # [R, H, D]
+        k_ptr,  # [R, H, L, D]
+        scores_ptr,  # [R, L - 1]
+        heads,
+        length,
+        depth,
+        k_r,
+        k_h,
+        k_l,
+        scale,
+        LENGTH: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        token = tl.arange(0, LENGTH)
+        total = tl.zeros((LENGTH,), tl.float32)
+        for head in range(heads):
+            q_head = q_ptr + (row * heads + head) * depth
+            k_head = k_ptr + row * k_r + tl.cast(head, tl.int64) * k_h
+            total += _softmax(q_head, k_head, token, length, depth, k_l, scale, LENGTH, CHUNK)
+        place = row * (length - 1) + token - 1
+        tl.store(scores_ptr + place, total / heads, mask=(token > 0) & (token < length))
+
+    @triton.jit
+    def _backward_kernel(
+        grad_ptr,  # [R, L - 1]
+        q_ptr,  # [R, H, D]
+        k_ptr,  # [R, H, L, D]
+        dq_ptr,  # [R, H, D]
+        dk_ptr,  # [R, H, L, D], contiguous
+        heads,
+        length,
+        depth,
+        k_r,
+        k_h,
+        k_l,
+        scale,
+        LENGTH: tl.constexpr,
+        CHUNK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        head = tl.program_id(1)
+        token = tl.arange(0, LENGTH)
+        base = row * heads + head
+        q_ptr += base * depth
+        k_ptr += row * k_r + head.to(tl.int64) * k_h
+        weights = _softmax(q_ptr, k_ptr, token, length, depth, k_l, scale, LENGTH, CHUNK)
+        place = row * (length - 1) + token - 1
+        grad = tl.load(grad_ptr + place, mask=(token > 0) & (token < length), other=0.0).to(tl.float32) / heads
+        logits = weights * (grad - tl.sum(weights * grad, axis=0)) * scale
+        dk_row = (base * length + token) * depth
+        for start in range(0, depth, CHUNK):  # the keys again: they are in a cache, and too many for registers
+            column = start + tl.arange(0, CHUNK)
+            q = tl.load(q_ptr + column, mask=column < depth, other=0.0).to(tl.float32)
+            k, mask = _load_keys(k_ptr, token, column, length, depth, k_l)
+            dq = tl.sum(logits[:, None] * k, axis=0)
+            tl.store(dq_ptr + base * depth + column, dq.to(dq_ptr.dtype.element_ty), mask=column < depth)
+            dk = logits[:, None] * q[None, :]
+            tl.store(dk_ptr + dk_row[:, None] + column[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask)
