@@ -1,0 +1,33 @@
+"""Unmasked Teacher video pre-training (arXiv 2303.16058), made fast and exact."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umt_fast import checkpoint
+    from umt_fast.config import StudentConfig, TeacherConfig
+    from umt_fast.models.student import VideoStudent
+    from umt_fast.models.teacher import ClipTeacher
+    from umt_fast.objective import Alignment, alignment_step
+
+__version__ = "0.1.0"
+
+__all__ = ["Alignment", "ClipTeacher", "StudentConfig", "TeacherConfig", "VideoStudent", "alignment_step", "checkpoint"]
+
+_HOME = {
+    "Alignment": "umt_fast.objective",
+    "ClipTeacher": "umt_fast.models.teacher",
+    "StudentConfig": "umt_fast.config",
+    "TeacherConfig": "umt_fast.config",
+    "VideoStudent": "umt_fast.models.student",
+    "alignment_step": "umt_fast.objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for, when it is: `python -m umt_fast.doctor` works with a part missing."""
+    if name == "checkpoint":
+        return importlib.import_module("umt_fast.checkpoint")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'umt_fast' has no attribute {name!r}")

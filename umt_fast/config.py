@@ -1,0 +1,327 @@
+"""Every setting of a run, with its default. Nothing else in the project holds one.
+
+A run is a `Config`: a recipe (TOML) on top of these defaults, and the command line on top of the recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from umt_fast.errors import RunError
+
+Masking = Literal["attention", "random", "tube"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class ConfigError(RunError, ValueError):
+    """A setting that cannot be, said in one sentence for the person who set it."""
+
+
+def _divides(owner: str, name: str, value: int, by_name: str, by: int) -> None:
+    if by < 1 or value < 1 or value % by:
+        raise ConfigError(f"{owner}: {name} = {value} is not a positive multiple of {by_name} = {by}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The video ViT that is trained. Defaults are UMT-B/16."""
+
+    image_size: int = 224
+    """Side of the clip, pixels."""
+    patch_size: int = 16
+    """Side of a patch, pixels."""
+    tubelet_size: int = 1
+    """Frames per token."""
+    frames: int = 8
+    """Frames per clip."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    align_layers: int = 6
+    """How many of the last blocks are aligned with the teacher."""
+    target_width: int = 512
+    """Width of the teacher's output."""
+
+    def __post_init__(self) -> None:
+        _divides("student", "image_size", self.image_size, "patch_size", self.patch_size)
+        _divides("student", "frames", self.frames, "tubelet_size", self.tubelet_size)
+        _divides("student", "width", self.width, "heads", self.heads)
+        if not 1 <= self.align_layers <= self.depth:
+            raise ConfigError(f"student: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip, visible or not."""
+        return self.frames // self.tubelet_size * self.grid**2
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen CLIP image ViT. Defaults are CLIP-B/16."""
+
+    image_size: int = 224
+    """Side of the frame the teacher works on, pixels."""
+    patch_size: int = 16
+    """Side of a patch of that frame, pixels."""
+    tubelet_size: int = 1
+    """Frames per token; above 1 the patch weights are inflated in time as UMT does."""
+    input_size: int | None = None
+    """Side of the clip, pixels; it is resized to image_size (bicubic). None: the same."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    target_width: int = 512
+    """Width of the output."""
+    align_layers: int = 6
+    """How many of the last blocks give targets."""
+
+    def __post_init__(self) -> None:
+        _divides("teacher", "image_size", self.image_size, "patch_size", self.patch_size)
+        _divides("teacher", "input_size", self.clip_size, "the patches along a side", self.grid)
+        _divides("teacher", "width", self.width, "heads", self.heads)
+        if not 1 <= self.align_layers <= self.depth:
+            raise ConfigError(f"teacher: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
+        if self.tubelet_size < 1:
+            raise ConfigError(f"teacher: tubelet_size = {self.tubelet_size} is not 1 or more")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def clip_size(self) -> int:
+        """Side of the clip that comes in, pixels."""
+        return self.image_size if self.input_size is None else self.input_size
+
+    @property
+    def clip_patch_size(self) -> int:
+        """Side of a patch on the clip that comes in, pixels."""
+        return self.clip_size // self.grid
+
+
+def check_fit(student: StudentConfig, teacher: TeacherConfig) -> None:
+    """Raise ConfigError unless the teacher gives targets for what the student predicts."""
+    pairs = {
+        "the clip's side": (student.image_size, teacher.clip_size),
+        "patches along a side": (student.grid, teacher.grid),
+        "tubelet_size": (student.tubelet_size, teacher.tubelet_size),
+        "align_layers": (student.align_layers, teacher.align_layers),
+        "target_width": (student.target_width, teacher.target_width),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ConfigError(f"student and teacher differ in {name}: {ours} against {theirs}")
+
+
+STUDENTS = {
+    "umt_b16": StudentConfig(drop_path=0.1),
+    "umt_l16": StudentConfig(width=1024, depth=24, heads=16, drop_path=0.2, target_width=768),
+}
+_CLIP_L14 = TeacherConfig(
+    image_size=196, patch_size=14, input_size=224, width=1024, depth=24, heads=16, target_width=768
+)
+TEACHERS = {
+    "clip_b16": TeacherConfig(),
+    "clip_l14": _CLIP_L14,
+    "clip_l14_336": _CLIP_L14,  # another model's weights, its positions resampled to the same 14 x 14 grid
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
+    prefix: str = ""
+    """Folder that relative paths of the list start from; empty: the working directory."""
+    workers: int = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: int = 2
+    """Batches each worker keeps ready."""
+    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Crop sides as shares of the short side."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    max_bad_fraction: float = 0.1
+    """Share of the list that may turn out unreadable before the run stops."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    epochs: int = 200
+    warmup_epochs: float = 40
+    batch_size: int = 64
+    """Clips per process and forward pass."""
+    accumulate: int = 1
+    """Forward passes per optimiser step."""
+    lr: float = 1.5e-4
+    """Peak learning rate for 256 clips per step; scaled linearly with the global batch."""
+    min_lr: float = 1e-5
+    """Learning rate at the end, scaled likewise."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    """Not applied to biases and 1-D parameters."""
+    clip_grad: float | None = None
+    """Largest gradient norm; None does not clip."""
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    rule: Masking = "attention"
+    ratio: float = 0.8
+    """Share of the patches that the student does not see."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "pretrain"
+    """The run's folder under `dir`."""
+    dir: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "auto"
+    """auto: bf16 autocast where the device computes in it, else float32."""
+    log_every: int = 10
+    """Steps between log lines. Nothing is read from the device in between."""
+    save_every: int = 1000
+    """Steps between checkpoints; one is always saved at the end and on a signal."""
+    keep: int = 3
+    """Checkpoints kept."""
+    resume: str = "auto"
+    """auto: go on from this run's last checkpoint if it has one; never; or a checkpoint's path."""
+    stop_at: int | None = None
+    """Save and stop after this step; the schedule stays that of the whole run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One pre-training run."""
+
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_weights: str = ""
+    """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_fit(self.student, self.teacher)
+        data, optim = self.data, self.optim
+        for name, value, low in (
+            ("optim.epochs", self.optim.epochs, 1),
+            ("optim.batch_size", self.optim.batch_size, 1),
+            ("optim.accumulate", self.optim.accumulate, 1),
+            ("data.workers", self.data.workers, 0),
+            ("data.prefetch", self.data.prefetch, 1),
+            ("run.seed", self.run.seed, 0),
+            ("run.log_every", self.run.log_every, 1),
+            ("run.save_every", self.run.save_every, 1),
+            ("run.keep", self.run.keep, 1),
+            ("run.stop_at", self.run.stop_at, 1),
+            ("optim.warmup_epochs", optim.warmup_epochs, 0),
+            ("optim.lr", optim.lr, 0),
+            ("optim.min_lr", optim.min_lr, 0),
+            ("optim.eps", optim.eps, 0),
+            ("optim.weight_decay", optim.weight_decay, 0),
+            ("optim.clip_grad", optim.clip_grad, 0),
+        ):
+            if value is not None and value < low:
+                raise ConfigError(f"{name} = {value} is below {low}")
+        shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
+        shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
+        shares |= {"mask.ratio": (self.mask.ratio,)}
+        for name, values in shares.items():
+            below_one = name in ("mask.ratio", "optim.betas")
+            if not values or not all(0 <= share < 1 if below_one else 0 <= share <= 1 for share in values):
+                given = values[0] if len(values) == 1 else values
+                raise ConfigError(f"{name} = {given} is not in [0, 1{')' if below_one else ']'}")
+        if not self.run.name or Path(self.run.name).name != self.run.name:
+            raise ConfigError(f"run.name = {self.run.name!r} is not a plain folder name")
+
+
+def load_recipe(path: Path) -> Config:
+    """Read a TOML recipe: the tables of `Config`; `preset = NAME` starts a student or teacher from a named one.
+
+    Raises ConfigError naming the file and the key for anything that `Config` does not have.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _build(Config, tomllib.load(file), f"{path}")
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """Make a dataclass from a TOML table, refusing unknown keys and wrong types."""
+    presets: dict[type, dict[str, Any]] = {StudentConfig: STUDENTS, TeacherConfig: TEACHERS}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} = {values!r} is not a table")
+    values = dict(values)
+    base: Any = kind()
+    if kind in presets and (name := values.pop("preset", None)) is not None:
+        if name not in presets[kind]:
+            raise ConfigError(f"{where}: preset = {name!r}; there are {', '.join(presets[kind])}")
+        base = presets[kind][name]
+    types = typing.get_type_hints(kind)
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in types:
+            known = ", ".join(field.name for field in dataclasses.fields(base))
+            raise ConfigError(f"{where}: no setting {key!r} here; there are {known}")
+        if dataclasses.is_dataclass(types[key]):
+            changes[key] = _build(typing.cast(type, types[key]), value, f"{where}: [{key}]")
+            continue
+        value = tuple(value) if isinstance(value, list) else value
+        if not _fits(value, types[key]):
+            raise ConfigError(f"{where}: {key} = {value!r} is not {_spell(types[key])}")
+        changes[key] = value
+    try:
+        return replace(base, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a TOML value is of a setting's type; a whole number is a float too."""
+    choices = typing.get_args(wanted)
+    if typing.get_origin(wanted) is Literal:
+        return value in choices
+    if typing.get_origin(wanted) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if choices:  # a union
+        return any(_fits(value, choice) for choice in choices)
+    return type(value) is wanted or (wanted is float and type(value) is int)
+
+
+def _spell(wanted: Any) -> str:
+    if typing.get_origin(wanted) is Literal:
+        return f"one of {', '.join(typing.get_args(wanted))}"
+    return wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)

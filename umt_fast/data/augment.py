@@ -1,0 +1,54 @@
+"""Multi-scale crop at fixed positions and flip: drawn once for a clip, the same for all its frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# The 13 corners, in quarters of the slack (x, y): corners and centre, edge middles, quarter points.
+POSITIONS = (
+    *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),
+    *((0, 2), (4, 2), (2, 4), (2, 0)),
+    *((1, 1), (3, 1), (1, 3), (3, 3)),
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """The part of a video that a clip shows, in pixels of the frame, and whether it is mirrored."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    flip: bool
+
+
+def draw_view(
+    frame_width: int, frame_height: int, side: int, scales: tuple[float, ...], flip: float, rng: np.random.Generator
+) -> View:
+    """Draw a crop as TSN and UMT do (arXiv 1608.00859, section 3.2).
+
+    Sides are the short side of the frame times each scale, one within 3 px of `side` becoming `side`; width and
+    height are drawn together from those whose ranks differ by at most one. A crop never leaves the frame.
+    """
+    base = min(frame_width, frame_height)
+    sizes = [int(base * scale) for scale in scales]
+    sizes = [side if abs(size - side) < 3 else size for size in sizes]
+    pairs = [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
+    width, height = pairs[rng.integers(len(pairs))]
+    width, height = max(min(width, frame_width), 1), max(min(height, frame_height), 1)
+    column, row = POSITIONS[rng.integers(len(POSITIONS))]
+    x = column * ((frame_width - width) // 4)
+    y = row * ((frame_height - height) // 4)
+    return View(x, y, width, height, bool(rng.random() < flip))
+
+
+def show(frame: np.ndarray, view: View, side: int) -> np.ndarray:
+    """The view of one frame [H,W,3] uint8, resized to [side,side,3] bilinearly with antialiasing (Pillow)."""
+    part = np.ascontiguousarray(frame[view.y : view.y + view.height, view.x : view.x + view.width])
+    if part.shape[:2] != (side, side):
+        part = np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR))
+    return part[:, ::-1] if view.flip else part

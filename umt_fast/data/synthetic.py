@@ -1,0 +1,148 @@
+"""A small set of real video files to try the trainer on: shapes that move, rendered and encoded.
+
+`python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "star")
+MOTIONS = ("bounce", "orbit", "spin", "pulse")
+WIDTH, HEIGHT, FPS, FRAMES = 192, 144, 15, 48
+_SMOOTH = 2  # drawn this much larger, then reduced
+
+# (x, y, radius, angle) of a shape at time t in seconds, x, y and radius in shares of the frame's height.
+Path2D = Callable[[float], tuple[float, float, float, float]]
+
+
+def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
+    """Write `count` videos, H.264 in .mp4 and VP9 in .webm by turns, every shape with every motion in turn.
+
+    The pictures are a function of the seed. Returns the list, a line `path,label` for each; a label is
+    motion * 4 + shape of the larger of its two shapes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        rng = np.random.default_rng((seed, number))
+        label = number % (len(SHAPES) * len(MOTIONS))
+        motion, shape = MOTIONS[label // len(SHAPES)], SHAPES[label % len(SHAPES)]
+        path = folder / f"{number:03d}_{motion}_{shape}{'.webm' if number % 2 else '.mp4'}"
+        _encode(path, _render(motion, shape, rng))
+        lines.append(f"{path},{label}\n")
+    listing = folder / "train.csv"
+    listing.write_text("".join(lines))
+    return listing
+
+
+def _render(motion: str, shape: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Frames [H,W,3] of one large and one small shape over a patterned ground."""
+    ground = _ground(rng)
+    others = rng.choice(len(SHAPES)), rng.choice(len(MOTIONS))
+    actors = [
+        (shape, _path(motion, 0.20, rng), _colour(rng)),
+        (SHAPES[others[0]], _path(MOTIONS[others[1]], 0.10, rng), _colour(rng)),
+    ]
+    frames = []
+    for index in range(FRAMES):
+        image = ground.copy()
+        draw = ImageDraw.Draw(image)
+        for name, path, colour in actors:
+            x, y, radius, angle = (value * HEIGHT * _SMOOTH for value in path(index / FPS))
+            _draw(draw, name, x, y, radius, angle / (HEIGHT * _SMOOTH), colour)
+        frames.append(np.asarray(image.resize((WIDTH, HEIGHT), Image.Resampling.BOX)))
+    return frames
+
+
+def _ground(rng: np.random.Generator) -> Image.Image:
+    """Two dim colours blended by a soft random pattern."""
+    pattern = Image.fromarray((rng.random((5, 6)) * 255).astype(np.uint8))
+    pattern = pattern.resize((WIDTH * _SMOOTH, HEIGHT * _SMOOTH), Image.Resampling.BICUBIC)
+    hue = rng.random()
+    first, second = (
+        tuple(int(255 * c) for c in colorsys.hsv_to_rgb((hue + shift) % 1, 0.4, value))
+        for shift, value in ((0.0, 0.25), (0.15, 0.55))
+    )
+    size = pattern.size
+    return Image.composite(Image.new("RGB", size, first), Image.new("RGB", size, second), pattern)
+
+
+def _colour(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), 0.8, 1.0))
+
+
+def _path(motion: str, radius: float, rng: np.random.Generator) -> Path2D:
+    aspect = WIDTH / HEIGHT
+    x, y = rng.uniform(radius, aspect - radius), rng.uniform(radius, 1 - radius)
+    phase, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1.4)
+
+    def mirror(value: float, low: float, high: float) -> float:
+        """A straight line folded back into [low, high]."""
+        span = high - low
+        folded = (value - low) % (2 * span)
+        return low + min(folded, 2 * span - folded)
+
+    def path(t: float) -> tuple[float, float, float, float]:
+        if motion == "bounce":
+            dx, dy = 0.7 * speed * math.cos(phase), 0.7 * speed * math.sin(phase)
+            return mirror(x + dx * t, radius, aspect - radius), mirror(y + dy * t, radius, 1 - radius), radius, phase
+        if motion == "orbit":
+            turn = phase + 2.5 * speed * t
+            reach = 0.5 - radius
+            return aspect / 2 + 1.2 * reach * math.cos(turn), 0.5 + reach * math.sin(turn), radius, phase
+        if motion == "spin":
+            return x, y, radius, phase + 4 * speed * t
+        return x, y, radius * (1 + 0.6 * math.sin(phase + 4 * speed * t)), phase  # pulse
+
+    return path
+
+
+def _draw(
+    draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, angle: float, colour: tuple[int, ...]
+) -> None:
+    if shape == "circle":
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        return
+    corners = {"square": 4, "triangle": 3, "star": 10}[shape]
+    reach = [radius * (0.45 if shape == "star" and i % 2 else 1) for i in range(corners)]
+    turns = [angle + 2 * math.pi * i / corners for i in range(corners)]
+    points = [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(reach, turns, strict=True)]
+    draw.polygon(points, fill=colour)
+
+
+def _encode(path: Path, frames: list[np.ndarray]) -> None:
+    vp9 = path.suffix == ".webm"
+    # mbtree off: with it x264's output differs from run to run on some machines
+    options = {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0"} if vp9 else {"crf": "20", "mbtree": "0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9" if vp9 else "libx264", rate=Fraction(FPS), options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.gop_size = 12
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--count", type=int, default=32, help="videos to write (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    listing = write_videos(arguments.folder, arguments.count, arguments.seed)
+    print(f"wrote {arguments.count} videos and their list {listing}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Pictures of a run: its loss curve, and what the student sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from umt_fast.masking import token_ids
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, UInt8
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Loss and learning rate over the steps."""
+    figure = _figure(7, 4)
+    axes = figure.add_subplot()
+    steps = [line["step"] for line in metrics]
+    axes.plot(steps, [line["loss"] for line in metrics], color="C0", marker="." if len(steps) < 40 else "")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss: mean of 2 - 2 cos", color="C0")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    rate = axes.twinx()
+    rate.plot(steps, [line["lr"] for line in metrics], color="C1", linestyle="--", linewidth=1)
+    rate.set_ylabel("learning rate", color="C1")
+    rate.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def draw_visible(
+    clip: UInt8[Tensor, "t h w 3"],
+    scores: Float[Tensor, "f p"],
+    visible: Int[Tensor, "g n"],
+    path: Path,
+    title: str,
+) -> None:
+    """One column per token frame: the frame, the teacher's attention on it, and the patches the student sees."""
+    frames, patches = scores.shape
+    grid = round(patches**0.5)
+    pixels = clip[:: len(clip) // frames].cpu().numpy()
+    side = pixels.shape[1]
+    heat = scores.float().cpu().numpy().reshape(frames, grid, grid)
+    seen = np.zeros(frames * patches, dtype=bool)
+    seen[token_ids(visible[None].cpu(), frames * patches)[0].numpy()] = True
+    seen = seen.reshape(frames, grid, grid).repeat(side // grid, axis=1).repeat(side // grid, axis=2)
+
+    figure = _figure(1.6 * frames + 0.6, 5.4)
+    rows = figure.subplots(3, frames, squeeze=False)
+    shown = None
+    for column in range(frames):
+        rows[0, column].imshow(pixels[column])
+        rows[1, column].imshow(pixels[column])
+        extent = (-0.5, side - 0.5, side - 0.5, -0.5)
+        shown = rows[1, column].imshow(
+            heat[column] * patches, extent=extent, cmap="inferno", alpha=0.75, vmin=0, vmax=heat.max() * patches
+        )
+        hidden = np.where(seen[column][..., None], pixels[column], pixels[column] // 6 + 24)
+        rows[2, column].imshow(hidden)
+    for row, name in zip(rows, ("frame", "teacher's attention", "visible to the student"), strict=True):
+        row[0].set_ylabel(name)
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    assert shown is not None
+    figure.colorbar(shown, ax=rows[1, :], label="x uniform", fraction=0.02)
+    printable = title.encode("utf-8", "replace").decode()  # a file name need not be text
+    figure.suptitle(printable, fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,205 @@
+"""Weight files: reading the formats in use, and CLIP's image tower under any of its key names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from umt_fast.errors import RunError
+
+TensorDict = dict[str, Tensor]
+
+HOW_TO_GET_CLIP = """Give --teacher-weights one of:
+  ViT-B-16.pt or ViT-L-14.pt            OpenAI's archives, as `clip.load` downloads them
+  vit_b16.pth or vit_l14.pth            the image tower extracted by the Unmasked Teacher authors
+  openai/clip-vit-base-patch16          a Hugging Face repo id (needs network and `pip install huggingface_hub`),
+  path/to/clip-vit-base-patch16         or a folder with its config.json and model.safetensors
+  path/to/open_clip_model.safetensors   open_clip weights of a QuickGELU model"""
+
+
+class WeightsError(RunError, ValueError):
+    """Weights that cannot be found, read or used."""
+
+
+def read_weights(source: str | Path) -> TensorDict:
+    """Tensors of a weight file, a Hugging Face folder or a repo id, by key.
+
+    Files: .safetensors; PyTorch's .pt/.pth/.bin, unpickled with weights_only, from under a top key `model`,
+    `state_dict` or `module` if there is one; TorchScript archives (OpenAI's CLIP). Raises WeightsError.
+    """
+    if not source:
+        raise WeightsError(f"no teacher weights are named.\n{HOW_TO_GET_CLIP}")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.is_file():
+        return _read_file(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in (".pt", ".pth", ".bin", ".safetensors"):
+        return _read_repo(str(source))
+    raise WeightsError(f"no weights at {source}: no such file or folder.\n{HOW_TO_GET_CLIP}")
+
+
+def write_weights(path: str | Path, state: TensorDict) -> None:
+    """Write tensors as .safetensors, or as .pth under the top key `model`."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save({"model": state}, path)
+
+
+def _read_file(path: Path) -> TensorDict:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any("/code/" in name for name in archive.namelist()):
+                    return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        # UMT's trainer stores its command line, a Namespace, beside the model.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every reader has its own; all mean the same to the caller
+        raise WeightsError(f"cannot read weights from {path}: {error}") from error
+    for key in ("model", "state_dict", "module"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path} holds no tensors by name")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+_FOLDER_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+
+
+def _read_folder(path: Path) -> TensorDict:
+    for name in ("config.json", "open_clip_config.json"):
+        if (path / name).is_file():
+            _check_activation(path / name)
+    for name in _FOLDER_FILES:
+        if (path / name).is_file():
+            return _read_file(path / name)
+    raise WeightsError(f"{path} holds none of {', '.join(_FOLDER_FILES)}")
+
+
+def _check_activation(path: Path) -> None:
+    """Refuse CLIPs trained with GELU: the teacher computes QuickGELU and its outputs would be silently wrong."""
+    try:
+        config = json.loads(path.read_text())
+        if path.name.startswith("open_clip"):
+            quick = config.get("model_cfg", config).get("quick_gelu", False)
+        else:
+            quick = config.get("vision_config", config).get("hidden_act", "quick_gelu") == "quick_gelu"
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    if not quick:
+        raise WeightsError(f"{path}: this CLIP was trained with GELU; the teacher needs one with QuickGELU")
+
+
+def _read_repo(repo: str) -> TensorDict:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise WeightsError(
+            f"no file or folder {repo}; to fetch it as a Hugging Face repo: pip install huggingface_hub.\n"
+            f"{HOW_TO_GET_CLIP}"
+        ) from None
+    folder = None
+    try:
+        for name in ("config.json", "open_clip_config.json", *_FOLDER_FILES):
+            try:
+                folder = Path(hf_hub_download(repo, name)).parent  # from the cache where it is there
+            except LocalEntryNotFoundError:  # the hub is out of reach
+                raise
+            except EntryNotFoundError:  # the repo has no such file
+                continue
+            if name in _FOLDER_FILES:
+                break
+    except Exception as error:  # offline, missing, gated: the hub has many classes for it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"cannot fetch {repo} from the Hugging Face hub: {reason}\n{HOW_TO_GET_CLIP}") from error
+    if folder is None:
+        raise WeightsError(f"the Hugging Face repo {repo} has none of {', '.join(_FOLDER_FILES)}\n{HOW_TO_GET_CLIP}")
+    return _read_folder(folder)
+
+
+def clip_image_tower(state: TensorDict) -> TensorDict:
+    """The image tower of a CLIP state dict under OpenAI's visual key names; other towers are dropped.
+
+    Understands OpenAI and open_clip (`visual.*`), UMT's extraction (bare names) and Hugging Face (`vision_model.*`).
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("visual.") for key in state):
+        return {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if any(key.startswith("vision_model.") for key in state):
+        return _from_hugging_face(state)
+    return state
+
+
+_HUGGING_FACE_NAMES = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "pre_layrnorm": "ln_pre",  # the library's own spelling
+    "post_layernorm": "ln_post",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def _from_hugging_face(state: TensorDict) -> TensorDict:
+    tower: TensorDict = {}
+    for key, value in state.items():
+        if key == "visual_projection.weight":
+            tower["proj"] = value.T
+        if not key.startswith("vision_model.") or key.endswith("position_ids"):
+            continue
+        name = key.removeprefix("vision_model.")
+        for theirs, ours in _HUGGING_FACE_NAMES.items():
+            name = name.replace(theirs, ours)
+        if match := re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name):
+            parts = [state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            tower[f"{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+        elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
+            tower[name] = value
+    return tower
+
+
+def resample_positions(positions: Tensor, grid: int) -> Tensor:
+    """Class and patch positions [1 + g^2, D] resampled bicubically to a `grid` x `grid` frame, as UMT does."""
+    cls, patches = positions[:1], positions[1:]
+    side = math.isqrt(len(patches))
+    if side**2 != len(patches):
+        raise WeightsError(f"positional_embedding {list(positions.shape)} is no class token and square of patches")
+    if side == grid:
+        return positions
+    image = patches.float().T.reshape(1, -1, side, side)
+    image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat((cls, image.flatten(2)[0].T.to(cls.dtype)))
+
+
+def inflate(weight: Tensor, frames: int) -> Tensor:
+    """A 2-D kernel [D,3,p,p] as [D,3,frames,p,p]: on the middle frame, zero on the others, as UMT does."""
+    if weight.dim() == 5:
+        return weight
+    inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
+    inflated[:, :, frames // 2] = weight
+    return inflated
