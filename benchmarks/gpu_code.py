@@ -1,0 +1,220 @@
+"""Triton kernels compiled as a launch would compile them, for a GPU that need not be there, and what is in the code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from umt_kernels import backend
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits that decide how many warps run at once (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+    name: str
+    shared_per_sm: int
+    """Bytes."""
+    shared_per_program: int
+    """Bytes; each program takes 1 KiB more for the driver."""
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+
+
+ARCHITECTURES = {
+    80: Architecture("A100", 164 << 10, 163 << 10),
+    90: Architecture("H100, H200", 228 << 10, 227 << 10),
+    100: Architecture("B200", 228 << 10, 227 << 10),
+}
+"""By compute capability, times ten."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel launch that was compiled and not run."""
+
+    op: str
+    """Module of the kernel."""
+    kernel: str
+    """Op and, where an op has several kernels, which: `gather_layer_norm_backward`."""
+    programs: int
+    arguments: dict[str, Any]
+    """By parameter; those of a real launch, compile-time settings among them."""
+    warps: int
+    shared: int
+    """Bytes per program."""
+    cubin: bytes
+    ptx: str
+
+
+class _Absent:
+    """Stands in for the driver of a GPU, as far as compiling asks it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps compiled kernels by device: one per architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compile_only(capability: int) -> Iterator[list[Launch]]:
+    """Inside, the ops take their Triton kernels on CPU tensors, and each launch compiles, is listed and does not run.
+
+    Triton's own launch path chooses the specialisation (divisibility, ones, integer widths), so the code is what a
+    GPU would run. Results hold whatever was in memory. Raises RuntimeError under TRITON_INTERPRET=1, and under
+    TRITON_DISABLE_LINE_INFO=1, without which a load cannot be traced to its argument.
+    """
+    if backend.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 turns the compiler off; unset it")
+    if triton.knobs.compilation.disable_line_info:
+        raise RuntimeError("TRITON_DISABLE_LINE_INFO=1 hides which argument a load reads; unset it")
+    launches: list[Launch] = []
+    launch = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        op = self.fn.__module__.rpartition(".")[2]
+        name = op + self.fn.__name__.removesuffix("_kernel")
+        meta, asm = compiled.metadata, compiled.asm
+        launches.append(
+            Launch(op, name, math.prod(grid), arguments, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"])
+        )
+
+    try:
+        before = driver.active
+    except RuntimeError:  # there is no GPU
+        before = None
+    driver.set_active(_Absent(capability))
+    try:
+        with mock.patch.object(JITFunction, "run", record), mock.patch.object(backend, "INTERPRETED", True):
+            yield launches
+    finally:
+        driver.set_active(before)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a compiled kernel needs and how it reaches memory."""
+
+    registers: int
+    """Per thread."""
+    local_bytes: int
+    """Stack and local memory per thread: where registers are spilled to."""
+    local_accesses: int
+    """Instructions that reach it."""
+    loads: dict[str, Counter[int]] = field(default_factory=dict)
+    """Global loads by the argument they read, `?` if unknown: how many instructions of how many bits."""
+    stores: dict[str, Counter[int]] = field(default_factory=dict)
+
+
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_PTX_LINE = re.compile(r'\s*//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
+_LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+)")
+_FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]+)"', re.MULTILINE)
+_POINTER = re.compile(r"tl\.(?:load|store)\(\s*(\w+?)(?:_ptr)?\b")
+
+
+@functools.cache
+def read_code(cubin: bytes, ptx: str) -> Code:
+    """Disassemble, with the tools that the triton wheel brings. Raises CalledProcessError if they fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", path)
+        sass = _tool("nvdisasm", "-gp", "-c", path)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    arguments = _arguments(ptx)
+    argument = "?"
+    loads: dict[str, Counter[int]] = {}
+    stores: dict[str, Counter[int]] = {}
+    local = 0
+    for line in sass.splitlines():
+        if found := _PTX_LINE.match(line):
+            argument = arguments[int(found[1]) - 1]
+        elif found := _INSTRUCTION.match(line):
+            kind, *modifiers = found[1].split(".")
+            if kind in ("LDL", "STL"):
+                local += 1
+            elif kind in ("LDG", "LDGSTS"):
+                loads.setdefault(argument, Counter())[_bits(modifiers)] += 1
+            elif kind == "STG":
+                stores.setdefault(argument, Counter())[_bits(modifiers)] += 1
+    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], local, loads, stores)
+
+
+def _arguments(ptx: str) -> list[str]:
+    """For each line of PTX the kernel's argument whose load or store it comes from, `?` for none.
+
+    Of the locations within inline assembly only the first is right: LLVM counts its lines on from there.
+    """
+    files = {int(number): path for number, path in _FILE.findall(ptx)}
+    arguments, argument, inline, frozen = [], "?", False, False
+    for line in ptx.splitlines():
+        if "begin inline asm" in line:
+            inline = True
+        elif "end inline asm" in line:
+            frozen = inline = False
+        elif (found := _LOCATION.match(line)) and not frozen:
+            argument = _pointer(files[int(found[1])], int(found[2]))
+            frozen = inline
+        arguments.append(argument)
+    return arguments
+
+
+def _tool(name: str, *arguments: str | Path) -> str:
+    path = getattr(triton.knobs.nvidia, name).path
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _bits(modifiers: list[str]) -> int:
+    """Width of an access: `LDG.E.128`, `LDG.E.U8`; 32 where nothing is said."""
+    return next((int(m.lstrip("US")) for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128", "256")), 32)
+
+
+@functools.cache
+def _pointer(path: str, line: int) -> str:
+    """Argument that a source line loads or stores: `x` for `tl.load(x_ptr + ...)`."""
+    found = _POINTER.search(_source(path)[line - 1])
+    return found[1] if found else "?"
+
+
+@functools.cache
+def _source(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def occupancy(architecture: Architecture, registers: int, shared: int, warps: int) -> float:
+    """Share of a multiprocessor's warps that programs of `warps` warps can fill, if there are enough of them."""
+    per_warp = max(1, -(-registers * 32 // 256)) * 256  # handed out in units of 256
+    by_registers = architecture.registers // per_warp // 4 * 4 // warps  # a quarter to each scheduler
+    by_shared = architecture.shared_per_sm // (-(-shared // 128) * 128 + 1024)
+    programs = min(architecture.programs, architecture.warps // warps, by_registers, by_shared)
+    return programs * warps / architecture.warps
+
+
+def nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()

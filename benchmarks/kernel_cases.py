@@ -1,0 +1,302 @@
+"""Every way the models launch a kernel, and what each launch has to move."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from umt_kernels import cls_scores, cosine_alignment_loss, gather_layer_norm, gather_patches, sample_visible
+from umt_kernels.patch_embed import implicit_patch_embed
+
+from benchmarks.gpu_code import Launch, nbytes
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+IDS = {"i32": torch.int32, "i64": torch.int64}
+SECTOR = 32
+"""Bytes that memory hands out at least."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a student and its teacher; a batch of 64 clips of 8 frames of 224 px."""
+
+    name: str
+    width: int
+    heads: int
+    target_width: int
+    patch: int = 16
+    halo: int = 0
+    """Of the teacher's patches: CLIP-L/14 at 196 px has its resize folded into an 18 x 18 kernel."""
+    batch: int = 64
+    frames: int = 8
+    side: int = 224
+    layers: int = 6
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def kept(self) -> int:
+        """Visible patches of a frame (UMT, arXiv 2303.16058: mask ratio 0.8)."""
+        return self.patches - int(self.patches * 0.8)
+
+
+MODELS = (
+    Model("UMT-B/16", 768, 12, 512),
+    Model("UMT-L/16", 1024, 16, 768, halo=1),
+    Model("ViT-H/14", 1280, 16, 1024, patch=14),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op on tensors of a model's sizes. Nothing is in the tensors."""
+
+    op: str
+    name: str
+    run: Callable[[], object]
+
+
+def cases() -> list[Case]:
+    """Every op in every form that pre-training one of the models, or a builder's code of its sizes, calls it in."""
+    found = []
+    for model in MODELS:
+        for op, listed in _FORMS.items():
+            found += [Case(op, f"{model.name} {name}", run) for name, run in listed(model)]
+    return found
+
+
+_Forms = Iterator[tuple[str, Callable[[], object]]]
+
+
+def _patches(m: Model) -> _Forms:
+    def run(clip_dtype: torch.dtype, dtype: torch.dtype, halo: int, ids: torch.dtype | None) -> None:
+        uint8 = clip_dtype == torch.uint8
+        frames = (m.batch, m.frames, m.side, m.side, 3) if uint8 else (m.batch, 3, m.frames, m.side, m.side)
+        token_ids = None if ids is None else torch.zeros(m.batch, m.frames * m.kept, dtype=ids)
+        gather_patches(torch.empty(frames, dtype=clip_dtype), m.patch, token_ids=token_ids, halo=halo, dtype=dtype)
+
+    clips = {"u8": torch.uint8, **DTYPES}
+    for (clip, clip_dtype), (name, dtype) in itertools.product(clips.items(), DTYPES.items()):
+        teacher = f"teacher, all, halo {m.halo}" if m.halo else "teacher, all"
+        yield f"{teacher}, {clip}->{name}", partial(run, clip_dtype, dtype, m.halo, None)
+        for ids in IDS:
+            yield f"student, {ids} ids, {clip}->{name}", partial(run, clip_dtype, dtype, 0, IDS[ids])
+
+
+def _implicit(m: Model) -> _Forms:
+    def run(dtype: torch.dtype, ids: torch.dtype) -> None:
+        clip = torch.empty(m.batch, m.frames, m.side, m.side, 3, dtype=torch.uint8)
+        weight, bias = torch.empty(m.width, 3, 1, m.patch, m.patch), torch.empty(m.width)
+        token_ids = torch.zeros(m.batch, m.frames * m.kept, dtype=ids)
+        table = torch.empty(m.frames * m.patches, m.width)
+        implicit_patch_embed(clip, weight, bias, m.patch, token_ids, table, dtype)
+
+    for (name, dtype), (ids, id_dtype) in itertools.product(DTYPES.items(), IDS.items()):
+        yield f"student, implicit, {ids} ids, u8->{name}", partial(run, dtype, id_dtype)
+
+
+def _layer_norm(m: Model) -> _Forms:
+    def run(rows: tuple[int, int], dtype: torch.dtype, kept: int, ids: torch.dtype, position: bool, grad: bool) -> None:
+        x = torch.empty(*rows, m.width, dtype=dtype, requires_grad=grad)
+        weight, bias = (torch.empty(m.width, requires_grad=grad) for _ in range(2))
+        row_ids = torch.zeros(rows[0], kept, dtype=ids) if kept else None
+        table = torch.empty(m.frames * m.patches, m.width) if position else None
+        position_ids = torch.zeros(rows[0], kept or rows[1], dtype=ids) if position else None
+        y = gather_layer_norm(x, weight, bias, 1e-6, row_ids=row_ids, position=table, position_ids=position_ids)
+        if grad:
+            y.backward(torch.empty_like(y))
+
+    images, visible, tokens = m.batch * m.frames, m.frames * m.kept, m.frames * m.patches
+    for name, dtype in DTYPES.items():
+        yield f"teacher, no ids, {name}", partial(run, (images, m.kept), dtype, 0, torch.int64, False, False)
+        for ids, id_dtype in IDS.items():
+            yield (
+                f"teacher, {ids} ids, {name}",
+                partial(run, (images, 1 + m.patches), dtype, m.kept, id_dtype, False, False),
+            )
+            yield f"student, position, {ids}, {name}", partial(run, (m.batch, visible), dtype, 0, id_dtype, True, True)
+            yield f"gather, {ids} ids, {name}", partial(run, (m.batch, tokens), dtype, visible, id_dtype, False, True)
+
+
+def _cls_scores(m: Model) -> _Forms:
+    def run(dtype: torch.dtype) -> None:
+        images, depth = m.batch * m.frames, m.width // m.heads
+        both = torch.empty(images, 1 + m.patches, 2, m.heads, depth, dtype=dtype)  # keys and values of one GEMM
+        k = both[:, :, 0].transpose(1, 2).requires_grad_()
+        scores = cls_scores(torch.empty(images, m.heads, depth, dtype=dtype, requires_grad=True), k)
+        scores.backward(torch.empty_like(scores))
+
+    for name, dtype in DTYPES.items():
+        yield name, partial(run, dtype)
+
+
+def _visible(m: Model) -> _Forms:
+    def run(rows: int, patches: int, kept: int, dtype: torch.dtype) -> None:
+        sample_visible(torch.empty(rows, patches, dtype=dtype), kept)
+
+    tokens = m.frames * m.patches
+    for name, dtype in DTYPES.items():
+        yield f"per frame, {name}", partial(run, m.batch * m.frames, m.patches, m.kept, dtype)
+        yield f"over the clip, {name}", partial(run, m.batch, tokens, tokens - int(tokens * 0.8), dtype)
+
+
+def _loss(m: Model) -> _Forms:
+    def run(dtype: torch.dtype, norm: bool, grad: bool, ids: torch.dtype | None) -> None:
+        visible = m.frames * m.kept
+        rows = visible if ids is None else m.frames * m.patches
+        predictions = torch.empty(m.layers, m.batch, visible, m.target_width, dtype=dtype, requires_grad=grad)
+        loss = cosine_alignment_loss(
+            predictions,
+            torch.empty(m.layers, m.batch, rows, m.target_width, dtype=dtype),
+            target_ids=None if ids is None else torch.zeros(m.batch, visible, dtype=ids),
+            weight=torch.empty(m.layers, m.target_width, requires_grad=grad) if norm else None,
+            bias=torch.empty(m.layers, m.target_width, requires_grad=grad) if norm else None,
+        )
+        if grad:
+            loss.backward()
+
+    flags = itertools.product((False, True), (False, True), ("", *IDS), DTYPES)
+    for norm, grad, ids, name in flags:
+        parts = ["norm"] * norm + ["grad"] * grad + [f"{ids} ids"] * bool(ids) + [name]
+        yield ", ".join(parts), partial(run, DTYPES[name], norm, grad, IDS.get(ids))
+
+
+_FORMS: dict[str, Callable[[Model], _Forms]] = {
+    "gather_patches": _patches,
+    "patch_embed": _implicit,
+    "gather_layer_norm": _layer_norm,
+    "cls_scores": _cls_scores,
+    "sample_visible": _visible,
+    "cosine_alignment_loss": _loss,
+}
+
+BULK = {
+    "gather_patches": ("clip",),
+    "gather_layer_norm_forward": ("x",),
+    "gather_layer_norm_backward": ("g", "x"),
+    "cosine_alignment_loss": ("x", "t"),
+    "cosine_alignment_loss_scale": ("grad",),
+}
+"""Memory-bound kernels, and the arguments whose bytes are all but the whole of what they read."""
+
+
+def layout_bytes(launch: Launch, name: str) -> int:
+    """Widest load, at most 16 bytes, that the place of every row (or window) of argument `name` allows."""
+    a = launch.arguments
+    tensor: Tensor = a[f"{name}_ptr"]
+    size = tensor.element_size()
+    if launch.kernel == "gather_patches":
+        if a["HALO"]:
+            return size  # windows start HALO pixels off their patch, and the border is replicated pixel by pixel
+        lines = tensor.stride()[: 3 if a["UINT8"] else 4]
+        step = a["PATCH"] * (3 if a["UINT8"] else 1)
+    else:
+        lines = tensor.stride()[:-1]
+        step = tensor.shape[-1]
+    return math.gcd(16, tensor.data_ptr(), step * size, *(stride * size for stride in lines))
+
+
+def traffic(launch: Launch) -> tuple[int, int]:
+    """Bytes: what the programs ask of memory before any cache, and the least that inputs and outputs allow.
+
+    The least reads each distinct byte that matters once and writes each output once. Above it come weights that every
+    program reads again, partial sums, zeroes written before a scatter, tables read per row, and sectors half used.
+    """
+    return _TRAFFIC[launch.kernel](launch)
+
+
+def _patches_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    clip, rows = a["clip_ptr"], a["rows_ptr"]
+    pixel = clip.element_size() * (3 if a["UINT8"] else 1)
+    sectors = 0
+    for column in range(a["grid_width"]):
+        first = max(0, column * a["PATCH"] - a["HALO"]) * pixel
+        last = min(a["width"], (column + 1) * a["PATCH"] + a["HALO"]) * pixel - 1
+        sectors += last // SECTOR - first // SECTOR + 1
+    wanted = rows.numel() * clip.element_size()
+    written = nbytes(rows) + nbytes(a["ids_ptr"])
+    return a["lines"] * sectors * SECTOR // a["grid_width"] + written, min(wanted, nbytes(clip)) + written
+
+
+def _implicit_traffic(launch: Launch) -> tuple[int, int]:
+    """Every tile of output channels reads the pixels of its tokens, every tile of tokens the matrix."""
+    a = launch.arguments
+    out, matrix = a["out_ptr"], nbytes(a["matrix_ptr"])
+    pixels = a["rows"] * a["features"] * a["clip_ptr"].element_size()
+    rest = 2 * nbytes(out) + nbytes(a["ids_ptr"]) + nbytes(a["bias_ptr"])
+    channel_tiles, token_tiles = -(-a["channels"] // a["CHANNELS"]), -(-a["rows"] // a["TOKENS"])
+    least = min(pixels, nbytes(a["clip_ptr"])) + matrix + rest - nbytes(out) + nbytes(a["position_ptr"])
+    return pixels * channel_tiles + matrix * token_tiles + rest, least
+
+
+def _norm_forward_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    least = 2 * nbytes(a["y_ptr"]) + nbytes(a["row_ids_ptr"]) + nbytes(a["position_ids_ptr"])
+    parameters = nbytes(a["w_ptr"]) + nbytes(a["b_ptr"])
+    moved = least + nbytes(a["statistics_ptr"]) + launch.programs * parameters
+    table = a["position_ptr"]
+    per_row = 0 if table is None else a["rows"] * a["width"] * table.element_size()
+    return moved + per_row, least + parameters + min(per_row, nbytes(table))
+
+
+def _norm_backward_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    w, dx, partial_sums = a["w_ptr"], nbytes(a["dx_ptr"]), nbytes(a["partial_ptr"])
+    rows = a["rows"] * a["width"] * a["x_ptr"].element_size()
+    read = 2 * rows + nbytes(a["row_ids_ptr"]) + nbytes(a["statistics_ptr"])
+    zeroes = dx if a["GATHER"] else 0
+    return read + rows + zeroes + launch.programs * nbytes(w) + 2 * partial_sums, read + dx + 3 * nbytes(w)
+
+
+def _scores_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    least = nbytes(a["q_ptr"]) + nbytes(a["k_ptr"]) + nbytes(a["scores_ptr"])
+    return least, least
+
+
+def _scores_backward_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    both = 2 * nbytes(a["q_ptr"]) + 2 * nbytes(a["k_ptr"])
+    return both + a["heads"] * nbytes(a["grad_ptr"]), both + nbytes(a["grad_ptr"])
+
+
+def _visible_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    scores, drawn = nbytes(a["scores_ptr"]), nbytes(a["drawn_ptr"])
+    return scores * (1 + -(-a["patches"] // a["BLOCK"])) + drawn + 8 * launch.programs, scores + drawn + 8
+
+
+def _loss_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    x, loss = nbytes(a["x_ptr"]), nbytes(a["loss_ptr"])
+    least = 2 * x + nbytes(a["ids_ptr"]) + nbytes(a["dx_ptr"])
+    parameters = nbytes(a["w_ptr"]) + nbytes(a["b_ptr"])
+    per_layer = launch.programs // len(a["x_ptr"])
+    moved = least + per_layer * parameters + 2 * (loss + nbytes(a["dw_ptr"]) + nbytes(a["db_ptr"]))
+    return moved, least + parameters * (2 if a["WITH_GRAD"] else 1) + 4
+
+
+def _scale_traffic(launch: Launch) -> tuple[int, int]:
+    moved = 2 * nbytes(launch.arguments["grad_ptr"])
+    return moved, moved
+
+
+_TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
+    "gather_patches": _patches_traffic,
+    "patch_embed_implicit": _implicit_traffic,
+    "cosine_alignment_loss_scale": _scale_traffic,
+    "gather_layer_norm_forward": _norm_forward_traffic,
+    "gather_layer_norm_backward": _norm_backward_traffic,
+    "cls_scores_forward": _scores_traffic,
+    "cls_scores_backward": _scores_backward_traffic,
+    "sample_visible": _visible_traffic,
+    "cosine_alignment_loss": _loss_traffic,
+}

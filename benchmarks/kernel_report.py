@@ -1,0 +1,192 @@
+"""`python -m benchmarks.kernel_report`: what the compiler makes of every kernel, for GPUs that need not be there.
+
+Each kernel is compiled in every form in which the models launch it, for each architecture. A row of the table says
+
+    regs     registers per thread
+    shared   bytes of shared memory per program
+    spill    bytes of stack and local memory per thread
+    loads    global load instructions by width in bits (how many x how wide)
+    stores   likewise
+    bulk     narrowest load of the bulk data / widest that the layout allows, in bits (memory-bound kernels)
+    moved    bytes asked of memory, before caches, as a multiple of the least possible
+    occ.     share of a multiprocessor's warps that can be at work
+
+`--gate` exits with 1 if a kernel spills, wants more shared memory than there is, or reads bulk data in loads under
+16 bytes where the layout allows 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import triton
+
+from benchmarks.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
+from benchmarks.kernel_cases import BULK, Case, cases, layout_bytes, traffic
+
+PROCESSES = 2
+"""Compiling is work for one core each, and CI has two."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel in one form on one architecture. Widths are bits, sizes bytes."""
+
+    kernel: str
+    case: str
+    arch: int
+    registers: int
+    shared: int
+    spill: int
+    """Bytes per thread."""
+    loads: dict[str, dict[int, int]]
+    """By argument: width -> instructions."""
+    stores: dict[str, dict[int, int]]
+    bulk: dict[str, tuple[int, int]]
+    """Of each bulk argument the narrowest load (0: none was found) and the widest that its layout allows."""
+    moved: int
+    least: int
+    occupancy: float
+    warps: int
+    note: str
+
+    def failures(self) -> list[str]:
+        """Why the gate does not let this kernel through."""
+        found = []
+        if self.spill:
+            found.append(f"spills {self.spill} bytes per thread")
+        limit = ARCHITECTURES[self.arch].shared_per_program
+        if self.shared > limit:
+            found.append(f"wants {self.shared} bytes of shared memory, there are {limit}")
+        for name, (narrowest, allowed) in self.bulk.items():
+            if narrowest == 0:
+                found.append(f"no global load of {name} was found")
+            elif narrowest < 128 <= allowed:
+                found.append(f"loads {name} {narrowest // 8} bytes at a time where 16 are possible")
+        return [f"{self.kernel} [{self.case}] sm_{self.arch}: {reason}" for reason in found]
+
+
+def report(case: Case, arch: int) -> list[Row]:
+    """Compile what a case launches, for one architecture."""
+    with compile_only(arch) as launches:
+        case.run()
+    if not launches:
+        raise RuntimeError(f"{case.op} [{case.name}] launched no kernel")
+    return [make_row(launch, case.name, arch) for launch in launches]
+
+
+def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None = None) -> Row:
+    """Read a launch's code. `bulk` names the arguments to be read in wide loads; None looks the kernel up."""
+    code = read_code(launch.cubin, launch.ptx)
+    widths = {}
+    for name in BULK.get(launch.kernel, ()) if bulk is None else bulk:
+        widths[name] = (min(code.loads.get(name, {0: 0})), 8 * layout_bytes(launch, name))
+    moved, least = traffic(launch)
+    return Row(
+        kernel=launch.kernel,
+        case=case,
+        arch=arch,
+        registers=code.registers,
+        shared=launch.shared,
+        spill=code.local_bytes or 4 * code.local_accesses,
+        loads={name: dict(counts) for name, counts in code.loads.items()},
+        stores={name: dict(counts) for name, counts in code.stores.items()},
+        bulk=widths,
+        moved=moved,
+        least=least,
+        occupancy=occupancy(ARCHITECTURES[arch], code.registers, launch.shared, launch.warps),
+        warps=launch.warps,
+        note="halo: windows start off the 16-byte grid" if launch.arguments.get("HALO") else "",
+    )
+
+
+@cache
+def _cases() -> dict[tuple[str, str], Case]:
+    return {(case.op, case.name): case for case in cases()}
+
+
+def _report(task: tuple[str, str, int]) -> list[Row]:
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    return report(_cases()[task[:2]], task[2])
+
+
+def report_all(archs: list[int], op: str | None = None) -> list[Row]:
+    """Rows of every case of every op (or of one), in order."""
+    tasks = [(case.op, case.name, arch) for arch in archs for case in cases() if op in (None, case.op)]
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(_report, tasks, chunksize=4) for row in found]
+    return sorted(rows, key=lambda row: row.kernel)
+
+
+def _widths(accesses: dict[str, dict[int, int]]) -> str:
+    total: Counter[int] = Counter()
+    for counts in accesses.values():
+        total.update(counts)
+    return " ".join(f"{total[width]}x{width}" for width in sorted(total))
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    header = ("kernel", "case", "arch", "regs", "shared", "spill", "loads", "stores", "bulk", "moved", "occ.", "note")
+    lines = [header]
+    for row in rows:
+        bulk = " ".join(f"{name} {narrowest}/{allowed}" for name, (narrowest, allowed) in row.bulk.items())
+        lines.append(
+            (
+                row.kernel,
+                row.case,
+                f"sm_{row.arch}",
+                f"{row.registers}",
+                f"{row.shared}",
+                f"{row.spill}",
+                _widths(row.loads),
+                _widths(row.stores),
+                bulk,
+                f"{row.moved / row.least:.2f}",
+                f"{row.occupancy:.0%}",
+                row.note,
+            )
+        )
+    wide = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, wide, strict=True)).rstrip() for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.kernel_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ops = sorted({case.op for case in cases()})
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90, 100; default: all")
+    parser.add_argument("--kernel", choices=ops, help="only this op's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, loads and stores by argument")
+    parser.add_argument("--gate", action="store_true", help="exit with 1 if a kernel breaks a rule")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no table")
+    options = parser.parse_args(arguments)
+    archs = options.arch or list(ARCHITECTURES)
+    rows = report_all(archs, options.kernel)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if not options.quiet:
+        print(table(rows))
+    names = ", ".join(f"sm_{arch} ({ARCHITECTURES[arch].name})" for arch in archs)
+    print(f"{len(rows)} kernels compiled with triton {triton.__version__} for {names}")
+    if not options.gate:
+        return 0
+    failures = [failure for row in rows for failure in row.failures()]
+    for failure in failures:
+        print(f"FAIL {failure}")
+    print(f"gate: {len(failures)} failures" if failures else "gate: passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

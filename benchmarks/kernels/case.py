@@ -1,0 +1,179 @@
+"""What a case of the benchmark is: an op at a model's shapes, its contenders, its least bytes, its right result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.published import Inputs
+from umt_fast.masking import count_visible
+from umt_fast.models.patches import bicubic_window
+
+MASK_RATIO = 0.8
+TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
+"""Largest relative error, |out - truth| / |truth|, of an output and of a gradient."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One model at one batch size, in the letters of docs: B clips, T frames, P patches, n visible, K layers, D, C."""
+
+    model: str
+    batch: int = 64
+    frames: int = 8
+    side: int = 224
+    patch: int = 16
+    layers: int = 6
+    width: int = 768
+    target_width: int = 512
+    heads: int = 12
+    teacher_patch: int = 16
+    """The teacher's own patch: where it is not `patch`, its resize is folded into a wider kernel."""
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def patches(self) -> int:
+        return (self.side // self.patch) ** 2
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.patches
+
+    @property
+    def images(self) -> int:
+        return self.batch * self.frames
+
+    @property
+    def num_visible(self) -> int:
+        return count_visible(self.patches, MASK_RATIO)
+
+    @property
+    def kept(self) -> int:
+        """Visible tokens of a clip."""
+        return self.frames * self.num_visible
+
+    @property
+    def halo(self) -> int:
+        return 0 if self.teacher_patch == self.patch else bicubic_window(self.patch, self.teacher_patch)[1]
+
+    @property
+    def teacher_side(self) -> int:
+        return self.side // self.patch * self.teacher_patch
+
+
+UMT_B = Shapes("umt_b16")
+UMT_L = Shapes("umt_l16", width=1024, target_width=768, heads=16, teacher_patch=14)
+TINY = Shapes("tiny", 2, 2, 64, 16, 2, 32, 16, 2, 14, torch.float32)
+"""For the CPU: float32, so that a wrong formula cannot hide in rounding."""
+
+Run = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Case:
+    """One op, direction and model. All contenders take the same `Inputs`."""
+
+    op: str
+    form: str
+    """Which use of the op: "rows", "visible tokens"..."""
+    shapes: Shapes
+    make: Callable[[torch.device], Inputs]
+    """Fresh random inputs, those of `leaves` requiring grad if `backward`."""
+    triton: Run
+    eager: Run
+    plain: Callable[[Inputs, torch.dtype], Tensor]
+    """umt_kernels.reference's function, with its output in the dtype given: the truth, and what is compiled."""
+    read: int
+    """Bytes of input that must be read, each once in each direction."""
+    written: int
+    backward: bool = False
+    flops: int = 0
+    leaves: tuple[str, ...] = ()
+    """Inputs that get a gradient."""
+    eager_leaves: dict[str, str] = field(default_factory=dict)
+    """Where the eager form has another tensor than a leaf, whose first row it is."""
+    libraries: dict[str, Run] = field(default_factory=dict)
+    """Contenders that may raise libraries.Unavailable when they are run."""
+
+    def __repr__(self) -> str:
+        return self.group
+
+    @property
+    def least_bytes(self) -> int:
+        return self.read + self.written
+
+    @property
+    def direction(self) -> str:
+        return "backward" if self.backward else "forward"
+
+    @property
+    def group(self) -> str:
+        """pytest-benchmark's group: "op form model", or "op-backward form model" for forward and backward together."""
+        return f"{self.op}{'-backward' if self.backward else ''} {self.form} {self.shapes.model}"
+
+    @property
+    def contenders(self) -> list[str]:
+        return ["triton", "eager", "compiled", *self.libraries]
+
+    def run(self, contender: str) -> Run:
+        """The contender's function. Raises libraries.Unavailable if it cannot be had here."""
+        if contender == "compiled":
+            torch.compiler.reset()
+            # Off the GPU only the tracing is of interest, and generating C++ takes minutes.
+            backend = "inductor" if torch.cuda.is_available() else "aot_eager"
+
+            def plain(x: Inputs) -> Tensor:
+                return self.plain(x, self.shapes.dtype)
+
+            return torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
+        return {"triton": self.triton, "eager": self.eager, **self.libraries}[contender]
+
+    def step(self, run: Run, contender: str, x: Inputs) -> tuple[Tensor, ...]:
+        """What is timed: the output and, backwards, the gradients of `leaves`."""
+        output = run(x)
+        if not self.backward:
+            return (output,)
+        names = self.eager_leaves if contender == "eager" else {}
+        leaves = [x[names.get(leaf, leaf)] for leaf in self.leaves]
+        return (output, *torch.autograd.grad(output, leaves, x.get("grad")))
+
+    def truth(self, x: Inputs) -> tuple[Tensor, ...]:
+        """The same in float64."""
+        wide = {
+            name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
+            for name, t in x.items()
+        }
+        return self.step(lambda inputs: self.plain(inputs, torch.float64), "truth", wide)
+
+    def fault(self, contender: str, results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> str | None:
+        """What is wrong with a contender's numbers, or None."""
+        if self.op == "sample_visible":
+            ids = self.shapes.tokens if self.form == "whole clip" else self.shapes.patches
+            return draw_fault(results[0], truth[0], ids)
+        names = ["output", *(f"gradient of {leaf}" for leaf in self.leaves)]
+        for name, result, true in zip(names, results, truth, strict=False):
+            if contender == "eager" and result.shape != true.shape and name != "output":
+                result = result[:, 0]  # the eager form's tensor holds more rows; see eager_leaves
+            if result.shape != true.shape:
+                return f"{name} has shape {list(result.shape)}, not {list(true.shape)}"
+            error = ((result.double() - true).norm() / true.norm()).item()
+            tolerance = TOLERANCE[self.shapes.dtype][name != "output"]
+            if not error <= tolerance:  # NaN included
+                return f"{name} is off by {error:.2g} of its norm, over {tolerance:g}"
+        return None
+
+
+def draw_fault(drawn: Tensor, like: Tensor, ids: int) -> str | None:
+    """What is wrong with a draw of `ids`: [R, n] ascending and different, or the published mask, True where hidden."""
+    rows, count = like.shape
+    expected = [rows, ids if drawn.dtype == torch.bool else count]
+    if list(drawn.shape) != expected:
+        return f"draw has shape {list(drawn.shape)}, not {expected}"
+    if drawn.dtype == torch.bool:
+        kept = (~drawn).sum(1)
+        return None if (kept == count).all() else f"rows keep {kept.unique().tolist()} ids, not {count}"
+    inside = (drawn >= 0) & (drawn < ids)
+    return None if (drawn.diff(dim=1) > 0).all() and inside.all() else "ids are not ascending, different and in range"

@@ -1,0 +1,53 @@
+"""What a measurement was taken on. `python -m benchmarks.kernels.environment` prints the GPU's short name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def gpu_name(device_name: str) -> str:
+    """Folder of a GPU's results: "NVIDIA H200" -> h200, "NVIDIA A100-SXM4-80GB" -> a100."""
+    model = re.search(r"\b(?:[A-Z]{1,2}\d{2,4}[A-Z]?)\b", device_name)
+    if model:
+        return model[0].lower()
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "").replace("geforce", "")).strip("-")
+
+
+def describe() -> dict[str, str]:
+    """Device, versions and commit, for a result's extra_info."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "missing"
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, with a + if files differ from it; "unknown" outside a git checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        commit, status = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if status else "")
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU is visible to PyTorch; the kernels are timed on one only")
+    print(gpu_name(torch.cuda.get_device_name()))

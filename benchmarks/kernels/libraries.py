@@ -1,0 +1,84 @@
+"""The nearest kernels of other libraries: their LayerNorm between PyTorch's gather and what follows.
+
+And the form of patch_embed that is built beside the op: an implicit GEMM.
+
+No library is known to gather patches from uint8 clips, to draw ids without replacement or to score by the class
+token. xformers has no LayerNorm (its norm is RMSNorm).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from umt_kernels.backend import runs_triton
+from umt_kernels.patch_embed import implicit_patch_embed as implicit_gemm
+
+from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs, cosine_distance
+
+LayerNorm = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unavailable(Exception):
+    """Why a library's kernel cannot be timed here."""
+
+
+def liger() -> LayerNorm:
+    """Liger-Kernel's LayerNorm, with a backward."""
+    layer_norm = _import("liger_kernel.ops.layer_norm", "liger-kernel").LigerLayerNormFunction
+    return lambda x, weight, bias: layer_norm.apply(x, weight, bias, LAYER_NORM_EPS)
+
+
+def quack() -> LayerNorm:
+    """QuACK's LayerNorm, forward only; it wants rows in two dimensions and float32 parameters."""
+    layer_norm = _import("quack.rmsnorm", "quack-kernels").layernorm_fwd
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return layer_norm(x.flatten(0, -2), weight.float(), bias.float(), eps=LAYER_NORM_EPS).view_as(x)
+
+    return run
+
+
+def xformers() -> LayerNorm:
+    """Raises Unavailable: listed so that the report says why it is missing."""
+    raise Unavailable("xformers has no LayerNorm, only RMSNorm")
+
+
+FORWARD = {"liger": liger, "quack": quack, "xformers": xformers}
+BACKWARD = {"liger": liger, "xformers": xformers}
+
+
+def _import(module: str, distribution: str) -> Any:
+    if not torch.cuda.is_available():
+        raise Unavailable(f"{distribution} needs a GPU")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # its own dependencies may be missing or refuse this GPU, in any way
+        raise Unavailable(f"{distribution} cannot be imported: {error!r}") from error
+
+
+def gather_layer_norm_rows(x: Inputs, layer_norm: LayerNorm) -> Tensor:
+    """Gather by index, then the library's LayerNorm."""
+    rows = x["x"].gather(1, x["row_ids"][..., None].expand(-1, -1, x["x"].shape[-1]))
+    return layer_norm(rows, x["weight"], x["bias"])
+
+
+def gather_layer_norm_position(x: Inputs, layer_norm: LayerNorm) -> Tensor:
+    """The library's LayerNorm, then the positions by index."""
+    return layer_norm(x["x"], x["weight"], x["bias"]) + x["position"][x["position_ids"]]
+
+
+def cosine_alignment_loss(x: Inputs, layer_norm: LayerNorm) -> Tensor:
+    """The library's LayerNorm of each layer, then the published loss."""
+    layers = zip(x["predictions"], x["weight"], x["bias"], strict=True)
+    return cosine_distance(torch.stack([layer_norm(p, w, b) for p, w, b in layers]), x["targets"])
+
+
+def implicit_patch_embed(patch: int, dtype: torch.dtype, x: Inputs) -> Tensor:
+    """The pixels read inside a Triton GEMM, instead of gathered for cuBLAS."""
+    if not runs_triton(x["clip"]):
+        raise Unavailable("the implicit GEMM needs a GPU")
+    return implicit_gemm(x["clip"], x["weight"], x["bias"], patch, x["token_ids"], x["position"], dtype)
