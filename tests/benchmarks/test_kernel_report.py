@@ -1,0 +1,168 @@
+"""The compile gate lets the kernels through, and stops kernels that are made to break its rules."""
+
+import inspect
+import json
+import shutil
+
+import pytest
+import torch
+import umt_kernels
+from umt_kernels import backend
+
+triton = pytest.importorskip("triton")
+
+import triton.language as tl  # noqa: E402
+
+from benchmarks import gpu_code, kernel_cases, kernel_report  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes the compiler's place"),
+    pytest.mark.skipif(shutil.which(triton.knobs.nvidia.ptxas.path) is None, reason="triton without its assembler"),
+]
+
+FIRST = {
+    "gather_patches": "UMT-B/16 student, i64 ids, u8->bf16",
+    "gather_layer_norm": "UMT-B/16 student, position, i64, bf16",
+    "cls_scores": "UMT-B/16 bf16",
+    "sample_visible": "UMT-B/16 per frame, fp32",
+    "cosine_alignment_loss": "UMT-B/16 norm, grad, i64 ids, bf16",
+}
+
+
+def find_case(op, name):
+    return next(case for case in kernel_cases.cases() if (case.op, case.name) == (op, name))
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, n, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place * STEP, mask=place < n, other=0.0)
+    tl.store(y_ptr + place, x, mask=place < n)
+
+
+@triton.jit
+def greedy_kernel(x_ptr, y_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Keeps a large tile alive between a load and a loop that needs all of it."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row[:, None] * BLOCK + column[None, :])
+    for _ in range(n):
+        x = x * tl.sum(x, axis=1)[:, None] + tl.sum(x, axis=0)[None, :]
+    tl.store(y_ptr + row[:, None] * BLOCK + column[None, :], x)
+
+
+@triton.jit
+def shared_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    place = i[:, None] * N + i[None, :]
+    x = tl.load(x_ptr + place)
+    tl.store(y_ptr + place, tl.dot(x, tl.dot(x, x).to(x.dtype)).to(x.dtype))
+
+
+def compile_row(monkeypatch, kernel, *arguments, bulk=(), arch=80, **settings):
+    """The report's row of a kernel that is no op's."""
+    monkeypatch.setattr(kernel_report, "traffic", lambda launch: (1, 1))
+    with gpu_code.compile_only(arch) as launches:
+        kernel[(1,)](*arguments, **settings)
+    (launch,) = launches
+    return kernel_report.make_row(launch, "made to fail", arch, bulk)
+
+
+@pytest.mark.parametrize("op", FIRST)
+def test_kernels_pass_the_gate(op):
+    rows = kernel_report.report(find_case(op, FIRST[op]), 90)
+    assert [failure for row in rows for failure in row.failures()] == []
+    for row in rows:
+        assert row.registers > 0
+        assert 0 < row.occupancy <= 1
+        assert row.moved >= row.least > 0
+        assert "?" not in row.stores
+        assert row.kernel in kernel_report.table(rows)
+
+
+def test_the_whole_of_a_launch_is_seen():
+    """Bulk arguments are found in the code under their own names, in 16-byte loads."""
+    rows = {
+        row.kernel: row for row in kernel_report.report(find_case("gather_layer_norm", FIRST["gather_layer_norm"]), 80)
+    }
+    assert set(rows) == {"gather_layer_norm_forward", "gather_layer_norm_backward"}
+    assert set(rows["gather_layer_norm_forward"].loads) == {"x", "w", "b", "position", "position_ids"}
+    assert rows["gather_layer_norm_backward"].bulk == {"g": (128, 128), "x": (128, 128)}
+
+
+def test_every_kernel_has_cases():
+    """A kernel that is added to umt_kernels is added to the report."""
+    kernels = set()
+    for op in {case.op for case in kernel_cases.cases()}:
+        module = inspect.getmodule(inspect.unwrap(getattr(umt_kernels, op)))
+        kernels |= {op + name.removesuffix("_kernel") for name in vars(module) if name.endswith("_kernel")}
+    assert kernels == set(kernel_cases._TRAFFIC)
+    assert set(kernel_cases.BULK) < kernels
+
+
+def test_halo_is_no_failure_and_says_why():
+    (row,) = kernel_report.report(find_case("gather_patches", "UMT-L/16 teacher, all, halo 1, u8->bf16"), 80)
+    assert row.bulk == {"clip": (8, 8)}
+    assert row.failures() == []
+    assert "off the 16-byte grid" in kernel_report.table([row])
+
+
+def test_spill_fails(monkeypatch):
+    x = torch.empty(256, 256)
+    row = compile_row(monkeypatch, greedy_kernel, x, x.clone(), 3, ROWS=256, BLOCK=256)
+    assert row.spill > 0
+    (failure,) = row.failures()
+    assert "spills" in failure
+    assert "sm_80" in failure
+
+
+def test_narrow_load_fails(monkeypatch):
+    x = torch.empty(4096)
+    wide = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, bulk=("x",), STEP=1, BLOCK=1024)
+    assert wide.bulk == {"x": (128, 128)}
+    assert wide.failures() == []
+    narrow = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4095, bulk=("x",), STEP=1, BLOCK=1024)
+    assert "loads x 4 bytes at a time where 16 are possible" in narrow.failures()[0]
+
+
+def test_misplaced_data_may_be_read_narrowly(monkeypatch):
+    x = torch.empty(4097)[1:]
+    row = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, bulk=("x",), STEP=1, BLOCK=1024)
+    assert row.bulk == {"x": (32, 32)}
+    assert row.failures() == []
+
+
+def test_load_that_is_not_found_fails(monkeypatch):
+    x = torch.empty(4096)
+    row = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, bulk=("y",), STEP=1, BLOCK=1024)
+    assert "no global load of y" in row.failures()[0]
+
+
+def test_too_much_shared_memory_fails(monkeypatch):
+    x = torch.empty(512, 512, dtype=torch.bfloat16)
+    row = compile_row(monkeypatch, shared_kernel, x, x.clone(), N=512, num_warps=32)
+    assert any("shared memory" in failure for failure in row.failures())
+
+
+def test_occupancy():
+    a100 = gpu_code.ARCHITECTURES[80]
+    assert gpu_code.occupancy(a100, registers=32, shared=0, warps=4) == 1
+    assert gpu_code.occupancy(a100, registers=128, shared=0, warps=4) == 0.25
+    assert gpu_code.occupancy(a100, registers=32, shared=81 << 10, warps=4) == 8 / 64
+    assert gpu_code.occupancy(a100, registers=32, shared=0, warps=1) == 0.5
+    assert gpu_code.occupancy(a100, registers=255, shared=0, warps=16) == 0
+
+
+def test_main_writes_json_and_answers_for_the_gate(tmp_path, monkeypatch, capsys):
+    good = kernel_report.report(find_case("cls_scores", FIRST["cls_scores"]), 90)
+    monkeypatch.setattr(kernel_report, "report_all", lambda archs, op: good)
+    assert kernel_report.main(["--gate", "--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
+    assert "gate: passed" in capsys.readouterr().out
+    assert {row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text())} == {
+        "cls_scores_forward",
+        "cls_scores_backward",
+    }
+    bad = [kernel_report.Row(**{**vars(good[0]), "spill": 16})]
+    monkeypatch.setattr(kernel_report, "report_all", lambda archs, op: bad)
+    assert kernel_report.main(["--gate", "-q"]) == 1
+    assert "FAIL cls_scores_forward [UMT-B/16 bf16] sm_90: spills 16 bytes per thread" in capsys.readouterr().out
+    assert kernel_report.main(["-q"]) == 0

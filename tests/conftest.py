@@ -1,0 +1,92 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
+from umt_fast.data import synthetic
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass
+class Golden:
+    """A recorded case of the published implementation: models with its weights, and its tensors."""
+
+    student: VideoStudent
+    teacher: ClipTeacher
+    tensors: dict[str, Tensor]
+    config: dict
+
+    def visible(self, mask: Tensor) -> Tensor:
+        """The recorded mask, True where hidden, as ids [B,T,n]."""
+        frames = self.config["frames"] // self.config["tubelet"]
+        shown = (~mask).view(len(mask), frames, -1)
+        assert len(set(shown.sum(-1).flatten().tolist())) == 1
+        return shown.nonzero()[:, 2].view(*shown.shape[:2], -1)
+
+
+def load_golden(name: str) -> Golden:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+    student = VideoStudent(
+        StudentConfig(
+            image_size=config["img"],
+            patch_size=config["patch"],
+            tubelet_size=config["tubelet"],
+            frames=config["frames"],
+            width=config["dim"],
+            depth=config["depth"],
+            heads=config["heads"],
+            align_layers=config["K"],
+            target_width=config["t_out"],
+        )
+    )
+    teacher = ClipTeacher(
+        TeacherConfig(
+            image_size=config["t_img"],
+            patch_size=config["t_patch"],
+            tubelet_size=config["tubelet"],
+            input_size=config["img"],
+            width=config["t_dim"],
+            depth=config["t_depth"],
+            heads=config["t_heads"],
+            target_width=config["t_out"],
+            align_layers=config["K"],
+        )
+    )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+    checkpoint.load_umt_student(student, part("student."))
+    checkpoint.load_clip_teacher(teacher, part("teacher."))
+    return Golden(student, teacher, tensors, config)
+
+
+@pytest.fixture
+def golden_case():
+    return load_golden
+
+
+@pytest.fixture(scope="session")
+def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of eight small real videos, H.264 and VP9."""
+    return synthetic.write_videos(tmp_path_factory.mktemp("videos"), count=8)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

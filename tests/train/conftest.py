@@ -1,0 +1,110 @@
+"""Runs of the trainer as a user starts them: in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# A student that takes a fraction of a second per step.
+SMALL = """
+teacher_weights = "random"
+[student]
+image_size = 32
+frames = 4
+width = 32
+depth = 2
+heads = 2
+drop_path = 0.2
+align_layers = 2
+target_width = 16
+[teacher]
+image_size = 32
+width = 32
+depth = 2
+heads = 2
+align_layers = 2
+target_width = 16
+[optim]
+epochs = 8
+warmup_epochs = 2
+batch_size = 4
+[data]
+workers = 1
+[run]
+log_every = 2
+save_every = 4
+"""
+
+
+class Trainer:
+    """Starts `train.pretrain` on the small recipe in `folder`."""
+
+    def __init__(self, folder: Path, videos: Path) -> None:
+        self.folder = folder
+        self.recipe = folder / "small.toml"
+        self.recipe.write_text(SMALL)
+        self.videos = videos
+        self.children: list[subprocess.Popen[str]] = []
+
+    def start(
+        self, *options: str, processes: int = 1, limit: Callable[[], None] | None = None
+    ) -> subprocess.Popen[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*launcher, "-m", "train.pretrain", "--recipe", str(self.recipe), "--run.dir", str(self.folder)]
+        if "--data.train" not in options:
+            command += ["--data.train", str(self.videos)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        child = subprocess.Popen(
+            [*command, *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=limit,
+            start_new_session=True,
+        )
+        self.children.append(child)
+        return child
+
+    def run(self, *options: str, processes: int = 1, limit: Callable[[], None] | None = None) -> tuple[int, str]:
+        """Exit status and output of a run that ends by itself."""
+        child = self.start(*options, processes=processes, limit=limit)
+        output, _ = child.communicate(timeout=120)
+        return child.returncode, output
+
+    def checkpoints(self, name: str) -> list[Path]:
+        return sorted((self.folder / name / "checkpoints").glob("*"))
+
+    def wait_for_step(self, child: subprocess.Popen[str], step: int) -> str:
+        """Read the output until the log line of `step`."""
+        assert child.stdout is not None
+        seen = ""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            line = child.stdout.readline()
+            seen += line
+            if line.startswith(f"step {step}/") or not line:
+                return seen
+        raise AssertionError(f"step {step} was not reached: {seen}")
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, demo_videos: Path) -> Iterator[Trainer]:
+    made = Trainer(tmp_path, demo_videos)
+    yield made
+    for child in made.children:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
