@@ -1,0 +1,80 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# A list file or folder of videos for `make demo`; empty: it makes its own.
+DATA ?=
+
+
+.PHONY: demo test test-kernels gate lint doctor clean bench-kernels test-gpu
+
+demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
+	rm -rf runs/demo
+ifeq ($(DATA),)
+	$(BIN)/python -m umt_fast.data.synthetic runs/demo-videos
+endif
+	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo \
+		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
+
+test: lint ## install what is needed and run every check and test, in plain PyTorch
+	$(BIN)/python -m pytest
+
+# The golden tests with the Triton kernels in Triton's interpreter; then umt-kernels alone, with nothing but torch,
+# triton and what runs the tests, both ways.
+test-kernels: .venv/.dev .venv-kernels/.done ## run the Triton kernels in the interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_golden.py tests/models
+	.venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
+	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
+
+gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
+	$(BIN)/python -m benchmarks.kernel_report --gate -q
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+doctor: .venv/.run ## what is installed, in use and missing
+	$(BIN)/python -m umt_fast.doctor
+
+clean: ## remove what the other targets made, runs included
+	rm -rf .venv .venv-kernels runs build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.run: .venv/bin/python pyproject.toml kernels/pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e .
+	touch $@
+
+.venv/.dev: .venv/bin/python pyproject.toml kernels/pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e '.[dev]'
+	touch $@ .venv/.run
+
+.venv-kernels/.done: kernels/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/python -m pip install -q -c constraints.txt torch
+	.venv-kernels/bin/python -m pip install -q -c constraints.txt -e 'kernels[test]'
+	touch $@
+
+# On a machine with a GPU. From a plain checkout: make bench-kernels PY=python3 PYTHONPATH=.:kernels
+PY ?= .venv/bin/python
+ON_GPU := $(if $(filter .venv/bin/python,$(PY)),.venv/.dev)
+
+bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/results/<gpu>
+	@set -e; gpu=$$($(PY) -m benchmarks.kernels.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \
+	status=0; $(PY) -m pytest benchmarks/kernels --benchmark-json=$$out/new.json || status=$$?; \
+	if [ ! -s $$out/new.json ]; then rm -f $$out/new.json; echo "nothing was measured"; exit 1; fi; \
+	mv $$out/new.json $$out/kernels.json; \
+	$(PY) -m benchmarks.kernels.report $$out/kernels.json; $(PY) -m benchmarks.kernels.report; exit $$status
+
+test-gpu: $(ON_GPU) ## run every test on this GPU, and one test per kernel under compute-sanitizer
+	@$(PY) -m benchmarks.kernels.environment
+	env -u TRITON_INTERPRET $(PY) -m pytest kernels/tests tests -m "gpu or not gpu"
+	@if ! command -v compute-sanitizer >/dev/null; then \
+		echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; exit 0; fi; \
+	set -e; for file in kernels/tests/test_*.py; do \
+		test=$$(env -u TRITON_INTERPRET $(PY) -m pytest $$file -m gpu --collect-only -q | grep :: | head -n 1) || true; \
+		if [ -z "$$test" ]; then echo "$$file: no test is marked gpu, none checked"; continue; fi; \
+		echo "compute-sanitizer: $$test"; \
+		env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+			$(PY) -m pytest -q -o timeout=0 "$$test"; \
+	done
