@@ -79,6 +79,12 @@ class _Absent:
         return 0
 
 
+@functools.cache
+def _fresh_cache() -> tempfile.TemporaryDirectory[str]:
+    """Where this process keeps compiled kernels: code from the user's cache may name the source of another checkout."""
+    return tempfile.TemporaryDirectory(prefix="umt-kernel-report-")
+
+
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Launch]]:
     """Inside, the ops take their Triton kernels on CPU tensors, and each launch compiles, is listed and does not run.
@@ -110,7 +116,12 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
         before = None
     driver.set_active(_Absent(capability))
     try:
-        with mock.patch.object(JITFunction, "run", record), mock.patch.object(backend, "INTERPRETED", True):
+        with (
+            mock.patch.object(JITFunction, "run", record),
+            mock.patch.object(backend, "INTERPRETED", True),
+            triton.knobs.cache.scope(),
+        ):
+            triton.knobs.cache.dir = _fresh_cache().name
             yield launches
     finally:
         driver.set_active(before)

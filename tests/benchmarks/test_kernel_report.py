@@ -124,6 +124,13 @@ def test_narrow_load_fails(monkeypatch):
     assert "loads x 4 bytes at a time where 16 are possible" in narrow.failures()[0]
 
 
+def test_code_of_another_checkout_is_not_taken_from_the_cache(monkeypatch, tmp_path):
+    """Triton's cache knows a kernel by its source and line, not by its file: what is kept may name a file that is gone."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compile_row(monkeypatch, copy_kernel, torch.empty(4096), torch.empty(4096), 4096, STEP=1, BLOCK=1024, num_warps=8)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_misplaced_data_may_be_read_narrowly(monkeypatch):
     x = torch.empty(4097)[1:]
     row = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, bulk=("x",), STEP=1, BLOCK=1024)
