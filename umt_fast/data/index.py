@@ -1,0 +1,191 @@
+"""The videos of a data set, and what an index tells of them, so that none has to be opened to ask.
+
+An index is a file `index.jsonl` beside the videos or shards, as `umt_fast.data.prepare` writes it: a line that names
+the format, then one JSON object per video:
+
+    path          of the file, relative to the index; with `shard`, its name in there
+    shard         the tar file that it lies in, relative to the index; `offset`: where in that it begins
+    bytes         size of the file; `sha256`: of its content
+    codec         as FFmpeg names it
+    width height  pixels, upright
+    fps           frames per second, on average
+    frames        how many
+    times         their presentation times, in ticks of the file: the first, then [step, how often] runs
+    keys          the key frames: frame 0, then [frames to the next, how often] runs
+    label caption what the data set says of the video, if anything
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from umt_fast.errors import RunError
+
+INDEX_NAME = "index.jsonl"
+FORMAT = {"format": "umt-fast video index", "version": 1}
+
+
+class BadIndex(RunError, ValueError):
+    """An index that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What choosing and finding frames needs to know of a video."""
+
+    width: int
+    """Pixels, upright."""
+    height: int
+    fps: float
+    codec: str
+    times: np.ndarray
+    """Presentation time of each frame, ascending, in ticks of the file; its number where the file gives no times."""
+    keys: np.ndarray
+    """Presentation times of the key frames, ascending; empty where the file gives no times."""
+    plain: bool = True
+    """Every packet is one frame that is shown, with a time, the way up it is stored."""
+
+    @property
+    def frames(self) -> int:
+        return len(self.times)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video file, or one in a shard."""
+
+    path: str
+    """Of the file, or of the shard: local or a URL that fsspec knows."""
+    name: str
+    """For people; of a video in a shard, the shard and the name in it."""
+    size: int | None = None
+    """Bytes, where known."""
+    offset: int | None = None
+    """Where it begins in the shard; None for a file of its own."""
+    facts: Facts | None = None
+    """None: not known before the file is read."""
+
+    @property
+    def remote(self) -> bool:
+        return is_url(self.path)
+
+
+class VideoList(Sequence[Video]):
+    """The videos of a run: rows of an index, relative to `base`, or paths.
+
+    The rows stay one block of bytes, which all worker processes share; a list of objects would be copied into each
+    of them, page by page, as they count its references.
+    """
+
+    def __init__(self, rows: Iterable[bytes], base: str = "") -> None:
+        rows = list(rows)
+        self._base = base
+        self._rows = b"".join(rows)
+        self._ends = np.cumsum([0, *map(len, rows)])
+
+    @classmethod
+    def of_paths(cls, paths: Iterable[str]) -> VideoList:
+        return cls(json.dumps({"path": path}).encode() for path in paths)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> Video: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Video]: ...
+
+    def __getitem__(self, index: int | slice) -> Video | Sequence[Video]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return _parse(json.loads(self._row(range(len(self))[index])), self._base)
+
+    def count_distinct(self) -> int:
+        """How many different videos the list names."""
+        return len({self._row(index) for index in range(len(self))})
+
+    def _row(self, index: int) -> bytes:
+        return self._rows[self._ends[index] : self._ends[index + 1]]
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def join(base: str, path: str) -> str:
+    """`path`, which is relative to the folder or URL `base` unless it is absolute."""
+    return path if is_url(path) else posixpath.join(base, path)
+
+
+def parse_index(content: bytes, where: str) -> VideoList:
+    """Read an index that lies at `where` (a path or URL). Raises BadIndex unless it is one."""
+    head, *rows = content.splitlines()[:1] + [line for line in content.splitlines()[1:] if line.strip()] or [b""]
+    try:
+        found = json.loads(head)
+    except ValueError:
+        found = None
+    if found != FORMAT:
+        raise BadIndex(f"{where} does not begin with {json.dumps(FORMAT)}; make an index with umt_fast.data.prepare")
+    if not rows:
+        raise BadIndex(f"{where} lists no video")
+    videos = VideoList(rows, posixpath.dirname(where))
+    for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
+        try:
+            videos[index]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadIndex(f"{where}, line {line} is no row of an index ({error!r}); make it anew") from None
+    return videos
+
+
+def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
+    """Content of an index of `rows`."""
+    return b"".join(json.dumps(row).encode() + b"\n" for row in (FORMAT, *rows))
+
+
+def describe(facts: Facts) -> dict[str, Any]:
+    """The part of a row that tells what is in a video. `facts` are of a plain file that begins with a key frame."""
+    places = np.searchsorted(facts.times, facts.keys)
+    return {
+        "codec": facts.codec,
+        "width": facts.width,
+        "height": facts.height,
+        "fps": facts.fps,
+        "frames": facts.frames,
+        "times": [int(facts.times[0]), *_runs(np.diff(facts.times))],
+        "keys": list(_runs(np.diff(places))),
+    }
+
+
+def _parse(row: dict[str, Any], base: str) -> Video:
+    facts = None
+    if "times" in row:
+        first, *steps = row["times"]
+        times = _sums(first, steps)
+        if len(times) != row["frames"]:
+            raise ValueError(f"times of {len(times)} frames, but frames = {row['frames']}")
+        keys = times[_sums(0, row["keys"])]
+        facts = Facts(row["width"], row["height"], row["fps"], row["codec"], times, keys)
+    path, size = join(base, row["path"]), row.get("bytes")
+    if "shard" not in row:
+        return Video(path, path, size, None, facts)
+    shard = join(base, row["shard"])
+    return Video(shard, f"{shard}/{row['path']}", size, row["offset"], facts)
+
+
+def _runs(values: np.ndarray) -> Iterator[list[int]]:
+    """`[value, how often]` for each stretch of equal values."""
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.empty(0, np.int64)
+    for start, count in zip(starts, np.diff(np.r_[starts, len(values)]), strict=True):
+        yield [int(values[start]), int(count)]
+
+
+def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
+    steps = np.repeat(np.array([step for step, _ in runs], np.int64), [count for _, count in runs])
+    return first + np.concatenate(([0], np.cumsum(steps)))
