@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 import umt_fast
 from umt_fast import checkpoint, distributed, masking
 from umt_fast.config import Config, ConfigError, load_recipe
-from umt_fast.data.loader import Batch, ClipDataset, ClipLoader
+from umt_fast.data.loader import Batch, ClipLoader
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.stream import ClipStream
 from umt_fast.distributed import StopSignal, World
 from umt_fast.doctor import in_use, resolve_precision
 from umt_fast.errors import RunError
@@ -80,7 +81,8 @@ def train(config: Config, world: World) -> Path:
     folder = Path(run.dir) / run.name
     videos = read_manifest(config.data.train, config.data.prefix)
     step_clips = world.size * optim.batch_size * optim.accumulate
-    schedule = Schedule(optim, len(videos), step_clips)
+    epoch_clips = len(videos) * config.data.crops_per_clip
+    schedule = Schedule(optim, epoch_clips, step_clips)
     autocast = resolve_precision(run.precision, world.device)
 
     torch.manual_seed(run.seed)  # the same initial student on every rank
@@ -112,7 +114,7 @@ def train(config: Config, world: World) -> Path:
     mask, patches = config.mask, config.student.grid**2
     frames = config.student.tokens // patches
     num_visible = masking.count_visible(patches, mask.ratio)
-    distinct = len(set(videos))
+    distinct = videos.count_distinct()
     ledger = Ledger()
     saved: Path | None = source
     if rng is not None:
@@ -128,7 +130,7 @@ def train(config: Config, world: World) -> Path:
                 f"step {number} is not finite ({values}). Last good checkpoint: {saved or 'none'}. "
                 f"Files of that step: {', '.join(files)}"
             )
-        log.record(step, {**report.means, "lr": schedule(step - 1), "epoch": step * step_clips / len(videos)})
+        log.record(step, {**report.means, "lr": schedule(step - 1), "epoch": step * step_clips / epoch_clips})
         if bad > config.data.max_bad_fraction * distinct:
             raise TooManyBadFiles(
                 f"{bad} of {distinct} videos could not be read, more than --data.max-bad-fraction "
@@ -151,9 +153,8 @@ def train(config: Config, world: World) -> Path:
         log.restart_clock(step)
         return path
 
-    dataset = ClipDataset(videos, config.data, config.student.frames, config.student.image_size, run.seed)
     loader = ClipLoader(
-        dataset,
+        ClipStream(videos, config.data, config.student.frames, config.student.image_size, run.seed),
         start=clips_seen,
         batches=(last - start) * optim.accumulate,
         batch_size=optim.batch_size,
@@ -230,7 +231,7 @@ def restore(
     not know starts with a random state of its own.
     """
     content = checkpoint.load_checkpoint(source)
-    for name in ("student", "teacher", "mask", "teacher_weights", "run.seed"):
+    for name in ("student", "teacher", "mask", "teacher_weights", "data.crops_per_clip", "run.seed"):
         then, now = (_setting(settings, name) for settings in (content["config"], dataclasses.asdict(config)))
         if then != now:
             raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
@@ -289,7 +290,8 @@ def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, 
         title += " (random teacher)"
     draw_visible(batch.clip[0], out.scores[0], out.visible[0], folder / "visible.png", title)
     if len(metrics) > 1:
-        log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; pictures and metrics in {folder}")
+        losses = f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}"
+        log.say(f"{losses}; waited for data {log.stall:.1%} of the time; pictures and metrics in {folder}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -157,6 +157,9 @@ class DataConfig:
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: int = 2
     """Batches each worker keeps ready."""
+    crops_per_clip: int = 1
+    """Clips cut from one decoded video: the same frames, cropped and flipped anew (UMT's num_sample). A batch still
+    holds `optim.batch_size` clips."""
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Crop sides as shares of the short side."""
     flip: float = 0.5
@@ -235,6 +238,7 @@ class Config:
             ("optim.accumulate", self.optim.accumulate, 1),
             ("data.workers", self.data.workers, 0),
             ("data.prefetch", self.data.prefetch, 1),
+            ("data.crops_per_clip", self.data.crops_per_clip, 1),
             ("run.seed", self.run.seed, 0),
             ("run.log_every", self.run.log_every, 1),
             ("run.save_every", self.run.save_every, 1),
@@ -249,6 +253,7 @@ class Config:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} = {value} is below {low}")
+        _divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
         shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
         shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
         shares |= {"mask.ratio": (self.mask.ratio,)}

@@ -107,6 +107,7 @@ class RunLog:
         self._total_steps = total_steps
         self._since = (time.monotonic(), step)
         self._bad: set[str] = set()
+        self._waited = self._elapsed = 0.0
         if not main:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -142,12 +143,18 @@ class RunLog:
             self._bar.update()
 
     def record(self, step: int, values: dict[str, float]) -> dict[str, Any]:
-        """Write the metrics of the steps since the last record, adding their rate."""
+        """Write the metrics of the steps since the last record, adding their rate and the share of time spent waiting.
+
+        The loop may wait for data while a GPU still has work: data_stall is the most that the device can have idled.
+        """
         now = time.monotonic()
         seconds, steps = now - self._since[0], step - self._since[1]
         self._since = (now, step)
         rate = steps * self._global_batch / max(seconds, 1e-9)
-        line = {"step": step, **values, "clips_per_second": round(rate, 2)}
+        stall = min(values["data_wait_seconds"] / max(seconds, 1e-9), 1.0)
+        self._waited += stall * seconds
+        self._elapsed += seconds
+        line = {"step": step, **values, "data_stall": round(stall, 4), "clips_per_second": round(rate, 2)}
         if not self.main:
             return line
         try:
@@ -158,7 +165,8 @@ class RunLog:
         for name, value in line.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
-        shown = {"loss": f"{values['loss']:.4f}", "clips/s": f"{rate:.1f}", "lr": f"{values['lr']:.2e}"}
+        shown = {"loss": f"{values['loss']:.4f}", "clips/s": f"{rate:.1f}", "data stall": f"{stall:.1%}"}
+        shown["lr"] = f"{values['lr']:.2e}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
         else:
@@ -166,6 +174,11 @@ class RunLog:
             parts = [f"step {step}/{self._total_steps}", *(f"{k} {v}" for k, v in shown.items()), f"ETA {left}"]
             self.say("  ".join(parts))
         return line
+
+    @property
+    def stall(self) -> float:
+        """Share of the time so far that the loop waited for data."""
+        return self._waited / max(self._elapsed, 1e-9)
 
     def record_bad(self, files: list[tuple[str, str]]) -> int:
         """Add unreadable videos to bad_files.txt, each once. Returns how many the main rank knows."""

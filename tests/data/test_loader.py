@@ -14,7 +14,9 @@ import torch
 
 from umt_fast.config import DataConfig
 from umt_fast.data import pyav
+from umt_fast.data.index import VideoList
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NothingReadable
+from umt_fast.data.stream import ClipStream
 from umt_fast.errors import RunError
 
 FRAMES, SIDE = 4, 32
@@ -45,12 +47,12 @@ def broken(tmp_path) -> str:
     return str(path)
 
 
-def _dataset(videos: list[str], workers: int = 0, seed: int = 0, frames: int = FRAMES, **config) -> ClipDataset:
-    return ClipDataset(videos, DataConfig(workers=workers, **config), frames, SIDE, seed)
+def _stream(videos: list[str], workers: int = 0, seed: int = 0, frames: int = FRAMES, **config) -> ClipStream:
+    return ClipStream(VideoList.of_paths(videos), DataConfig(workers=workers, **config), frames, SIDE, seed)
 
 
-def _batches(dataset: ClipDataset, *, batches: int, batch_size: int, start: int = 0, **ranks: int) -> list[Batch]:
-    with ClipLoader(dataset, start=start, batches=batches, batch_size=batch_size, **ranks) as loader:
+def _batches(stream: ClipStream, *, batches: int, batch_size: int, start: int = 0, **ranks: int) -> list[Batch]:
+    with ClipLoader(stream, start=start, batches=batches, batch_size=batch_size, **ranks) as loader:
         return list(loader)
 
 
@@ -68,7 +70,7 @@ def _assert_same(one: list[Batch], other: list[Batch]) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_shape_and_type(videos, batch_size):
-    batches = _batches(_dataset(videos), batches=2, batch_size=batch_size)
+    batches = _batches(_stream(videos), batches=2, batch_size=batch_size)
     assert len(batches) == 2
     for batch in batches:
         assert batch.clip.shape == (batch_size, FRAMES, SIDE, SIDE, 3)
@@ -81,21 +83,21 @@ def test_shape_and_type(videos, batch_size):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(videos, broken, workers):
     listed = [*videos, broken]
-    alone = _batches(_dataset(listed), batches=5, batch_size=3)
+    alone = _batches(_stream(listed), batches=5, batch_size=3)
     assert any(batch.bad for batch in alone)
-    _assert_same(_batches(_dataset(listed, workers), batches=5, batch_size=3), alone)
+    _assert_same(_batches(_stream(listed, workers), batches=5, batch_size=3), alone)
 
 
 def test_prefetch_changes_nothing(videos):
-    alone = _batches(_dataset(videos), batches=4, batch_size=2)
-    _assert_same(_batches(_dataset(videos, workers=1, prefetch=1), batches=4, batch_size=2), alone)
+    alone = _batches(_stream(videos), batches=4, batch_size=2)
+    _assert_same(_batches(_stream(videos, workers=1, prefetch=1), batches=4, batch_size=2), alone)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 3), (3, 2), (4, 1)])
 def test_ranks_share_out_one_stream(videos, world_size, batch_size):
-    together = _batches(_dataset(videos), batches=3, batch_size=world_size * batch_size, start=4)
+    together = _batches(_stream(videos), batches=3, batch_size=world_size * batch_size, start=4)
     ranks = [
-        _batches(_dataset(videos), batches=3, batch_size=batch_size, start=4, rank=rank, world_size=world_size)
+        _batches(_stream(videos), batches=3, batch_size=batch_size, start=4, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for number, batch in enumerate(together):
@@ -104,46 +106,45 @@ def test_ranks_share_out_one_stream(videos, world_size, batch_size):
 
 @pytest.mark.parametrize("start", [1, COUNT - 1, COUNT, 2 * COUNT + 3])
 def test_a_later_start_skips_clips(videos, start):
-    clips, paths = _joined(_batches(_dataset(videos), batches=start + 4, batch_size=1))
-    later, later_paths = _joined(_batches(_dataset(videos), batches=2, batch_size=2, start=start))
+    clips, paths = _joined(_batches(_stream(videos), batches=start + 4, batch_size=1))
+    later, later_paths = _joined(_batches(_stream(videos), batches=2, batch_size=2, start=start))
     assert later_paths == paths[start:]
     assert torch.equal(later, clips[start:])
 
 
 def test_an_epoch_visits_each_video_once(videos):
-    _, paths = _joined(_batches(_dataset(videos), batches=2 * COUNT, batch_size=2))  # four epochs
+    _, paths = _joined(_batches(_stream(videos), batches=2 * COUNT, batch_size=2))  # four epochs
     epochs = [paths[first : first + COUNT] for first in range(0, 4 * COUNT, COUNT)]
     assert all(sorted(epoch) == sorted(videos) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_a_video_listed_twice_is_visited_twice(videos):
-    _, paths = _joined(_batches(_dataset([*videos[:2], videos[0]]), batches=3, batch_size=1))
+    _, paths = _joined(_batches(_stream([*videos[:2], videos[0]]), batches=3, batch_size=1))
     assert Counter(paths) == {videos[0]: 2, videos[1]: 1}
 
 
 def test_clips_of_a_video_differ_by_epoch(videos):
-    clips, _ = _joined(_batches(_dataset(videos[:1]), batches=6, batch_size=1))
+    clips, _ = _joined(_batches(_stream(videos[:1]), batches=6, batch_size=1))
     assert len({clip.numpy().tobytes() for clip in clips}) > 3
 
 
 def test_seeds_differ(videos):
-    clips, paths = _joined(_batches(_dataset(videos), batches=COUNT, batch_size=1))
-    other, other_paths = _joined(_batches(_dataset(videos, seed=1), batches=COUNT, batch_size=1))
+    clips, paths = _joined(_batches(_stream(videos), batches=COUNT, batch_size=1))
+    other, other_paths = _joined(_batches(_stream(videos, seed=1), batches=COUNT, batch_size=1))
     assert paths != other_paths
     assert not torch.equal(clips, other)
 
 
 def test_two_runs_are_alike(videos):
-    _assert_same(*(_batches(_dataset(videos), batches=3, batch_size=2) for _ in range(2)))
+    _assert_same(*(_batches(_stream(videos), batches=3, batch_size=2) for _ in range(2)))
 
 
 def test_reading_out_of_order_changes_nothing(videos):
-    dataset, other = _dataset(videos), _dataset(videos)
-    forwards = {number: dataset[number] for number in range(2 * COUNT)}
+    dataset, other = ClipDataset(_stream(videos)), ClipDataset(_stream(videos))
+    forwards = {number: dataset[[number]] for number in range(2 * COUNT)}
     for number in (11, 0, 7, 3, 6, 5):
-        assert other[number].path == forwards[number].path
-        assert torch.equal(other[number].frames, forwards[number].frames)
+        _assert_same([other[[number]]], [forwards[number]])
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +156,10 @@ def square(tmp_path_factory, write_video, decode_all) -> tuple[str, torch.Tensor
 
 def test_a_clip_has_one_frame_of_each_segment(square):
     path, frames = square
-    dataset = _dataset([path], crop_scales=(1.0,), flip=0.0)
+    dataset = ClipDataset(_stream([path], crop_scales=(1.0,), flip=0.0))
     chosen = set()
     for number in range(30):
-        clip = dataset[number].frames
+        (clip,) = dataset[[number]].clip
         places = [(frames == frame).flatten(1).all(1).nonzero().flatten().tolist() for frame in clip]
         assert all(len(place) == 1 for place in places)
         segments = [place[0] // (22 // FRAMES) for place in places]
@@ -171,7 +172,7 @@ def test_frames_of_a_clip_are_mirrored_alike(square):
     path, frames = square
     mirrored = Counter()
     for number in range(40):
-        clip = _dataset([path], crop_scales=(1.0,), flip=0.5)[number].frames
+        (clip,) = ClipDataset(_stream([path], crop_scales=(1.0,), flip=0.5))[[number]].clip
         straight = [bool((frames == frame).flatten(1).all(1).any()) for frame in clip]
         flipped = [bool((frames == frame.flip(1)).flatten(1).all(1).any()) for frame in clip]
         assert straight in ([True] * FRAMES, [False] * FRAMES)
@@ -183,7 +184,7 @@ def test_frames_of_a_clip_are_mirrored_alike(square):
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_a_short_video_gives_copies_of_its_first_frame(tmp_path, write_video, decode_all, count):
     path = write_video(tmp_path / "short.mp4", frames=count, size=(SIDE, SIDE))
-    (batch,) = _batches(_dataset([str(path)], frames=8, crop_scales=(1.0,), flip=0.0), batches=1, batch_size=1)
+    (batch,) = _batches(_stream([str(path)], frames=8, crop_scales=(1.0,), flip=0.0), batches=1, batch_size=1)
     first = torch.from_numpy(decode_all(path)[0])
     assert batch.bad == []
     assert torch.equal(batch.clip[0], first.expand(8, -1, -1, -1))
@@ -193,9 +194,42 @@ def test_a_turned_video(tmp_path, write_video):
     if not hasattr(pyav.av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV writes no rotation")
     path = write_video(tmp_path / "turned.mp4", frames=8, size=(64, 48), rotation=90)
-    (batch,) = _batches(_dataset([str(path)]), batches=1, batch_size=4)
+    (batch,) = _batches(_stream([str(path)]), batches=1, batch_size=4)
     assert batch.clip.shape == (4, FRAMES, SIDE, SIDE, 3)
     assert batch.bad == []
+
+
+# Several clips of one video.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_crops_of_a_video_stand_together(square, workers):
+    path, frames = square
+    stream = _stream([path, path], workers, crops_per_clip=3, crop_scales=(1.0,), flip=0.5)
+    flips = Counter()
+    for batch in _batches(stream, batches=10, batch_size=6):
+        assert batch.clip.shape == (6, FRAMES, SIDE, SIDE, 3)
+        assert batch.paths == [path, path]
+        for visit in batch.clip.unflatten(0, (2, 3)):
+            kept = [bool((frames == clip[0]).flatten(1).all(1).any()) for clip in visit]
+            upright = [clip if straight else clip.flip(2) for clip, straight in zip(visit, kept, strict=True)]
+            assert torch.equal(upright[0], upright[1])
+            assert torch.equal(upright[0], upright[2])
+            flips[sum(kept)] += 1
+        assert not torch.equal(batch.clip[0], batch.clip[3])  # another visit, other frames
+    assert len(flips) > 2  # each crop draws its own
+
+
+def test_the_first_crop_is_the_only_crop(videos):
+    alone, _ = _joined(_batches(_stream(videos), batches=COUNT, batch_size=1))
+    several, _ = _joined(_batches(_stream(videos, crops_per_clip=2), batches=COUNT, batch_size=2))
+    assert torch.equal(several[::2], alone)
+
+
+def test_a_later_start_with_several_crops(videos):
+    clips, _ = _joined(_batches(_stream(videos, crops_per_clip=2), batches=6, batch_size=2))
+    later, _ = _joined(_batches(_stream(videos, crops_per_clip=2), batches=2, batch_size=4, start=4))
+    assert torch.equal(later, clips[4:])
 
 
 # Files that cannot be read.
@@ -203,8 +237,8 @@ def test_a_turned_video(tmp_path, write_video):
 
 def test_a_broken_file_is_replaced_and_reported(videos, broken):
     listed = [*videos, broken]
-    batches = _batches(_dataset(listed), batches=2 * len(listed), batch_size=1)
-    _assert_same(_batches(_dataset(listed), batches=2 * len(listed), batch_size=1), batches)
+    batches = _batches(_stream(listed), batches=2 * len(listed), batch_size=1)
+    _assert_same(_batches(_stream(listed), batches=2 * len(listed), batch_size=1), batches)
     replaced = [batch for batch in batches if batch.bad]
     assert all(batch.clip.shape == (1, FRAMES, SIDE, SIDE, 3) for batch in batches)
     assert broken not in [path for batch in batches for path in batch.paths]
@@ -217,7 +251,7 @@ def test_a_broken_file_is_replaced_and_reported(videos, broken):
 
 def test_replacements_differ_by_epoch(videos, broken):
     listed = [*videos, broken]
-    batches = _batches(_dataset(listed), batches=8 * len(listed), batch_size=1)
+    batches = _batches(_stream(listed), batches=8 * len(listed), batch_size=1)
     assert len({batch.paths[0] for batch in batches if batch.bad}) > 1
 
 
@@ -226,9 +260,9 @@ def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
     last = tmp_path / "last.mp4"
     last.write_bytes(Path(videos[0]).read_bytes())
     listed = [*videos, str(last)]
-    whole = _batches(_dataset(listed), batches=len(listed), batch_size=1)
+    whole = _batches(_stream(listed), batches=len(listed), batch_size=1)
     last.write_bytes(b"")
-    for before, after in zip(whole, _batches(_dataset(listed), batches=len(listed), batch_size=1), strict=True):
+    for before, after in zip(whole, _batches(_stream(listed), batches=len(listed), batch_size=1), strict=True):
         if before.paths != [str(last)]:
             _assert_same([before], [after])
         else:
@@ -238,13 +272,13 @@ def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
 def test_a_decoders_surprise_is_reported_too(videos, monkeypatch):
     read_frames = pyav.read_frames
 
-    def read(path, choose):
-        if path == videos[0]:
+    def read(video, *arguments):
+        if video.path == videos[0]:
             raise AttributeError("no such thing")
-        return read_frames(path, choose)
+        return read_frames(video, *arguments)
 
     monkeypatch.setattr(pyav, "read_frames", read)
-    batches = _batches(_dataset(videos), batches=COUNT, batch_size=1)
+    batches = _batches(_stream(videos), batches=COUNT, batch_size=1)
     bad = {bad for batch in batches for bad in batch.bad}
     assert bad == {(videos[0], "AttributeError: no such thing")}
 
@@ -253,7 +287,7 @@ def test_a_decoders_surprise_is_reported_too(videos, monkeypatch):
 def test_nothing_readable(tmp_path, broken, workers):
     listed = [broken, str(tmp_path / "missing.mp4")]
     with (
-        ClipLoader(_dataset(listed, workers), start=0, batches=2, batch_size=2) as loader,
+        ClipLoader(_stream(listed, workers), start=0, batches=2, batch_size=2) as loader,
         pytest.raises(NothingReadable) as caught,
     ):
         next(loader)
@@ -273,7 +307,7 @@ def _no_children_left() -> bool:
 @pytest.mark.parametrize("taken", [0, 1, 6])
 def test_closing_leaves_no_process(videos, taken):
     assert _no_children_left()
-    loader = ClipLoader(_dataset(videos, workers=2), start=0, batches=6, batch_size=2)
+    loader = ClipLoader(_stream(videos, workers=2), start=0, batches=6, batch_size=2)
     assert len(multiprocessing.active_children()) == 2
     for _ in range(taken):
         next(loader)
@@ -286,7 +320,7 @@ def test_closing_leaves_no_process(videos, taken):
 
 def test_leaving_the_block_by_an_error_leaves_no_process(videos):
     def train() -> None:
-        with ClipLoader(_dataset(videos, workers=2), start=0, batches=50, batch_size=2) as loader:
+        with ClipLoader(_stream(videos, workers=2), start=0, batches=50, batch_size=2) as loader:
             next(loader)
             raise RuntimeError("step")
 
@@ -295,15 +329,14 @@ def test_leaving_the_block_by_an_error_leaves_no_process(videos):
     assert _no_children_left()
 
 
-class _Failing(ClipDataset):
-    def __getitem__(self, number: int):
+def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos, monkeypatch):
+    """The traceback holds the iterator, and workers do not heed the SIGTERM of Python's exit."""
+
+    def fail(self, visits):
         raise RuntimeError("worker")
 
-
-def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos):
-    """The traceback holds the iterator, and workers do not heed the SIGTERM of Python's exit."""
-    dataset = _Failing(videos, DataConfig(workers=1), 4, 32, seed=0)
-    loader = ClipLoader(dataset, start=0, batches=50, batch_size=2)
+    monkeypatch.setattr(ClipDataset, "__getitem__", fail)
+    loader = ClipLoader(_stream(videos, workers=1), start=0, batches=50, batch_size=2)
     with loader, pytest.raises(RuntimeError, match="worker") as kept:
         next(loader)
     assert kept.tb is not None
@@ -311,7 +344,7 @@ def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos
 
 
 def test_a_forgotten_loader_leaves_no_process(videos):
-    loader = ClipLoader(_dataset(videos, workers=1), start=0, batches=50, batch_size=2)
+    loader = ClipLoader(_stream(videos, workers=1), start=0, batches=50, batch_size=2)
     next(loader)
     del loader
     assert _no_children_left()
@@ -321,7 +354,7 @@ def test_a_forgotten_loader_leaves_no_process(videos):
 def test_random_states_are_left_alone(videos, broken, workers):
     """The masks of a run come from torch's generator: a resumed run makes a new loader and must draw the same."""
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    _batches(_dataset([*videos, broken], workers), batches=4, batch_size=2)
+    _batches(_stream([*videos, broken], workers), batches=4, batch_size=2)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
@@ -329,17 +362,18 @@ def test_random_states_are_left_alone(videos, broken, workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_states_do_not_matter(videos, workers):
-    one = _batches(_dataset(videos, workers), batches=3, batch_size=2)
+    one = _batches(_stream(videos, workers), batches=3, batch_size=2)
     torch.manual_seed(99)
     random.seed(99)
-    _assert_same(_batches(_dataset(videos, workers), batches=3, batch_size=2), one)
+    _assert_same(_batches(_stream(videos, workers), batches=3, batch_size=2), one)
 
 
 def test_the_end(videos):
-    with ClipLoader(_dataset(videos), start=0, batches=0, batch_size=2) as loader:
+    with ClipLoader(_stream(videos), start=0, batches=0, batch_size=2) as loader:
         assert list(loader) == []
 
 
 def test_the_settings_are_the_runs(videos):
     config = dataclasses.replace(DataConfig(), workers=0, crop_scales=(0.5,), flip=1.0)
-    assert ClipDataset(videos, config, 2, 16, 0)[0].frames.shape == (2, 16, 16, 3)
+    stream = ClipStream(VideoList.of_paths(videos), config, 2, 16, 0)
+    assert ClipDataset(stream)[[0]].clip.shape == (1, 2, 16, 16, 3)

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from umt_fast.data.manifest import VIDEO_SUFFIXES, ManifestError, read_manifest
+from umt_fast.data.manifest import VIDEO_SUFFIXES, ManifestError
+from umt_fast.data.manifest import read_manifest as read_videos
 from umt_fast.errors import RunError
+
+
+def read_manifest(*arguments: str) -> list[str]:
+    return [video.path for video in read_videos(*arguments)]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from umt_fast.data import pyav
+from umt_fast.data.index import Video
 from umt_fast.data.pyav import BadVideo, read_frames
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
@@ -83,7 +84,7 @@ def sample(tmp_path_factory, write_video, decode_all) -> Callable[[str], Sample]
 
 
 def _read(path: Path | str, indices: list[int]) -> list[np.ndarray]:
-    return read_frames(str(path), lambda _count: indices)
+    return read_frames(Video(str(path)), lambda _count: indices)
 
 
 def _check(path: Path, frames: list[np.ndarray]) -> None:
@@ -98,7 +99,7 @@ def _check(path: Path, frames: list[np.ndarray]) -> None:
     draws += [rng.integers(len(frames), size=8).tolist() for _ in range(20)]  # in no order, with repeats
     draws += [list(range(len(frames))), list(range(len(frames)))[::-1]]
     for indices in draws:
-        got = read_frames(str(path), choose(indices))
+        got = read_frames(Video(str(path)), choose(indices))
         assert len(got) == len(indices)
         for index, frame in zip(indices, got, strict=True):
             assert frame.dtype == np.uint8
@@ -293,8 +294,13 @@ def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
 
 def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
-    to_rgb = pyav._to_rgb
-    monkeypatch.setattr(pyav, "_to_rgb", lambda frame: converted.append(frame.pts) or to_rgb(frame))
+    to_rgb = pyav._Reader._to_rgb
+
+    def convert(reader, frame):
+        converted.append(frame.pts)
+        return to_rgb(reader, frame)
+
+    monkeypatch.setattr(pyav._Reader, "_to_rgb", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])
     assert len(converted) == 3
 
@@ -476,7 +482,7 @@ def test_any_damage_reads_or_is_a_bad_video(sample, tmp_path, kind):
     for number in range(200):
         path.write_bytes(_damaged(data, number, rng))
         try:
-            frames = read_frames(str(path), lambda count: rng.integers(count, size=4).tolist())
+            frames = read_frames(Video(str(path)), lambda count: rng.integers(count, size=4).tolist())
         except BadVideo as error:
             reasons.append(str(error))
         except Exception as error:

@@ -7,8 +7,11 @@ import av
 import numpy as np
 import pytest
 
-from umt_fast.data import synthetic
-from umt_fast.data.manifest import read_manifest
+from umt_fast.data import manifest, synthetic
+
+
+def read_manifest(source: str) -> list[str]:
+    return [video.path for video in manifest.read_manifest(source)]
 
 
 @pytest.fixture(scope="module")

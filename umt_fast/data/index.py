@@ -62,14 +62,21 @@ class Video:
 
     path: str
     """Of the file, or of the shard: local or a URL that fsspec knows."""
-    name: str
-    """For people; of a video in a shard, the shard and the name in it."""
-    size: int | None = None
-    """Bytes, where known."""
+    member: str = ""
+    """Its name in the shard."""
     offset: int | None = None
     """Where it begins in the shard; None for a file of its own."""
+    size: int | None = None
+    """Bytes, where known; always in a shard."""
     facts: Facts | None = None
     """None: not known before the file is read."""
+    label: int | None = None
+    caption: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.path}/{self.member}" if self.member else self.path
 
     @property
     def remote(self) -> bool:
@@ -77,7 +84,7 @@ class Video:
 
 
 class VideoList(Sequence[Video]):
-    """The videos of a run: rows of an index, relative to `base`, or paths.
+    """The videos of a run: rows as of an index, of which only `path` must be there; relative to `base`.
 
     The rows stay one block of bytes, which all worker processes share; a list of objects would be copied into each
     of them, page by page, as they count its references.
@@ -90,8 +97,12 @@ class VideoList(Sequence[Video]):
         self._ends = np.cumsum([0, *map(len, rows)])
 
     @classmethod
+    def of_rows(cls, rows: Iterable[dict[str, Any]], base: str = "") -> VideoList:
+        return cls((json.dumps(row).encode() for row in rows), base)
+
+    @classmethod
     def of_paths(cls, paths: Iterable[str]) -> VideoList:
-        return cls(json.dumps({"path": path}).encode() for path in paths)
+        return cls.of_rows({"path": path} for path in paths)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -126,7 +137,8 @@ def join(base: str, path: str) -> str:
 
 def parse_index(content: bytes, where: str) -> VideoList:
     """Read an index that lies at `where` (a path or URL). Raises BadIndex unless it is one."""
-    head, *rows = content.splitlines()[:1] + [line for line in content.splitlines()[1:] if line.strip()] or [b""]
+    head, *rows = content.split(b"\n")
+    rows = [row for row in rows if row.strip()]
     try:
         found = json.loads(head)
     except ValueError:
@@ -172,11 +184,16 @@ def _parse(row: dict[str, Any], base: str) -> Video:
             raise ValueError(f"times of {len(times)} frames, but frames = {row['frames']}")
         keys = times[_sums(0, row["keys"])]
         facts = Facts(row["width"], row["height"], row["fps"], row["codec"], times, keys)
-    path, size = join(base, row["path"]), row.get("bytes")
-    if "shard" not in row:
-        return Video(path, path, size, None, facts)
-    shard = join(base, row["shard"])
-    return Video(shard, f"{shard}/{row['path']}", size, row["offset"], facts)
+    path, shard = row["path"], row.get("shard")
+    return Video(
+        path=join(base, path if shard is None else shard),
+        member="" if shard is None else path,
+        offset=row.get("offset"),
+        size=row.get("bytes"),
+        facts=facts,
+        label=row.get("label"),
+        caption=row.get("caption"),
+    )
 
 
 def _runs(values: np.ndarray) -> Iterator[list[int]]:

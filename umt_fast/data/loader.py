@@ -1,33 +1,32 @@
-"""The endless stream of clips: which video comes when, decoded in worker processes, in batches.
-
-The run's clips are numbered 0, 1, 2, ...: clip number i belongs to epoch i // n of a list of n videos, each epoch in
-its own random order. Whatever the number of ranks and workers, clip i is the same; a run is resumed at clip i.
-"""
+"""Clips decoded in worker processes, in batches."""
 
 from __future__ import annotations
 
+import functools
 import signal
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from umt_fast.config import DataConfig
 from umt_fast.data import pyav
-from umt_fast.data.augment import draw_view, show
-from umt_fast.data.sampling import epoch_order, sample_rng, segment_frames
+from umt_fast.data.augment import show
+from umt_fast.data.storage import read_video
+from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-REPLACEMENTS = 20
-"""Other videos tried in the place of one that cannot be read."""
+READS_AHEAD = 8
+"""Remote videos that a worker fetches while it decodes."""
 
 
 class NothingReadable(RunError):
@@ -41,8 +40,9 @@ class WorkerDied(RunError):
 @dataclass
 class Batch:
     clip: UInt8[Tensor, "b t h w 3"]
+    """The clips of one visit stand next to each other."""
     paths: list[str]
-    """The video each clip is from."""
+    """The video each visit is to."""
     bad: list[tuple[str, str]]
     """Videos that could not be read while making the batch, and why."""
 
@@ -51,61 +51,69 @@ class Batch:
         return self
 
 
-@dataclass
-class Clip:
-    frames: UInt8[Tensor, "t h w 3"] | None
-    path: str
-    bad: list[tuple[str, str]]
+class ClipDataset(Dataset[Batch]):
+    """Batches of a stream by the numbers of their visits, decoded by PyAV."""
 
+    def __init__(self, stream: ClipStream) -> None:
+        self.stream = stream
 
-class ClipDataset(Dataset[Clip]):
-    """Clip number i of a run over `videos`: TSN frames, multi-scale crop, flip; a function of (seed, i) alone."""
+    def __getitem__(self, visits: list[int]) -> Batch:
+        """A video that cannot be read is replaced by another. Where that fails too, the batch holds no clip."""
+        stream = self.stream
+        shape = (len(visits), stream.config.crops_per_clip, stream.frames, stream.side, stream.side, 3)
+        clips = torch.empty(shape, dtype=torch.uint8)
+        if get_worker_info() is not None:
+            clips.share_memory_()  # written once, where the training process reads it
+        batch = Batch(clips.flatten(0, 1), [], [])
+        for visit, content, out in zip(visits, self._contents(visits), clips.numpy(), strict=True):
+            if not self._decode(visit, content, out, batch):
+                batch.clip = batch.clip[:0]
+                break
+        return batch
 
-    def __init__(self, videos: list[str], config: DataConfig, frames: int, side: int, seed: int) -> None:
-        self.videos = videos
-        self.config = config
-        self.frames = frames
-        self.side = side
-        self.seed = seed
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def __getitem__(self, number: int) -> Clip:
-        """A video that cannot be read is replaced by another, drawn from (seed, epoch, index, attempt)."""
-        epoch, place = divmod(number, len(self.videos))
-        first = index = int(self._epoch_order(epoch)[place])
-        bad: list[tuple[str, str]] = []
-        for attempt in range(1 + REPLACEMENTS):
-            rng = sample_rng(self.seed, epoch, first, attempt)
-            if attempt:
-                index = int(rng.integers(len(self.videos)))
-            path = self.videos[index]
+    def _decode(self, visit: int, content: Future[bytes] | None, out: np.ndarray, batch: Batch) -> bool:
+        """Write a visit's clips to `out` [R,T,H,W,3], unless none of its candidates can be read."""
+        for index, rng in self.stream.attempts(visit):
+            name = f"row {index} of the list"
             try:
-                return Clip(self._read(path, rng), path, bad)
-            except pyav.BadVideo as error:
-                bad.append((path, str(error)))
+                video = self.stream.videos[index]
+                name = video.name
+                held = None if content is None else content.result()
+                content = None  # it is the first candidate's
+                frames = pyav.read_frames(video, functools.partial(self.stream.draw_frames, rng=rng), held)
+                height, width = frames[0].shape[:2]
+                for clip, view in zip(out, self.stream.draw_views(width, height, rng), strict=True):
+                    for place, frame in zip(clip, frames, strict=True):
+                        place[:] = show(frame, view, self.stream.side)
+            except (pyav.BadVideo, OSError) as error:
+                batch.bad.append((name, str(error)))
             except Exception as error:  # a decoder's own surprise must not end the run either
-                bad.append((path, f"{type(error).__name__}: {error}"))
-        return Clip(None, path, bad)
+                batch.bad.append((name, f"{type(error).__name__}: {error}"))
+            else:
+                batch.paths.append(name)
+                return True
+        return False
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.seed, epoch, len(self.videos)))
-        return self._order[1]
-
-    def _read(self, path: str, rng: np.random.Generator) -> Tensor:
-        frames = pyav.read_frames(path, lambda count: segment_frames(count, self.frames, rng))
-        height, width = frames[0].shape[:2]
-        view = draw_view(width, height, self.side, self.config.crop_scales, self.config.flip, rng)
-        return torch.from_numpy(np.stack([show(frame, view, self.side) for frame in frames]))
+    def _contents(self, visits: list[int]) -> Iterator[Future[bytes] | None]:
+        """For each visit the bytes of the video to try first, if it is remote, fetched some visits ahead."""
+        with ThreadPoolExecutor(READS_AHEAD) as pool:
+            ahead: deque[Future[bytes] | None] = deque()
+            for visit in visits:
+                index, _ = next(self.stream.attempts(visit))
+                video = self.stream.videos[index]
+                ahead.append(pool.submit(read_video, video) if video.remote else None)
+                if len(ahead) > READS_AHEAD:
+                    yield ahead.popleft()
+            yield from ahead
 
 
 class _RankBatches(Sampler[list[int]]):
-    """Clip numbers of one rank: the ranks take turns, `batch_size` clips each."""
+    """Visits of one rank: the ranks take turns, `visits` each."""
 
-    def __init__(self, start: int, batches: int, batch_size: int, rank: int, world_size: int) -> None:
+    def __init__(self, start: int, batches: int, visits: int, rank: int, world_size: int) -> None:
         self.start = start
         self.batches = batches
-        self.batch_size = batch_size
+        self.visits = visits
         self.rank = rank
         self.world_size = world_size
 
@@ -114,8 +122,8 @@ class _RankBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.batches):
-            first = self.start + (batch * self.world_size + self.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
+            first = self.start + (batch * self.world_size + self.rank) * self.visits
+            yield list(range(first, first + self.visits))
 
 
 class ClipLoader:
@@ -126,7 +134,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        dataset: ClipDataset,
+        stream: ClipStream,
         *,
         start: int,
         batches: int,
@@ -135,13 +143,13 @@ class ClipLoader:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        workers = dataset.config.workers
-        options: dict[str, Any] = {"prefetch_factor": dataset.config.prefetch} if workers else {}
+        workers, crops = stream.config.workers, stream.config.crops_per_clip
+        options: dict[str, Any] = {"prefetch_factor": stream.config.prefetch} if workers else {}
         self._loader = DataLoader(
-            dataset,
-            batch_sampler=_RankBatches(start, batches, batch_size, rank, world_size),
+            ClipDataset(stream),
+            sampler=_RankBatches(start // crops, batches, batch_size // crops, rank, world_size),
+            batch_size=None,  # the data set makes whole batches
             num_workers=workers,
-            collate_fn=_collate,
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader takes a number from the run's own
@@ -161,7 +169,7 @@ class ClipLoader:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise WorkerDied(f"a decoding process ended unexpectedly, is there memory enough? {error}") from error
-        if len(batch.clip) < len(batch.paths):
+        if not len(batch.clip):
             path, reason = batch.bad[-1]
             raise NothingReadable(
                 f"{1 + REPLACEMENTS} videos in a row could not be read, the last one {path}: {reason}"
@@ -183,12 +191,6 @@ class ClipLoader:
         batches, self._batches = self._batches, None
         if isinstance(batches, _MultiProcessingDataLoaderIter):
             batches._shutdown_workers()
-
-
-def _collate(clips: list[Clip]) -> Batch:
-    frames = [clip.frames for clip in clips if clip.frames is not None]
-    stacked = torch.stack(frames) if frames else torch.empty(0, dtype=torch.uint8)
-    return Batch(stacked, [clip.path for clip in clips], [bad for clip in clips for bad in clip.bad])
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -3,69 +3,109 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
+import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
 
+from umt_fast.data.index import Facts, Video
+from umt_fast.data.storage import file_size, read_video
+
 # How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
-
-
-_PROTOCOL = "file:"  # else FFmpeg takes what is before a colon in a name for one
 
 
 class BadVideo(Exception):
     """A file that gives no clip; the message says why."""
 
 
-def read_frames(path: str, choose: Callable[[int], Sequence[int]]) -> list[np.ndarray]:
-    """Frames of the video at `path`, as uint8 RGB [H,W,3], upright.
+def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
+    """Frames of a video, as uint8 RGB [H,W,3], upright.
 
     `choose` gets the number of frames and returns the wanted indices, in presentation order from 0, in any order and
     with repeats; an index asked for twice is the same array. Only what is needed is decoded: from the key frame
-    before each wanted frame to that frame.
+    before each wanted frame to that frame. `content`: the file's bytes, where they are at hand.
 
-    Raises BadVideo for a file that is missing, empty, truncated, no video, or does not decode at a wanted frame.
+    Raises BadVideo for a file that is missing, empty, truncated, no video, does not decode at a wanted frame, or is
+    not the one that the index describes.
     """
+    with _opened(video, content) as reader:
+        indices = list(choose(len(reader.pts)))
+        frames = reader.read(sorted(set(indices)))
+    return [frames[index] for index in indices]
+
+
+def probe(video: Video, content: bytes | None = None) -> Facts:
+    """What the file holds: its packets are listed, and its first frame decoded. Raises BadVideo as `read_frames`."""
+    with _opened(video, content) as reader:
+        return reader.facts()
+
+
+@contextlib.contextmanager
+def _opened(video: Video, content: bytes | None) -> Iterator[_Reader]:
+    """The video, open; FFmpeg's and the system's errors become BadVideo."""
     try:
-        if os.path.getsize(path) == 0:
+        if content is None and video.remote:
+            content = read_video(video)
+        size = file_size(video) if content is None else len(content)
+        if size == 0:
             raise BadVideo("empty file")
+        if video.size is not None and size != video.size:
+            raise BadVideo(f"{size} bytes, but the index says {video.size}: it has changed since")
     except (OSError, ValueError) as error:  # ValueError: no possible name
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
     try:
-        with av.open(_PROTOCOL + path) as container:
+        with _open(video, content) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise BadVideo("no video stream that can be decoded")
-            video = _Video(path, container)
-            indices = list(choose(len(video.pts)))
-            frames = video.read(sorted(set(indices)))
+            yield _Reader(container, video.facts, lambda: _open(video, content))
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         # IndexError: PyAV's own, where a damaged file grows a stream while it is read
         reason = getattr(error, "strerror", None) or str(error)
         raise BadVideo(f"not readable as video: {reason}") from error
-    return [frames[index] for index in indices]
 
 
-class _Video:
+def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
+    if content is not None:
+        return av.open(io.BytesIO(content), "r")
+    path = "file:" + video.path  # else FFmpeg takes what is before a colon in a name for a protocol
+    if video.offset is not None:
+        path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
+    return av.open(path, "r")
+
+
+class _Reader:
     """The first video stream of an open container, and the presentation times of its frames."""
 
-    def __init__(self, path: str, container: av.container.InputContainer) -> None:
-        self.path = path
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        facts: Facts | None,
+        reopen: Callable[[], av.container.InputContainer],
+    ) -> None:
         self.container = container
+        self.reopen = reopen
         self.seeks = True
         self.stream = container.streams.video[0]
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
+        self.reformatter = av.video.reformatter.VideoReformatter()
+        if facts is None:
+            self._list_packets()
+        else:
+            self.timed, self.pts, self.keys, self.plain = True, facts.times.tolist(), facts.keys.tolist(), True
+
+    def _list_packets(self) -> None:
         vp8 = self.stream.codec_context.codec.canonical_name == "vp8"
         times: list[int | None] = []
         keys = []
         packets = 0
-        for packet in container.demux(self.stream):
+        for packet in self.container.demux(self.stream):
             if packet.size == 0:  # the flush at the end
                 continue
             packets += 1
@@ -77,11 +117,28 @@ class _Video:
             raise BadVideo("no frames")
         known = [time for time in times if time is not None]
         # AVI stores frames in decoding order and no presentation times: with reordering, FFmpeg's are wrong.
-        reordered_avi = container.format.name == "avi" and self.stream.codec_context.has_b_frames
+        reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
         self.timed = bool(keys) and not reordered_avi and len(set(known)) == len(times)
         self.pts = sorted(known) if self.timed else list(range(len(times)))
         self.keys = sorted(keys)
+        self.plain = self.timed and packets == len(times)
         self._refuse_truncated(packets, known)
+
+    def facts(self) -> Facts:
+        self.container.seek(min(self.keys[0], self.pts[0], 0) if self.timed else 0, stream=self.stream)
+        first = next(self.container.decode(self.stream), None)
+        if first is None:
+            raise BadVideo("no frame decodes")
+        height, width = _upright(first, np.empty((first.height, first.width))).shape
+        return Facts(
+            width=width,
+            height=height,
+            fps=float(self.stream.average_rate or 0),
+            codec=self.stream.codec_context.codec.canonical_name,
+            times=np.array(self.pts, np.int64),
+            keys=np.array(self.keys if self.timed else [], np.int64),
+            plain=self.plain and not first.rotation,
+        )
 
     def _refuse_truncated(self, packets: int, times: list[int]) -> None:
         """Raise if the video ends well before its header says.
@@ -139,7 +196,7 @@ class _Video:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                found[index] = _to_rgb(frame)
+                found[index] = self._to_rgb(frame)
         return found
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
@@ -161,15 +218,18 @@ class _Video:
         """Without times to seek by: decode from the start and count."""
         found = {}
         wanted = set(indices)
-        with av.open(_PROTOCOL + self.path) as container:
+        with self.reopen() as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for index, frame in enumerate(container.decode(stream)):
                 if index in wanted and not frame.is_corrupt:
-                    found[index] = _to_rgb(frame)
+                    found[index] = self._to_rgb(frame)
                 if index >= indices[-1]:
                     break
         return found
+
+    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        return _upright(frame, self.reformatter.reformat(frame, format="rgb24").to_ndarray())
 
 
 def _is_hidden(packet: av.Packet) -> bool:
@@ -177,7 +237,6 @@ def _is_hidden(packet: av.Packet) -> bool:
     return not memoryview(packet)[0] & 0x10
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    rgb = frame.to_ndarray(format="rgb24")
+def _upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
     quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as the file asks players to turn it
-    return np.rot90(rgb, quarter_turns) if quarter_turns else rgb
+    return np.rot90(pixels, quarter_turns) if quarter_turns else pixels
