@@ -78,8 +78,8 @@ class ClipDataset(Dataset[Batch]):
             try:
                 video = self.stream.videos[index]
                 name = video.name
-                held = None if content is None else content.result()
-                content = None  # it is the first candidate's
+                ahead, content = content, None  # it is the first candidate's
+                held = None if ahead is None else ahead.result()
                 frames = pyav.read_frames(video, functools.partial(self.stream.draw_frames, rng=rng), held)
                 height, width = frames[0].shape[:2]
                 for clip, view in zip(out, self.stream.draw_views(width, height, rng), strict=True):
