@@ -9,7 +9,7 @@ import posixpath
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from umt_fast.data.index import Video, is_url
 from umt_fast.files import write_whole
@@ -52,8 +52,7 @@ class Shard:
     def digest(self) -> str:
         """Of all that decides what is in it."""
         content = [
-            (item.name, item.path, line.label, line.caption)
-            for item, line in zip(self.items, self.lines, strict=True)
+            (item.name, item.path, line.label, line.caption) for item, line in zip(self.items, self.lines, strict=True)
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -139,14 +138,17 @@ class Journal:
                 self._take(json.loads(line))
             except (ValueError, KeyError, TypeError):
                 break
-        self.compact()
-        self._file = open(path, "ab")  # noqa: SIM115, closed by close()
+        self._file: BinaryIO | None = None
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def add(self, kind: str, name: str, content: dict[str, Any] | None) -> None:
         """Note a complete copy or shard; None: it is to be made anew."""
+        if self._file is None:
+            self.compact()  # an unfinished line goes
+            self._file = open(self._path, "ab")
         record = {"kind": kind, "name": name, "content": content}
         self._take(record)
         self._file.write(json.dumps(record).encode() + b"\n")

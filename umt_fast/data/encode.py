@@ -126,20 +126,19 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     facts = pyav.probe(video, content)
     frames = pyav.each_frame(video, content)
     first = next(frames)
-    base, ticks = _clock(facts, first.time_base)
+    base, ticks = _clock(facts, first.time_base or Fraction(1))
     durations = np.diff(ticks)
-    usual = int(np.median(durations)) if len(durations) else max(round(1 / (base * (_rate(facts)))), 1)
+    usual = int(np.median(durations)) if len(durations) else max(round(1 / (base * _rate(facts))), 1)
     durations = np.append(durations, usual)
     size = copy_size(facts.width, facts.height, recipe.short_side)
 
     layout = {"movflags": "+faststart", "fflags": "+bitexact", "video_track_timescale": str(base.denominator)}
     with av.open("file:" + target, "w", format="mp4", options=layout) as container:
         stream = _add_stream(container, recipe, facts, size, base)
-        muxed = 0
-        for packet in _encode(stream, _chain(first, frames), ticks, size, CODECS[recipe.codec].full_range):
-            packet.duration = int(durations[muxed])
+        packets = _encode(stream, _chain(first, frames), ticks, size, CODECS[recipe.codec].full_range)
+        for packet, duration in zip(packets, durations, strict=False):  # a wrong number is for _check to tell
+            packet.duration = int(duration)
             container.mux(packet)
-            muxed += 1
     return _check(target, ticks, recipe, size), float((ticks[-1] + usual) * base)
 
 

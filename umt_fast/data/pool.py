@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -72,13 +73,13 @@ class Pool:
         idle = [worker for worker in self._workers if not worker.busy]
         while self._waiting and (idle or len(self._workers) < self._size):
             if not idle:
-                idle.append(_Worker(self._work, [worker.connection for worker in self._workers]))
+                idle.append(_Worker(self._work))
                 self._workers.append(idle[-1])
             idle.pop().give(*self._waiting.popleft())
 
 
 class _Worker:
-    def __init__(self, work: Callable[[Any], Any], others: list[Connection]) -> None:
+    def __init__(self, work: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context()
         self.connection, theirs = context.Pipe()
         self.assigned: tuple[Any, int] = (None, 0)
@@ -89,10 +90,8 @@ class _Worker:
 
     def give(self, task: Any, deaths: int) -> None:
         self.assigned, self.busy = (task, deaths), True
-        try:
+        with contextlib.suppress(ConnectionError):  # it died idle; `take` will tell
             self.connection.send(task)
-        except ConnectionError:  # it died idle; `take` will tell
-            pass
 
     def take(self) -> Any:
         outcome = self.connection.recv()

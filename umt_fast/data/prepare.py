@@ -90,7 +90,9 @@ class Report:
         ]
         reasons = collections.Counter(self.failures.values())
         if reasons:
-            lines.append(f"failures, listed in {os.path.join(self.out, FAILED_NAME)} and tried again on the next start:")
+            lines.append(
+                f"failures, listed in {os.path.join(self.out, FAILED_NAME)} and tried again on the next start:"
+            )
             lines += [f"{count:8d}  {reason}" for reason, count in reasons.most_common(10)]
             lines += [f"          and {len(reasons) - 10} other reasons"] if len(reasons) > 10 else []
         return "\n".join([*lines, f"train with: python -m train.pretrain --data.train {self.out}"])
@@ -426,10 +428,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(found)
             sys.exit(1 if found.problems else 0)
         recipe = Recipe(given.codec, given.short_side, given.gop, given.quality)
-        print(
-            prepare(Settings(given.source, given.out, recipe, given.prefix, given.per_shard, given.workers))
-        )
-    except RunError as error:
+        print(prepare(Settings(given.source, given.out, recipe, given.prefix, given.per_shard, given.workers)))
+    except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt}", file=sys.stderr)
