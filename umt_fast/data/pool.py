@@ -62,7 +62,7 @@ class Pool:
                     outcome = worker.take()
                 except (EOFError, ConnectionError):
                     self._workers.remove(worker)
-                    ending = worker.end()
+                    ending = worker.end(grace=1.0)  # its connection closes a little before
                     if deaths + 1 < ATTEMPTS:
                         self._waiting.appendleft((task, deaths + 1))
                         continue
@@ -98,9 +98,10 @@ class _Worker:
         self.busy = False
         return outcome
 
-    def end(self) -> str:
-        """Kill the process; how it ended, if by itself."""
-        self._process.join(0.2)
+    def end(self, grace: float = 0.0) -> str:
+        """Kill the process, unless it ends within `grace` seconds; how it ended."""
+        if grace:
+            self._process.join(grace)
         self._process.kill()
         self._process.join()
         self.connection.close()
