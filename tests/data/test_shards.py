@@ -1,0 +1,269 @@
+"""Shards and files, local and from a server that fails now and then."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from umt_fast.config import DataConfig
+from umt_fast.data import storage
+from umt_fast.data.index import VideoList, describe, write_index
+from umt_fast.data.loader import Batch, ClipLoader
+from umt_fast.data.manifest import ManifestError, read_manifest
+from umt_fast.data.pyav import BadVideo, probe, read_frames
+from umt_fast.data.stream import ClipStream
+
+COUNT = 7
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, write_video) -> Path:
+    """A folder of three shards, `s-008.tar` to `s-010.tar`, with COUNT videos, and those videos as files."""
+    folder = tmp_path_factory.mktemp("shards")
+    paths = [write_video(folder / f"{n}.mp4", frames=16, size=(48, 36), seed=n) for n in range(COUNT)]
+    for shard in range(3):
+        with tarfile.open(folder / f"s-{shard + 8:03d}.tar", "w") as tar:
+            for path in paths[shard::3]:
+                tar.add(path, path.name)
+                label = tarfile.TarInfo(f"{path.stem}.cls")
+                label.size = 2
+                tar.addfile(label, io.BytesIO(b"%d\n" % (int(path.stem) % 10)))
+    return folder
+
+
+def _same_frames(one, other) -> bool:
+    frames = [read_frames(video, lambda count: list(range(count))) for video in (one, other)]
+    return len(frames[0]) == len(frames[1]) and all(map(np.array_equal, *frames))
+
+
+def test_shards_without_an_index_are_listed(shards):
+    videos = read_manifest(f"{shards}/s-{{008..010}}.tar")
+    assert [video.member for video in videos] == [f"{n}.mp4" for n in (0, 3, 6, 1, 4, 2, 5)]
+    for video in videos:
+        number = int(video.member[:-4])
+        assert video.path == f"{shards}/s-{number % 3 + 8:03d}.tar"
+        assert video.label == number
+        (file,) = VideoList.of_paths([f"{shards}/{video.member}"])
+        assert _same_frames(video, file)
+
+
+def test_one_shard(shards):
+    assert len(read_manifest(f"{shards}/s-009.tar")) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: None, "cannot read the shard .*: No such file"),
+        (lambda path: path.write_bytes(b"no tar" * 1000), "cannot read the shard .*: no tar file"),
+        (lambda path: tarfile.open(path, "w").close(), "no video in the 1 shards"),
+    ],
+)
+def test_a_shard_that_cannot_be_used(tmp_path, make, told):
+    make(tmp_path / "s.tar")
+    with pytest.raises(ManifestError, match=told):
+        read_manifest(str(tmp_path / "s.tar"))
+
+
+def test_a_shard_cut_off_is_a_bad_video(shards, tmp_path):
+    shard = tmp_path / "s.tar"
+    shard.write_bytes((shards / "s-009.tar").read_bytes())
+    first, second = read_manifest(str(shard))
+    shard.write_bytes(shard.read_bytes()[: second.offset + 100])
+    assert len(read_frames(first, lambda count: [0])) == 1
+    with pytest.raises(BadVideo, match=f"100 bytes, but the index says {second.size}"):
+        read_frames(second, lambda count: [0])
+
+
+# Over HTTP.
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `folder`; `fail` says what goes wrong with the nth request for a path, from 1 on."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.fail: Callable[[str, int], str | None] = lambda path, number: None
+        self.requests: Counter[str] = Counter()
+        self.sent = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        place = f"{self.path}@{asked[1] if asked else 0}"
+        self.server.requests[place] += 1
+        failure = self.server.fail(self.path, self.server.requests[place])
+        path = self.server.folder / self.path.lstrip("/")
+        if failure == "500":
+            return self.send_error(500)
+        if failure == "drop":  # says nothing and hangs up
+            self.close_connection = True
+            return None
+        if not path.is_file():
+            return self.send_error(404)
+        content = path.read_bytes()
+        total = len(content)
+        if asked:
+            end = int(asked[2]) + 1 if asked[2] else total
+            content = content[int(asked[1]) : end]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {asked[1]}-{int(asked[1]) + len(content) - 1}/{total}")
+        else:
+            self.send_response(200)
+            self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            cut = len(content) // 2 if failure == "cut" else len(content)
+            self.server.sent += cut
+            self.wfile.write(content[:cut])
+            self.close_connection = failure == "cut"
+        return None
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(shards, tmp_path, monkeypatch) -> Iterator[Server]:
+    """With an index of the shards, and waits that do not make a test long."""
+    pytest.importorskip("aiohttp", reason="pip install 'fsspec[http]'")
+    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    for path in shards.glob("*.tar"):
+        (tmp_path / path.name).symlink_to(path)
+    rows = [
+        {"path": v.member, "shard": Path(v.path).name, "offset": v.offset, "bytes": v.size, **describe(probe(v))}
+        for v in read_manifest(f"{shards}/s-{{008..010}}.tar")
+    ]
+    (tmp_path / "index.jsonl").write_bytes(write_index(rows))
+    (tmp_path / "list.csv").write_text("0.mp4,3\n1.mp4,4\n")
+    for number in range(2):
+        (tmp_path / f"{number}.mp4").symlink_to(shards / f"{number}.mp4")
+    running = Server(tmp_path)
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+def _batches(videos: VideoList, workers: int = 0, batches: int = 4) -> list[Batch]:
+    stream = ClipStream(videos, DataConfig(workers=workers), 4, 32, seed=0)
+    with ClipLoader(stream, start=0, batches=batches, batch_size=3) as loader:
+        return list(loader)
+
+
+def _assert_same_clips(batches: list[Batch], other: list[Batch]) -> None:
+    for one, two in zip(batches, other, strict=True):
+        assert torch.equal(one.clip, two.clip)
+        assert [Path(path).name for path in one.paths] == [Path(path).name for path in two.paths]
+
+
+@pytest.fixture
+def local(server) -> list[Batch]:
+    return _batches(read_manifest(str(server.folder)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", ["", "/index.jsonl"])
+def test_a_remote_index_gives_the_clips_of_the_local_one(server, local, source, workers):
+    batches = _batches(read_manifest(server.url + source), workers)
+    _assert_same_clips(batches, local)
+    assert not any(batch.bad for batch in batches)
+
+
+def test_remote_shards_without_an_index_are_listed_by_their_headers(server, local):
+    videos = read_manifest(server.url + "/s-{008..010}.tar")
+    _assert_same_clips(_batches(videos), local)
+    assert videos[0].path == server.url + "/s-008.tar"
+
+
+def test_a_list_of_urls(server):
+    videos = read_manifest(server.url + "/list.csv", server.url)
+    assert [(video.path, video.label) for video in videos] == [
+        (server.url + "/0.mp4", 3),
+        (server.url + "/1.mp4", 4),
+    ]
+    assert not any(batch.bad for batch in _batches(videos))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_failures_that_pass_are_outlived(server, local, workers):
+    kinds = ("500", "drop", "cut")
+    server.fail = lambda path, number: kinds[(number + len(path)) % 3] if number < storage.ATTEMPTS - 1 else None
+    batches = _batches(read_manifest(server.url), workers)
+    _assert_same_clips(batches, local)
+    assert not any(batch.bad for batch in batches)
+    assert max(server.requests.values()) >= storage.ATTEMPTS - 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("failure", ["500", "drop", "cut"])
+def test_failures_that_stay_are_bad_videos(server, failure, workers):
+    videos = read_manifest(server.url)
+    server.fail = lambda path, number: failure if "s-009" in path else None
+    batches = _batches(videos, workers)
+    bad = dict(bad for batch in batches for bad in batch.bad)
+    assert set(bad) == {f"{server.url}/s-009.tar/{n}.mp4" for n in (1, 4)}
+    assert all(f"given up after {storage.ATTEMPTS} attempts" in reason for reason in bad.values())
+    assert all(len(batch.clip) == 3 for batch in batches)
+
+
+def test_what_is_not_there_is_not_tried_again(server):
+    with pytest.raises(ManifestError, match=r"cannot read the list http.*: no such file"):
+        read_manifest(server.url + "/other")
+    assert set(server.requests.values()) == {1}
+
+
+def test_an_unknown_kind_of_url():
+    with pytest.raises(storage.CannotReach, match="nonsense"):
+        read_manifest("nonsense://bucket/data")
+
+
+# Ranks.
+
+
+def test_no_video_is_lost_or_repeated_when_the_number_of_ranks_changes(shards, tmp_path):
+    """An epoch of 60 videos, begun by two ranks, gone on with by three and then by one."""
+    source = shards / "0.mp4"
+    for number in range(60):
+        (tmp_path / f"{number}.mp4").symlink_to(source)
+    videos = read_manifest(str(tmp_path))
+    seen: list[str] = []
+    start = 0
+    for world_size, batch_size, batches in ((2, 4, 2), (3, 4, 2), (1, 5, 4)):
+        for rank in range(world_size):
+            stream = ClipStream(videos, DataConfig(workers=rank), 2, 32, seed=0)
+            with ClipLoader(
+                stream, start=start, batches=batches, batch_size=batch_size, rank=rank, world_size=world_size
+            ) as loader:
+                seen += [path for batch in loader for path in batch.paths]
+        start += world_size * batch_size * batches
+    assert start == 60
+    assert sorted(seen) == sorted(video.path for video in videos)
