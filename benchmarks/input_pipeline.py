@@ -316,9 +316,7 @@ def table(files: list[Files], rows: list[Row], step: float | None) -> str:
     lines = [(*head, "GPU MB", "NVDEC %", "data stall %"), ("---",) * 12]
     for row in rows:
         original = base.get((row.decoder, row.workers))
-        stall = (
-            "-" if step is None or row.decoder == "bare" else f"{max(0.0, 100 - 100 * row.clips_per_second / step):.1f}"
-        )
+        fed = None if step is None or row.decoder == "bare" else min(row.clips_per_second / step, 1)
         lines.append(
             (
                 row.files,
