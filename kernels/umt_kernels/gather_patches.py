@@ -9,7 +9,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_ids
+from umt_kernels.checks import check_ids, check_ints, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -42,9 +42,11 @@ def gather_patches(
     (time, row, column, channel) of a uint8 clip, (channel, time, row, column) of a float clip. `weight_matrix` puts a
     Conv3d's weight into the same order. The clip gets no gradient.
 
-    Raises TypeError for another dtype of the clip, ValueError for a size that patches do not divide or an id out
-    of range.
+    Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
+    range, tensors on two devices, or `mean` and `std` that are not three numbers, of `std` positive ones.
     """
+    check_tensors(clip=clip, token_ids=token_ids)
+    check_ints(patch_size=patch_size, tubelet_size=tubelet_size, halo=halo)
     if clip.dim() != 5:
         raise ValueError(f"clip has shape {list(clip.shape)}; give uint8 [B,T,H,W,3] or float [B,3,T,H,W]")
     if clip.dtype == torch.uint8:
@@ -61,6 +63,12 @@ def gather_patches(
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
     if halo < 0:
         raise ValueError(f"halo = {halo}; it must be 0 or more")
+    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        raise ValueError(
+            f"mean = {mean} and std = {std}; give three numbers each, one per channel, of std positive ones"
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype = {dtype}; rows are floats")
     if token_ids is not None:
         tokens = (frames // tubelet_size) * (height // patch_size) * (width // patch_size)
         check_ids("token_ids", token_ids, clip.shape[0], tokens, "a clip has {} tokens")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umt_kernels.backend import on_its_device, triton
-from umt_kernels.checks import check_ids
+from umt_kernels.checks import check_floats, check_ids, check_tensors
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, config, gather_patches, weight_matrix
 
 if TYPE_CHECKING:
@@ -42,19 +42,26 @@ def patch_embed(
     weight    the Conv3d's; where its kernel is wider than patch_size, windows overlap and the border is replicated.
     position  table of every token's position, added to the tokens kept; it gets no gradient.
 
-    One gather and one GEMM, in autocast's dtype if that is on. Raises ValueError for shapes that do not fit.
+    One gather and one GEMM, in autocast's dtype if that is on and else in that of `weight`. Raises ValueError for
+    shapes or devices that do not fit, TypeError for a dtype that does not.
     """
+    check_tensors(clip=clip, weight=weight, bias=bias, token_ids=token_ids, position=position)
+    check_floats(weight=weight, bias=bias, position=position)
     if weight.dim() != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4]:
         raise ValueError(f"weight has shape {list(weight.shape)}; give [d, 3, t, k, k]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; give [{weight.shape[0]}]")
     halo = (weight.shape[-1] - patch_size) // 2  # no divmod: torch.compile knows none of symbolic sizes
     if halo < 0 or patch_size + 2 * halo != weight.shape[-1]:
         raise ValueError(f"weight is {weight.shape[-1]} px wide and patch_size = {patch_size}; give it 0, 2, 4... more")
     device = clip.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    # Autocast leaves float64 alone, and knows nothing of the meta device.
+    autocast = weight.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     rows = gather_patches(
         clip, patch_size, weight.shape[2], token_ids=token_ids, halo=halo, mean=mean, std=std, dtype=dtype
     )
-    embedded = F.linear(rows, weight_matrix(weight, clip), bias)
+    embedded = F.linear(rows, weight_matrix(weight, clip), None if bias is None else bias.to(dtype))
     if position is None:
         return embedded
     if position.dim() != 2 or position.shape[1] != weight.shape[0]:
