@@ -16,13 +16,22 @@ from torch import Tensor
 
 from umt_kernels.backend import on_its_device, triton
 from umt_kernels.checks import check_floats, check_ids, check_tensors
-from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, config, gather_patches, weight_matrix
+from umt_kernels.gather_patches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    config,
+    gather_patches,
+    readable,
+    weight_matrix,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 if triton is not None:
     import triton.language as tl
+
+    from umt_kernels.gather_patches import normalised
 
 
 def patch_embed(
@@ -90,16 +99,12 @@ def implicit_patch_embed(
 
     Takes what `patch_embed` has checked, on a device that runs Triton. Returns float32.
     """
-    bytes_in = clip.dtype == torch.uint8
-    if clip.stride()[3:] != (3, 1) if bytes_in else clip.stride(4) != 1:
-        clip = clip.contiguous()
-    height, width = clip.shape[2:4] if bytes_in else clip.shape[3:]
     matrix = weight_matrix(weight, clip).to(dtype).contiguous()
     batch, kept, channels = clip.shape[0], token_ids.shape[1], weight.shape[0]
     halo = (weight.shape[-1] - patch_size) // 2
     out = clip.new_empty(batch, kept, channels, dtype=torch.float32)
-    strides = (clip.stride(0), 0, *clip.stride()[1:3]) if bytes_in else clip.stride()[:4]
-    settings = implicit_config(patch_size, weight.shape[2], halo, bytes_in, dtype)
+    clip, geometry = readable(clip, patch_size, mean, std)
+    settings = implicit_config(patch_size, weight.shape[2], halo, clip.dtype == torch.uint8, dtype)
     grid = (triton.cdiv(batch * kept, settings["TOKENS"]), triton.cdiv(channels, settings["CHANNELS"]))
     _implicit_kernel[grid](
         clip,
@@ -110,15 +115,9 @@ def implicit_patch_embed(
         out,
         batch * kept,
         kept,
-        height // patch_size,
-        width // patch_size,
-        height,
-        width,
         channels,
         matrix.shape[1],
-        *strides,
-        *(1 / (255 * s) for s in std),
-        *(-m / s for m, s in zip(mean, std, strict=True)),
+        *geometry,
         **settings,
     )
     return out
@@ -151,12 +150,12 @@ if triton is not None:
         out_ptr,  # [B, M, D]
         rows,  # B * M
         kept,
+        channels,
+        features,
         grid_height,
         grid_width,
         height,
         width,
-        channels,
-        features,
         stride_b,
         stride_c,
         stride_t,
@@ -203,10 +202,8 @@ if triton is not None:
             offset = start[:, None] + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
             if UINT8:
                 channel = column % 3
-                values = tl.load(clip_ptr + offset + x * 3 + channel[None, :], mask=mask, other=0).to(tl.float32)
-                scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-                shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-                values = values * scale[None, :] + shift[None, :]
+                values = tl.load(clip_ptr + offset + x * 3 + channel[None, :], mask=mask, other=0)
+                values = normalised(values, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b)
             else:
                 offset += (line // (TUBELET * WINDOW)).to(tl.int64)[None, :] * stride_c
                 values = tl.load(clip_ptr + offset + x, mask=mask, other=0.0).to(tl.float32)
