@@ -106,7 +106,7 @@ def _layer_norm(m: Model) -> _Forms:
     def run(rows: tuple[int, int], dtype: torch.dtype, kept: int, ids: torch.dtype, position: bool, grad: bool) -> None:
         x = torch.empty(*rows, m.width, dtype=dtype, requires_grad=grad)
         weight, bias = (torch.empty(m.width, requires_grad=grad) for _ in range(2))
-        row_ids = torch.zeros(rows[0], kept, dtype=ids) if kept else None
+        row_ids = torch.arange(kept, dtype=ids).repeat(rows[0], 1) if kept else None
         table = torch.empty(m.frames * m.patches, m.width) if position else None
         position_ids = torch.zeros(rows[0], kept or rows[1], dtype=ids) if position else None
         y = gather_layer_norm(x, weight, bias, 1e-6, row_ids=row_ids, position=table, position_ids=position_ids)

@@ -52,7 +52,7 @@ def _forward(q: Tensor, k: Tensor) -> Tensor:
     scores = q.new_empty(rows, length - 1, dtype=torch.float32)
     if scores.numel():
         _forward_kernel[(rows,)](
-            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth, k.element_size())
         )
     return scores
 
@@ -72,7 +72,17 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     grad_q, grad_k = torch.empty_like(q), k.new_empty(k.shape)
     if q.numel():
         _backward_kernel[(rows, heads)](
-            grad, q, k, grad_q, grad_k, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+            grad,
+            q,
+            k,
+            grad_q,
+            grad_k,
+            heads,
+            length,
+            depth,
+            *k.stride()[:3],
+            depth**-0.5,
+            **config(length, depth, k.element_size()),
         )
     return grad_q, grad_k
 
@@ -82,11 +92,11 @@ def _(grad, q, k):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def config(length: int, depth: int) -> dict[str, int]:
-    """All keys of a head, `CHUNK` of their columns at a time: a tile that fits into registers."""
+def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
+    """All keys of a head, `CHUNK` of their columns at a time: a tile of 16 KiB, which fits into registers."""
     block = next_power_of_2(length)
-    chunk = max(8, min(next_power_of_2(depth), 8192 // block))
-    return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk // 1024))}
+    chunk = max(8, min(next_power_of_2(depth), (16 << 10) // (block * key_bytes)))
+    return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk * key_bytes // 2048))}
 
 
 def _setup(ctx, inputs, output):

@@ -95,7 +95,9 @@ def _forward(
         return y, statistics
     x = _last_contiguous(x)
     config = forward_config(width)
-    _forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    # Twice as many as of the backward: few rows to each, and that many may run at a time.
+    per_program = triton.cdiv(triton.cdiv(rows, 2 * PROGRAMS), config["ROWS"]) * config["ROWS"]
+    _forward_kernel[(triton.cdiv(rows, per_program),)](
         x,
         weight.contiguous(),
         bias.contiguous(),
@@ -107,6 +109,7 @@ def _forward(
         rows,
         kept,
         width,
+        per_program,
         x.stride(0),
         x.stride(1),
         eps,
@@ -213,6 +216,7 @@ if triton is not None:
         rows,  # B * M
         kept,  # M
         width,
+        rows_per_program,
         x_b,
         x_l,
         eps,
@@ -221,30 +225,32 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
-        here = row < rows
         inside = column < width
-        mask = here[:, None] & inside[None, :]
-        if GATHER:
-            place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
-        else:
-            place = row % kept
-        x_row = (row // kept) * x_b + place * x_l
-        x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=1) / width
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
-        y = centred * rstd[:, None] * w[None, :] + b[None, :]
-        if POSITION:
-            p_row = tl.load(position_ids_ptr + row, mask=here, other=0).to(tl.int64) * width
-            y += tl.load(position_ptr + p_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        y_row = row * width
-        tl.store(y_ptr + y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(statistics_ptr + row, mean, mask=here)
-        tl.store(statistics_ptr + rows + row, rstd, mask=here)
+        first = tl.program_id(0).to(tl.int64) * rows_per_program
+        for start in range(first, min(first + rows_per_program, rows), ROWS):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)  # the interpreter's range gives an int32
+            here = row < rows
+            mask = here[:, None] & inside[None, :]
+            if GATHER:
+                place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
+            else:
+                place = row % kept
+            x_row = (row // kept) * x_b + place * x_l
+            x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            mean = tl.sum(x, axis=1) / width
+            centred = tl.where(mask, x - mean[:, None], 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+            y = centred * rstd[:, None] * w[None, :] + b[None, :]
+            if POSITION:
+                p_row = tl.load(position_ids_ptr + row, mask=here, other=0).to(tl.int64) * width
+                y += tl.load(position_ptr + p_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            y_row = row * width
+            tl.store(y_ptr + y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(statistics_ptr + row, mean, mask=here)
+            tl.store(statistics_ptr + rows + row, rstd, mask=here)
 
     @triton.jit
     def _backward_kernel(
