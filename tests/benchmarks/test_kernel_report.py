@@ -125,7 +125,7 @@ def test_narrow_load_fails(monkeypatch):
 
 
 def test_code_of_another_checkout_is_not_taken_from_the_cache(monkeypatch, tmp_path):
-    """Triton's cache knows a kernel by its source and line, not by its file: what is kept may name a file that is gone."""
+    """Triton's cache knows a kernel by its source and line, not by its file: it may name a file that is gone."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.empty(4096)
     compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, STEP=1, BLOCK=1024, num_warps=8)
