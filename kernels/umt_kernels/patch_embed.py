@@ -2,8 +2,8 @@
 
 Two ways are built. `patch_embed` gathers the pixels into rows and leaves the GEMM to cuBLAS: the rows cost one write
 and one read. `implicit_patch_embed` reads the pixels inside a Triton GEMM and adds bias and position before the only
-write: fewer bytes, but a slower GEMM. Which is faster on which GPU is not measured yet, so nothing takes the second
-by itself; the kernel benchmarks time both.
+write: no rows, but a slower GEMM that reads the pixels again for every tile of output channels. Which is faster on
+which GPU is not measured yet, so nothing takes the second by itself; the kernel benchmarks time both.
 """
 
 from __future__ import annotations
