@@ -57,7 +57,7 @@ def check_ids(name: str, ids: Tensor, batch: int, limit: int, meaning: str, once
         raise TypeError(f"{name} has dtype {ids.dtype}; give int32 or int64")
     if ids.dim() != 2 or ids.shape[0] != batch:
         raise ValueError(f"{name} has shape {list(ids.shape)}; give [{batch}, m], one row per sample")
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or (EVERYWHERE and ids.is_cuda)):
+    if torch.compiler.is_compiling() or ids.is_meta or not (ids.device.type == "cpu" or EVERYWHERE):
         return
     wrong = (ids < 0) | (ids >= limit)
     if wrong.any():
