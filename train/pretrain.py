@@ -24,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import umt_fast
 from umt_fast import checkpoint, distributed, masking
 from umt_fast.config import Config, ConfigError, load_recipe
-from umt_fast.data.loader import Batch, ClipLoader
+from umt_fast.data.decoder import open_loader
+from umt_fast.data.loader import Batch
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.stream import ClipStream
 from umt_fast.distributed import StopSignal, World
@@ -157,14 +158,15 @@ def train(config: Config, world: World) -> Path:
         log.restart_clock(step)
         return path
 
-    loader = ClipLoader(
+    loader = open_loader(
         ClipStream(videos, config.data, config.student.frames, config.student.image_size, run.seed),
+        world.device,
+        log.say,
         start=clips_seen,
         batches=(last - start) * optim.accumulate,
         batch_size=optim.batch_size,
         rank=world.rank,
         world_size=world.size,
-        pin_memory=world.device.type == "cuda",
     )
     with StopSignal(world) as stop, loader, contextlib.closing(log):
         log.restart_clock(start)
@@ -271,7 +273,7 @@ def describe(
     weights = config.teacher_weights
     if weights == "random":
         weights = f"RANDOM weights (seed {config.run.seed}), which teach nothing about videos"
-    used = ", ".join(f"{name} {value}" for name, value in in_use(world.device).items())
+    used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     return "\n".join(
         (
             f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if autocast else 'float32'}",

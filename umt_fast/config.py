@@ -21,6 +21,7 @@ from umt_fast.errors import RunError
 
 Masking = Literal["attention", "random", "tube"]
 Precision = Literal["auto", "bf16", "fp32"]
+Decoder = Literal["auto", "dali", "pyav"]
 
 
 class ConfigError(RunError, ValueError):
@@ -153,10 +154,17 @@ class DataConfig:
     """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
     prefix: str = ""
     """Folder that relative paths of the list start from; empty: the working directory."""
+    decoder: Decoder = "auto"
+    """auto: DALI where it is installed and the GPU has decoding engines (NVDEC), else PyAV."""
     workers: int = 4
-    """Decoding processes per rank; 0 decodes in the training process."""
+    """Processes per rank that read and decode, and threads of DALI on the CPU; 0: the training process does it."""
     prefetch: int = 2
     """Batches each worker keeps ready."""
+    pipelines: int = 0
+    """DALI pipelines per rank, each with a group of videos at work ahead of the step; 0: one per NVDEC of the GPU."""
+    pipeline_visits: int = 0
+    """Videos that a pipeline decodes at once, at their full size in memory; 0: all of a batch, which is then handed
+    over without a copy."""
     crops_per_clip: int = 1
     """Clips cut from one decoded video: the same frames, cropped and flipped anew (UMT's num_sample). A batch still
     holds `optim.batch_size` clips."""
@@ -238,6 +246,8 @@ class Config:
             ("optim.accumulate", self.optim.accumulate, 1),
             ("data.workers", self.data.workers, 0),
             ("data.prefetch", self.data.prefetch, 1),
+            ("data.pipelines", self.data.pipelines, 0),
+            ("data.pipeline_visits", self.data.pipeline_visits, 0),
             ("data.crops_per_clip", self.data.crops_per_clip, 1),
             ("run.seed", self.run.seed, 0),
             ("run.log_every", self.run.log_every, 1),

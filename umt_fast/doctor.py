@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from umt_fast.config import Precision
-
-DECODER = "pyav"
+from umt_fast.config import Decoder, Precision
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ PACKAGES = (
     Package("umt_kernels", "umt-kernels", "the ops", "pip install -e kernels"),
     Package("triton", "triton", "fused kernels on GPUs", "pip install triton"),
     Package("av", "av", "video decoding on the CPU", "pip install av"),
+    Package("nvidia.dali", "nvidia-dali-cuda130", "video decoding on the GPU", "pip install 'umt-fast[dali]'"),
     Package("einops", "einops", "tensor reshaping", "pip install einops"),
     Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors"),
     Package("PIL", "pillow", "resizing", "pip install pillow"),
@@ -55,16 +54,17 @@ def resolve_precision(precision: Precision, device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_computes_bf16()
 
 
-def in_use(device: torch.device) -> dict[str, str]:
-    """The parts that a run on `device` takes."""
+def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
+    """The parts that a run on `device` takes. Raises MissingDali."""
     from umt_kernels.backend import kernels_on
 
+    from umt_fast.data.decoder import choose_decoder
     from umt_fast.models.attention import BACKEND
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return {
         "device": name,
-        "decoder": DECODER,
+        "decoder": choose_decoder(decoder, device).text,
         "attention": BACKEND,
         "kernels": kernels_on(device),
     }
@@ -75,7 +75,7 @@ def version(package: Package) -> str | None:
     try:
         if importlib.util.find_spec(package.module) is None:
             return None
-    except ValueError:  # blocked in sys.modules
+    except (ImportError, ValueError):  # no parent package; blocked in sys.modules
         return None
     try:
         return importlib.metadata.version(package.distribution)

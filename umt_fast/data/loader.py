@@ -5,25 +5,31 @@ from __future__ import annotations
 import functools
 import signal
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.augment import show
+from umt_fast.data.index import Video
 from umt_fast.data.storage import read_video
 from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
+    from typing_extensions import Self
+
+T = TypeVar("T")
 
 READS_AHEAD = 8
 """Remote videos that a worker fetches while it decodes."""
@@ -51,6 +57,56 @@ class Batch:
         return self
 
 
+def try_candidates(
+    stream: ClipStream,
+    visit: int,
+    content: Future[bytes] | None,
+    read: Callable[[Video, Generator, bytes | None], None],
+) -> tuple[str | None, list[tuple[str, str]]]:
+    """`read` a visit's video or, while that fails, another in its place, given the source of what is drawn for it.
+
+    Returns the name of the one that was read, None if none could be, and those that could not, each with the reason.
+    `content`: the bytes of the first, where they are being fetched.
+    """
+    bad = []
+    for index, rng in stream.attempts(visit):
+        name = f"row {index} of the list"
+        try:
+            video = stream.videos[index]
+            name = video.name
+            fetched, content = content, None  # it is the first candidate's
+            read(video, rng, None if fetched is None else fetched.result())
+        except (pyav.BadVideo, OSError) as error:
+            bad.append((name, str(error)))
+        except Exception as error:  # a decoder's own surprise must not end the run either
+            bad.append((name, f"{type(error).__name__}: {error}"))
+        else:
+            return name, bad
+    return None, bad
+
+
+def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
+    """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises pyav.BadVideo."""
+    frames = pyav.read_frames(video, lambda count: stream.draw_frames(count, rng), content)
+    height, width = frames[0].shape[:2]
+    for clip, view in zip(out, stream.draw_views(width, height, rng), strict=True):
+        for place, frame in zip(clip, frames, strict=True):
+            place[:] = show(frame, view, stream.side)
+
+
+def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:
+    """For each visit the bytes of the video to try first, if it is remote, fetched some visits ahead."""
+    with ThreadPoolExecutor(READS_AHEAD) as pool:
+        ahead: deque[Future[bytes] | None] = deque()
+        for visit in visits:
+            index, _ = next(stream.attempts(visit))
+            video = stream.videos[index]
+            ahead.append(pool.submit(read_video, video) if video.remote else None)
+            if len(ahead) > READS_AHEAD:
+                yield ahead.popleft()
+        yield from ahead
+
+
 class ClipDataset(Dataset[Batch]):
     """Batches of a stream by the numbers of their visits, decoded by PyAV."""
 
@@ -65,46 +121,14 @@ class ClipDataset(Dataset[Batch]):
         if get_worker_info() is not None:
             clips.share_memory_()  # written once, where the training process reads it
         batch = Batch(clips.flatten(0, 1), [], [])
-        for visit, content, out in zip(visits, self._contents(visits), clips.numpy(), strict=True):
-            if not self._decode(visit, content, out, batch):
+        for visit, content, out in zip(visits, fetch_ahead(stream, visits), clips.numpy(), strict=True):
+            name, bad = try_candidates(stream, visit, content, functools.partial(decode, stream, out=out))
+            batch.bad += bad
+            if name is None:
                 batch.clip = batch.clip[:0]
                 break
+            batch.paths.append(name)
         return batch
-
-    def _decode(self, visit: int, content: Future[bytes] | None, out: np.ndarray, batch: Batch) -> bool:
-        """Write a visit's clips to `out` [R,T,H,W,3], unless none of its candidates can be read."""
-        for index, rng in self.stream.attempts(visit):
-            name = f"row {index} of the list"
-            try:
-                video = self.stream.videos[index]
-                name = video.name
-                ahead, content = content, None  # it is the first candidate's
-                held = None if ahead is None else ahead.result()
-                frames = pyav.read_frames(video, functools.partial(self.stream.draw_frames, rng=rng), held)
-                height, width = frames[0].shape[:2]
-                for clip, view in zip(out, self.stream.draw_views(width, height, rng), strict=True):
-                    for place, frame in zip(clip, frames, strict=True):
-                        place[:] = show(frame, view, self.stream.side)
-            except (pyav.BadVideo, OSError) as error:
-                batch.bad.append((name, str(error)))
-            except Exception as error:  # a decoder's own surprise must not end the run either
-                batch.bad.append((name, f"{type(error).__name__}: {error}"))
-            else:
-                batch.paths.append(name)
-                return True
-        return False
-
-    def _contents(self, visits: list[int]) -> Iterator[Future[bytes] | None]:
-        """For each visit the bytes of the video to try first, if it is remote, fetched some visits ahead."""
-        with ThreadPoolExecutor(READS_AHEAD) as pool:
-            ahead: deque[Future[bytes] | None] = deque()
-            for visit in visits:
-                index, _ = next(self.stream.attempts(visit))
-                video = self.stream.videos[index]
-                ahead.append(pool.submit(read_video, video) if video.remote else None)
-                if len(ahead) > READS_AHEAD:
-                    yield ahead.popleft()
-            yield from ahead
 
 
 class _RankBatches(Sampler[list[int]]):
@@ -126,15 +150,13 @@ class _RankBatches(Sampler[list[int]]):
             yield list(range(first, first + self.visits))
 
 
-class ClipLoader:
-    """Batches of one rank, from clip number `start` of the run on. Close it, or use it in a `with`.
-
-    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when a worker was killed.
-    """
+class Prepared(Iterator[T]):
+    """What a data set makes of each batch of a rank's visits, in worker processes, from clip `start` of the run on."""
 
     def __init__(
         self,
-        stream: ClipStream,
+        dataset: Dataset[T],
+        config: DataConfig,
         *,
         start: int,
         batches: int,
@@ -143,10 +165,10 @@ class ClipLoader:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        workers, crops = stream.config.workers, stream.config.crops_per_clip
-        options: dict[str, Any] = {"prefetch_factor": stream.config.prefetch} if workers else {}
+        workers, crops = config.workers, config.crops_per_clip
+        options: dict[str, Any] = {"prefetch_factor": config.prefetch} if workers else {}
         self._loader = DataLoader(
-            ClipDataset(stream),
+            dataset,
             sampler=_RankBatches(start // crops, batches, batch_size // crops, rank, world_size),
             batch_size=None,  # the data set makes whole batches
             num_workers=workers,
@@ -155,32 +177,18 @@ class ClipLoader:
             generator=torch.Generator(),  # else the loader takes a number from the run's own
             **options,
         )
-        self._batches: Iterator[Batch] | None = iter(self._loader)
+        self._items: Iterator[T] | None = iter(self._loader)
 
-    def __iter__(self) -> ClipLoader:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._batches is None:
+    def __next__(self) -> T:
+        """Raises WorkerDied when a worker was killed."""
+        if self._items is None:
             raise StopIteration
         try:
-            batch = next(self._batches)
+            return next(self._items)
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
             raise WorkerDied(f"a decoding process ended unexpectedly, is there memory enough? {error}") from error
-        if not len(batch.clip):
-            path, reason = batch.bad[-1]
-            raise NothingReadable(
-                f"{1 + REPLACEMENTS} videos in a row could not be read, the last one {path}: {reason}"
-            )
-        return batch
-
-    def __enter__(self) -> ClipLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop the workers.
@@ -188,9 +196,46 @@ class ClipLoader:
         Not left to the collector: after an error the traceback keeps the iterator, and Python's exit then waits for
         workers that nobody told to stop.
         """
-        batches, self._batches = self._batches, None
-        if isinstance(batches, _MultiProcessingDataLoaderIter):
-            batches._shutdown_workers()
+        items, self._items = self._items, None
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()
+
+
+class Loader(Iterator[Batch]):
+    """Batches of one rank, whatever decodes them. Close it, or use it in a `with`.
+
+    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when a worker was killed.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class ClipLoader(Loader):
+    """Batches decoded by PyAV; the options are those of `Prepared`."""
+
+    def __init__(self, stream: ClipStream, **options: Any) -> None:
+        self._batches = Prepared(ClipDataset(stream), stream.config, **options)
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if not len(batch.clip):
+            raise nothing_readable(batch.bad)
+        return batch
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def nothing_readable(bad: list[tuple[str, str]]) -> NothingReadable:
+    path, reason = bad[-1]
+    return NothingReadable(f"{1 + REPLACEMENTS} videos in a row could not be read, the last one {path}: {reason}")
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

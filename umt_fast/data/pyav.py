@@ -8,6 +8,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import av
 import numpy as np
@@ -22,6 +23,17 @@ _SLACK_SHARE = 0.05
 
 class BadVideo(Exception):
     """A file that gives no clip; the message says why."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a video's pictures are stored, as its header says."""
+
+    codec: str
+    pixels: str
+    """FFmpeg's name of the pixel format."""
+    matrix: int
+    """From which YCbCr to which RGB, as ITU-T H.273 numbers them: 1 is BT.709, 2 unknown, 5 and 6 are BT.601."""
 
 
 def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
@@ -46,6 +58,14 @@ def probe(video: Video, content: bytes | None = None) -> Facts:
         return reader.facts()
 
 
+def look_up(video: Video, content: bytes | None = None) -> Storage:
+    """What the header says; no packet is listed. Raises BadVideo as `read_frames`."""
+    with _container(video, content) as container:
+        context = container.streams.video[0].codec_context
+        pixels = context.format.name if context.format else ""
+        return Storage(context.codec.canonical_name, pixels, int(context.colorspace))
+
+
 def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
     """Every frame that `read_frames` counts, in its order, decoded in one pass, as it is stored (not yet turned).
 
@@ -57,6 +77,12 @@ def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoF
 
 @contextlib.contextmanager
 def _opened(video: Video, content: bytes | None) -> Iterator[_Reader]:
+    with _container(video, content) as container:
+        yield _Reader(container, video.facts, lambda: _open(video, content))
+
+
+@contextlib.contextmanager
+def _container(video: Video, content: bytes | None) -> Iterator[av.container.InputContainer]:
     """The video, open; FFmpeg's and the system's errors become BadVideo."""
     try:
         if content is None and video.remote:
@@ -72,7 +98,7 @@ def _opened(video: Video, content: bytes | None) -> Iterator[_Reader]:
         with _open(video, content) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise BadVideo("no video stream that can be decoded")
-            yield _Reader(container, video.facts, lambda: _open(video, content))
+            yield container
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         # IndexError: PyAV's own, where a damaged file grows a stream while it is read
         reason = getattr(error, "strerror", None) or str(error)
