@@ -393,7 +393,7 @@ def test_out_within_source_is_refused(source, out):
 
 def test_out_that_is_a_file(source, tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(CannotPrepare, match="cannot write to"):
+    with pytest.raises(CannotPrepare, match="is a file; give a folder"):
         prepare.prepare(_settings(source, tmp_path / "out"))
 
 

@@ -129,6 +129,8 @@ def prepare(settings: Settings) -> Report:
     if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
     plan = make_plan(read_manifest(source, settings.prefix), source, settings.per_shard)
+    if out.exists() and not out.is_dir():
+        raise CannotPrepare(f"OUT {out} is a file; give a folder")
     try:
         if out.is_dir() and not (out / STATE).is_dir() and any(file.name != ".lock" for file in out.iterdir()):
             raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
