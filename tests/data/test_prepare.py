@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from umt_fast.config import ConfigError
-from umt_fast.data import copies, encode, prepare, pyav, verify
+from umt_fast.data import copies, encode, prepare, pyav, tasks, verify
 from umt_fast.data.copies import Journal
 from umt_fast.data.encode import Recipe
 from umt_fast.data.index import Video
@@ -434,7 +434,7 @@ def _full(*_args, **_kwargs):
 def test_a_full_disk_ends_it_with_what_is_done_kept(source, unbroken, tmp_path, monkeypatch, function):
     settings = _settings(source, tmp_path / "out", per_shard=3, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, function, _full)
+        patch.setattr(tasks, function, _full)
         with pytest.raises(CannotPrepare, match=r"No space left on device\. \d+ of 11 .* the same command again"):
             prepare.prepare(settings)
     prepare.prepare(settings)
@@ -445,14 +445,14 @@ def test_a_full_disk_that_ffmpeg_does_not_tell(source, tmp_path, monkeypatch):
     def write(*_args):
         raise encode.BadCopy("the copy does not read: truncated")
 
-    monkeypatch.setattr(prepare, "write_copy", write)
-    monkeypatch.setattr(prepare, "_NEARLY_FULL", 1 << 60)
+    monkeypatch.setattr(tasks, "write_copy", write)
+    monkeypatch.setattr(tasks, "_NEARLY_FULL", 1 << 60)
     with pytest.raises(CannotPrepare, match="no space left"):
         prepare.prepare(_settings(source, tmp_path / "out"))
 
 
 def test_a_video_that_kills_its_worker_is_one_failure(source, unbroken, tmp_path, monkeypatch):
-    write = prepare.write_copy
+    write = tasks.write_copy
 
     def crash(video, *rest):
         if video.path.endswith("3.mp4"):
@@ -460,7 +460,7 @@ def test_a_video_that_kills_its_worker_is_one_failure(source, unbroken, tmp_path
         return write(video, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_copy", crash)
+        patch.setattr(tasks, "write_copy", crash)
         report = prepare.prepare(_settings(source, tmp_path / "out"))
     (reason,) = [reason for name, reason in report.failures.items() if name.endswith("3.mp4")]
     assert "SIGKILL, 2 times; is there memory enough?" in reason
@@ -478,7 +478,7 @@ def test_a_mended_input_is_taken_up(source, unbroken, tmp_path, monkeypatch, per
 
     settings = _settings(source, tmp_path / "out", per_shard=per_shard)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_copy", refuse)
+        patch.setattr(tasks, "write_copy", refuse)
         assert prepare.prepare(settings).copies == 5
     prepare.prepare(settings)
     assert _tree(tmp_path / "out") == _tree(unbroken[per_shard][0])
@@ -585,8 +585,8 @@ def _unless_bad(video: Video, other: Video) -> Video:
 def test_verify_finds_a_copy_of_another_video(source, made, monkeypatch):
     """Its bytes are as the index says; only the source tells."""
     other = Video(str(source.parent / "b/1.mkv"))
-    write = prepare.write_copy
-    monkeypatch.setattr(prepare, "write_copy", lambda video, *rest: write(_unless_bad(video, other), *rest))
+    write = tasks.write_copy
+    monkeypatch.setattr(tasks, "write_copy", lambda video, *rest: write(_unless_bad(video, other), *rest))
     problems = _bad(made())
     assert set(problems) == {"a/0.mp4", "a/2.mp4", "b/3.mp4", "a/4.mp4", "b/5.mp4", "a/6.mp4"}
     assert "frames, its source" in problems["a/0.mp4"]
@@ -594,10 +594,10 @@ def test_verify_finds_a_copy_of_another_video(source, made, monkeypatch):
 
 def test_verify_compares_pictures(source, made, monkeypatch, write_video, tmp_path):
     upside = write_video(tmp_path / "other.mp4", frames=24, seed=99)
-    write = prepare.write_copy
+    write = tasks.write_copy
     replace = {"0.mp4": Video(str(upside))}
     monkeypatch.setattr(
-        prepare, "write_copy", lambda video, *rest: write(replace.get(Path(video.path).name, video), *rest)
+        tasks, "write_copy", lambda video, *rest: write(replace.get(Path(video.path).name, video), *rest)
     )
     problems = _bad(made())
     assert set(problems) == {"a/0.mp4"}

@@ -20,8 +20,9 @@ from umt_fast.data.encode import BadCopy
 from umt_fast.data.index import INDEX_NAME, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.pool import Died, Pool
-from umt_fast.data.prepare import CannotPrepare, hash_bytes
+from umt_fast.data.prepare import CannotPrepare
 from umt_fast.data.shards import list_shard
+from umt_fast.data.tasks import hash_bytes
 from umt_fast.files import lock_folder
 
 LEAST_PSNR = 20.0
