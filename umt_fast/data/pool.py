@@ -15,6 +15,8 @@ from typing import Any
 ATTEMPTS = 2
 """Processes that may die over one task. Whom a machine without memory kills is chance, so one death proves nothing."""
 
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
 
 class Died(Exception):
     """The processes that worked on a task were killed or crashed."""
@@ -85,7 +87,12 @@ class _Worker:
         self.assigned: tuple[Any, int] = (None, 0)
         self.busy = False
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-        self._process.start()
+        # Held meanwhile: a signal would kill the new process, and Python may drop an interrupt that comes while it forks.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()  # so that its end is seen here when the process ends
 
     def give(self, task: Any, deaths: int) -> None:
@@ -112,6 +119,7 @@ class _Worker:
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches every process of a terminal
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
