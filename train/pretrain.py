@@ -96,9 +96,10 @@ def train(config: Config, world: World) -> Path:
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     source = world.gather(find_checkpoint(config, folder))[0]
-    start, clips_seen, rng = 0, 0, None
+    plan = {"videos": len(videos), "total_steps": schedule.total_steps}
+    start, clips_seen, rng, planned = 0, 0, None, plan
     if source is not None:
-        start, clips_seen, rng = restore(source, config, world, student, optimizer, step_clips)
+        start, clips_seen, rng, planned = restore(source, config, world, student, optimizer, step_clips)
     last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
     if world.main:
         checkpoint.remove_unfinished(folder / "checkpoints")
@@ -107,6 +108,9 @@ def train(config: Config, world: World) -> Path:
     log.say(describe(config, world, autocast, len(videos), schedule, student))
     if source is not None:
         log.say(f"going on from {source} at step {start}")
+        for name, then in planned.items():
+            if then != plan[name]:
+                log.say(f"note: {name.replace('_', ' ')} was {then} when it was saved, now {plan[name]}")
     if start >= last:
         log.say(f"nothing to do: step {start} of {last} is reached; raise --optim.epochs or choose another --run.name")
         log.close()
@@ -147,7 +151,7 @@ def train(config: Config, world: World) -> Path:
                 "optimizer": optimizer.state_dict(),
                 "rng": states,
                 "config": dataclasses.asdict(config),
-                "schedule": {"videos": len(videos), "total_steps": schedule.total_steps},
+                "schedule": plan,
             }
             checkpoint.save_checkpoint(path.parent, clips_seen, content, run.keep)
         world.gather(None)  # no rank goes on before the file is there
@@ -226,8 +230,8 @@ def restore(
     student: umt_fast.VideoStudent,
     optimizer: torch.optim.Optimizer,
     step_clips: int,
-) -> tuple[int, int, dict[str, Tensor] | None]:
-    """Load a checkpoint. Returns the steps done, the clips seen and this rank's random state.
+) -> tuple[int, int, dict[str, Tensor] | None, dict[str, int]]:
+    """Load a checkpoint. Returns the steps done, the clips seen, this rank's random state and what the run had planned.
 
     With another global batch the steps done are counted anew from the clips seen; a rank that the checkpoint does
     not know starts with a random state of its own.
@@ -244,7 +248,7 @@ def restore(
         group.update(own)  # the settings of this run hold, not those of the one that saved
     states = content["rng"]
     rng = states[world.rank] if world.rank < len(states) else None
-    return content["clips_seen"] // step_clips, content["clips_seen"], rng
+    return content["clips_seen"] // step_clips, content["clips_seen"], rng, content["schedule"]
 
 
 def _setting(config: dict[str, Any], name: str) -> Any:
@@ -292,8 +296,8 @@ def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, 
         title += " (random teacher)"
     draw_visible(batch.clip[0], out.scores[0], out.visible[0], folder / "visible.png", title)
     if len(metrics) > 1:
-        losses = f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}"
-        log.say(f"{losses}; waited for data {log.stall:.1%} of the time; pictures and metrics in {folder}")
+        log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; pictures and metrics in {folder}")
+    log.say(f"waited for data {log.stall:.1%} of the time")
 
 
 def main(arguments: list[str] | None = None) -> None:

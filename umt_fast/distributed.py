@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from umt_fast.config import ConfigError
+from umt_fast.files import FolderInUse, lock_folder
 
 T = TypeVar("T")
 
@@ -80,13 +80,11 @@ def hold_folder(folder: Path, world: World) -> Iterator[None]:
     if not world.main:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another run is using {folder}; stop it, or choose another --run.name") from None
-        yield
+    try:
+        with lock_folder(folder):
+            yield
+    except FolderInUse:
+        raise ConfigError(f"another run is using {folder}; stop it, or choose another --run.name") from None
 
 
 class StopSignal:

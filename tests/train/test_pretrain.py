@@ -64,6 +64,37 @@ def test_resume_is_exact(trainer, processes):
     assert [(line["step"], line["loss"]) for line in whole] == [(line["step"], line["loss"]) for line in parts]
 
 
+def test_a_run_goes_on_with_another_number_of_processes(trainer, demo_videos):
+    """At the same clip, whatever is left of the epoch shared out anew; a longer list is told."""
+    status, output = trainer.run(
+        "--run.name", "a", "--optim.batch-size", "1", "--run.stop-at", "3", "--data.crops-per-clip", "1", processes=2
+    )
+    assert status == 0, output
+    longer = trainer.folder / "longer.csv"
+    longer.write_text(demo_videos.read_text() * 2)
+    status, output = trainer.run("--run.name", "a", "--optim.batch-size", "3", "--data.train", str(longer))
+    assert status == 0, output
+    assert "at step 2\n" in output  # 6 clips, 3 a step
+    assert "note: videos was 8 when it was saved, now 16" in output
+    assert "note: total steps was 32 when it was saved, now 42" in output
+    assert trainer.checkpoints("a")[-1].name == f"clips_{6 + 40 * 3:010d}.pth"
+
+
+def test_several_crops_of_a_video(trainer):
+    status, output = trainer.run("--run.name", "a", "--data.crops-per-clip", "2", "--run.stop-at", "2")
+    assert status == 0, output
+    assert "8 epochs = 32 steps" in output
+    assert "waited for data" in output
+    assert 0 <= metrics(trainer.folder / "a")[-1]["data_stall"] <= 1
+    status, output = trainer.run("--run.name", "a", "--data.crops-per-clip", "4")
+    assert status == 1
+    assert "data.crops_per_clip = 2, this run has 4" in output
+    status, output = trainer.run("--run.name", "b", "--data.crops-per-clip", "3")
+    assert status == 2
+    assert "batch_size = 4 is not a positive" in output
+    assert "multiple of crops_per_clip = 3" in output
+
+
 def test_masking_rules_accumulation_and_clipping_run(trainer):
     for rule in ("random", "tube"):
         options = ("--mask.rule", rule, "--optim.accumulate", "2", "--optim.clip-grad", "0.5", "--optim.epochs", "4")

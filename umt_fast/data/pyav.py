@@ -105,6 +105,15 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height)
 
 
+def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
+    """Every frame that `read_frames` counts, in its order, decoded in one pass, as it is stored (not yet turned).
+
+    Raises BadVideo as `read_frames`, at the first frame that does not decode.
+    """
+    with _opened(video, content) as reader:
+        yield from reader.read_all()
+
+
 @contextlib.contextmanager
 def _opened(video: Video, content: bytes | None) -> Iterator[_Reader]:
     with _container(video, content) as container:
@@ -344,6 +353,23 @@ class _Reader:
                 if index >= indices[-1]:
                     break
         return found
+
+    def read_all(self) -> Iterator[av.VideoFrame]:
+        done = 0
+        with self.reopen() as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for frame in container.decode(stream):
+                if done == len(self.pts) or frame.is_corrupt:
+                    break
+                if self.timed and frame.pts != self.pts[done]:
+                    if frame.pts is None or frame.pts > self.pts[done]:
+                        break
+                    continue  # cut away by an edit list
+                yield frame
+                done += 1
+        if done < len(self.pts):
+            raise BadVideo(f"frame {done} of {len(self.pts)} does not decode")
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
         return _upright(frame, self.reformatter.reformat(frame, format="rgb24").to_ndarray())

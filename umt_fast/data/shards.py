@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import posixpath
 import tarfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from umt_fast.data.index import is_url
@@ -41,6 +44,49 @@ def list_shard(path: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
         if label.isdigit():
             row["label"] = int(label)
     return rows
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What goes into a shard of one video."""
+
+    key: str
+    """Without a dot: what follows one is the kind of the file."""
+    video: str
+    """Path of the .mp4 file."""
+    facts: dict[str, Any]
+    """For the .json file."""
+    label: int | None = None
+    caption: str | None = None
+
+
+def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
+    """Write a tar file of KEY.mp4, KEY.json and, where known, KEY.cls and KEY.txt. Returns where each video begins.
+
+    The bytes depend on the samples alone: members have no owner and no date.
+    """
+    offsets = []
+    with open(path, "wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in samples:
+            small = {"json": json.dumps(sample.facts, sort_keys=True)}
+            if sample.label is not None:
+                small["cls"] = str(sample.label)
+            if sample.caption is not None:
+                small["txt"] = sample.caption
+            with open(sample.video, "rb") as video:
+                member = tarfile.TarInfo(f"{sample.key}.mp4")
+                member.size = os.fstat(video.fileno()).st_size
+                offsets.append(tar.offset + tarfile.BLOCKSIZE)
+                tar.addfile(member, video)
+            for kind, text in small.items():
+                content = text.encode("utf-8", "surrogateescape")
+                member = tarfile.TarInfo(f"{sample.key}.{kind}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        tar.close()
+        raw.flush()
+        os.fsync(raw.fileno())
+    return offsets
 
 
 class _Remote(io.RawIOBase):

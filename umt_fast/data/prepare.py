@@ -1,0 +1,440 @@
+"""Training copies of a data set, in which a random frame costs few frames of decoding, and their index.
+
+    python -m umt_fast.data.prepare SOURCE OUT              a folder or list of videos -> OUT/index.jsonl and copies
+    python -m umt_fast.data.prepare --verify OUT            decode the copies and compare them with their sources
+
+Interrupted, it goes on where it was when the same command is given again. Train with --data.train OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from umt_fast.data.copies import STATE, Item, Journal, Plan, Shard, make_plan
+from umt_fast.data.encode import CODECS, Recipe, write_copy
+from umt_fast.data.index import INDEX_NAME, Video, describe, is_url, write_index
+from umt_fast.data.manifest import read_manifest
+from umt_fast.data.pool import Died, Pool
+from umt_fast.data.pyav import BadVideo
+from umt_fast.data.shards import Sample, write_shard
+from umt_fast.data.storage import file_size, read_video
+from umt_fast.errors import RunError
+from umt_fast.files import lock_folder, put_in_place, write_whole
+
+FAILED_NAME = "failed.txt"
+_LOCK_PATIENCE = 2.0  # seconds; the workers of a killed run take a moment to notice
+_NEARLY_FULL = 1 << 20  # bytes
+_NOT_THE_VIDEOS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+class CannotPrepare(RunError):
+    """Copies that cannot be made here, or not as asked."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    source: str
+    """A folder of videos, a list, shards or an index; what `read_manifest` takes."""
+    out: str
+    """A new folder for the copies, or one to go on in."""
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    prefix: str = ""
+    """Folder that relative paths of a list start from."""
+    per_shard: int | None = None
+    """Videos per WebDataset shard; None: plain files."""
+    workers: int | None = None
+    """Processes; None: one per core."""
+
+
+@dataclass(frozen=True)
+class Report:
+    copies: int
+    fresh: int
+    """Of these, made by this run."""
+    failures: dict[str, str]
+    """Why there is no copy, by the source's name."""
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    """Of video."""
+    fresh_seconds: float
+    elapsed: float
+    workers: int
+    out: str
+
+    def __str__(self) -> str:
+        there = f" ({self.copies - self.fresh} were there already)" if self.copies > self.fresh else ""
+        ratio = self.bytes_after / max(self.bytes_before, 1)
+        lines = [
+            f"{self.copies + len(self.failures)} videos: {self.copies} copied{there}, {len(self.failures)} failed",
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after: {ratio:.2f} times",
+            f"{self.seconds:.1f} seconds of video, {self.fresh_seconds:.1f} of them copied in {self.elapsed:.1f} s "
+            f"by {self.workers} processes",
+        ]
+        reasons = collections.Counter(self.failures.values())
+        if reasons:
+            lines.append(
+                f"failures, listed in {os.path.join(self.out, FAILED_NAME)} and tried again on the next start:"
+            )
+            lines += [f"{count:8d}  {reason}" for reason, count in reasons.most_common(10)]
+            lines += [f"          and {len(reasons) - 10} other reasons"] if len(reasons) > 10 else []
+        return "\n".join([*lines, f"train with: python -m train.pretrain --data.train {self.out}"])
+
+
+@dataclass(frozen=True)
+class _CopyTask:
+    item: Item
+    aside: str
+    target: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class _PackTask:
+    shard: Shard
+    samples: list[Sample]
+    names: list[str]
+    """Of the sources that the samples are of."""
+    aside: str
+    target: str
+
+
+@dataclass(frozen=True)
+class _Failed:
+    reason: str
+    hopeless: bool = False
+    """The others would fail too."""
+
+
+def prepare(settings: Settings) -> Report:
+    """Make what is missing of the copies, and the index. Raises CannotPrepare, ManifestError or FolderInUse."""
+    source, out = settings.source, Path(settings.out)
+    if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
+        raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
+    plan = make_plan(read_manifest(source, settings.prefix), source, settings.per_shard)
+    try:
+        if out.is_dir() and not (out / STATE).is_dir() and any(file.name != ".lock" for file in out.iterdir()):
+            raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
+        with lock_folder(out, _LOCK_PATIENCE):
+            (out / STATE).mkdir(exist_ok=True)
+            _keep_settings(out / STATE / "settings.json", settings, plan)
+            return _Preparation(settings, plan).run()
+    except OSError as error:
+        raise CannotPrepare(f"cannot write to {out}: {error.strerror or error}") from None
+
+
+def _keep_settings(path: Path, settings: Settings, plan: Plan) -> None:
+    """Note what is made in this folder. Raises CannotPrepare when something else was begun in it."""
+    source = settings.source if is_url(settings.source) else os.path.abspath(settings.source)
+    now = {"SOURCE": source, "--prefix": settings.prefix, "--per-shard": settings.per_shard, "base folder": plan.base}
+    recipe = settings.recipe.resolved()
+    now |= {f"--{key.replace('_', '-')}": value for key, value in dataclasses.asdict(recipe).items()}
+    try:
+        before = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        write_whole(path, json.dumps(now, indent=1).encode())
+        return
+    other = [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
+    if other:
+        raise CannotPrepare(f"{settings.out} was begun otherwise: {'; '.join(other)}. Choose another OUT, or remove it")
+
+
+class _Preparation:
+    """One run over the folder, which is locked."""
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self.settings = settings
+        self.plan = plan
+        self.out = Path(settings.out)
+        self.aside = self.out / STATE / "aside"
+        self.unpacked = self.out / STATE / "copies"
+        self.failures: dict[str, str] = {}
+        self.fresh: set[str] = set()
+        shutil.rmtree(self.aside, ignore_errors=True)  # what a killed run was writing
+        self.aside.mkdir()
+        self.unpacked.mkdir(exist_ok=True)
+        self.journal = Journal(self.out / STATE / "journal.jsonl")
+        self.shard_of = {item.number: shard for shard in plan.shards for item in shard.items}
+        self.open_items: dict[str, set[str]] = {}
+        """By shard: the videos still to be tried before it can be written."""
+
+    def run(self) -> Report:
+        started = time.monotonic()
+        workers = self.settings.workers or len(os.sched_getaffinity(0))
+        waiting = list(self._waiting())
+        total = len(self.plan.items)
+        tqdm.monitor_interval = 0  # no thread: processes are forked
+        bar = tqdm(total=total, initial=total - len(waiting), unit="video", desc="prepare", smoothing=0.1)
+        try:
+            with bar, Pool(_work, workers) as pool:
+                for item in waiting:
+                    pool.add(self._copy_task(item))
+                for shard in self.plan.shards:
+                    self._pack_if_complete(shard, pool)
+                for task, outcome in pool.results():
+                    if isinstance(outcome, Died):
+                        outcome = _Failed(f"{outcome}; is there memory enough?")
+                    if isinstance(outcome, _Failed) and outcome.hopeless:
+                        raise CannotPrepare(self._stopped(f"cannot write to {self.out}: {outcome.reason}"))
+                    if isinstance(task, _PackTask):
+                        self._packed(task, outcome)
+                    else:
+                        self._copied(task, outcome, pool)
+                        bar.update()
+                        bar.set_postfix({"failed": len(self.failures)} if self.failures else {})
+            return self._finish(time.monotonic() - started, workers)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._stopped("stopped")) from None
+        finally:
+            self.journal.close()
+            shutil.rmtree(self.aside, ignore_errors=True)
+
+    def _stopped(self, why: str) -> str:
+        done = sum(item.name in self.journal.copies for item in self.plan.items)
+        return f"{why}. {done} of {len(self.plan.items)} videos are copied; the same command again goes on from there"
+
+    def _waiting(self) -> Iterator[Item]:
+        """The videos without a copy. Forgets what the journal has of files that are gone or changed in size."""
+        for shard in self.plan.shards:
+            self.open_items[shard.name] = set()
+            found = self.journal.shards.get(shard.name)
+            if found is not None and not (
+                found["digest"] == shard.digest and _has_size(self.out / shard.name, found["bytes"])
+            ):
+                self.journal.add("shard", shard.name, None)
+        for item in self.plan.items:
+            if not self._is_copied(item):
+                if item.number in self.shard_of:
+                    self.open_items[self.shard_of[item.number].name].add(item.name)
+                yield item
+
+    def _is_copied(self, item: Item) -> bool:
+        found = self.journal.copies.get(item.name)
+        if found is None:
+            return False
+        shard = self.shard_of.get(item.number)
+        packed = shard is not None and item.name in self.journal.shards.get(shard.name, {}).get("offsets", ())
+        if found["row"]["path"] == item.path and (packed or _has_size(self._target(item), found["row"]["bytes"])):
+            return True
+        self.journal.add("copy", item.name, None)
+        return False
+
+    def _target(self, item: Item) -> Path:
+        return (self.unpacked if self.plan.shards else self.out) / item.path
+
+    def _copy_task(self, item: Item) -> _CopyTask:
+        aside = self.aside / f"{item.number}.mp4"
+        return _CopyTask(item, str(aside), str(self._target(item)), self.settings.recipe)
+
+    def _copied(self, task: _CopyTask, outcome: Any, pool: Pool) -> None:
+        item = task.item
+        if isinstance(outcome, _Failed):
+            self.failures[item.name] = outcome.reason
+        else:
+            self.fresh.add(item.name)
+            self.journal.add("copy", item.name, outcome)
+        shard = self.shard_of.get(item.number)
+        if shard is None:
+            return
+        waiting = self.open_items[shard.name]
+        waiting.discard(item.name)
+        if item.name in self.fresh and shard.name in self.journal.shards:
+            # It had failed before: the shard is to hold it too, so that the others are needed anew.
+            self.journal.add("shard", shard.name, None)
+            for other in shard.items:
+                if other.name not in waiting and other.name not in self.failures and not self._is_copied(other):
+                    waiting.add(other.name)
+                    pool.add(self._copy_task(other))
+        self._pack_if_complete(shard, pool)
+
+    def _pack_if_complete(self, shard: Shard, pool: Pool) -> None:
+        if self.open_items[shard.name] or shard.name in self.journal.shards:
+            return
+        names, samples = [], []
+        for item, line in zip(shard.items, shard.lines, strict=True):
+            if item.name in self.journal.copies:
+                row = self.journal.copies[item.name]["row"]
+                facts = {key: row[key] for key in ("codec", "width", "height", "fps", "frames", "sha256")}
+                sample = Sample(item.path[: -len(".mp4")], str(self._target(item)), facts, line.label, line.caption)
+                names.append(item.name)
+                samples.append(sample)
+        if samples:
+            aside, target = str(self.aside / shard.name), str(self.out / shard.name)
+            pool.add(_PackTask(shard, samples, names, aside, target), first=True)
+
+    def _packed(self, task: _PackTask, outcome: Any) -> None:
+        if isinstance(outcome, _Failed):
+            raise CannotPrepare(self._stopped(f"cannot write {task.target}: {outcome.reason}"))
+        self.journal.add("shard", task.shard.name, {**outcome, "digest": task.shard.digest})
+        for sample in task.samples:
+            os.unlink(sample.video)
+
+    def _finish(self, elapsed: float, workers: int) -> Report:
+        rows = []
+        for line in self.plan.lines:
+            item = self.plan.items[line.item]
+            if item.name not in self.journal.copies:
+                continue
+            row = dict(self.journal.copies[item.name]["row"])
+            if item.number in self.shard_of:
+                shard = self.shard_of[item.number].name
+                row |= {"shard": shard, "offset": self.journal.shards[shard]["offsets"][item.name]}
+            said = {"label": line.label, "caption": line.caption}
+            rows.append(row | {key: value for key, value in said.items() if value is not None})
+        failed = [item.name for item in self.plan.items if item.name in self.failures]
+        if failed:
+            lines = (f"{name}\t{' '.join(self.failures[name].split())}\n" for name in failed)
+            write_whole(self.out / FAILED_NAME, "".join(lines).encode("utf-8", "surrogateescape"))
+        else:
+            (self.out / FAILED_NAME).unlink(missing_ok=True)
+        if not rows:
+            raise CannotPrepare(f"none of the {len(failed)} videos could be copied; see {self.out / FAILED_NAME}")
+        self.journal.compact(item.name for item in self.plan.items)
+        write_whole(self.out / INDEX_NAME, write_index(rows))
+        shutil.rmtree(self.unpacked)
+        copies = {item.name: self.journal.copies[item.name] for item in self.plan.items if item.name not in failed}
+        return Report(
+            copies=len(copies),
+            fresh=len(self.fresh),
+            failures={name: self.failures[name] for name in failed},
+            bytes_before=sum(copy["source_bytes"] for copy in copies.values()),
+            bytes_after=sum(copy["row"]["bytes"] for copy in copies.values()),
+            seconds=sum(copy["seconds"] for copy in copies.values()),
+            fresh_seconds=sum(copies[name]["seconds"] for name in self.fresh),
+            elapsed=elapsed,
+            workers=workers,
+            out=self.settings.out,
+        )
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _work(task: Any) -> Any:
+    """What a worker process does with a task: the journal's record of the file it made, or _Failed."""
+    os.environ["SVT_LOG"] = "1"  # errors alone; it writes to the terminal by itself
+    try:
+        return _make_shard(task) if isinstance(task, _PackTask) else _make_copy(task)
+    except BadVideo as error:
+        return _Failed(str(error))
+    except OSError as error:
+        return _Failed(error.strerror or str(error), hopeless=error.errno in _NOT_THE_VIDEOS_FAULT)
+    except Exception as error:
+        full = shutil.disk_usage(os.path.dirname(task.aside)).free < _NEARLY_FULL
+        return _Failed("no space left" if full else f"{type(error).__name__}: {error}", hopeless=full)
+    finally:
+        Path(task.aside).unlink(missing_ok=True)
+
+
+def _make_copy(task: _CopyTask) -> dict[str, Any]:
+    video = task.item.video
+    try:
+        content = read_video(video) if video.remote else None
+        source_bytes = file_size(video) if content is None else len(content)
+    except (OSError, ValueError) as error:
+        raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
+    facts, seconds = write_copy(video, task.aside, task.recipe, content)
+    size, digest = hash_bytes(Video(task.aside))
+    target = Path(task.target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    put_in_place(Path(task.aside), target)
+    row = {"path": task.item.path, "bytes": size, "sha256": digest, **describe(facts)}
+    return {"row": row, "source_bytes": source_bytes, "seconds": seconds}
+
+
+def _make_shard(task: _PackTask) -> dict[str, Any]:
+    offsets = write_shard(task.aside, task.samples)
+    size = os.path.getsize(task.aside)
+    put_in_place(Path(task.aside), Path(task.target))
+    return {"bytes": size, "offsets": dict(zip(task.names, offsets, strict=True))}
+
+
+def hash_bytes(video: Video) -> tuple[int, str]:
+    """Size of a local video, or one in a shard, and its SHA-256. Raises OSError."""
+    digest, left = hashlib.sha256(), file_size(video)
+    size = left
+    with open(video.path, "rb") as file:
+        file.seek(video.offset or 0)
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return size, digest.hexdigest()
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "umt_fast.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    positive = _whole_number_from(1)
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="a folder of videos, a list, shards or an index")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="a new folder for the copies, or one to go on in")
+    parser.add_argument("--codec", choices=list(CODECS), default="h264", help="default %(default)s")
+    parser.add_argument("--short-side", type=int, default=256, help="pixels, default %(default)s; none is enlarged")
+    parser.add_argument("--gop", type=int, help="frames from one key frame to the next, 1 to 8; default 4, mjpeg 1")
+    parser.add_argument("--quality", type=int, help="the encoder's own scale, smaller is better; default by codec")
+    parser.add_argument("--per-shard", type=positive, help="write WebDataset shards of so many videos; default: files")
+    parser.add_argument("--prefix", default="", help="folder that relative paths of a list start from")
+    parser.add_argument("--workers", type=positive, help="processes; default: one per core")
+    parser.add_argument("--verify", metavar="OUT", help="check the copies in OUT and compare them with their sources")
+    found = parser.parse_args(arguments)
+    if (found.verify is None) == (found.out is None):
+        parser.error("give SOURCE and OUT, or --verify OUT")
+    return found
+
+
+def _whole_number_from(least: int) -> Any:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return number
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if given.verify is not None:
+            from umt_fast.data.verify import verify
+
+            found = verify(given.verify, given.workers)
+            print(found)
+            sys.exit(1 if found.problems else 0)
+        recipe = Recipe(given.codec, given.short_side, given.gop, given.quality)
+        print(prepare(Settings(given.source, given.out, recipe, given.prefix, given.per_shard, given.workers)))
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
