@@ -2,9 +2,9 @@
 
 Worker processes choose the frames and crops of each clip as for PyAV and cut the packets that they need out of the
 files; the training process feeds those to DALI's pipelines. DALI never sees a file itself: a damaged one can end the
-process, as an AVI with a wrong offset does in DALI 2.4.0. What DALI does not take, PyAV decodes in the workers, and its
-clips go to their place in the batch. Both give the same frames of the same videos; what differs in a pixel is said at
-`build_pipeline`.
+process, as an AVI with a wrong offset and a frame of another size than the header's do in DALI 2.4.0. What DALI does
+not take, PyAV decodes in the workers, and its clips go to their place in the batch. Both give the same frames of the
+same videos; what differs in a pixel is said at `build_pipeline`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 CPU_PIXELS = frozenset(f"yuv{j}{chroma}p" for j in ("", "j") for chroma in (420, 422, 444))
 GPU_PIXELS = frozenset(("yuv420p", "yuvj420p"))
 """DALI's kernel that makes RGB of NVDEC's pictures knows no others."""
-NOT_PLAIN = "turned, cut by an edit list, with hidden frames or damaged"
+NOT_PLAIN = "turned, cut by an edit list, with hidden frames, of changing size or damaged"
 
 _BT601 = (2, 5, 6)  # as ITU-T H.273 numbers them; 2 is unknown, which FFmpeg reads as BT.601 too
 _BT709 = 1
@@ -175,8 +175,10 @@ class PlanDataset(Dataset[Plan]):
         stored = pyav.look_up(video, content)
         if reason := self.takes.refuse(stored):
             return self._decode(place, reason, video, rng, content)
+        before = rng.bit_generator.state
         excerpt = pyav.excerpt(video, lambda count: self.stream.draw_frames(count, rng), content)
         if excerpt is None:
+            rng.bit_generator.state = before
             return self._decode(place, f"{stored.codec} {NOT_PLAIN}", video, rng, content)
         return Order(
             place=place,
