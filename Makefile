@@ -74,15 +74,11 @@ bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/
 	mv $$out/new.json $$out/kernels.json; \
 	$(PY) -m benchmarks.kernels.report $$out/kernels.json; $(PY) -m benchmarks.kernels.report; exit $$status
 
-test-gpu: $(ON_GPU) ## run every test on this GPU, and one test per kernel under compute-sanitizer
+test-gpu: $(ON_GPU) ## run every test on this GPU, and every kernel's opcheck under compute-sanitizer
 	@$(PY) -m benchmarks.kernels.environment
 	env -u TRITON_INTERPRET $(PY) -m pytest kernels/tests tests -m "gpu or not gpu"
 	@if ! command -v compute-sanitizer >/dev/null; then \
 		echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; exit 0; fi; \
-	set -e; for file in kernels/tests/test_*.py; do \
-		test=$$(env -u TRITON_INTERPRET $(PY) -m pytest $$file -m gpu --collect-only -q | grep :: | head -n 1) || true; \
-		if [ -z "$$test" ]; then echo "$$file: no test is marked gpu, none checked"; continue; fi; \
-		echo "compute-sanitizer: $$test"; \
-		env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-			$(PY) -m pytest -q -o timeout=0 "$$test"; \
-	done
+	env -u TRITON_INTERPRET PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PY) -m pytest -q -o timeout=0 -k "opcheck or implicit" \
+		kernels/tests/test_library.py kernels/tests/test_patch_embed.py

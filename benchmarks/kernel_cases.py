@@ -14,6 +14,8 @@ from umt_kernels import cls_scores, cosine_alignment_loss, gather_layer_norm, ga
 from umt_kernels.patch_embed import implicit_patch_embed
 
 from benchmarks.gpu_code import Launch, nbytes
+from benchmarks.models import MASK_RATIO, UMT_B, UMT_L, VIT_H, Shapes
+from umt_fast.masking import count_visible
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 IDS = {"i32": torch.int32, "i64": torch.int64}
@@ -21,37 +23,7 @@ SECTOR = 32
 """Bytes that memory hands out at least."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a student and its teacher; a batch of 64 clips of 8 frames of 224 px."""
-
-    name: str
-    width: int
-    heads: int
-    target_width: int
-    patch: int = 16
-    halo: int = 0
-    """Of the teacher's patches: CLIP-L/14 at 196 px has its resize folded into an 18 x 18 kernel."""
-    batch: int = 64
-    frames: int = 8
-    side: int = 224
-    layers: int = 6
-
-    @property
-    def patches(self) -> int:
-        return (self.side // self.patch) ** 2
-
-    @property
-    def kept(self) -> int:
-        """Visible patches of a frame (UMT, arXiv 2303.16058: mask ratio 0.8)."""
-        return self.patches - int(self.patches * 0.8)
-
-
-MODELS = (
-    Model("UMT-B/16", 768, 12, 512),
-    Model("UMT-L/16", 1024, 16, 768, halo=1),
-    Model("ViT-H/14", 1280, 16, 1024, patch=14),
-)
+MODELS = (UMT_B, UMT_L, VIT_H)
 
 
 @dataclass(frozen=True)
@@ -68,18 +40,18 @@ def cases() -> list[Case]:
     found = []
     for model in MODELS:
         for op, listed in _FORMS.items():
-            found += [Case(op, f"{model.name} {name}", run) for name, run in listed(model)]
+            found += [Case(op, f"{model.title} {name}", run) for name, run in listed(model)]
     return found
 
 
 _Forms = Iterator[tuple[str, Callable[[], object]]]
 
 
-def _patches(m: Model) -> _Forms:
+def _patches(m: Shapes) -> _Forms:
     def run(clip_dtype: torch.dtype, dtype: torch.dtype, halo: int, ids: torch.dtype | None) -> None:
         uint8 = clip_dtype == torch.uint8
         frames = (m.batch, m.frames, m.side, m.side, 3) if uint8 else (m.batch, 3, m.frames, m.side, m.side)
-        token_ids = None if ids is None else torch.zeros(m.batch, m.frames * m.kept, dtype=ids)
+        token_ids = None if ids is None else torch.zeros(m.batch, m.kept, dtype=ids)
         gather_patches(torch.empty(frames, dtype=clip_dtype), m.patch, token_ids=token_ids, halo=halo, dtype=dtype)
 
     clips = {"u8": torch.uint8, **DTYPES}
@@ -90,44 +62,44 @@ def _patches(m: Model) -> _Forms:
             yield f"student, {ids} ids, {clip}->{name}", partial(run, clip_dtype, dtype, 0, IDS[ids])
 
 
-def _implicit(m: Model) -> _Forms:
+def _implicit(m: Shapes) -> _Forms:
     def run(dtype: torch.dtype, ids: torch.dtype) -> None:
         clip = torch.empty(m.batch, m.frames, m.side, m.side, 3, dtype=torch.uint8)
         weight, bias = torch.empty(m.width, 3, 1, m.patch, m.patch), torch.empty(m.width)
-        token_ids = torch.zeros(m.batch, m.frames * m.kept, dtype=ids)
-        table = torch.empty(m.frames * m.patches, m.width)
+        token_ids = torch.zeros(m.batch, m.kept, dtype=ids)
+        table = torch.empty(m.tokens, m.width)
         implicit_patch_embed(clip, weight, bias, m.patch, token_ids, table, dtype)
 
     for (name, dtype), (ids, id_dtype) in itertools.product(DTYPES.items(), IDS.items()):
         yield f"student, implicit, {ids} ids, u8->{name}", partial(run, dtype, id_dtype)
 
 
-def _layer_norm(m: Model) -> _Forms:
+def _layer_norm(m: Shapes) -> _Forms:
     def run(rows: tuple[int, int], dtype: torch.dtype, kept: int, ids: torch.dtype, position: bool, grad: bool) -> None:
         x = torch.empty(*rows, m.width, dtype=dtype, requires_grad=grad)
         weight, bias = (torch.empty(m.width, requires_grad=grad) for _ in range(2))
-        row_ids = torch.zeros(rows[0], kept, dtype=ids) if kept else None
-        table = torch.empty(m.frames * m.patches, m.width) if position else None
+        row_ids = torch.arange(kept, dtype=ids).repeat(rows[0], 1) if kept else None
+        table = torch.empty(m.tokens, m.width) if position else None
         position_ids = torch.zeros(rows[0], kept or rows[1], dtype=ids) if position else None
         y = gather_layer_norm(x, weight, bias, 1e-6, row_ids=row_ids, position=table, position_ids=position_ids)
         if grad:
             y.backward(torch.empty_like(y))
 
-    images, visible, tokens = m.batch * m.frames, m.frames * m.kept, m.frames * m.patches
+    images, visible, tokens = m.images, m.kept, m.tokens
     for name, dtype in DTYPES.items():
-        yield f"teacher, no ids, {name}", partial(run, (images, m.kept), dtype, 0, torch.int64, False, False)
+        yield f"teacher, no ids, {name}", partial(run, (images, m.num_visible), dtype, 0, torch.int64, False, False)
         for ids, id_dtype in IDS.items():
             yield (
                 f"teacher, {ids} ids, {name}",
-                partial(run, (images, 1 + m.patches), dtype, m.kept, id_dtype, False, False),
+                partial(run, (images, 1 + m.patches), dtype, m.num_visible, id_dtype, False, False),
             )
             yield f"student, position, {ids}, {name}", partial(run, (m.batch, visible), dtype, 0, id_dtype, True, True)
             yield f"gather, {ids} ids, {name}", partial(run, (m.batch, tokens), dtype, visible, id_dtype, False, True)
 
 
-def _cls_scores(m: Model) -> _Forms:
+def _cls_scores(m: Shapes) -> _Forms:
     def run(dtype: torch.dtype) -> None:
-        images, depth = m.batch * m.frames, m.width // m.heads
+        images, depth = m.images, m.width // m.heads
         both = torch.empty(images, 1 + m.patches, 2, m.heads, depth, dtype=dtype)  # keys and values of one GEMM
         k = both[:, :, 0].transpose(1, 2).requires_grad_()
         scores = cls_scores(torch.empty(images, m.heads, depth, dtype=dtype, requires_grad=True), k)
@@ -137,20 +109,20 @@ def _cls_scores(m: Model) -> _Forms:
         yield name, partial(run, dtype)
 
 
-def _visible(m: Model) -> _Forms:
+def _visible(m: Shapes) -> _Forms:
     def run(rows: int, patches: int, kept: int, dtype: torch.dtype) -> None:
         sample_visible(torch.empty(rows, patches, dtype=dtype), kept)
 
-    tokens = m.frames * m.patches
+    tokens = m.tokens
     for name, dtype in DTYPES.items():
-        yield f"per frame, {name}", partial(run, m.batch * m.frames, m.patches, m.kept, dtype)
-        yield f"over the clip, {name}", partial(run, m.batch, tokens, tokens - int(tokens * 0.8), dtype)
+        yield f"per frame, {name}", partial(run, m.images, m.patches, m.num_visible, dtype)
+        yield f"over the clip, {name}", partial(run, m.batch, tokens, count_visible(tokens, MASK_RATIO), dtype)
 
 
-def _loss(m: Model) -> _Forms:
+def _loss(m: Shapes) -> _Forms:
     def run(dtype: torch.dtype, norm: bool, grad: bool, ids: torch.dtype | None) -> None:
-        visible = m.frames * m.kept
-        rows = visible if ids is None else m.frames * m.patches
+        visible = m.kept
+        rows = visible if ids is None else m.tokens
         predictions = torch.empty(m.layers, m.batch, visible, m.target_width, dtype=dtype, requires_grad=grad)
         loss = cosine_alignment_loss(
             predictions,
@@ -168,7 +140,7 @@ def _loss(m: Model) -> _Forms:
         yield ", ".join(parts), partial(run, DTYPES[name], norm, grad, IDS.get(ids))
 
 
-_FORMS: dict[str, Callable[[Model], _Forms]] = {
+_FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
     "patch_embed": _implicit,
     "gather_layer_norm": _layer_norm,

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels.case import UMT_B, UMT_L, Case
+from benchmarks.kernels.case import Case
 from benchmarks.kernels.cases import cases
+from benchmarks.models import UMT_B, UMT_L
 
 RESULTS = Path(__file__).parents[1] / "results"
 GPUS = ("h200", "a100")

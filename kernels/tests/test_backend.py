@@ -7,10 +7,12 @@ import importlib
 import pytest
 import torch
 from umt_kernels import (
+    checks,
     cls_scores,
     cosine_alignment_loss,
     gather_layer_norm,
     gather_patches,
+    patch_embed,
     reference,
     sample_visible,
 )
@@ -60,6 +62,27 @@ def test_keys_beyond_the_kernels_reach_take_the_reference(device, monkeypatch):
     monkeypatch.setattr(module, "LONGEST", 8)
     monkeypatch.setattr(module, "_forward", None)
     assert (cls_scores(q, k) - expected).abs().max() < 1e-6
+
+
+def test_the_debug_switch_looks_at_ids_on_any_device(device, monkeypatch):
+    """Which UMT_KERNELS_CHECK_IDS=1 turns on; on the CPU they are looked at without it."""
+    monkeypatch.setattr(checks, "EVERYWHERE", True)
+    x, weight = torch.zeros(2, 5, 4, device=device), torch.zeros(4, device=device)
+    ids = torch.tensor([[0, 1], [3, 5]], device=device)
+    with pytest.raises(ValueError, match=r"row_ids\[1, 1\] = 5, but x has 5 rows"):
+        gather_layer_norm(x, weight, weight, 1e-6, row_ids=ids)
+
+
+def test_shapes_can_be_asked_for_on_the_meta_device():
+    x = torch.empty(2, 5, 4, device="meta")
+    ids = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    clip = torch.empty(2, 2, 8, 8, 3, dtype=torch.uint8, device="meta")
+    assert gather_layer_norm(x, x[0, 0], x[0, 0], 1e-6, row_ids=ids).shape == (2, 3, 4)
+    assert gather_patches(clip, 4, token_ids=ids).shape == (2, 3, 48)
+    assert patch_embed(clip, x.new_empty(6, 3, 1, 4, 4), None, 4, token_ids=ids).shape == (2, 3, 6)
+    assert cls_scores(x, x[:, :, None]).shape == (2, 0)
+    assert sample_visible(x[0], 2).shape == (5, 2)
+    assert cosine_alignment_loss(x[None], x[None]).shape == ()
 
 
 def test_next_power_of_2():

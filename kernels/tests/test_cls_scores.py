@@ -72,6 +72,32 @@ def test_shapes_that_do_not_fit_are_named(device, q, k):
     assert str(list(k)) in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)])
+def test_no_head_no_key_or_no_column(device, shape):
+    rows, heads, _, depth = shape
+    with pytest.raises(ValueError, match="it needs a head, a key"):
+        cls_scores(torch.zeros(rows, heads, depth, device=device), torch.zeros(shape, device=device))
+
+
+def test_wrong_tensors_are_named():
+    q, k = torch.zeros(2, 3, 4), torch.zeros(2, 3, 5, 4)
+    with pytest.raises(TypeError, match=r"k has dtype torch\.int64"):
+        cls_scores(q, k.long())
+    with pytest.raises(ValueError, match="k is on meta, but q is on cpu"):
+        cls_scores(q, k.to("meta"))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float16, torch.bfloat16)])
+def test_queries_may_have_another_dtype(device, dtypes, assert_near):
+    q, k, upstream = drawn(device, (2, 3, 6, 4), torch.float32)
+    q, k = q.to(dtypes[0]), k.to(dtypes[1])
+    expected = differentiated(q.double(), k.double(), upstream)
+    actual = differentiated(q, k, upstream)
+    assert [x.dtype for x in actual[1:]] == list(dtypes)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_near(ours, theirs)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # rows, heads, keys, width of a head: one patch, one of everything, no powers of two, no patch at all
 SHAPES = [(2, 3, 2, 4), (1, 1, 2, 1), (3, 2, 10, 5), (2, 2, 50, 24), (2, 1, 1, 3)]

@@ -116,6 +116,13 @@ def test_gradients_match_float64_autograd_and_position_gets_none(device):
         ({"row_ids": torch.tensor([[0, 1, -2, 3], [0, 1, 2, 3]])}, ValueError, ["row_ids[0, 2] = -2"]),
         ({"row_ids": torch.zeros(2, 4)}, TypeError, ["row_ids", "torch.float32"]),
         ({"row_ids": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, ["row_ids", "[3, 4]", "[2, m]"]),
+        ({"row_ids": torch.tensor([[0, 1, 2, 3], [5, 1, 8, 1]])}, ValueError, ["row_ids[1, 3] = 1", "row_ids[1, 1]"]),
+        ({"row_ids": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, ValueError, ["row_ids is on meta"]),
+        ({"weight": torch.zeros(16, device="meta")}, ValueError, ["weight is on meta", "x is on cpu"]),
+        ({"x": torch.zeros(2, 9, 16, dtype=torch.int64)}, TypeError, ["x has dtype torch.int64"]),
+        ({"bias": torch.zeros(16, dtype=torch.complex64)}, TypeError, ["bias has dtype torch.complex64"]),
+        ({"position": torch.zeros(20, 16, dtype=torch.int32)}, TypeError, ["position has dtype torch.int32"]),
+        ({"position": torch.tensor(1.0)}, ValueError, ["position []", "[n, 16]"]),
         ({"position_ids": torch.full((2, 4), 20)}, ValueError, ["position_ids[0, 0] = 20", "20 rows"]),
         ({"position_ids": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, ["position_ids [2, 3]", "[2, 4]"]),
         ({"position": torch.zeros(20, 8)}, ValueError, ["position [20, 8]", "[n, 16]"]),
@@ -128,6 +135,11 @@ def test_errors_name_the_value_and_the_place(change, error, words):
         run({**case(torch.device("cpu"), torch.float32), **change})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_eps_is_no_negative_number():
+    with pytest.raises(ValueError, match=r"eps = -1e-06"):
+        gather_layer_norm(torch.zeros(1, 2, 3), torch.zeros(3), torch.zeros(3), -1e-6)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -195,6 +195,19 @@ def test_empty_batch_and_no_tokens(device, make):
         (torch.zeros(1, 3, 0, 8, 8), {}, ValueError, ["T = 0"]),
         (torch.zeros(1, 3, 2, 8, 8), {"patch_size": 0}, ValueError, ["H = 8", "multiple of 0"]),
         (torch.zeros(1, 3, 2, 8, 8), {"halo": -1}, ValueError, ["halo = -1"]),
+        (torch.zeros(1, 3, 2, 8, 8), {"halo": 0.5}, TypeError, ["halo = 0.5", "int"]),
+        (torch.zeros(1, 3, 2, 8, 8), {"patch_size": 4.0}, TypeError, ["patch_size = 4.0", "int"]),
+        (torch.zeros(1, 3, 2, 8, 8), {"tubelet_size": True}, TypeError, ["tubelet_size = True", "int"]),
+        (torch.zeros(1, 3, 2, 8, 8), {"dtype": torch.int32}, TypeError, ["dtype = torch.int32"]),
+        (torch.zeros(1, 3, 2, 8, 8), {"mean": (0.0, 0.0)}, ValueError, ["mean = (0.0, 0.0)", "three"]),
+        (torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8), {"std": (1.0,)}, ValueError, ["std = (1.0,)", "three"]),
+        (
+            torch.zeros(1, 2, 8, 8, 3, dtype=torch.uint8),
+            {"std": (1.0, 0.0, 1.0)},
+            ValueError,
+            ["std = (1.0, 0.0, 1.0)"],
+        ),
+        (torch.zeros(1, 3, 2, 8, 8).numpy(), {}, TypeError, ["clip is a ndarray", "tensor"]),
     ],
 )
 def test_errors_name_the_value_and_the_place(clip, settings, error, words):
@@ -213,6 +226,7 @@ def test_errors_name_the_value_and_the_place(clip, settings, error, words):
         (torch.tensor([0, 1]), ValueError, ["token_ids", "[2]", "[2, m]"]),
         (torch.tensor([[0.0], [1.0]]), TypeError, ["token_ids", "torch.float32", "int64"]),
         (torch.ones(2, 8, dtype=torch.bool), TypeError, ["token_ids", "torch.bool"]),
+        (torch.zeros(2, 1, dtype=torch.int64, device="meta"), ValueError, ["token_ids is on meta", "clip is on cpu"]),
     ],
 )
 def test_bad_token_ids_are_named(ids, error, words):

@@ -1,8 +1,11 @@
-"""Every op as a part of PyTorch: opcheck, torch.compile, autocast, activation checkpointing, CUDA graphs."""
+"""Every op as a part of PyTorch: opcheck, torch.compile, autocast, activation checkpointing, DDP, CUDA graphs."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -204,6 +207,86 @@ def test_activation_checkpointing(device, name):
     expected = value_and_gradients(lambda *inputs: function(*inputs) * 2, inputs)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_activation_checkpointing_draws_the_same_again(device):
+    scores, x = randn(device, 4, 9).abs(), randn(device, 4, 9, grad=True)
+    seen = []
+
+    def chosen(x: Tensor) -> Tensor:
+        seen.append(sample_visible(scores, 3))
+        return x.gather(1, seen[-1].long()).square()
+
+    checkpoint(chosen, x, use_reentrant=False).sum().backward()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+    assert torch.equal(x.grad != 0, torch.zeros_like(x, dtype=torch.bool).scatter(1, seen[0].long(), True))
+
+
+class EveryOp(torch.nn.Module):
+    """A small training step through all the ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator))
+
+        self.patch, self.bias = parameter(8, 3, 1, 4, 4), parameter(8)
+        self.norm, self.shift, self.query = parameter(8), parameter(8), parameter(2, 4)
+        self.gain, self.offset = parameter(1, 8), parameter(1, 8)
+        self.register_buffer("position", torch.randn(8, 8, generator=generator))
+
+    def forward(self, clip: Tensor, targets: Tensor) -> Tensor:
+        x = patch_embed(clip, self.patch, self.bias, 4, position=self.position)  # [B, 8, 8]
+        keys = x.unflatten(2, (2, 4)).transpose(1, 2)
+        scores = cls_scores(self.query.expand(len(x), -1, -1), keys)  # [B, 7]
+        # All of them: which are drawn must not depend on how many processes draw.
+        visible = sample_visible(scores.detach(), 7)
+        y = gather_layer_norm(x, self.norm, self.shift, 1e-6, row_ids=visible)
+        loss = cosine_alignment_loss(y[None], targets[None], target_ids=visible, weight=self.gain, bias=self.offset)
+        return loss + scores.square().mean()
+
+
+def step_inputs() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    clips = torch.randint(0, 256, (4, 2, 8, 8, 3), generator=generator, dtype=torch.uint8)
+    return clips, torch.randn(4, 8, 8, generator=generator)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """A process of the test below: half the batch, on the CPU."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = EveryOp()
+    clips, targets = step_inputs()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)  # which must outlive the backward
+    parallel(clips[rank::2], targets[rank::2]).backward()
+    torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, f"{folder}/{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_get_the_gradients_of_one(tmp_path, assert_near):
+    code = "import runpy, sys; runpy.run_path(sys.argv[1])['one_of_two'](int(sys.argv[2]), sys.argv[3])"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, __file__, str(rank), str(tmp_path)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    model = EveryOp()
+    model(*step_inputs()).backward()
+    for rank in range(2):
+        for name, grad in torch.load(tmp_path / f"{rank}.pth", weights_only=True).items():
+            assert_near(grad, model.get_parameter(name).grad, 1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLIC_OPS if name != "patch_embed"])  # its GEMM is autocast's

@@ -95,6 +95,23 @@ def test_autocast_embeds_in_its_dtype(device):
     assert (rounded.double() - convolved(**given)).abs().max() < 0.02 * exact.abs().max()
 
 
+def test_autocast_leaves_float64_alone(device):
+    given = case(device, "float", 1, torch.float64)
+    with torch.autocast(device.type, torch.bfloat16):
+        embedded = run(given)
+    assert (embedded - convolved(**given)).abs().max() < 1e-12
+
+
+def test_bias_and_position_may_have_another_dtype(device, assert_near):
+    given = {name: x.bfloat16() if name in ("bias", "position") else x for name, x in case(device, "uint8").items()}
+    given["bias"].requires_grad_()
+    embedded = run(given)
+    assert embedded.dtype == torch.float32
+    assert_near(embedded, convolved(**given))
+    embedded.sum().backward()
+    assert (given["bias"].grad == 6).all()
+
+
 def test_empty_batch(device):
     given = case(device, "uint8")
     given.update(clip=given["clip"][:0], token_ids=given["token_ids"][:0])
@@ -118,6 +135,10 @@ def test_empty_batch(device):
         ({"position": torch.zeros(11, 5), "token_ids": None}, ["11 rows", "12 tokens"]),
         ({"position": torch.zeros(11, 5)}, ["token_ids[0, 1] = 11", "11 rows"]),
         ({"token_ids": torch.tensor([[0], [12]])}, ["token_ids[1, 0] = 12", "12 tokens"]),
+        ({"bias": torch.zeros(1)}, ["bias", "[1]", "[5]"]),
+        ({"bias": torch.zeros(5, device="meta")}, ["bias is on meta", "clip is on cpu"]),
+        ({"weight": torch.zeros(5, 3, 2, 4, 4, device="meta")}, ["weight is on meta", "clip is on cpu"]),
+        ({"position": torch.zeros(12, 5, device="meta")}, ["position is on meta", "clip is on cpu"]),
     ],
 )
 def test_errors_name_the_value_and_the_place(change, words):
@@ -125,6 +146,13 @@ def test_errors_name_the_value_and_the_place(change, words):
         run({**case(torch.device("cpu"), "uint8"), **change})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "position"])
+def test_parameters_are_floats(name):
+    given = case(torch.device("cpu"), "uint8")
+    with pytest.raises(TypeError, match=f"{name} has dtype torch.int64"):
+        run({**given, name: given[name].long()})
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float"])

@@ -15,6 +15,7 @@ def test_the_examples_run():
         "scores": (8, 16),
         "visible": (8, 4),
         "random": (2, 16),
+        "tube": (2, 4, 4),
         "rows": (2, 16, 768),
         "embedded": (2, 16, 96),
         "x": (2, 16, 96),

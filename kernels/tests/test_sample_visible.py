@@ -228,6 +228,30 @@ def test_no_rows(device):
     assert sample_visible(torch.zeros(0, 12, device=device), 3).shape == (0, 3)
 
 
+def test_a_score_that_is_no_number_counts_as_zero(device):
+    nan = float("nan")
+    scores = torch.tensor([[1.0, nan, 2.0, nan]], device=device).expand(50, -1)
+    drawn = sample_visible(scores, 2, generator(0, device))
+    assert (drawn == torch.tensor([0, 2], device=device)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"scores": [[0.5, 0.5]]}, TypeError, ["scores is a list"]),
+        ({"num_visible": 2.0}, TypeError, ["num_visible = 2.0"]),
+        ({"generator": 5}, TypeError, ["generator is a int"]),
+        ({"scores": torch.rand(2, 4, device="meta")}, ValueError, ["generator is on cpu", "scores is on meta"]),
+    ],
+)
+def test_what_is_no_draw_at_all(given, error, words):
+    given = {"scores": torch.rand(2, 4), "num_visible": 2, "generator": generator(), **given}
+    with pytest.raises(error) as caught:
+        sample_visible(**given)
+    for word in words:
+        assert word in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("scores", "num_visible", "words"),
     [

@@ -3,27 +3,72 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from umt_kernels.backend import KERNEL_DTYPES
 
 EVERYWHERE = os.environ.get("UMT_KERNELS_CHECK_IDS", "0") == "1"
 """Debug switch: look at ids on GPUs too, which waits for the device at every call."""
 
 
-def check_ids(name: str, ids: Tensor, batch: int, limit: int, meaning: str) -> None:
-    """Raise unless `ids` is an integer [batch, m] tensor with values in [0, limit).
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise unless all that are given are tensors on one device."""
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give a tensor")
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}; bring them together")
 
-    Values are looked at on the CPU; on a GPU that would stop the host, so an id out of range is undefined there
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raise unless all that are given are of a dtype that the ops compute with."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
+            raise TypeError(f"{name} has dtype {tensor.dtype}; give float32, bfloat16, float16 or float64")
+
+
+def check_ints(**numbers: Any) -> None:
+    """Raise unless all are ints, or torch.compile's symbolic ones."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} = {number!r}; give an int")
+
+
+def check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps = {eps}; it must be 0 or more")
+
+
+def check_ids(name: str, ids: Tensor, batch: int, limit: int, meaning: str, once: bool = False) -> None:
+    """Raise unless `ids` is an integer [batch, m] tensor with values in [0, limit), with `once` none twice in a row.
+
+    Values are looked at on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there
     unless the environment has UMT_KERNELS_CHECK_IDS=1.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {ids.dtype}; give int32 or int64")
     if ids.dim() != 2 or ids.shape[0] != batch:
         raise ValueError(f"{name} has shape {list(ids.shape)}; give [{batch}, m], one row per sample")
-    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or EVERYWHERE):
+    if torch.compiler.is_compiling() or ids.is_meta or not (ids.device.type == "cpu" or EVERYWHERE):
         return
     wrong = (ids < 0) | (ids >= limit)
     if wrong.any():
         row, column = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(f"{name}[{row}, {column}] = {int(ids[row, column])}, but " + meaning.format(limit))
+    if once:
+        ordered, columns = ids.sort(dim=1, stable=True)
+        again = ordered[:, 1:] == ordered[:, :-1]
+        if again.any():
+            row, place = (int(i) for i in again.nonzero()[0])
+            earlier, later = (int(columns[row, i]) for i in (place, place + 1))
+            raise ValueError(
+                f"{name}[{row}, {later}] = {int(ids[row, later])}, as is {name}[{row}, {earlier}]; give each row once"
+            )

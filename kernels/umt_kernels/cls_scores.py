@@ -9,6 +9,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.checks import check_floats, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -27,12 +28,16 @@ def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"]) -> Float[
     last dimension is contiguous. The scale is d^-0.5. Returns [R, P], float32 (float64 for float64 inputs). No P x P
     matrix is made; the backward recomputes the softmax.
 
-    Raises ValueError when the shapes do not fit each other.
+    Raises ValueError when shapes or devices do not fit each other, TypeError for tensors that are not floats.
     """
+    check_tensors(q=q, k=k)
+    check_floats(q=q, k=k)
     if q.dim() != 3 or k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} do not fit; give q [r, h, d] and k [r, h, 1 + p, d]")
-    if k.shape[2] < 1:
-        raise ValueError(f"k {list(k.shape)} holds no key; its first is the class token's")
+    if 0 in k.shape[1:]:
+        raise ValueError(
+            f"k has shape {list(k.shape)}; it needs a head, a key (the class token's is first) and a column"
+        )
     if not runs_triton(q, k) or k.shape[2] > LONGEST:
         return reference.cls_scores(q, k)
     return _forward(q, k)
@@ -47,7 +52,7 @@ def _forward(q: Tensor, k: Tensor) -> Tensor:
     scores = q.new_empty(rows, length - 1, dtype=torch.float32)
     if scores.numel():
         _forward_kernel[(rows,)](
-            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth, k.element_size())
         )
     return scores
 
@@ -67,7 +72,17 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     grad_q, grad_k = torch.empty_like(q), k.new_empty(k.shape)
     if q.numel():
         _backward_kernel[(rows, heads)](
-            grad, q, k, grad_q, grad_k, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth)
+            grad,
+            q,
+            k,
+            grad_q,
+            grad_k,
+            heads,
+            length,
+            depth,
+            *k.stride()[:3],
+            depth**-0.5,
+            **config(length, depth, k.element_size()),
         )
     return grad_q, grad_k
 
@@ -77,11 +92,11 @@ def _(grad, q, k):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def config(length: int, depth: int) -> dict[str, int]:
-    """All keys of a head, `CHUNK` of their columns at a time: a tile that fits into registers."""
+def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
+    """All keys of a head, `CHUNK` of their columns at a time: a tile of 16 KiB, which fits into registers."""
     block = next_power_of_2(length)
-    chunk = max(8, min(next_power_of_2(depth), 8192 // block))
-    return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk // 1024))}
+    chunk = max(8, min(next_power_of_2(depth), (16 << 10) // (block * key_bytes)))
+    return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk * key_bytes // 2048))}
 
 
 def _setup(ctx, inputs, output):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import PROGRAMS, next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_ids
+from umt_kernels.checks import check_eps, check_floats, check_ids, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,8 +35,10 @@ def cosine_alignment_loss(
     Rows are L2-normalised inside, in float32; neither input needs to be. The gradients of predictions, weight and
     bias are written during the forward pass, so every input is read once. `targets` get none.
 
-    Raises ValueError when shapes differ, there is no row, or an id is out of range.
+    Raises ValueError when shapes or devices differ, there is no row, or an id is out of range; TypeError for a dtype
+    that does not fit.
     """
+    check_eps(eps)
     _check(predictions, targets, target_ids, weight, bias)
     targets = targets.detach()
     if not runs_triton(predictions, targets, weight, bias):
@@ -49,6 +51,8 @@ def cosine_alignment_loss(
 def _check(
     predictions: Tensor, targets: Tensor, target_ids: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> None:
+    check_tensors(predictions=predictions, targets=targets, target_ids=target_ids, weight=weight, bias=bias)
+    check_floats(predictions=predictions, targets=targets, weight=weight, bias=bias)
     shapes = f"predictions {list(predictions.shape)} and targets {list(targets.shape)}"
     if predictions.dim() != 4 or targets.dim() != 4:
         raise ValueError(f"{shapes}: give [k, b, m, c] and [k, b, n, c]")

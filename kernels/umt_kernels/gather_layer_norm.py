@@ -9,7 +9,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import PROGRAMS, next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_ids
+from umt_kernels.checks import check_eps, check_floats, check_ids, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -35,8 +35,10 @@ def gather_layer_norm(
     position_ids  row of the table for each row kept.
 
     Statistics are float32. The backward scatters without atomics, as no row is kept twice, and sums the weight and
-    bias gradients in a fixed order. Raises ValueError for shapes that do not fit or an id out of range.
+    bias gradients in a fixed order. Raises ValueError for shapes or devices that do not fit, an id out of range or
+    given twice; TypeError for a dtype that does not fit.
     """
+    check_eps(eps)
     _check(x, weight, bias, row_ids, position, position_ids)
     position = None if position is None else position.detach()
     if not runs_triton(x, weight, bias, position):
@@ -52,22 +54,24 @@ def _check(
     position: Tensor | None,
     position_ids: Tensor | None,
 ) -> None:
+    check_tensors(x=x, weight=weight, bias=bias, row_ids=row_ids, position=position, position_ids=position_ids)
+    check_floats(x=x, weight=weight, bias=bias, position=position)
     if x.dim() != 3 or weight.shape != x.shape[2:] or bias.shape != x.shape[2:]:
         raise ValueError(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: give [b, l, d], [d], [d]"
         )
     if row_ids is not None:
-        check_ids("row_ids", row_ids, x.shape[0], x.shape[1], "x has {} rows per sample")
+        check_ids("row_ids", row_ids, x.shape[0], x.shape[1], "x has {} rows per sample", once=True)
     if (position is None) != (position_ids is None):
         raise ValueError("position and position_ids belong together: give both or neither")
     if position is not None and position_ids is not None:
-        check_ids("position_ids", position_ids, x.shape[0], position.shape[0], "position has {} rows")
         rows = x.shape[1] if row_ids is None else row_ids.shape[1]
-        if position_ids.shape[1] != rows or position.shape[1:] != x.shape[2:]:
+        if position.shape[1:] != x.shape[2:] or position_ids.shape != (x.shape[0], rows):
             raise ValueError(
                 f"position {list(position.shape)}, position_ids {list(position_ids.shape)}: "
                 f"give [n, {x.shape[2]}] and [{x.shape[0]}, {rows}]"
             )
+        check_ids("position_ids", position_ids, x.shape[0], position.shape[0], "position has {} rows")
 
 
 @torch.library.custom_op("umt_kernels::gather_layer_norm", mutates_args=())
@@ -91,7 +95,9 @@ def _forward(
         return y, statistics
     x = _last_contiguous(x)
     config = forward_config(width)
-    _forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
+    # Twice as many as of the backward: few rows to each, and that many may run at a time.
+    per_program = triton.cdiv(triton.cdiv(rows, 2 * PROGRAMS), config["ROWS"]) * config["ROWS"]
+    _forward_kernel[(triton.cdiv(rows, per_program),)](
         x,
         weight.contiguous(),
         bias.contiguous(),
@@ -103,6 +109,7 @@ def _forward(
         rows,
         kept,
         width,
+        per_program,
         x.stride(0),
         x.stride(1),
         eps,
@@ -209,6 +216,7 @@ if triton is not None:
         rows,  # B * M
         kept,  # M
         width,
+        rows_per_program,
         x_b,
         x_l,
         eps,
@@ -217,30 +225,32 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
-        here = row < rows
         inside = column < width
-        mask = here[:, None] & inside[None, :]
-        if GATHER:
-            place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
-        else:
-            place = row % kept
-        x_row = (row // kept) * x_b + place * x_l
-        x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(b_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(x, axis=1) / width
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
-        y = centred * rstd[:, None] * w[None, :] + b[None, :]
-        if POSITION:
-            p_row = tl.load(position_ids_ptr + row, mask=here, other=0).to(tl.int64) * width
-            y += tl.load(position_ptr + p_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        y_row = row * width
-        tl.store(y_ptr + y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-        tl.store(statistics_ptr + row, mean, mask=here)
-        tl.store(statistics_ptr + rows + row, rstd, mask=here)
+        first = tl.program_id(0).to(tl.int64) * rows_per_program
+        for start in range(first, min(first + rows_per_program, rows), ROWS):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)  # the interpreter's range gives an int32
+            here = row < rows
+            mask = here[:, None] & inside[None, :]
+            if GATHER:
+                place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
+            else:
+                place = row % kept
+            x_row = (row // kept) * x_b + place * x_l
+            x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            mean = tl.sum(x, axis=1) / width
+            centred = tl.where(mask, x - mean[:, None], 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+            y = centred * rstd[:, None] * w[None, :] + b[None, :]
+            if POSITION:
+                p_row = tl.load(position_ids_ptr + row, mask=here, other=0).to(tl.int64) * width
+                y += tl.load(position_ptr + p_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            y_row = row * width
+            tl.store(y_ptr + y_row[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+            tl.store(statistics_ptr + row, mean, mask=here)
+            tl.store(statistics_ptr + rows + row, rstd, mask=here)
 
     @triton.jit
     def _backward_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_ids
+from umt_kernels.checks import check_ids, check_ints, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -42,9 +43,11 @@ def gather_patches(
     (time, row, column, channel) of a uint8 clip, (channel, time, row, column) of a float clip. `weight_matrix` puts a
     Conv3d's weight into the same order. The clip gets no gradient.
 
-    Raises TypeError for another dtype of the clip, ValueError for a size that patches do not divide or an id out
-    of range.
+    Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
+    range, tensors on two devices, or `mean` and `std` that are not three numbers, of `std` positive ones.
     """
+    check_tensors(clip=clip, token_ids=token_ids)
+    check_ints(patch_size=patch_size, tubelet_size=tubelet_size, halo=halo)
     if clip.dim() != 5:
         raise ValueError(f"clip has shape {list(clip.shape)}; give uint8 [B,T,H,W,3] or float [B,3,T,H,W]")
     if clip.dtype == torch.uint8:
@@ -61,6 +64,12 @@ def gather_patches(
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
     if halo < 0:
         raise ValueError(f"halo = {halo}; it must be 0 or more")
+    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        raise ValueError(
+            f"mean = {mean} and std = {std}; give three numbers each, one per channel, of std positive ones"
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype = {dtype}; rows are floats")
     if token_ids is not None:
         tokens = (frames // tubelet_size) * (height // patch_size) * (width // patch_size)
         check_ids("token_ids", token_ids, clip.shape[0], tokens, "a clip has {} tokens")
@@ -87,33 +96,19 @@ def _forward(
     std: list[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    bytes_in = clip.dtype == torch.uint8
-    if clip.stride()[3:] != (3, 1) if bytes_in else clip.stride(4) != 1:
-        clip = clip.contiguous()
-    frames, height, width = clip.shape[1:4] if bytes_in else clip.shape[2:]
-    grid_height, grid_width = height // patch_size, width // patch_size
-    tokens = frames // tubelet_size * grid_height * grid_width
-    kept = tokens if token_ids is None else token_ids.shape[1]
-    window = patch_size + 2 * halo
-    rows = clip.new_empty(clip.shape[0], kept, 3 * tubelet_size * window * window, dtype=dtype)
+    rows = _empty_rows(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype)
     if rows.numel() == 0:
         return rows
-    settings = config(patch_size, tubelet_size, halo, bytes_in)
-    lines = clip.shape[0] * kept * settings["LINES_PER_TOKEN"]
-    strides = (clip.stride(0), 0, *clip.stride()[1:3]) if bytes_in else clip.stride()[:4]
+    settings = config(patch_size, tubelet_size, halo, clip.dtype == torch.uint8)
+    lines = rows.shape[0] * rows.shape[1] * settings["LINES_PER_TOKEN"]
+    clip, geometry = readable(clip, patch_size, mean, std)
     _kernel[(triton.cdiv(lines, settings["LINES"]),)](
         clip,
         None if token_ids is None else token_ids.contiguous(),
         rows,
         lines,
-        kept,
-        grid_height,
-        grid_width,
-        height,
-        width,
-        *strides,
-        *(1 / (255 * s) for s in std),
-        *(-m / s for m, s in zip(mean, std, strict=True)),
+        rows.shape[1],
+        *geometry,
         GATHER=token_ids is not None,
         **settings,
     )
@@ -121,11 +116,27 @@ def _forward(
 
 
 @_forward.register_fake
-def _(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype):
+def _empty_rows(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype):
     frames, height, width = clip.shape[1:4] if clip.dtype == torch.uint8 else clip.shape[2:]
     tokens = frames // tubelet_size * (height // patch_size) * (width // patch_size)
     kept = tokens if token_ids is None else token_ids.shape[1]
     return clip.new_empty(clip.shape[0], kept, 3 * tubelet_size * (patch_size + 2 * halo) ** 2, dtype=dtype)
+
+
+def readable(clip: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, tuple]:
+    """The clip with the pixels of a line side by side, and what a kernel needs to find and normalise them.
+
+    That is: height and width of the grid and of a frame; strides of sample, channel, time and line; and for each
+    channel a scale and a shift, which take a byte to its normalised value.
+    """
+    bytes_in = clip.dtype == torch.uint8
+    if clip.stride()[3:] != (3, 1) if bytes_in else clip.stride(4) != 1:
+        clip = clip.contiguous()
+    height, width = clip.shape[2:4] if bytes_in else clip.shape[3:]
+    strides = (clip.stride(0), 0, *clip.stride()[1:3]) if bytes_in else clip.stride()[:4]
+    scales = (1 / (255 * s) for s in std)
+    shifts = (-m / s for m, s in zip(mean, std, strict=True))
+    return clip, (height // patch_size, width // patch_size, height, width, *strides, *scales, *shifts)
 
 
 def config(patch_size: int, tubelet_size: int, halo: int, bytes_in: bool) -> dict[str, int]:
@@ -148,6 +159,13 @@ def config(patch_size: int, tubelet_size: int, halo: int, bytes_in: bool) -> dic
 
 
 if triton is not None:
+
+    @triton.jit
+    def normalised(values, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b):
+        """Bytes [rows, columns], each column of one channel."""
+        scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
+        shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
+        return values.to(tl.float32) * scale[None, :] + shift[None, :]
 
     @triton.jit
     def _kernel(
@@ -204,11 +222,8 @@ if triton is not None:
                 offset = start[:, None] + pixel * 3 + (column % 3)[None, :]
             else:
                 offset = start[:, None] + x[:, None] * 3 + column[None, :]
-            values = tl.load(clip_ptr + offset, mask=mask, other=0).to(tl.float32)
-            channel = column % 3
-            scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-            shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-            values = values * scale[None, :] + shift[None, :]
+            values = tl.load(clip_ptr + offset, mask=mask, other=0)
+            values = normalised(values, column % 3, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b)
         else:
             start += (within // (TUBELET * WINDOW)).to(tl.int64) * stride_c
             if HALO > 0:

@@ -2,8 +2,8 @@
 
 Two ways are built. `patch_embed` gathers the pixels into rows and leaves the GEMM to cuBLAS: the rows cost one write
 and one read. `implicit_patch_embed` reads the pixels inside a Triton GEMM and adds bias and position before the only
-write: fewer bytes, but a slower GEMM. Which is faster on which GPU is not measured yet, so nothing takes the second
-by itself; the kernel benchmarks time both.
+write: no rows, but a slower GEMM that reads the pixels again for every tile of output channels. Which is faster on
+which GPU is not measured yet, so nothing takes the second by itself; the kernel benchmarks time both.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umt_kernels.backend import on_its_device, triton
-from umt_kernels.checks import check_ids
-from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, config, gather_patches, weight_matrix
+from umt_kernels.checks import check_floats, check_ids, check_tensors
+from umt_kernels.gather_patches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    config,
+    gather_patches,
+    readable,
+    weight_matrix,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 if triton is not None:
     import triton.language as tl
+
+    from umt_kernels.gather_patches import normalised
 
 
 def patch_embed(
@@ -42,19 +51,26 @@ def patch_embed(
     weight    the Conv3d's; where its kernel is wider than patch_size, windows overlap and the border is replicated.
     position  table of every token's position, added to the tokens kept; it gets no gradient.
 
-    One gather and one GEMM, in autocast's dtype if that is on. Raises ValueError for shapes that do not fit.
+    One gather and one GEMM, in autocast's dtype if that is on and else in that of `weight`. Raises ValueError for
+    shapes or devices that do not fit, TypeError for a dtype that does not.
     """
+    check_tensors(clip=clip, weight=weight, bias=bias, token_ids=token_ids, position=position)
+    check_floats(weight=weight, bias=bias, position=position)
     if weight.dim() != 5 or weight.shape[1] != 3 or weight.shape[3] != weight.shape[4]:
         raise ValueError(f"weight has shape {list(weight.shape)}; give [d, 3, t, k, k]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {list(bias.shape)}; give [{weight.shape[0]}]")
     halo = (weight.shape[-1] - patch_size) // 2  # no divmod: torch.compile knows none of symbolic sizes
     if halo < 0 or patch_size + 2 * halo != weight.shape[-1]:
         raise ValueError(f"weight is {weight.shape[-1]} px wide and patch_size = {patch_size}; give it 0, 2, 4... more")
     device = clip.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    # Autocast leaves float64 alone, and knows nothing of the meta device.
+    autocast = weight.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     rows = gather_patches(
         clip, patch_size, weight.shape[2], token_ids=token_ids, halo=halo, mean=mean, std=std, dtype=dtype
     )
-    embedded = F.linear(rows, weight_matrix(weight, clip), bias)
+    embedded = F.linear(rows, weight_matrix(weight, clip), None if bias is None else bias.to(dtype))
     if position is None:
         return embedded
     if position.dim() != 2 or position.shape[1] != weight.shape[0]:
@@ -83,16 +99,12 @@ def implicit_patch_embed(
 
     Takes what `patch_embed` has checked, on a device that runs Triton. Returns float32.
     """
-    bytes_in = clip.dtype == torch.uint8
-    if clip.stride()[3:] != (3, 1) if bytes_in else clip.stride(4) != 1:
-        clip = clip.contiguous()
-    height, width = clip.shape[2:4] if bytes_in else clip.shape[3:]
     matrix = weight_matrix(weight, clip).to(dtype).contiguous()
     batch, kept, channels = clip.shape[0], token_ids.shape[1], weight.shape[0]
     halo = (weight.shape[-1] - patch_size) // 2
     out = clip.new_empty(batch, kept, channels, dtype=torch.float32)
-    strides = (clip.stride(0), 0, *clip.stride()[1:3]) if bytes_in else clip.stride()[:4]
-    settings = implicit_config(patch_size, weight.shape[2], halo, bytes_in, dtype)
+    clip, geometry = readable(clip, patch_size, mean, std)
+    settings = implicit_config(patch_size, weight.shape[2], halo, clip.dtype == torch.uint8, dtype)
     grid = (triton.cdiv(batch * kept, settings["TOKENS"]), triton.cdiv(channels, settings["CHANNELS"]))
     _implicit_kernel[grid](
         clip,
@@ -103,15 +115,9 @@ def implicit_patch_embed(
         out,
         batch * kept,
         kept,
-        height // patch_size,
-        width // patch_size,
-        height,
-        width,
         channels,
         matrix.shape[1],
-        *strides,
-        *(1 / (255 * s) for s in std),
-        *(-m / s for m, s in zip(mean, std, strict=True)),
+        *geometry,
         **settings,
     )
     return out
@@ -144,12 +150,12 @@ if triton is not None:
         out_ptr,  # [B, M, D]
         rows,  # B * M
         kept,
+        channels,
+        features,
         grid_height,
         grid_width,
         height,
         width,
-        channels,
-        features,
         stride_b,
         stride_c,
         stride_t,
@@ -196,10 +202,8 @@ if triton is not None:
             offset = start[:, None] + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
             if UINT8:
                 channel = column % 3
-                values = tl.load(clip_ptr + offset + x * 3 + channel[None, :], mask=mask, other=0).to(tl.float32)
-                scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-                shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-                values = values * scale[None, :] + shift[None, :]
+                values = tl.load(clip_ptr + offset + x * 3 + channel[None, :], mask=mask, other=0)
+                values = normalised(values, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b)
             else:
                 offset += (line // (TUBELET * WINDOW)).to(tl.int64)[None, :] * stride_c
                 values = tl.load(clip_ptr + offset + x, mask=mask, other=0.0).to(tl.float32)

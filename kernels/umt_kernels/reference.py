@@ -21,10 +21,12 @@ Op = TypeVar("Op", bound=Callable)
 
 
 def _outside_autocast(op: Op) -> Op:
-    """Run `op` with autocast off: it would turn the float32 arithmetic below into bf16."""
+    """Run `op` with autocast off, where there is any: it would turn the float32 arithmetic below into bf16."""
 
     @functools.wraps(op)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if first.is_meta:
+            return op(first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return op(first, *args, **kwargs)
 
@@ -90,7 +92,9 @@ def sample_visible(
 
 @_outside_autocast
 def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"]) -> Float[Tensor, "r p"]:
-    logits = torch.einsum("rhd,rhld->rhl", _wide(q) * q.shape[-1] ** -0.5, _wide(k))
+    dtype = torch.promote_types(_wide(q).dtype, k.dtype)
+    q, k = q.to(dtype), k.to(dtype)
+    logits = torch.einsum("rhd,rhld->rhl", q * q.shape[-1] ** -0.5, k)
     return logits.softmax(dim=-1).mean(dim=1)[:, 1:]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.checks import check_ints, check_tensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -24,16 +25,23 @@ def sample_visible(
 
     The law is that of `torch.multinomial(scores, num_visible)` (UMT, arXiv 2303.16058, section 3.1, semantic
     masking), which does not need the rows to sum to 1. A row with fewer positive scores than `num_visible` gives
-    all of them, and the rest uniformly among its other ids; a score of 0 or less counts as 0. No value is read on
-    the host. `generator` (on the scores' device) gives one 8-byte seed; the kernel's own numbers come from Philox,
-    so they differ from the reference's, with the same law.
+    all of them, and the rest uniformly among its other ids; a score that is not above 0, NaN included, counts as 0.
+    No value is read on the host. `generator` (on the scores' device; torch.compile takes none) gives one 8-byte
+    seed, a launch of its own; the kernel's own numbers come from Philox, so they differ from the reference's, with
+    the same law.
 
-    Raises ValueError if `scores` is not [R, P] or `num_visible` is not in 1..P.
+    Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P or `generator` is on another device.
     """
+    check_tensors(scores=scores)
+    check_ints(num_visible=num_visible)
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"scores is {scores.dtype} {list(scores.shape)}; give floats of shape [rows, patches]")
     if not 1 <= num_visible <= scores.shape[1]:
         raise ValueError(f"num_visible = {num_visible}, but a row of scores has {scores.shape[1]} entries")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; give a torch.Generator")
+    if generator is not None and generator.device.type != scores.device.type:
+        raise ValueError(f"generator is on {generator.device}, but scores is on {scores.device}; bring them together")
     if not runs_triton(scores):
         return reference.sample_visible(scores, num_visible, generator)
     # On the device, so that it can be captured in a CUDA graph and drawn anew at every replay.
@@ -58,9 +66,9 @@ def _(scores, num_visible, seed):
 
 
 def config(patches: int) -> dict[str, int]:
-    """The comparisons of a tile, 32 of each thread, stay in registers."""
+    """The comparisons of a tile, 16 of each thread, stay in registers; with 32 half as many programs would fit."""
     block = next_power_of_2(patches)
-    return {"BLOCK": min(block, 256), "OTHERS": min(block, 32), "num_warps": 8}
+    return {"BLOCK": min(block, 256), "OTHERS": min(block, 16), "num_warps": 8}
 
 
 if triton is not None:

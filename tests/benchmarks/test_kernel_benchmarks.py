@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from benchmarks.kernels import environment, report, timing
-from benchmarks.kernels.case import TINY, UMT_B, UMT_L, Case, draw_fault
+from benchmarks.kernels.case import Case, draw_fault
 from benchmarks.kernels.cases import cases
+from benchmarks.models import TINY, UMT_B, UMT_L
 
 ROOT = Path(__file__).parents[2]
 CONTENDERS = ("triton", "eager", "compiled")

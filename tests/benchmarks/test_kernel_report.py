@@ -127,7 +127,8 @@ def test_narrow_load_fails(monkeypatch):
 def test_code_of_another_checkout_is_not_taken_from_the_cache(monkeypatch, tmp_path):
     """Triton's cache knows a kernel by its source and line, not by its file: one that is kept may name a lost file."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compile_row(monkeypatch, copy_kernel, torch.empty(4096), torch.empty(4096), 4096, STEP=1, BLOCK=1024, num_warps=8)
+    x = torch.empty(4096)
+    compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, STEP=1, BLOCK=1024, num_warps=8)
     assert list(tmp_path.iterdir()) == []
 
 
