@@ -21,6 +21,9 @@ from umt_fast.errors import RunError
 
 Masking = Literal["attention", "random", "tube"]
 Precision = Literal["auto", "bf16", "fp32"]
+Attention = Literal[
+    "auto", "sdpa", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"
+]
 
 
 class ConfigError(RunError, ValueError):
@@ -148,6 +151,14 @@ TEACHERS = {
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """How both models are run, which leaves their results alone."""
+
+    attention: Attention = "auto"
+    """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str = ""
     """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
@@ -221,6 +232,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from umt_kernels import gather_layer_norm, patch_embed
 
 from umt_fast.config import StudentConfig
-from umt_fast.models.attention import attention
+from umt_fast.models.attention import SDPA, Backend, self_attention
 from umt_fast.models.patches import sinusoid_positions
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = SDPA
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -33,8 +34,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v).flatten(2))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        return self.proj(self_attention(qkv, self.backend).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -147,6 +148,12 @@ class VideoStudent(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_attention(self, backend: Backend) -> None:
+        """Use `backend` in every block; before torch.compile, which takes it in."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def forward(self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "b m"]) -> Predictions:
         """Predictions for the tokens `token_ids` of each clip, layers from shallow to deep.

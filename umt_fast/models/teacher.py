@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from umt_kernels import cls_scores, gather_layer_norm, patch_embed
 
 from umt_fast.config import TeacherConfig
-from umt_fast.models.attention import attention
+from umt_fast.models.attention import SDPA, Backend, attention, self_attention
 from umt_fast.models.patches import bicubic_window
 from umt_fast.models.student import MLP_RATIO, check_clip
 
@@ -39,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = SDPA
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -54,9 +55,8 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.out_proj(attention(q, k, v).flatten(2))
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        return self.out_proj(self_attention(qkv, self.backend).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -92,7 +92,7 @@ class Block(nn.Module):
         """The rows `row_ids` of this block's output, from the keys and values of all rows."""
         kept = x.gather(1, row_ids[..., None].expand(-1, -1, x.shape[-1]))
         q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
-        kept = kept + self.attn.out_proj(attention(q, k, v).flatten(2))
+        kept = kept + self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
         return kept + self.mlp(self.ln_2(kept))
 
 
@@ -173,6 +173,13 @@ class ClipTeacher(nn.Module):
         assert isinstance(module, ClipTeacher)
         with torch.no_grad():
             module.patch_weight.copy_(module._fold_resize())
+
+    def set_attention(self, backend: Backend, last: Backend) -> None:
+        """Use `backend` in every block and `last` in the last one; before torch.compile, which takes them in."""
+        blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        for block in blocks:
+            block.attn.backend = backend
+        blocks[-1].attn.backend = last
 
     @torch.no_grad()
     def encode(self, clip: Shaped[Tensor, "b ..."]) -> TeacherState:
