@@ -23,14 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
 from umt_fast import checkpoint, distributed, masking
+from umt_fast.acceleration import accelerate
 from umt_fast.config import Config, ConfigError, load_recipe
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.distributed import StopSignal, World
 from umt_fast.doctor import in_use, resolve_precision
 from umt_fast.errors import RunError
+from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.logging import Ledger, NotFinite, RunLog, merge, read_metrics
-from umt_fast.optim import Schedule, build_optimizer, clip_gradients
+from umt_fast.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -86,10 +88,12 @@ def train(config: Config, world: World) -> Path:
     torch.manual_seed(run.seed)  # the same initial student on every rank
     student = umt_fast.VideoStudent(config.student).to(world.device)
     teacher = build_teacher(config, world)
-    optimizer = build_optimizer(student, optim)
+    done = accelerate(config, world, student, teacher, autocast)
+    optimizer = build_optimizer(student, optim, capturable=config.train.cuda_graph)
     model: torch.nn.Module = student
     if world.size > 1:
-        model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with capture_stream(config.train.cuda_graph):
+            model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     source = world.gather(find_checkpoint(config, folder))[0]
@@ -101,7 +105,7 @@ def train(config: Config, world: World) -> Path:
         checkpoint.remove_unfinished(folder / "checkpoints")
 
     log = RunLog(folder, world.main, start, schedule.total_steps, step_clips)
-    log.say(describe(config, world, autocast, len(videos), schedule, student))
+    log.say("\n".join((describe(config, world, autocast, len(videos), schedule, student), *done)))
     if source is not None:
         log.say(f"going on from {source} at step {start}")
     if start >= last:
@@ -117,6 +121,28 @@ def train(config: Config, world: World) -> Path:
     saved: Path | None = source
     if rng is not None:
         checkpoint.set_rng_state(rng, world.device)
+
+    def forward_backward(clip: Tensor) -> umt_fast.Alignment:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+            sets = len(clip) * config.train.masks_per_clip
+            visible = masking.draw_blind(mask.rule, sets, frames, patches, mask.ratio, clip.device)
+            out = umt_fast.alignment_step(
+                model, teacher, clip, num_visible, visible, masks_per_clip=config.train.masks_per_clip
+            )
+        (out.loss / optim.accumulate).backward()
+        return out
+
+    def update() -> Tensor:
+        norm = clip_gradients(student, optim.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    captured = None
+    if config.train.cuda_graph:
+        captured = CapturedStep(
+            lambda clip: (forward_backward(clip), update()), DDP_WARM_UPS if world.size > 1 else WARM_UPS
+        )
 
     def check_and_log(step: int) -> None:
         """Read the losses since the last time; stop if one is not finite or too many videos are bad."""
@@ -164,24 +190,21 @@ def train(config: Config, world: World) -> Path:
     with StopSignal(world) as stop, loader, contextlib.closing(log):
         log.restart_clock(start)
         for step in range(start + 1, last + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step - 1)
+            set_learning_rate(optimizer, schedule(step - 1))
             ledger.begin(step)
             for micro in range(optim.accumulate):
                 waiting = time.perf_counter()
                 batch = next(loader)
                 ledger.add_batch(batch.paths, batch.bad, time.perf_counter() - waiting)
                 clip = batch.clip.to(world.device, non_blocking=True)
-                reduces = world.size == 1 or micro == optim.accumulate - 1
-                with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-                        visible = masking.draw_blind(mask.rule, len(clip), frames, patches, mask.ratio, clip.device)
-                        out = umt_fast.alignment_step(model, teacher, clip, num_visible, visible)
-                    (out.loss / optim.accumulate).backward()
-                ledger.add_loss(out.loss)
-            ledger.end(clip_gradients(student, optim.clip_grad))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                if captured is not None:
+                    out, norm = captured(clip)
+                else:
+                    reduces = world.size == 1 or micro == optim.accumulate - 1
+                    with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
+                        out = forward_backward(clip)
+                ledger.add_loss(out.loss.clone())  # a captured step writes over its own
+            ledger.end(norm.clone() if captured is not None else update())
             clips_seen += step_clips
             log.advance()
 
@@ -235,7 +258,8 @@ def restore(
         if then != now:
             raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
     checkpoint.load_umt_student(student, content["model"])
-    settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    own_keys = ("betas", "eps", "weight_decay", "capturable")
+    settings = [{key: group[key] for key in own_keys} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # the settings of this run hold, not those of the one that saved

@@ -24,6 +24,8 @@ Precision = Literal["auto", "bf16", "fp32"]
 Attention = Literal[
     "auto", "sdpa", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"
 ]
+Recompute = Literal["none", "selective", "full"]
+TeacherPrecision = Literal["same", "int8", "fp8"]
 
 
 class ConfigError(RunError, ValueError):
@@ -156,6 +158,21 @@ class ModelConfig:
 
     attention: Attention = "auto"
     """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
+    compile: bool = False
+    """Run both models through torch.compile: minutes at the start for faster steps."""
+    recompute: Recompute = "none"
+    """Student activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
+    attention; full, whole blocks. Less memory for more time."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a step is made."""
+
+    masks_per_clip: int = 1
+    """Visible sets per clip and teacher pass; the student's batch is that many times larger."""
+    cuda_graph: bool = False
+    """Record the whole step as one CUDA graph and replay it: the host launches nothing any more."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +250,7 @@ class Config:
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -245,6 +263,7 @@ class Config:
             ("optim.epochs", self.optim.epochs, 1),
             ("optim.batch_size", self.optim.batch_size, 1),
             ("optim.accumulate", self.optim.accumulate, 1),
+            ("train.masks_per_clip", self.train.masks_per_clip, 1),
             ("data.workers", self.data.workers, 0),
             ("data.prefetch", self.data.prefetch, 1),
             ("run.seed", self.run.seed, 0),
@@ -261,6 +280,10 @@ class Config:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} = {value} is below {low}")
+        if self.train.cuda_graph and optim.accumulate > 1:
+            raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:
+            raise ConfigError("model.recompute reads the random state, which a CUDA graph forbids; add --model.compile")
         shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
         shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
         shares |= {"mask.ratio": (self.mask.ratio,)}

@@ -209,14 +209,17 @@ class ClipTeacher(nn.Module):
         return TeacherState(scores.unflatten(0, (clip.shape[0], frames)), aligned, x, k, v)
 
     @torch.no_grad()
-    def targets(self, state: TeacherState, visible: Int[Tensor, "b g n"]) -> Float[Tensor, "k b m c"]:
-        """Outputs of the aligned blocks at the visible tokens, in output space, shallow to deep; not L2-normalised."""
+    def targets(self, state: TeacherState, visible: Int[Tensor, "r g n"]) -> Float[Tensor, "k r m c"]:
+        """Outputs of the aligned blocks at the visible tokens, in output space, shallow to deep; not L2-normalised.
+
+        With r = M * B visible sets, sets M i to M (i + 1) are of clip i.
+        """
         batch, frames, patches = state.scores.shape
         last = self.transformer.resblocks[-1]
         assert isinstance(last, Block)
         within_frames = visible.shape[1] == frames
         if within_frames:
-            wanted = visible.flatten(0, 1)
+            wanted = rearrange(visible, "(b s) t n -> (b t) (s n)", b=batch)
         else:  # counts differ from frame to frame: finish every patch, choose at the end
             wanted = torch.arange(patches, device=visible.device).expand(batch * frames, -1)
         row_ids = wanted + 1  # row 0 is the class token
@@ -226,8 +229,8 @@ class ClipTeacher(nn.Module):
         ]
         deepest = last.rows(state.x, state.k, state.v, row_ids)
         outputs.append(gather_layer_norm(deepest, norm.weight, norm.bias, norm.eps) @ self.proj)
-        targets = rearrange(outputs, "k (b t) p c -> k b (t p) c", b=batch)
         if within_frames:
-            return targets
-        chosen = visible.flatten(1)[None, ..., None].expand(len(targets), -1, -1, targets.shape[-1])
-        return targets.gather(2, chosen)
+            return rearrange(outputs, "k (b t) (s n) c -> k (b s) (t n) c", b=batch, n=visible.shape[2])
+        targets = rearrange(outputs, "k (b t) p c -> k b (t p) c", b=batch)
+        chosen = visible.view(batch, -1)[None, ..., None].expand(len(targets), -1, -1, targets.shape[-1])
+        return targets.gather(2, chosen).unflatten(2, (-1, visible.shape[2])).flatten(1, 2)
