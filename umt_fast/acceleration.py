@@ -28,6 +28,8 @@ def accelerate(config: Config, world: World, student: VideoStudent, teacher: Cli
     for name, use in uses.items():
         choice = attention_choice.choose(config.model.attention, use, world.device, dtype, config.model.compile)
         chosen[name] = attention.load(world.gather(choice.backend.name)[0])
+    if bf16:
+        teacher.store_matmul_weights(torch.bfloat16)
     teacher.set_attention(chosen["teacher"], chosen["teacher's last block"])
     student.set_attention(chosen["student"])
     said = ["attention: " + ", ".join(f"{name} {backend.name}" for name, backend in chosen.items())]

@@ -71,14 +71,16 @@ def alignment_step(
         if visible is None:
             if num_visible is None:
                 raise ValueError("num_visible is None and no visible set is given; give one of them")
-            scores = state.scores.repeat_interleave(masks_per_clip, dim=0)
-            visible = masking.draw_by_score(scores, num_visible, generator)
+            of_sets = state.scores.repeat_interleave(masks_per_clip, dim=0)
+            visible = masking.draw_by_score(of_sets, num_visible, generator)
         else:
             masking.check_visible(visible, masks_per_clip * batch, frames, patches)
             visible = visible.long().sort(dim=-1).values
         targets = teacher.targets(state, visible)
+        scores = state.scores
+        del state  # a third of the teacher's activations would lie about while the student runs
     predictions = student(clip, masking.token_ids(visible, frames * patches))
     loss = cosine_alignment_loss(
         predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=LAYER_NORM_EPS
     )
-    return Alignment(loss, visible, state.scores, targets, predictions)
+    return Alignment(loss, visible, scores, targets, predictions)

@@ -181,6 +181,16 @@ class ClipTeacher(nn.Module):
             block.attn.backend = backend
         blocks[-1].attn.backend = last
 
+    def store_matmul_weights(self, dtype: torch.dtype) -> None:
+        """Hold what matmuls read in autocast's dtype. The frozen weights are rounded once, not every step; the
+        results stay bit for bit what they are."""
+        blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        layers = [layer for block in blocks for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)]
+        held = [tensor for block in blocks for tensor in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
+        held += [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        for tensor in (*held, self.proj, self.patch_weight):
+            tensor.data = tensor.data.to(dtype)
+
     @torch.no_grad()
     def encode(self, clip: Shaped[Tensor, "b ..."]) -> TeacherState:
         """Scores of every patch, and what `targets` needs to finish.
