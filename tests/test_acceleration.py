@@ -199,12 +199,14 @@ def test_accelerate_says_what_it_did_and_does_it(clip):
     student, teacher = models()
     visible = some_visible(2)
     expected = alignment_step(student, teacher, clip, None, visible).loss
-    said = "\n".join(accelerate(config(model=ModelConfig("math", False, "full")), CPU, student, teacher, False))
+    said = "\n".join(
+        accelerate(config(model=ModelConfig("math", False, "full")), CPU, student, teacher, False, lambda: clip)
+    )
     assert "student math" in said
     assert "recompute: full" in said
     assert {block.attn.backend.name for block in student.encoder.blocks} == {"math"}
     assert abs(alignment_step(student, teacher, clip, None, visible).loss - expected) < 1e-6
-    said = "\n".join(accelerate(config(), CPU, student, teacher, True))
+    said = "\n".join(accelerate(config(), CPU, student, teacher, True, lambda: clip))
     assert any(f"student {name}" in said for name in ("sdpa", "flash", "math"))
     assert "torch.compile" not in said
 
@@ -217,7 +219,7 @@ def test_settings_that_exclude_each_other_are_named():
     with pytest.raises(ConfigError, match="masks_per_clip = 0"):
         config(train=TrainConfig(masks_per_clip=0))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
-        accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False)
+        accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
 
 
 # the captured step

@@ -88,7 +88,8 @@ def train(config: Config, world: World) -> Path:
     torch.manual_seed(run.seed)  # the same initial student on every rank
     student = umt_fast.VideoStudent(config.student).to(world.device)
     teacher = build_teacher(config, world)
-    done = accelerate(config, world, student, teacher, autocast)
+    dataset = ClipDataset(videos, config.data, config.student.frames, config.student.image_size, run.seed)
+    done = accelerate(config, world, student, teacher, autocast, lambda: readable_clips(dataset))
     optimizer = build_optimizer(student, optim, capturable=config.train.cuda_graph)
     model: torch.nn.Module = student
     if world.size > 1:
@@ -177,7 +178,6 @@ def train(config: Config, world: World) -> Path:
         log.restart_clock(step)
         return path
 
-    dataset = ClipDataset(videos, config.data, config.student.frames, config.student.image_size, run.seed)
     loader = ClipLoader(
         dataset,
         start=clips_seen,
@@ -222,6 +222,15 @@ def train(config: Config, world: World) -> Path:
             finish(folder, batch, out, config, log)
             log.say(f"{'stopped' if step < schedule.total_steps else 'done'} at step {step}: {saved}")
     return folder
+
+
+def readable_clips(dataset: ClipDataset, count: int = 4) -> Tensor:
+    """The first clips of the run that can be read, at most `count` of them: [B,T,H,W,3]."""
+    clips = [dataset[number].frames for number in range(min(count, len(dataset.videos)))]
+    found = [clip for clip in clips if clip is not None]
+    if not found:
+        raise TooManyBadFiles("none of the first videos can be read")
+    return torch.stack(found)
 
 
 def find_checkpoint(config: Config, folder: Path) -> Path | None:

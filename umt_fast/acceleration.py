@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from umt_fast import masking
 from umt_fast.config import Config, ConfigError
 from umt_fast.distributed import World
+from umt_fast.low_precision import lower_precision
 from umt_fast.models import attention, attention_choice
 from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import ClipTeacher
 
 
-def accelerate(config: Config, world: World, student: VideoStudent, teacher: ClipTeacher, bf16: bool) -> list[str]:
-    """Give both models the run's attention, recomputation and compilation. Returns what was done, in lines.
+def accelerate(
+    config: Config,
+    world: World,
+    student: VideoStudent,
+    teacher: ClipTeacher,
+    bf16: bool,
+    sample: Callable[[], Tensor],
+) -> list[str]:
+    """Give both models the run's attention, recomputation, precision and compilation. Returns what was done, in lines.
 
-    Ranks take the first one's choices. Raises ConfigError for what this device cannot do.
+    Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised teacher is judged. Raises
+    ConfigError for what this device cannot do, or a teacher that is too far off.
     """
     if config.train.cuda_graph and world.device.type != "cuda":
         raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
@@ -33,6 +45,11 @@ def accelerate(config: Config, world: World, student: VideoStudent, teacher: Cli
     teacher.set_attention(chosen["teacher"], chosen["teacher's last block"])
     student.set_attention(chosen["student"])
     said = ["attention: " + ", ".join(f"{name} {backend.name}" for name, backend in chosen.items())]
+    if config.model.teacher_precision != "same":
+        if not bf16:
+            raise ConfigError("model.teacher_precision is for runs in bf16; add --run.precision bf16")
+        precision, least = config.model.teacher_precision, config.model.least_teacher_cosine
+        said.append(lower_precision(teacher, precision, sample().to(world.device), least))
     if config.model.recompute != "none":
         student.set_recompute(config.model.recompute)
         said.append(f"recompute: {config.model.recompute}")

@@ -163,6 +163,11 @@ class ModelConfig:
     recompute: Recompute = "none"
     """Student activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
     attention; full, whole blocks. Less memory for more time."""
+    teacher_precision: TeacherPrecision = "same"
+    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao. The error is measured
+    on clips of the run and printed at the start."""
+    least_teacher_cosine: float = 0.999
+    """Mean cosine with the exact targets below which such a teacher is refused."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,8 @@ class Config:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{name} = {value} is below {low}")
+        if self.model.teacher_precision != "same" and self.run.precision == "fp32":
+            raise ConfigError("model.teacher_precision is for runs in bf16; remove --run.precision fp32")
         if self.train.cuda_graph and optim.accumulate > 1:
             raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
         if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:

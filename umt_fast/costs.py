@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from umt_fast import masking
-from umt_fast.config import Config, Recompute, StudentConfig, TeacherConfig
+from umt_fast.config import StudentConfig, TeacherConfig
 
 MLP_RATIO = 4
 GIB = 2**30
@@ -26,6 +25,9 @@ class Flops:
     @property
     def total(self) -> int:
         return self.teacher + self.student_forward + self.student_backward
+
+    def by_phase(self) -> dict[str, int]:
+        return {"teacher": self.teacher, "student forward": self.student_forward, "backward": self.student_backward}
 
 
 def _rows(rows: int, keys: int, width: int) -> int:

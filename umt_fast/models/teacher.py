@@ -55,6 +55,8 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
+        # Quantised weights do not know autocast: the input comes in the dtype that they stand for.
+        x = x.to(self.in_proj_weight.dtype)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         return self.out_proj(self_attention(qkv, self.backend).flatten(2))
 
@@ -66,7 +68,7 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = self.c_fc(x)
+        x = self.c_fc(x.to(self.c_fc.weight.dtype))
         return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU
 
 
@@ -186,8 +188,8 @@ class ClipTeacher(nn.Module):
         results stay bit for bit what they are."""
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         layers = [layer for block in blocks for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)]
-        held = [tensor for block in blocks for tensor in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
-        held += [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
+        held: list[Tensor] = [x for block in blocks for x in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
+        held += [x for layer in layers for x in (layer.weight, layer.bias)]
         for tensor in (*held, self.proj, self.patch_weight):
             tensor.data = tensor.data.to(dtype)
 
