@@ -218,7 +218,7 @@ def _build_lean(rung: Rung, work: Work) -> TimedStep:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         mark("optimiser")
-        return loss
+        return loss.detach()
 
     captured = CapturedStep(lambda clip: step(clip, None, no_mark)) if rung.captured else None
 

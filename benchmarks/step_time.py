@@ -125,7 +125,7 @@ class Contender:
             self.step(None, clock)
             self.spent.append(clock.seconds())
 
-    def settle(self, gemm: dict[str, list[float]]) -> None:
+    def settle(self) -> None:
         """Medians, and what follows from them."""
         result = self.result
         result.seconds = statistics.median(result.samples)
@@ -133,8 +133,6 @@ class Contender:
             result.phases = {phase: statistics.median(s[phase] for s in self.spent) for phase in self.spent[0]}
         result.clips_per_second = result.batch / result.seconds
         result.k710_days = report.k710_days(result.clips_per_second)
-        rate = 2 * GEMM_SIDE[self.work.clip.device.type] ** 3 / statistics.median(gemm[result.precision])
-        result.gemm_share = result.model_flops / result.seconds / rate
 
 
 def measure_model(
@@ -192,7 +190,7 @@ def _measure(contenders: list[Contender], repeats: int, device: torch.device, ge
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
             gemm.setdefault(precision, []).append(gemm_seconds(dtype, device))
     for contender in contenders:
-        contender.settle(gemm)
+        contender.settle()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -225,13 +223,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for model in models:
         for batch in options.batch or [64 if device.type == "cuda" else 2]:
             results += measure_model(model, batch, rungs, options.repeats, device, gemm)
-    side = GEMM_SIDE[device.type]
+    rates = {name: 2 * GEMM_SIDE[device.type] ** 3 / statistics.median(took) for name, took in gemm.items()}
+    for result in results:
+        if result.seconds is not None:
+            result.gemm_share = result.model_flops / result.seconds / rates[result.precision]
     return {
         **describe(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else report.cpu_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
-        "gemm_flops_per_second": {name: 2 * side**3 / statistics.median(took) for name, took in gemm.items()},
+        "gemm_flops_per_second": rates,
         "copy_bytes_per_second": report.copy_rate() if device.type == "cuda" else None,
         "results": [asdict(result) for result in results],
     }
