@@ -4,8 +4,8 @@
     baseline             the published step: fp16 with loss scaling on GPUs, bf16 on CPUs
     + SDPA               its student attends by torch's scaled_dot_product_attention
     + torch.compile      its models compiled
-    + lean math          umt_fast's models, compiled, with the plain PyTorch of umt_kernels
-    + fused kernels      with umt_kernels' Triton kernels and the fastest attention
+    + lean math          umt_fast's models and the attention that is fastest here, compiled; umt_kernels' plain PyTorch
+    + fused kernels      with umt_kernels' Triton kernels
     + CUDA graph         the whole step recorded and replayed
     + fp8 teacher        the teacher's matmuls in float8
 
@@ -179,14 +179,13 @@ def _build_lean(rung: Rung, work: Work) -> TimedStep:
     teacher.load_state_dict(work.teacher_weights)
     student.to(device)
     teacher.to(device).eval()
-    if rung.kernels:
-        uses = attention_choice.uses(work.student, work.teacher, batch, batch, seen)
-        fastest = {
-            name: attention_choice.choose("auto", use, device, torch.bfloat16, rung.compiled).backend
-            for name, use in uses.items()
-        }
-        teacher.set_attention(fastest["teacher"], fastest["teacher's last block"])
-        student.set_attention(fastest["student"])
+    uses = attention_choice.uses(work.student, work.teacher, batch, batch, seen)
+    fastest = {
+        name: attention_choice.choose("auto", use, device, torch.bfloat16, rung.compiled).backend
+        for name, use in uses.items()
+    }
+    teacher.set_attention(fastest["teacher"], fastest["teacher's last block"])
+    student.set_attention(fastest["student"])
     teacher.store_matmul_weights(torch.bfloat16)
     if rung.fp8:
         quantize_teacher(teacher, "fp8")

@@ -20,6 +20,8 @@ import json
 import statistics
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,15 +138,26 @@ class Contender:
 
 
 def measure_model(
-    model: str, batch: int, rungs: list[Rung], repeats: int, device: torch.device, gemm: dict[str, list[float]]
+    model: str,
+    batch: int,
+    rungs: list[Rung],
+    repeats: int,
+    device: torch.device,
+    gemm: dict[str, list[float]],
+    known: list[Result] | None = None,
+    save: Callable[[list[Result]], None] = lambda _results: None,
 ) -> list[Result]:
-    """All rungs of one model and batch."""
+    """All rungs of one model and batch. Those in `known` are not measured again; `save` is called after each other."""
     work = prepare(model, batch, device)
     seen = work.visible[0].numel()
     lean = costs.lean_flops(work.student, work.teacher, batch, seen)
     published = costs.published_flops(work.student, work.teacher, batch, seen)
     results = []
+    before = {result.rung: result for result in known or () if (result.model, result.batch) == (model, batch)}
     for rung in rungs:
+        if rung.name in before:
+            results.append(before[rung.name])
+            continue
         lacks = missing(rung, device)
         result = Result(model, batch, rung.name, rung.precision, lacks and f"not run: needs {lacks}")
         result.model_flops, result.flops = lean.total, (lean if rung.lean else published).by_phase()
@@ -152,6 +165,9 @@ def measure_model(
     contenders: list[Contender] = []
     expected: float | None = None
     for rung, result in zip(rungs, results, strict=True):
+        if result.rung in before:
+            expected = result.loss if expected is None else expected
+            continue
         if result.not_run is not None:
             continue
         print(f"{model} x {batch}: {rung.name} ...", flush=True)
@@ -164,6 +180,10 @@ def measure_model(
         except torch.OutOfMemoryError:
             result.not_run = "not run: out of memory"
             continue
+        except Exception as error:  # a rung that breaks must not cost the others their measurement
+            result.not_run = f"failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
+            traceback.print_exc()
+            continue
         if not sound:
             continue
         expected = result.loss if expected is None else expected
@@ -174,6 +194,7 @@ def measure_model(
             del contender
             gc.collect()
             torch._dynamo.reset()
+            save(results)
         else:
             contenders.append(contender)
     _measure(contenders, repeats, device, gemm)
@@ -202,14 +223,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="timings per rung, of which the median counts")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="keep what this commit has already measured there")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
     parser.add_argument("--predict", choices=report.PREDICTED, help="estimate another GPU from a measurement")
     parser.add_argument("--from", dest="source", type=Path, help="the measurement to predict from; default: this run's")
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, as what the JSON holds."""
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything asked for, written into `folder` as it comes. Returns what step_time.json holds."""
     device = torch.device(options.device)
     rungs = list(ladder(device))
     if options.rungs:
@@ -218,24 +240,49 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             sys.exit(f"error: no rung {unknown[0]!r} on a {device.type}; there are {', '.join(known)}")
         rungs = [known[name] for name in options.rungs]
     models = options.models or (["umt_b16", "umt_l16"] if device.type == "cuda" else ["umt_b16"])
-    gemm: dict[str, list[float]] = {}
-    results: list[Result] = []
-    for model in models:
-        for batch in options.batch or [64 if device.type == "cuda" else 2]:
-            results += measure_model(model, batch, rungs, options.repeats, device, gemm)
-    rates = {name: 2 * GEMM_SIDE[device.type] ** 3 / statistics.median(took) for name, took in gemm.items()}
-    for result in results:
-        if result.seconds is not None:
-            result.gemm_share = result.model_flops / result.seconds / rates[result.precision]
-    return {
+    content: dict[str, Any] = {
         **describe(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else report.cpu_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
-        "gemm_flops_per_second": rates,
+        "gemm_flops_per_second": {},
         "copy_bytes_per_second": report.copy_rate() if device.type == "cuda" else None,
-        "results": [asdict(result) for result in results],
+        "results": [],
     }
+    measured = previous(folder, content) if options.resume else {}
+    rates = dict(measured.get("gemm_flops_per_second", {}))
+    done = [Result(**result) for result in measured.get("results", []) if result["seconds"]]
+    gemm: dict[str, list[float]] = {}
+    results: list[Result] = []
+
+    def save(latest: list[Result]) -> None:
+        rates.update({name: 2 * GEMM_SIDE[device.type] ** 3 / statistics.median(took) for name, took in gemm.items()})
+        written = [*results, *(result for result in latest if result.seconds or result.not_run)]
+        for result in written:
+            if result.seconds is not None:
+                result.gemm_share = result.model_flops / result.seconds / rates[result.precision]
+        content.update(gemm_flops_per_second=rates, results=[asdict(result) for result in written])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    for model in models:
+        for batch in options.batch or [64 if device.type == "cuda" else 2]:
+            latest = measure_model(model, batch, rungs, options.repeats, device, gemm, done, save)
+            save(latest)
+            results += latest
+    report.write(content, folder)
+    print(f"\nin {folder}: step_time.json, .md, .html and plots")
+    return content
+
+
+def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The measurement in `folder`, if it was taken on this device from this very commit."""
+    path = folder / "step_time.json"
+    if not path.exists():
+        return {}
+    found = report.read(path)
+    same = all(found[key] == content[key] for key in ("device", "torch", "triton", "commit", "threads"))
+    return found if same and not content["commit"].endswith("+") else {}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -243,12 +290,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.source is not None:
         content = report.read(options.source)
     else:
-        content = measure(options)
-        folder = options.out or RESULTS / (gpu_name(content["device"]) if options.device == "cuda" else "cpu")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
-        report.write(content, folder)
-        print(f"\nin {folder}: step_time.json, .md, .html and plots")
+        name = gpu_name(torch.cuda.get_device_name()) if options.device == "cuda" else "cpu"
+        content = measure(options, options.out or RESULTS / name)
     print(report.table(content))
     if options.predict:
         print(report.predict(content, options.predict))

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m train.pretrain --recipe umt_l16_k710 --data.train list.csv
 
 --recipe names a file of train/recipes or a TOML file of your own (default umt_b16_k710); every setting of it can be
-overridden below.
+overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
-from umt_fast import checkpoint, distributed, masking
+from umt_fast import checkpoint, costs, distributed, masking
 from umt_fast.acceleration import accelerate
 from umt_fast.config import Config, ConfigError, load_recipe
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader
@@ -47,18 +47,21 @@ class TooManyBadFiles(RunError):
     """More of the videos are unreadable than the run accepts."""
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The recipe and, on top of it, the command line."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The recipe and, on top of it, the command line; and what is no setting."""
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="umt_b16_k710")
+    first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--gpu-memory", type=float)
     named, rest = first.parse_known_args(arguments)
     path = Path(named.recipe) if named.recipe.endswith(".toml") else RECIPES / f"{named.recipe}.toml"
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
-    return tyro.cli(Config, args=rest, default=load_recipe(path), prog="train.pretrain", description=__doc__)
+    config = tyro.cli(Config, args=rest, default=load_recipe(path), prog="train.pretrain", description=__doc__)
+    return config, named
 
 
 def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
@@ -327,7 +330,10 @@ def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, 
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        config = parse(arguments)
+        config, named = parse(arguments)
+        if named.dry_run:
+            print(costs.plan(config, config.run.precision != "fp32", named.gpu_memory))
+            return
         world = distributed.start(config.run.device)
         try:
             with distributed.hold_folder(Path(config.run.dir) / config.run.name, world):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from umt_fast.config import StudentConfig, TeacherConfig
+from umt_fast import masking
+from umt_fast.config import Config, Recompute, StudentConfig, TeacherConfig
 
 MLP_RATIO = 4
 GIB = 2**30
@@ -84,35 +85,6 @@ def folded_window(teacher: TeacherConfig) -> int:
     return bicubic_window(teacher.clip_patch_size, teacher.patch_size)[0].shape[1]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a step."""
-
-    states: int
-    """Weights, gradients and optimiser: the same for every batch."""
-    per_clip: int
-    """Activations of one clip."""
-
-    def peak(self, clips: int) -> int:
-        return self.states + clips * self.per_clip
-
-    def largest_batch(self, bytes_available: int) -> int:
-        return max(0, (bytes_available - self.states) // self.per_clip)
-
-
-KEPT = {"none": 36, "selective": 24, "full": 4}
-"""Bytes per token and unit of width that a student's block keeps for its backward pass under bf16 autocast.
-
-none       residuals 2 x 4, normalised inputs 2 x 2, qkv 6, attention 2, hidden layer and its GELU 2 x 8
-selective  the residual 4 and the outputs of matmuls and attention: qkv 6, attention 2, its projection 2, fc1 8, fc2 2
-full       the residual 4
-
-In float32 the 2-byte numbers take 4.
-"""
-WORKING = 60
-"""Bytes per token and unit of width that the forward and backward of one block hold for a moment."""
-
-
 def student_parameters(config: StudentConfig) -> int:
     d, c = config.width, config.target_width
     block = (4 + 2 * MLP_RATIO) * d * d + 12 * d
@@ -125,3 +97,74 @@ def teacher_parameters(config: TeacherConfig) -> int:
     block = (4 + 2 * MLP_RATIO) * d * d + (9 + MLP_RATIO) * d
     patch = 3 * config.tubelet_size * (config.patch_size**2 + folded_window(config) ** 2) * d
     return patch + config.depth * block + (config.grid**2 + 6) * d + d * config.target_width
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step."""
+
+    states: int
+    """Weights, gradients and optimiser: the same for every batch."""
+    per_clip: int
+    """What one more clip adds."""
+
+    def peak(self, clips: int) -> int:
+        return self.states + clips * self.per_clip
+
+    def largest_batch(self, available: int) -> int:
+        return max(0, (available - RESERVED - self.states) // self.per_clip)
+
+
+RESERVED = 2 * GIB
+"""Left free of a GPU for the CUDA context, cuBLAS workspaces and fragmentation."""
+
+KEPT: dict[Recompute, tuple[int, int]] = {"none": (8, 28), "selective": (4, 20), "full": (4, 0)}
+"""Bytes per token and unit of width that a student's block keeps for its backward pass: of float32 whatever the
+precision, and of the run's precision, here 2-byte numbers.
+
+none       two residuals; normalised inputs 2 x 2, qkv 6, attention 2, hidden layer and its GELU 2 x 8
+selective  one residual; the outputs of matmuls and attention: qkv 6, attention 2, its projection 2, fc1 8, fc2 2
+full       one residual
+"""
+
+
+def step_memory(config: Config, bf16: bool) -> Memory:
+    """The peak of a step under `config`: the teacher at its widest, or the student before its backward pass."""
+    student, teacher, masks = config.student, config.teacher, config.train.masks_per_clip
+    frames, patches = student.tokens // student.grid**2, student.grid**2
+    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
+    size = 2 if bf16 else 4
+    # float32 weights, gradients and two moments; autocast's copy of the weights lasts until the backward pass
+    states = student_parameters(student) * (16 + (2 if bf16 else 0)) + teacher_parameters(teacher) * size
+    single, run = KEPT[config.model.recompute]
+    width, out, layers = student.width, student.target_width, student.align_layers
+    block = width * (single + run * size // 2)
+    whole = width * (KEPT["none"][0] + KEPT["none"][1] * size // 2)  # one block computed again, or differentiated
+    pixels = 3 * student.tubelet_size * student.patch_size**2 * size
+    # Of an aligned layer: its normalised output, the head's output and both of the loss's gradients, the target.
+    heads = layers * (2 * width * size + 4 * out * size)
+    of_student = masks * seen * (student.depth * block + whole + pixels + heads)
+    # Outputs of the aligned blocks, the stream before and after, the hidden layer and its gate.
+    rows = frames * (patches + 1)
+    of_teacher = rows * teacher.width * (4 * (teacher.align_layers + 1) + 10 * size)
+    return Memory(states, max(of_student, of_teacher))
+
+
+def plan(config: Config, bf16: bool, gpu_memory: float | None) -> str:
+    """What a step of this run costs, in words, and the batches that fit `gpu_memory` GiB or some known GPUs."""
+    optim, student = config.optim, config.student
+    frames, patches = student.tokens // student.grid**2, student.grid**2
+    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
+    flops = lean_flops(student, config.teacher, optim.batch_size, seen, config.train.masks_per_clip)
+    memory = step_memory(config, bf16)
+    lines = [
+        f"one forward and backward pass of {optim.batch_size} clips per process, {seen} visible tokens each, "
+        f"{'bf16' if bf16 else 'float32'}, recompute {config.model.recompute}",
+        f"  {flops.total / 1e12:.2f} TFLOP: " + ", ".join(f"{n} {f / 1e12:.2f}" for n, f in flops.by_phase().items()),
+        f"  {memory.peak(optim.batch_size) / GIB:.1f} GiB at the peak, by arithmetic: {memory.states / GIB:.1f} of "
+        f"weights, gradients and optimiser, {memory.per_clip / 2**20:.0f} MiB per clip",
+    ]
+    for size in (24, 40, 80, 141) if gpu_memory is None else (gpu_memory,):
+        batch = memory.largest_batch(int(size * GIB))
+        lines.append(f"  a GPU with {size:g} GiB takes {batch} clips" if batch else f"  {size:g} GiB are too little")
+    return "\n".join(lines)

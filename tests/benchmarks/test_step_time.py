@@ -55,6 +55,7 @@ def test_a_rung_with_a_wrong_loss_is_refused(monkeypatch):
         return lambda visible, mark: step(visible, mark) + (0.1 if rung is SDPA else 0.0)
 
     monkeypatch.setattr(step_time, "build", wrong)
+    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
     first, second, third = step_time.measure_model("tiny", 1, [BASELINE, SDPA, LEAN], 1, CPU, {})
     assert first.seconds
     assert third.seconds
@@ -105,6 +106,38 @@ def test_the_page_and_the_plots_stand_alone(results):
     assert "1.00x" in table
 
 
+def test_resume_measures_only_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
+    monkeypatch.setattr(step_time, "describe", lambda: {"torch": "1", "triton": "1", "commit": "abc"})
+    command = ["--models", "tiny", "--batch", "1", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
+    step_time.main([*command, "--rungs", FLOAT.name])
+    first = json.loads((tmp_path / "step_time.json").read_text())["results"]
+    built = []
+    monkeypatch.setattr(step_time, "build", lambda rung, work: built.append(rung.name) or build(rung, work))
+    step_time.main([*command, "--rungs", FLOAT.name, SDPA.name, "--resume"])
+    both = json.loads((tmp_path / "step_time.json").read_text())["results"]
+    assert built == [SDPA.name]
+    assert [result["rung"] for result in both] == [FLOAT.name, SDPA.name]
+    assert both[0]["samples"] == first[0]["samples"]
+    monkeypatch.setattr(step_time, "describe", lambda: {"torch": "1", "triton": "1", "commit": "def"})
+    step_time.main([*command, "--rungs", FLOAT.name, "--resume"])
+    assert built == [SDPA.name, FLOAT.name]  # another commit: measured anew
+
+
+def test_a_rung_that_breaks_leaves_the_others(monkeypatch):
+    def broken(rung, work):
+        if rung is SDPA:
+            raise RuntimeError("no such kernel\nat all")
+        return build(replace(rung, compiled=False), work)
+
+    monkeypatch.setattr(step_time, "build", broken)
+    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
+    first, second, third = step_time.measure_model("tiny", 1, [BASELINE, SDPA, LEAN], 1, CPU, {})
+    assert second.not_run == "failed: no such kernel"
+    assert first.seconds
+    assert third.seconds
+
+
 def test_compare_flags_what_became_slower(results, monkeypatch):
     content = step_time_report.read(results / "step_time.json")
     assert step_time_report.regressions(content, content) == []
@@ -116,7 +149,7 @@ def test_compare_flags_what_became_slower(results, monkeypatch):
     assert first.startswith("tiny, batch 1, baseline: ")
     assert first.endswith("(+6%)")
     assert "tiny, batch 2, baseline" in second
-    monkeypatch.setattr(step_time, "measure", lambda _options: slower)
+    monkeypatch.setattr(step_time, "measure", lambda _options, _folder: slower)
     with pytest.raises(SystemExit, match="slower than before"):
         step_time.main(["--out", str(results / "new"), "--compare", str(results / "step_time.json")])
     slower["device"] = "another"
@@ -127,12 +160,20 @@ def test_compare_flags_what_became_slower(results, monkeypatch):
 def made_up_measurement() -> dict:
     """A step with 60 ms of arithmetic in two phases and 40 ms of other work, on a GPU of 500 TFLOP/s."""
     result = {
-        **{"model": "umt_b16", "batch": 64, "rung": "+ lean math", "precision": "bf16", "seconds": 0.1},
+        "model": "umt_b16",
+        "batch": 64,
+        "rung": "+ lean math",
+        "precision": "bf16",
+        "seconds": 0.1,
         "phases": {"teacher": 0.05, "optimiser": 0.02, "backward": 0.03},
         "flops": {"teacher": 20 * 10**12, "backward": 10 * 10**12},
     }
     return {
-        **{"device": "NVIDIA H200", "threads": 16, "torch": "2.13", "commit": "abc", "date": "2026-01-01"},
+        "device": "NVIDIA H200",
+        "threads": 16,
+        "torch": "2.13",
+        "commit": "abc",
+        "date": "2026-01-01",
         "gemm_flops_per_second": {"bf16": 500e12},
         "results": [result, {**result, "rung": "+ fp8 teacher"}, {**result, "seconds": None}],
     }
