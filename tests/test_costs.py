@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,15 @@ CASES = [
     (STUDENT, RESIZED),
     (replace(STUDENT, frames=4, tubelet_size=2), TeacherConfig(64, 16, 2, None, 48, 3, 3, 24, 2)),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These tensors are small: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def counted(counter: FlopCounterMode) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,15 @@ from benchmarks.rungs import build, ladder, missing, prepare
 
 CPU = torch.device("cpu")
 FLOAT, BASELINE, SDPA, COMPILED, LEAN, FUSED, GRAPH, FP8 = ladder(CPU)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These tensors are small: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def runnable():
