@@ -4,7 +4,9 @@
     baseline             the published step: fp16 with loss scaling on GPUs, bf16 on CPUs
     + SDPA               its student attends by torch's scaled_dot_product_attention
     + torch.compile      its models compiled
-    + lean math          umt_fast's models and the attention that is fastest here, compiled; umt_kernels' plain PyTorch
+    + lean math, eager   umt_fast's models and the attention that is fastest here, with umt_kernels' plain PyTorch;
+                         not compiled, which on CPUs may be the faster way
+    + lean math          the same, compiled
     + fused kernels      with umt_kernels' Triton kernels
     + CUDA graph         the whole step recorded and replayed
     + fp8 teacher        the teacher's matmuls in float8
@@ -78,6 +80,7 @@ def ladder(device: torch.device) -> tuple[Rung, ...]:
         Rung("baseline", half),
         Rung("+ SDPA", half, sdpa=True),
         Rung("+ torch.compile", half, sdpa=True, compiled=True),
+        replace(lean, name="+ lean math, eager", compiled=False),
         lean,
         replace(lean, name="+ fused kernels", kernels=True),
         replace(lean, name="+ CUDA graph", kernels=True, captured=True),

@@ -21,9 +21,8 @@ from umt_fast.errors import RunError
 
 Masking = Literal["attention", "random", "tube"]
 Precision = Literal["auto", "bf16", "fp32"]
-Attention = Literal[
-    "auto", "sdpa", "cudnn", "flash", "efficient", "math", "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"
-]
+TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"]
+Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
 Recompute = Literal["none", "selective", "full"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 

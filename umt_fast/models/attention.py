@@ -2,6 +2,7 @@
 
     sdpa                                   torch's own pick; what a model has until `choose` gives it another
     cudnn, flash, efficient, math          torch's kernels, each by name
+    matmul                                 two matmuls around a softmax: much memory, but on CPUs often the fastest
     flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only when they are asked for
 
 Which is fastest depends on the GPU, the shapes and the versions, so `umt_fast.models.attention_choice` measures.
@@ -53,6 +54,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (weights.softmax(dim=-1) @ v).transpose(1, 2)
+
+
 def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(kernel):
         return _sdpa(q, k, v)
@@ -73,6 +80,7 @@ def _backend(name: str, attend: Callable[..., Tensor], attend_packed: Callable[.
 
 
 SDPA = _backend("sdpa", _sdpa)
+MATMUL = _backend("matmul", _matmul)
 
 TORCH_KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -112,13 +120,13 @@ LIBRARIES = {
     "xformers": Library("xformers.ops", "memory_efficient_attention", "xformers", "pip install xformers"),
 }
 
-NAMES = ("sdpa", *TORCH_KERNELS, *LIBRARIES)
+NAMES = ("sdpa", *TORCH_KERNELS, "matmul", *LIBRARIES)
 
 
 def load(name: str) -> Backend:
     """The backend called `name`. Raises ImportError, with the command that installs it, for a missing library."""
-    if name == "sdpa":
-        return SDPA
+    if name in ("sdpa", "matmul"):
+        return SDPA if name == "sdpa" else MATMUL
     if name in TORCH_KERNELS:
         return _backend(name, functools.partial(_sdpa_by, TORCH_KERNELS[name]))
     if name not in LIBRARIES:

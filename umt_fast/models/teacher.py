@@ -83,8 +83,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x))  # not in place: what comes in may be an aligned output
+        return x.add_(self.mlp(self.ln_2(x)))
 
     def rows(
         self,
