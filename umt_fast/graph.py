@@ -63,6 +63,7 @@ class CapturedStep(Generic[Result]):
 
     def _record(self, clip: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Result]:
         graph, buffer = torch.cuda.CUDAGraph(), clip.clone()
-        with torch.cuda.graph(graph, stream=self._stream):
+        # thread_local: the loader's pinning thread and NCCL's watchdog go on calling CUDA meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = self._step(buffer)
         return graph, buffer, result

@@ -73,10 +73,11 @@ def _quantized(weight: Tensor, precision: TeacherPrecision) -> nn.Parameter:
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+    # torchao would also turn on Inductor's long searches, for the student too.
     if precision == "fp8":
-        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
     else:
-        quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+        quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
     return layer.weight
 
 
