@@ -116,7 +116,11 @@ class VideoList(Sequence[Video]):
     def __getitem__(self, index: int | slice) -> Video | Sequence[Video]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _parse(json.loads(self._row(range(len(self))[index])), self._base)
+        row = range(len(self))[index]
+        try:
+            return _parse(json.loads(self._row(row)), self._base)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # an IndexError would end a loop
+            raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
 
     def count_distinct(self) -> int:
         """How many different videos the list names."""
@@ -151,8 +155,8 @@ def parse_index(content: bytes, where: str) -> VideoList:
     for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
         try:
             videos[index]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadIndex(f"{where}, line {line} is no row of an index ({error!r}); make it anew") from None
+        except BadIndex as error:
+            raise BadIndex(f"{where}, line {line}: {error}; make it anew") from None
     return videos
 
 
