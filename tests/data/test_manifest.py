@@ -111,6 +111,24 @@ def test_folder_with_linked_files(tmp_path):
     assert read_manifest(str(tmp_path / "view")) == [str(tmp_path / "view" / "b.mp4")]
 
 
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.mp4").touch()
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("x", "y"):
+        (source / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    assert read_manifest(str(source)) == [str(source / "x" / "deep" / "a.mp4")]
+
+
+def test_copies_that_are_not_finished_are_no_folder_of_videos(tmp_path):
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ManifestError, match="prepare has not finished there"):
+        read_manifest(str(tmp_path))
+
+
 def test_no_source():
     with pytest.raises(ManifestError, match=r"--data\.train"):
         read_manifest("")

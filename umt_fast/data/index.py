@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -135,8 +136,12 @@ def is_url(path: str) -> bool:
 
 
 def join(base: str, path: str) -> str:
-    """`path`, which is relative to the folder or URL `base` unless it is absolute."""
-    return path if is_url(path) else posixpath.join(base, path)
+    """`path`, a file name relative to the folder or URL `base` unless it is absolute."""
+    if is_url(path) or path.startswith("/"):
+        return path
+    if base.startswith(("http://", "https://")) or "::http" in base:  # `#`, `?` and `%` mean something in these
+        path = urllib.parse.quote(path, errors="surrogateescape")
+    return posixpath.join(base, path)
 
 
 def parse_index(content: bytes, where: str) -> VideoList:
