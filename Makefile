@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo test test-kernels test-dali gate lint doctor clean bench-kernels test-gpu
+.PHONY: demo test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -66,6 +66,12 @@ clean: ## remove what the other targets made, runs included
 # On a machine with a GPU. From a plain checkout: make bench-kernels PY=python3 PYTHONPATH=.:kernels
 PY ?= .venv/bin/python
 ON_GPU := $(if $(filter .venv/bin/python,$(PY)),.venv/.dev)
+
+bench: .venv/.dev ## time the training step on this machine, rung by rung
+	$(BIN)/python -m benchmarks.step_time
+
+bench-gpu: $(ON_GPU) ## GPU tests, step time, kernel times, in stages of 8 minutes; call again to go on
+	$(PY) -m benchmarks.gpu_session
 
 bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/results/<gpu>
 	@set -e; gpu=$$($(PY) -m benchmarks.kernels.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \

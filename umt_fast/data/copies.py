@@ -148,7 +148,7 @@ class Journal:
         """Note a complete copy or shard; None: it is to be made anew."""
         if self._file is None:
             self.compact()  # an unfinished line goes
-            self._file = open(self._path, "ab")
+            self._file = open(self._path, "ab")  # noqa: SIM115, closed by close()
         record = {"kind": kind, "name": name, "content": content}
         self._take(record)
         self._file.write(json.dumps(record).encode() + b"\n")

@@ -15,6 +15,8 @@ from typing import Any
 ATTEMPTS = 2
 """Processes that may die over one task. Whom a machine without memory kills is chance, so one death proves nothing."""
 
+_STOP = (signal.SIGINT, signal.SIGTERM)
+
 
 class Died(Exception):
     """The processes that worked on a task were killed or crashed."""
@@ -62,7 +64,7 @@ class Pool:
                     outcome = worker.take()
                 except (EOFError, ConnectionError):
                     self._workers.remove(worker)
-                    ending = worker.end()
+                    ending = worker.end(grace=1.0)  # its connection closes a little before
                     if deaths + 1 < ATTEMPTS:
                         self._waiting.appendleft((task, deaths + 1))
                         continue
@@ -85,7 +87,12 @@ class _Worker:
         self.assigned: tuple[Any, int] = (None, 0)
         self.busy = False
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-        self._process.start()
+        # Held meanwhile: a signal would kill the new process, and Python may drop one that comes while it forks.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()  # so that its end is seen here when the process ends
 
     def give(self, task: Any, deaths: int) -> None:
@@ -98,9 +105,10 @@ class _Worker:
         self.busy = False
         return outcome
 
-    def end(self) -> str:
-        """Kill the process; how it ended, if by itself."""
-        self._process.join(0.2)
+    def end(self, grace: float = 0.0) -> str:
+        """Kill the process, unless it ends within `grace` seconds; how it ended."""
+        if grace:
+            self._process.join(grace)
         self._process.kill()
         self._process.join()
         self.connection.close()
@@ -111,6 +119,7 @@ class _Worker:
 def _serve(connection: Connection, work: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches every process of a terminal
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:

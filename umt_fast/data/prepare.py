@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import errno
-import hashlib
 import json
 import os
 import shutil
@@ -28,20 +26,17 @@ from typing import Any
 from tqdm import tqdm
 
 from umt_fast.data.copies import STATE, Item, Journal, Plan, Shard, make_plan
-from umt_fast.data.encode import CODECS, Recipe, write_copy
-from umt_fast.data.index import INDEX_NAME, Video, describe, is_url, write_index
+from umt_fast.data.encode import CODECS, Recipe
+from umt_fast.data.index import INDEX_NAME, is_url, write_index
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pool import Died, Pool
-from umt_fast.data.pyav import BadVideo
-from umt_fast.data.shards import Sample, write_shard
-from umt_fast.data.storage import file_size, read_video
+from umt_fast.data.shards import Sample
+from umt_fast.data.tasks import CopyTask, Failed, PackTask, work
 from umt_fast.errors import RunError
-from umt_fast.files import lock_folder, put_in_place, write_whole
+from umt_fast.files import lock_folder, write_whole
 
 FAILED_NAME = "failed.txt"
 _LOCK_PATIENCE = 2.0  # seconds; the workers of a killed run take a moment to notice
-_NEARLY_FULL = 1 << 20  # bytes
-_NOT_THE_VIDEOS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class CannotPrepare(RunError):
@@ -98,37 +93,14 @@ class Report:
         return "\n".join([*lines, f"train with: python -m train.pretrain --data.train {self.out}"])
 
 
-@dataclass(frozen=True)
-class _CopyTask:
-    item: Item
-    aside: str
-    target: str
-    recipe: Recipe
-
-
-@dataclass(frozen=True)
-class _PackTask:
-    shard: Shard
-    samples: list[Sample]
-    names: list[str]
-    """Of the sources that the samples are of."""
-    aside: str
-    target: str
-
-
-@dataclass(frozen=True)
-class _Failed:
-    reason: str
-    hopeless: bool = False
-    """The others would fail too."""
-
-
 def prepare(settings: Settings) -> Report:
     """Make what is missing of the copies, and the index. Raises CannotPrepare, ManifestError or FolderInUse."""
     source, out = settings.source, Path(settings.out)
     if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
     plan = make_plan(read_manifest(source, settings.prefix), source, settings.per_shard)
+    if out.exists() and not out.is_dir():
+        raise CannotPrepare(f"OUT {out} is a file; give a folder")
     try:
         if out.is_dir() and not (out / STATE).is_dir() and any(file.name != ".lock" for file in out.iterdir()):
             raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
@@ -183,17 +155,17 @@ class _Preparation:
         tqdm.monitor_interval = 0  # no thread: processes are forked
         bar = tqdm(total=total, initial=total - len(waiting), unit="video", desc="prepare", smoothing=0.1)
         try:
-            with bar, Pool(_work, workers) as pool:
+            with bar, Pool(work, workers) as pool:
                 for item in waiting:
                     pool.add(self._copy_task(item))
                 for shard in self.plan.shards:
                     self._pack_if_complete(shard, pool)
                 for task, outcome in pool.results():
                     if isinstance(outcome, Died):
-                        outcome = _Failed(f"{outcome}; is there memory enough?")
-                    if isinstance(outcome, _Failed) and outcome.hopeless:
+                        outcome = Failed(f"{outcome}; is there memory enough?")
+                    if isinstance(outcome, Failed) and outcome.hopeless:
                         raise CannotPrepare(self._stopped(f"cannot write to {self.out}: {outcome.reason}"))
-                    if isinstance(task, _PackTask):
+                    if isinstance(task, PackTask):
                         self._packed(task, outcome)
                     else:
                         self._copied(task, outcome, pool)
@@ -239,13 +211,13 @@ class _Preparation:
     def _target(self, item: Item) -> Path:
         return (self.unpacked if self.plan.shards else self.out) / item.path
 
-    def _copy_task(self, item: Item) -> _CopyTask:
+    def _copy_task(self, item: Item) -> CopyTask:
         aside = self.aside / f"{item.number}.mp4"
-        return _CopyTask(item, str(aside), str(self._target(item)), self.settings.recipe)
+        return CopyTask(item, str(aside), str(self._target(item)), self.settings.recipe)
 
-    def _copied(self, task: _CopyTask, outcome: Any, pool: Pool) -> None:
+    def _copied(self, task: CopyTask, outcome: Any, pool: Pool) -> None:
         item = task.item
-        if isinstance(outcome, _Failed):
+        if isinstance(outcome, Failed):
             self.failures[item.name] = outcome.reason
         else:
             self.fresh.add(item.name)
@@ -277,10 +249,10 @@ class _Preparation:
                 samples.append(sample)
         if samples:
             aside, target = str(self.aside / shard.name), str(self.out / shard.name)
-            pool.add(_PackTask(shard, samples, names, aside, target), first=True)
+            pool.add(PackTask(shard, samples, names, aside, target), first=True)
 
-    def _packed(self, task: _PackTask, outcome: Any) -> None:
-        if isinstance(outcome, _Failed):
+    def _packed(self, task: PackTask, outcome: Any) -> None:
+        if isinstance(outcome, Failed):
             raise CannotPrepare(self._stopped(f"cannot write {task.target}: {outcome.reason}"))
         self.journal.add("shard", task.shard.name, {**outcome, "digest": task.shard.digest})
         for sample in task.samples:
@@ -331,57 +303,6 @@ def _has_size(path: Path, size: int) -> bool:
         return False
 
 
-def _work(task: Any) -> Any:
-    """What a worker process does with a task: the journal's record of the file it made, or _Failed."""
-    os.environ["SVT_LOG"] = "1"  # errors alone; it writes to the terminal by itself
-    try:
-        return _make_shard(task) if isinstance(task, _PackTask) else _make_copy(task)
-    except BadVideo as error:
-        return _Failed(str(error))
-    except OSError as error:
-        return _Failed(error.strerror or str(error), hopeless=error.errno in _NOT_THE_VIDEOS_FAULT)
-    except Exception as error:
-        full = shutil.disk_usage(os.path.dirname(task.aside)).free < _NEARLY_FULL
-        return _Failed("no space left" if full else f"{type(error).__name__}: {error}", hopeless=full)
-    finally:
-        Path(task.aside).unlink(missing_ok=True)
-
-
-def _make_copy(task: _CopyTask) -> dict[str, Any]:
-    video = task.item.video
-    try:
-        content = read_video(video) if video.remote else None
-        source_bytes = file_size(video) if content is None else len(content)
-    except (OSError, ValueError) as error:
-        raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
-    facts, seconds = write_copy(video, task.aside, task.recipe, content)
-    size, digest = hash_bytes(Video(task.aside))
-    target = Path(task.target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    put_in_place(Path(task.aside), target)
-    row = {"path": task.item.path, "bytes": size, "sha256": digest, **describe(facts)}
-    return {"row": row, "source_bytes": source_bytes, "seconds": seconds}
-
-
-def _make_shard(task: _PackTask) -> dict[str, Any]:
-    offsets = write_shard(task.aside, task.samples)
-    size = os.path.getsize(task.aside)
-    put_in_place(Path(task.aside), Path(task.target))
-    return {"bytes": size, "offsets": dict(zip(task.names, offsets, strict=True))}
-
-
-def hash_bytes(video: Video) -> tuple[int, str]:
-    """Size of a local video, or one in a shard, and its SHA-256. Raises OSError."""
-    digest, left = hashlib.sha256(), file_size(video)
-    size = left
-    with open(video.path, "rb") as file:
-        file.seek(video.offset or 0)
-        while left and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    return size, digest.hexdigest()
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "umt_fast.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -412,14 +333,14 @@ def _whole_number_from(least: int) -> Any:
     return number
 
 
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_IGN)
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what runs in the background deaf to it
+        signal.signal(number, _interrupt)
     try:
         if given.verify is not None:
             from umt_fast.data.verify import verify

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from umt_fast.data.encode import BadCopy
 from umt_fast.data.index import INDEX_NAME, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.pool import Died, Pool
-from umt_fast.data.prepare import CannotPrepare, hash_bytes
+from umt_fast.data.prepare import CannotPrepare
 from umt_fast.data.shards import list_shard
+from umt_fast.data.tasks import hash_bytes
 from umt_fast.files import lock_folder
 
 LEAST_PSNR = 20.0
@@ -83,7 +85,10 @@ def verify(out: str, workers: int | None = None) -> Verdict:
     problems = _check_shards(copies)
     compared, lowest = 0, None
     tqdm.monitor_interval = 0  # no thread: processes are forked
-    with lock_folder(Path(out)), Pool(_work, workers or len(os.sched_getaffinity(0))) as pool:
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is being made
+            held.enter_context(lock_folder(Path(out)))
+        pool = held.enter_context(Pool(_work, workers or len(os.sched_getaffinity(0))))
         for task in tasks.values():
             pool.add(task)
         for task, outcome in tqdm(pool.results(), total=len(tasks), unit="video", desc="verify"):
