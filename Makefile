@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo test test-kernels gate lint doctor clean bench-kernels test-gpu
+.PHONY: demo test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -23,6 +23,10 @@ test-kernels: .venv/.dev .venv-kernels/.done ## run the Triton kernels in the in
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_golden.py tests/models
 	.venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
+
+# Decodes on the CPU; a GPU's tests are run by test-gpu, where PY has DALI.
+test-dali: .venv/.dali ## test the DALI loader against PyAV's
+	$(BIN)/python -m pytest tests/data/test_dali.py tests/train/test_dali_run.py
 
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
 	$(BIN)/python -m benchmarks.kernel_report --gate -q
@@ -49,6 +53,10 @@ clean: ## remove what the other targets made, runs included
 	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e '.[dev]'
 	touch $@ .venv/.run
 
+.venv/.dali: .venv/.dev
+	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e '.[dali]'
+	touch $@
+
 .venv-kernels/.done: kernels/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-kernels
 	.venv-kernels/bin/python -m pip install -q -c constraints.txt torch
@@ -58,6 +66,12 @@ clean: ## remove what the other targets made, runs included
 # On a machine with a GPU. From a plain checkout: make bench-kernels PY=python3 PYTHONPATH=.:kernels
 PY ?= .venv/bin/python
 ON_GPU := $(if $(filter .venv/bin/python,$(PY)),.venv/.dev)
+
+bench: .venv/.dev ## time the training step on this machine, rung by rung
+	$(BIN)/python -m benchmarks.step_time
+
+bench-gpu: $(ON_GPU) ## GPU tests, step time, kernel times, in stages of 8 minutes; call again to go on
+	$(PY) -m benchmarks.gpu_session
 
 bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/results/<gpu>
 	@set -e; gpu=$$($(PY) -m benchmarks.kernels.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \

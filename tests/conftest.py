@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, ch
 from umt_fast.data import synthetic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+os.environ["UMT_FAST_CACHE"] = tempfile.mkdtemp(prefix="umt-fast-tests-")  # tests neither read nor leave choices
 
 GOLDEN = Path(__file__).parent / "golden"
 

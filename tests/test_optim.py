@@ -11,7 +11,7 @@ from torch import nn
 
 from umt_fast import StudentConfig, VideoStudent
 from umt_fast.config import ConfigError, OptimConfig
-from umt_fast.optim import Schedule, build_optimizer, clip_gradients, learning_rate
+from umt_fast.optim import Schedule, build_optimizer, clip_gradients, learning_rate, set_learning_rate
 
 STUDENT = StudentConfig(image_size=32, frames=2, width=32, depth=2, heads=2, align_layers=2, target_width=16)
 
@@ -158,3 +158,21 @@ def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite():
     model = two_gradients()
     model.bias.grad = torch.tensor([math.nan])
     assert not clip_gradients(model, None).isfinite()
+
+
+def test_the_rate_of_a_captured_step_is_changed_in_place():
+    optimizer = build_optimizer(nn.Linear(3, 2), OptimConfig())
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    set_learning_rate(optimizer, 0.25)
+    places = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.125)
+    for group, place in zip(optimizer.param_groups, places, strict=True):
+        assert group["lr"] is place
+        assert float(place) == 0.125
+    for group in optimizer.param_groups:  # as a run without a graph goes on from such a checkpoint
+        group["capturable"] = False
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

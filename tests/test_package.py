@@ -16,7 +16,7 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, al
 ROOT = Path(__file__).parents[1]
 
 OPTIONAL = ("av", "PIL", "tyro", "matplotlib", "tensorboard", "transformers", "huggingface_hub", "nvidia.dali")
-OPTIONAL += ("flash_attn", "xformers", "jaxtyping", "scipy")
+OPTIONAL += ("flash_attn", "xformers", "torchao", "jaxtyping", "scipy")
 
 
 def test_import_is_quick_and_brings_nothing_optional():

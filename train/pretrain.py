@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m train.pretrain --recipe umt_l16_k710 --data.train list.csv
 
 --recipe names a file of train/recipes or a TOML file of your own (default umt_b16_k710); every setting of it can be
-overridden below.
+overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
-from umt_fast import checkpoint, distributed, masking
+from umt_fast import checkpoint, costs, distributed, masking
+from umt_fast.acceleration import accelerate
 from umt_fast.config import Config, ConfigError, load_recipe
 from umt_fast.data.decoder import open_loader
-from umt_fast.data.loader import Batch
+from umt_fast.data.loader import Batch, first_clips
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.stream import ClipStream
 from umt_fast.distributed import StopSignal, World
 from umt_fast.doctor import in_use, resolve_precision
 from umt_fast.errors import RunError
+from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.logging import Ledger, NotFinite, RunLog, merge, read_metrics
-from umt_fast.optim import Schedule, build_optimizer, clip_gradients
+from umt_fast.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -47,18 +49,21 @@ class TooManyBadFiles(RunError):
     """More of the videos are unreadable than the run accepts."""
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The recipe and, on top of it, the command line."""
+def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
+    """The recipe and, on top of it, the command line; and what is no setting."""
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default="umt_b16_k710")
+    first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--gpu-memory", type=float)
     named, rest = first.parse_known_args(arguments)
     path = Path(named.recipe) if named.recipe.endswith(".toml") else RECIPES / f"{named.recipe}.toml"
     if not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
-    return tyro.cli(Config, args=rest, default=load_recipe(path), prog="train.pretrain", description=__doc__)
+    config = tyro.cli(Config, args=rest, default=load_recipe(path), prog="train.pretrain", description=__doc__)
+    return config, named
 
 
 def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
@@ -89,10 +94,13 @@ def train(config: Config, world: World) -> Path:
     torch.manual_seed(run.seed)  # the same initial student on every rank
     student = umt_fast.VideoStudent(config.student).to(world.device)
     teacher = build_teacher(config, world)
-    optimizer = build_optimizer(student, optim)
+    stream = ClipStream(videos, config.data, config.student.frames, config.student.image_size, run.seed)
+    done = accelerate(config, world, student, teacher, autocast, lambda: first_clips(stream))
+    optimizer = build_optimizer(student, optim, capturable=config.train.cuda_graph)
     model: torch.nn.Module = student
     if world.size > 1:
-        model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with capture_stream(config.train.cuda_graph):
+            model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     source = world.gather(find_checkpoint(config, folder))[0]
@@ -105,7 +113,7 @@ def train(config: Config, world: World) -> Path:
         checkpoint.remove_unfinished(folder / "checkpoints")
 
     log = RunLog(folder, world.main, start, schedule.total_steps, step_clips)
-    log.say(describe(config, world, autocast, len(videos), schedule, student))
+    log.say("\n".join((describe(config, world, autocast, len(videos), schedule, student), *done)))
     if source is not None:
         log.say(f"going on from {source} at step {start}")
         for name, then in planned.items():
@@ -124,6 +132,28 @@ def train(config: Config, world: World) -> Path:
     saved: Path | None = source
     if rng is not None:
         checkpoint.set_rng_state(rng, world.device)
+
+    def forward_backward(clip: Tensor) -> umt_fast.Alignment:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
+            sets = len(clip) * config.train.masks_per_clip
+            visible = masking.draw_blind(mask.rule, sets, frames, patches, mask.ratio, clip.device)
+            out = umt_fast.alignment_step(
+                model, teacher, clip, num_visible, visible, masks_per_clip=config.train.masks_per_clip
+            )
+        (out.loss / optim.accumulate).backward()
+        return out
+
+    def update() -> Tensor:
+        norm = clip_gradients(student, optim.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    captured = None
+    if config.train.cuda_graph:
+        captured = CapturedStep(
+            lambda clip: (forward_backward(clip), update()), DDP_WARM_UPS if world.size > 1 else WARM_UPS
+        )
 
     def check_and_log(step: int) -> None:
         """Read the losses since the last time; stop if one is not finite or too many videos are bad."""
@@ -159,7 +189,7 @@ def train(config: Config, world: World) -> Path:
         return path
 
     loader = open_loader(
-        ClipStream(videos, config.data, config.student.frames, config.student.image_size, run.seed),
+        stream,
         world.device,
         log.say,
         start=clips_seen,
@@ -171,24 +201,21 @@ def train(config: Config, world: World) -> Path:
     with StopSignal(world) as stop, loader, contextlib.closing(log):
         log.restart_clock(start)
         for step in range(start + 1, last + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step - 1)
+            set_learning_rate(optimizer, schedule(step - 1))
             ledger.begin(step)
             for micro in range(optim.accumulate):
                 waiting = time.perf_counter()
                 batch = next(loader)
                 ledger.add_batch(batch.paths, batch.bad, time.perf_counter() - waiting)
                 clip = batch.clip.to(world.device, non_blocking=True)
-                reduces = world.size == 1 or micro == optim.accumulate - 1
-                with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
-                    with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-                        visible = masking.draw_blind(mask.rule, len(clip), frames, patches, mask.ratio, clip.device)
-                        out = umt_fast.alignment_step(model, teacher, clip, num_visible, visible)
-                    (out.loss / optim.accumulate).backward()
-                ledger.add_loss(out.loss)
-            ledger.end(clip_gradients(student, optim.clip_grad))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                if captured is not None:
+                    out, norm = captured(clip)
+                else:
+                    reduces = world.size == 1 or micro == optim.accumulate - 1
+                    with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
+                        out = forward_backward(clip)
+                ledger.add_loss(out.loss.clone())  # a captured step writes over its own
+            ledger.end(norm.clone() if captured is not None else update())
             clips_seen += step_clips
             log.advance()
 
@@ -242,7 +269,8 @@ def restore(
         if then != now:
             raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
     checkpoint.load_umt_student(student, content["model"])
-    settings = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in optimizer.param_groups]
+    own_keys = ("betas", "eps", "weight_decay", "capturable")
+    settings = [{key: group[key] for key in own_keys} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)  # the settings of this run hold, not those of the one that saved
@@ -302,7 +330,10 @@ def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, 
 
 def main(arguments: list[str] | None = None) -> None:
     try:
-        config = parse(arguments)
+        config, named = parse(arguments)
+        if named.dry_run:
+            print(costs.plan(config, config.run.precision != "fp32", named.gpu_memory))
+            return
         world = distributed.start(config.run.device)
         try:
             with distributed.hold_folder(Path(config.run.dir) / config.run.name, world):

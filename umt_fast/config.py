@@ -22,6 +22,10 @@ from umt_fast.errors import RunError
 Masking = Literal["attention", "random", "tube"]
 Precision = Literal["auto", "bf16", "fp32"]
 Decoder = Literal["auto", "dali", "pyav"]
+TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"]
+Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
+Recompute = Literal["none", "selective", "full"]
+TeacherPrecision = Literal["same", "int8", "fp8"]
 
 
 class ConfigError(RunError, ValueError):
@@ -149,6 +153,34 @@ TEACHERS = {
 
 
 @dataclass(frozen=True)
+class ModelConfig:
+    """How both models are run, which leaves their results alone."""
+
+    attention: Attention = "auto"
+    """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
+    compile: bool = False
+    """Run both models through torch.compile: minutes at the start for faster steps."""
+    recompute: Recompute = "none"
+    """Student activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
+    attention; full, whole blocks. Less memory for more time."""
+    teacher_precision: TeacherPrecision = "same"
+    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao. The error is measured
+    on clips of the run and printed at the start."""
+    least_teacher_cosine: float = 0.999
+    """Mean cosine with the exact targets below which such a teacher is refused."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a step is made."""
+
+    masks_per_clip: int = 1
+    """Visible sets per clip and teacher pass; the student's batch is that many times larger."""
+    cuda_graph: bool = False
+    """Record the whole step as one CUDA graph and replay it: the host launches nothing any more."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     train: str = ""
     """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
@@ -232,6 +264,8 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -244,6 +278,7 @@ class Config:
             ("optim.epochs", self.optim.epochs, 1),
             ("optim.batch_size", self.optim.batch_size, 1),
             ("optim.accumulate", self.optim.accumulate, 1),
+            ("train.masks_per_clip", self.train.masks_per_clip, 1),
             ("data.workers", self.data.workers, 0),
             ("data.prefetch", self.data.prefetch, 1),
             ("data.pipelines", self.data.pipelines, 0),
@@ -264,6 +299,12 @@ class Config:
             if value is not None and value < low:
                 raise ConfigError(f"{name} = {value} is below {low}")
         _divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
+        if self.model.teacher_precision != "same" and self.run.precision == "fp32":
+            raise ConfigError("model.teacher_precision is for runs in bf16; remove --run.precision fp32")
+        if self.train.cuda_graph and optim.accumulate > 1:
+            raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:
+            raise ConfigError("model.recompute reads the random state, which a CUDA graph forbids; add --model.compile")
         shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
         shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
         shares |= {"mask.ratio": (self.mask.ratio,)}

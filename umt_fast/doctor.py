@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from umt_fast.config import Decoder, Precision
+from umt_fast.models.attention import LIBRARIES, NAMES, fault, load
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ PACKAGES = (
     Package("tensorboard", "tensorboard", "TensorBoard logs", "pip install tensorboard"),
     Package("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
     Package("huggingface_hub", "huggingface_hub", "teacher weights by repo id", "pip install huggingface_hub"),
+    *(
+        Package(lib.module, lib.distribution, f"--model.attention {name}", lib.install)
+        for name, lib in LIBRARIES.items()
+    ),
 )
 
 
@@ -59,15 +64,26 @@ def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
     from umt_kernels.backend import kernels_on
 
     from umt_fast.data.decoder import choose_decoder
-    from umt_fast.models.attention import BACKEND
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return {
         "device": name,
         "decoder": choose_decoder(decoder, device).text,
-        "attention": BACKEND,
         "kernels": kernels_on(device),
     }
+
+
+def attention_backends(device: torch.device) -> list[str]:
+    """The backends that run on `device` with a head of 64, in the precision that `auto` takes, with gradients."""
+    dtype = torch.bfloat16 if resolve_precision("auto", device) else torch.float32
+    usable = []
+    for name in NAMES:
+        try:
+            if fault(load(name), device, dtype, 64, gradients=True) is None:
+                usable.append(name)
+        except ImportError:
+            continue
+    return usable
 
 
 def version(package: Package) -> str | None:
@@ -87,8 +103,9 @@ def report() -> str:
     """All of it, as text."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16 autocast" if resolve_precision("auto", device) else "float32"
+    used = {**in_use(device), "attention": ", ".join(attention_backends(device)), "precision": precision}
     lines = [f"python {platform.python_version()}, torch {torch.__version__}, {platform.platform()}", "", "in use"]
-    lines += [f"  {key:<10} {value}" for key, value in {**in_use(device), "precision": precision}.items()]
+    lines += [f"  {key:<10} {value}" for key, value in used.items()]
     if device.type == "cpu":
         lines.append(
             "  no GPU: torch sees none"
@@ -98,7 +115,7 @@ def report() -> str:
     for package in PACKAGES:
         found = version(package)
         state = found if found is not None else f"MISSING, {package.install}"
-        lines.append(f"  {package.distribution:<16} {state:<36} {package.purpose}")
+        lines.append(f"  {package.distribution:<16} {package.purpose:<30} {state}")
     return "\n".join(lines)
 
 

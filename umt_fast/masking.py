@@ -24,6 +24,11 @@ def count_visible(tokens: int, ratio: float) -> int:
     return tokens - int(tokens * ratio)
 
 
+def count_seen(rule: Masking, frames: int, patches: int, ratio: float) -> int:
+    """Visible tokens of a whole clip of `frames` x `patches` tokens; `random` rounds once, the others per frame."""
+    return count_visible(frames * patches, ratio) if rule == "random" else frames * count_visible(patches, ratio)
+
+
 def draw_by_score(
     scores: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b t n"]:

@@ -49,6 +49,7 @@ def alignment_step(
     num_visible: int | None,
     visible: Int[Tensor, "b g n"] | None = None,
     generator: torch.Generator | None = None,
+    masks_per_clip: int = 1,
 ) -> Alignment:
     """Forward pass of stage 1 (UMT, arXiv 2303.16058, section 3.1). `out.loss.backward()` is the rest.
 
@@ -57,6 +58,8 @@ def alignment_step(
     visible      the visible set, instead of a draw: [B,T,n] ids within a frame or [B,1,n] within the clip. It must
                  not hold an id twice; it is sorted.
     generator    source of the draw, on the clip's device; None uses the default one.
+    masks_per_clip  visible sets per clip, M: one pass of the teacher serves M * B samples of the student, those of
+                 a clip next to each other. A given `visible` then has M * B rows.
 
     `student` is a VideoStudent, bare or wrapped (DDP, torch.compile). Nothing is read back to the host. Raises
     ValueError for models that do not fit each other, or a clip or a visible set that does not fit them.
@@ -68,13 +71,16 @@ def alignment_step(
         if visible is None:
             if num_visible is None:
                 raise ValueError("num_visible is None and no visible set is given; give one of them")
-            visible = masking.draw_by_score(state.scores, num_visible, generator)
+            of_sets = state.scores.repeat_interleave(masks_per_clip, dim=0)
+            visible = masking.draw_by_score(of_sets, num_visible, generator)
         else:
-            masking.check_visible(visible, batch, frames, patches)
+            masking.check_visible(visible, masks_per_clip * batch, frames, patches)
             visible = visible.long().sort(dim=-1).values
         targets = teacher.targets(state, visible)
+        scores = state.scores
+        del state  # a third of the teacher's activations would lie about while the student runs
     predictions = student(clip, masking.token_ids(visible, frames * patches))
     loss = cosine_alignment_loss(
         predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=LAYER_NORM_EPS
     )
-    return Alignment(loss, visible, state.scores, targets, predictions)
+    return Alignment(loss, visible, scores, targets, predictions)

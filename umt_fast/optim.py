@@ -10,12 +10,26 @@ from torch import Tensor, nn
 from umt_fast.config import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay on biases and 1-D parameters."""
+def build_optimizer(model: nn.Module, config: OptimConfig, capturable: bool = False) -> torch.optim.AdamW:
+    """Fused AdamW; no weight decay on biases and 1-D parameters. `capturable` for a step that is a CUDA graph."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]  # every bias is 1-D
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True, capturable=capturable
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of the next step. A captured step reads it from the device, where it is changed in place."""
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if not group["capturable"]:
+            group["lr"] = rate
+        elif isinstance(group["lr"], Tensor) and group["lr"].device == device:
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.full((), rate, device=device)
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:

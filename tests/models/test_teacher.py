@@ -197,6 +197,24 @@ def test_uint8_and_normalised_float_agree():
     assert (teacher.targets(one, visible) - teacher.targets(two, visible)).abs().max() < 1e-4
 
 
+def test_weights_rounded_once_give_the_same_bits_as_autocast():
+    teacher = small_teacher(TeacherConfig(56, 14, 1, 64, 48, 4, 3, 20, 3))
+    clip = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    visible = random_visible(2, 3, 16, 5)
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            state = teacher.encode(clip)
+            return state.scores, teacher.targets(state, visible)
+
+    expected = run()
+    bytes_before = sum(p.nbytes for p in teacher.parameters())
+    teacher.store_matmul_weights(torch.bfloat16)
+    assert sum(p.nbytes for p in teacher.parameters()) < 0.65 * bytes_before
+    for got, want in zip(run(), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_the_teacher_is_frozen():
     teacher = small_teacher()
     assert not any(parameter.requires_grad for parameter in teacher.parameters())

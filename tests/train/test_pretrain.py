@@ -103,6 +103,22 @@ def test_masking_rules_accumulation_and_clipping_run(trainer):
         assert metrics(trainer.folder / rule)[-1]["step"] == 4
 
 
+def test_several_masks_per_clip_with_a_chosen_attention_and_recomputation(trainer):
+    options = ("--train.masks-per-clip", "2", "--model.attention", "math", "--model.recompute", "selective")
+    status, output = trainer.run("--run.name", "m", *options, "--optim.epochs", "4", "--data.workers", "0")
+    assert status == 0, output
+    assert "student math" in output
+    assert "recompute: selective" in output
+    assert metrics(trainer.folder / "m")[-1]["step"] == 8
+
+
+def test_an_attention_backend_that_is_missing_is_named(trainer):
+    status, output = trainer.run("--model.attention", "flash_attn_4")
+    assert status == 1
+    assert "error: model.attention = flash_attn_4" in output
+    assert "pip install flash-attn-4" in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processes):

@@ -1,8 +1,10 @@
 """Clips decoded, cropped and resized by NVIDIA DALI: on a GPU's decoding engines (NVDEC), or on the CPU.
 
-Worker processes choose the frames and crops of each clip as for PyAV and read the files; the training process feeds
-them to DALI's pipelines. What DALI does not take, PyAV decodes in the workers, and its clips go to their place in the
-batch. Both give the same frames of the same videos; what differs in a pixel is said at `build_pipeline`.
+Worker processes choose the frames and crops of each clip as for PyAV and cut the packets that they need out of the
+files; the training process feeds those to DALI's pipelines. DALI never sees a file itself: a damaged one can end the
+process, as an AVI with a wrong offset and a frame of another size than the header's do in DALI 2.4.0. What DALI does
+not take, PyAV decodes in the workers, and its clips go to their place in the batch. Both give the same frames of the
+same videos; what differs in a pixel is said at `build_pipeline`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from umt_fast.data import nvdec, pyav
 from umt_fast.data.augment import View
-from umt_fast.data.index import Facts, Video
+from umt_fast.data.index import Video
 from umt_fast.data.loader import (
     Batch,
     ClipDataset,
@@ -43,8 +45,7 @@ CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 CPU_PIXELS = frozenset(f"yuv{j}{chroma}p" for j in ("", "j") for chroma in (420, 422, 444))
 GPU_PIXELS = frozenset(("yuv420p", "yuvj420p"))
 """DALI's kernel that makes RGB of NVDEC's pictures knows no others."""
-LARGEST_FILE = 2**31 - 1
-"""DALI counts bytes of a file in memory in 32 bits."""
+NOT_PLAIN = "turned, cut by an edit list, with hidden frames, of changing size or damaged"
 
 _BT601 = (2, 5, 6)  # as ITU-T H.273 numbers them; 2 is unknown, which FFmpeg reads as BT.601 too
 _BT709 = 1
@@ -120,29 +121,18 @@ class Takes:
     distrusted: frozenset[str] = frozenset()
     """Codecs that DALI gives other frames of than PyAV."""
 
-    def refuse_storage(self, stored: pyav.Storage) -> str | None:
+    def refuse(self, stored: pyav.Storage) -> str | None:
         """Why a video goes to PyAV, as far as its header tells."""
-        codecs = CPU_CODECS if self.engines is None else self.engines.keys()
-        if stored.codec not in codecs:
-            return stored.codec
-        if stored.codec in self.distrusted:
-            return f"{stored.codec} that DALI decodes to other frames"
+        codec, size = stored.codec, (stored.width, stored.height)
+        if codec not in (CPU_CODECS if self.engines is None else self.engines):
+            return codec
+        if codec in self.distrusted:
+            return f"{codec} that DALI decodes to other frames"
         if stored.pixels not in (CPU_PIXELS if self.engines is None else GPU_PIXELS):
-            return f"{stored.codec} in {stored.pixels}"
-        if stored.matrix not in (*_BT601, _BT709) and stored.codec not in _ALWAYS_BT601:
-            return f"{stored.codec} in colour space {stored.matrix}"
-        return None
-
-    def refuse_video(self, codec: str, facts: Facts, size: int) -> str | None:
-        """Why a video goes to PyAV, as far as its packets tell. DALI counts packets as frames, from time 0 on."""
-        if not facts.plain:
-            return f"{codec} turned, cut by an edit list or with hidden frames"
-        if facts.times[0] < 0:
-            return f"{codec} that starts before time 0"
-        if size > LARGEST_FILE:
-            return "files over 2 GB"
-        width, height = facts.width, facts.height
-        if self.engines is not None and (width % 2 or height % 2 or not self.engines[codec].take(width, height)):
+            return f"{codec} in {stored.pixels}"
+        if stored.matrix not in (*_BT601, _BT709) and codec not in _ALWAYS_BT601:
+            return f"{codec} in colour space {stored.matrix}"
+        if self.engines is not None and (size[0] % 2 or size[1] % 2 or not self.engines[codec].take(*size)):
             return f"{codec} of a size that NVDEC does not take"
         return None
 
@@ -183,19 +173,19 @@ class PlanDataset(Dataset[Plan]):
         if content is None and video.remote:
             content = _read(video)
         stored = pyav.look_up(video, content)
-        if reason := self.takes.refuse_storage(stored):
+        if reason := self.takes.refuse(stored):
             return self._decode(place, reason, video, rng, content)
-        if content is None:
-            content = _read(video)
-        facts = video.facts or pyav.probe(video, content)
-        if reason := self.takes.refuse_video(stored.codec, facts, len(content)):
-            return self._decode(place, reason, video, rng, content)
+        before = rng.bit_generator.state
+        excerpt = pyav.excerpt(video, lambda count: self.stream.draw_frames(count, rng), content)
+        if excerpt is None:
+            rng.bit_generator.state = before
+            return self._decode(place, f"{stored.codec} {NOT_PLAIN}", video, rng, content)
         return Order(
             place=place,
             codec=stored.codec,
-            content=np.frombuffer(content, np.uint8),
-            frames=self.stream.draw_frames(facts.frames, rng),
-            views=self.stream.draw_views(facts.width, facts.height, rng),
+            content=np.frombuffer(excerpt.content, np.uint8),
+            frames=excerpt.frames,
+            views=self.stream.draw_views(excerpt.width, excerpt.height, rng),
             bt709=stored.matrix == _BT709 and stored.codec not in _ALWAYS_BT601,
         )
 

@@ -131,6 +131,14 @@ class ClipDataset(Dataset[Batch]):
         return batch
 
 
+def first_clips(stream: ClipStream, visits: int = 4) -> UInt8[Tensor, "b t h w 3"]:
+    """The clips of a run's first visits, decoded here and now. Raises NothingReadable."""
+    batch = ClipDataset(stream)[list(range(visits))]
+    if not len(batch.clip):
+        raise nothing_readable(batch.bad)
+    return batch.clip
+
+
 class _RankBatches(Sampler[list[int]]):
     """Visits of one rank: the ranks take turns, `visits` each."""
 

@@ -87,7 +87,7 @@ class _Worker:
         self.assigned: tuple[Any, int] = (None, 0)
         self.busy = False
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-        # Held meanwhile: one would kill the new process, and Python may drop an interrupt that comes while it forks.
+        # Held meanwhile: a signal would kill the new process, and Python may drop one that comes while it forks.
         held = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
         try:
             self._process.start()

@@ -1,21 +1,164 @@
-"""The one attention function of both models."""
+"""The one attention function of both models, over every library that has one.
+
+    sdpa                                   torch's own pick; what a model has until `choose` gives it another
+    cudnn, flash, efficient, math          torch's kernels, each by name
+    matmul                                 two matmuls around a softmax: much memory, but on CPUs often the fastest
+    flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only when they are asked for
+
+Which is fastest depends on the GPU, the shapes and the versions, so `umt_fast.models.attention_choice` measures.
+A backend is looked up before a model is compiled: inside a graph there is nothing left to decide.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-BACKEND = "torch sdpa"
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute softmax(q k^T / sqrt(d)) v, with its gradients."""
+
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """q [b,l,h,d], k and v [b,s,h,d] -> [b,l,h,d]; the last stride is 1, the others may be anything."""
+    attend_packed: Callable[[Tensor], Tensor]
+    """qkv [b,l,3,h,d] -> [b,l,h,d]; libraries that write the gradient of qkv in one piece do it here."""
 
 
 def attention(
-    q: Float[Tensor, "b l h d"], k: Float[Tensor, "b s h d"], v: Float[Tensor, "b s h d"]
+    q: Float[Tensor, "b l h d"], k: Float[Tensor, "b s h d"], v: Float[Tensor, "b s h d"], backend: Backend
 ) -> Float[Tensor, "b l h d"]:
     """softmax(q k^T / sqrt(d)) v, every query over every key."""
+    return backend.attend(q, k, v)
+
+
+def self_attention(qkv: Float[Tensor, "b l 3 h d"], backend: Backend) -> Float[Tensor, "b l h d"]:
+    """The same where q, k and v are one tensor. Nothing is copied apart first."""
+    return backend.attend_packed(qkv)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (weights.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(kernel):
+        return _sdpa(q, k, v)
+
+
+def _unpacked(attend: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: Tensor) -> Tensor:
+    return attend(*qkv.unbind(2))
+
+
+def _first(call: Callable[..., Any], *tensors: Tensor) -> Tensor:
+    """The output alone: some versions of a library return the log-sum-exp with it, some do not."""
+    out = call(*tensors)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _backend(name: str, attend: Callable[..., Tensor], attend_packed: Callable[..., Tensor] | None = None) -> Backend:
+    return Backend(name, attend, attend_packed or functools.partial(_unpacked, attend))
+
+
+SDPA = _backend("sdpa", _sdpa)
+MATMUL = _backend("matmul", _matmul)
+
+TORCH_KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A package with an attention of its own. All of them take [b,l,h,d]."""
+
+    module: str
+    function: str
+    distribution: str
+    install: str
+    packed_function: str | None = None
+
+
+LIBRARIES = {
+    "flash_attn_2": Library(
+        "flash_attn",
+        "flash_attn_func",
+        "flash-attn",
+        "pip install flash-attn --no-build-isolation",
+        "flash_attn_qkvpacked_func",
+    ),
+    "flash_attn_3": Library(
+        "flash_attn_interface",
+        "flash_attn_func",
+        "flash-attn-3",
+        "git clone https://github.com/Dao-AILab/flash-attention && cd flash-attention/hopper && pip install .",
+        "flash_attn_qkvpacked_func",
+    ),
+    "flash_attn_4": Library("flash_attn.cute", "flash_attn_func", "flash-attn-4", "pip install flash-attn-4"),
+    "xformers": Library("xformers.ops", "memory_efficient_attention", "xformers", "pip install xformers"),
+}
+
+NAMES = ("sdpa", *TORCH_KERNELS, "matmul", *LIBRARIES)
+
+
+def load(name: str) -> Backend:
+    """The backend called `name`. Raises ImportError, with the command that installs it, for a missing library."""
+    if name in ("sdpa", "matmul"):
+        return SDPA if name == "sdpa" else MATMUL
+    if name in TORCH_KERNELS:
+        return _backend(name, functools.partial(_sdpa_by, TORCH_KERNELS[name]))
+    if name not in LIBRARIES:
+        raise ValueError(f"no attention backend {name!r}; there are {', '.join(NAMES)}")
+    library = LIBRARIES[name]
+    try:
+        module = importlib.import_module(library.module)
+        function = getattr(module, library.function)
+        packed = getattr(module, library.packed_function) if library.packed_function else None
+    except (ImportError, AttributeError, OSError) as error:  # OSError: a library built for another CUDA
+        raise ImportError(f"attention backend {name} cannot be imported ({error}); {library.install}") from error
+    return _backend(name, functools.partial(_first, function), packed and functools.partial(_first, packed))
+
+
+def fault(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool, compiled: bool = False
+) -> str | None:
+    """Why `backend` cannot be used there, found by a small trial; None if it can.
+
+    `compiled` asks whether torch.compile takes it in whole: some libraries would break the graph.
+    """
+    q, k, v = torch.ones(3, 1, 8, 1, head_dim, device=device, dtype=dtype).unbind()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, backend)
+
+    try:
+        with torch.set_grad_enabled(gradients):
+            trial = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+            out = trial(*(x.requires_grad_(gradients) for x in (q, k, v)))
+            if gradients:
+                out.sum().backward()
+        return None if out.isfinite().all() else "its output is not finite"
+    except Exception as error:  # whatever a library raises, it is not usable here
+        return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from umt_kernels import gather_layer_norm, patch_embed
 
-from umt_fast.config import StudentConfig
-from umt_fast.models.attention import attention
+from umt_fast.config import Recompute, StudentConfig
+from umt_fast.models.attention import SDPA, Backend, self_attention
 from umt_fast.models.patches import sinusoid_positions
+from umt_fast.models.recompute import RUN_BLOCK
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -26,6 +27,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = SDPA
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -33,8 +35,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v).flatten(2))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        return self.proj(self_attention(qkv, self.backend).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -88,16 +90,22 @@ class Encoder(nn.Module):
             Block(config.width, config.heads, config.drop_path * index / steps) for index in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.run_block = RUN_BLOCK["none"]
 
     def forward(
         self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "b m"], position: Float[Tensor, "n d"]
     ) -> list[Float[Tensor, "b m d"]]:
-        """Outputs of the last `align_layers` blocks, shallow to deep, normalised, each with its token's position."""
+        """Outputs of the last `align_layers` blocks, shallow to deep, normalised, each with its token's position.
+
+        Several visible sets of a clip are rows of `token_ids` next to each other; the clip is not repeated for them.
+        """
         conv = self.patch_embed.proj
-        x = patch_embed(clip, conv.weight, conv.bias, self.patch_size, token_ids=token_ids, position=position)
+        of_clip = token_ids.view(len(clip), -1)
+        x = patch_embed(clip, conv.weight, conv.bias, self.patch_size, token_ids=of_clip, position=position)
+        x = x.view(*token_ids.shape, -1)
         aligned = []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.run_block(block, x)
             if index >= len(self.blocks) - self.align_layers:
                 norm = self.norm
                 aligned.append(
@@ -148,13 +156,26 @@ class VideoStudent(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "b m"]) -> Predictions:
+    def set_attention(self, backend: Backend) -> None:
+        """Use `backend` in every block; before torch.compile, which takes it in."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        self.encoder.run_block = RUN_BLOCK[recompute]
+
+    def forward(self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "r m"]) -> Predictions:
         """Predictions for the tokens `token_ids` of each clip, layers from shallow to deep.
 
-        clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]; ids index the flattened (t, h, w) grid. Raises
-        ValueError for a clip of another size.
+        clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]; ids index the flattened (t, h, w) grid. With
+        r = M * B rows of ids, rows M i to M (i + 1) are visible sets of clip i. Raises ValueError for a clip of
+        another size, or a number of rows that is no multiple of the clips.
         """
         check_clip(clip, self.config.image_size, self.config.frames)
+        if len(token_ids) % len(clip):
+            raise ValueError(f"token_ids has {len(token_ids)} rows, which is no multiple of {len(clip)} clips")
         features = self.encoder(clip, token_ids, self.position)
         heads = [head for head in self.clip_decoder if isinstance(head, AlignmentHead)]
         return Predictions(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from umt_kernels import cls_scores, gather_layer_norm, patch_embed
 
 from umt_fast.config import TeacherConfig
-from umt_fast.models.attention import attention
+from umt_fast.models.attention import SDPA, Backend, attention, self_attention
 from umt_fast.models.patches import bicubic_window
 from umt_fast.models.student import MLP_RATIO, check_clip
 
@@ -39,6 +39,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = SDPA
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -54,9 +55,10 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.out_proj(attention(q, k, v).flatten(2))
+        # Quantised weights do not know autocast: the input comes in the dtype that they stand for.
+        x = x.to(self.in_proj_weight.dtype)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
+        return self.out_proj(self_attention(qkv, self.backend).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -66,8 +68,10 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x))  # QuickGELU
+        x = self.c_fc(x.to(self.c_fc.weight.dtype))
+        # QuickGELU, x sigmoid(1.702 x), in place: nobody differentiates it, and on a CPU fresh memory costs more
+        # than the arithmetic.
+        return self.c_proj(x.mul_((1.702 * x).sigmoid_()))
 
 
 class Block(nn.Module):
@@ -79,8 +83,8 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x))  # not in place: what comes in may be an aligned output
+        return x.add_(self.mlp(self.ln_2(x)))
 
     def rows(
         self,
@@ -92,7 +96,7 @@ class Block(nn.Module):
         """The rows `row_ids` of this block's output, from the keys and values of all rows."""
         kept = x.gather(1, row_ids[..., None].expand(-1, -1, x.shape[-1]))
         q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
-        kept = kept + self.attn.out_proj(attention(q, k, v).flatten(2))
+        kept = kept + self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
         return kept + self.mlp(self.ln_2(kept))
 
 
@@ -174,6 +178,23 @@ class ClipTeacher(nn.Module):
         with torch.no_grad():
             module.patch_weight.copy_(module._fold_resize())
 
+    def set_attention(self, backend: Backend, last: Backend) -> None:
+        """Use `backend` in every block and `last` in the last one; before torch.compile, which takes them in."""
+        blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        for block in blocks:
+            block.attn.backend = backend
+        blocks[-1].attn.backend = last
+
+    def store_matmul_weights(self, dtype: torch.dtype) -> None:
+        """Hold what matmuls read in autocast's dtype. The frozen weights are rounded once, not every step; the
+        results stay bit for bit what they are."""
+        blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        layers = [layer for block in blocks for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)]
+        held: list[Tensor] = [x for block in blocks for x in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
+        held += [x for layer in layers for x in (layer.weight, layer.bias)]
+        for tensor in (*held, self.proj, self.patch_weight):
+            tensor.data = tensor.data.to(dtype)
+
     @torch.no_grad()
     def encode(self, clip: Shaped[Tensor, "b ..."]) -> TeacherState:
         """Scores of every patch, and what `targets` needs to finish.
@@ -202,14 +223,17 @@ class ClipTeacher(nn.Module):
         return TeacherState(scores.unflatten(0, (clip.shape[0], frames)), aligned, x, k, v)
 
     @torch.no_grad()
-    def targets(self, state: TeacherState, visible: Int[Tensor, "b g n"]) -> Float[Tensor, "k b m c"]:
-        """Outputs of the aligned blocks at the visible tokens, in output space, shallow to deep; not L2-normalised."""
+    def targets(self, state: TeacherState, visible: Int[Tensor, "r g n"]) -> Float[Tensor, "k r m c"]:
+        """Outputs of the aligned blocks at the visible tokens, in output space, shallow to deep; not L2-normalised.
+
+        With r = M * B visible sets, sets M i to M (i + 1) are of clip i.
+        """
         batch, frames, patches = state.scores.shape
         last = self.transformer.resblocks[-1]
         assert isinstance(last, Block)
         within_frames = visible.shape[1] == frames
         if within_frames:
-            wanted = visible.flatten(0, 1)
+            wanted = rearrange(visible, "(b s) t n -> (b t) (s n)", b=batch)
         else:  # counts differ from frame to frame: finish every patch, choose at the end
             wanted = torch.arange(patches, device=visible.device).expand(batch * frames, -1)
         row_ids = wanted + 1  # row 0 is the class token
@@ -219,8 +243,8 @@ class ClipTeacher(nn.Module):
         ]
         deepest = last.rows(state.x, state.k, state.v, row_ids)
         outputs.append(gather_layer_norm(deepest, norm.weight, norm.bias, norm.eps) @ self.proj)
-        targets = rearrange(outputs, "k (b t) p c -> k b (t p) c", b=batch)
         if within_frames:
-            return targets
-        chosen = visible.flatten(1)[None, ..., None].expand(len(targets), -1, -1, targets.shape[-1])
-        return targets.gather(2, chosen)
+            return rearrange(outputs, "k (b t) (s n) c -> k (b s) (t n) c", b=batch, n=visible.shape[2])
+        targets = rearrange(outputs, "k (b t) p c -> k b (t p) c", b=batch)
+        chosen = visible.view(batch, -1)[None, ..., None].expand(len(targets), -1, -1, targets.shape[-1])
+        return targets.gather(2, chosen).unflatten(2, (-1, visible.shape[2])).flatten(1, 2)

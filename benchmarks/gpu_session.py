@@ -1,0 +1,78 @@
+"""Everything that wants a GPU, most important first: `make bench-gpu`, or python -m benchmarks.gpu_session.
+
+Each stage gets at most 8 minutes, so that a borrowed GPU gives what it can. A stage that was cut off or failed is
+gone through again by the next call, a finished one is not while the commit stays the same; a measurement that was cut
+off goes on where it was. Results and logs are in benchmarks/results/<gpu>, ready to commit.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.environment import describe, gpu_name
+from benchmarks.step_time import RESULTS
+
+LIMIT = 8 * 60
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: tuple[str, ...]
+
+
+def stages(folder: Path) -> list[Stage]:
+    python, pytest = (sys.executable, "-m"), (sys.executable, "-m", "pytest", "-q")
+    step_time = (*python, "benchmarks.step_time", "--resume", "--models")
+    ladder = (folder / "kernels.json").as_posix()
+    return [
+        Stage("tests of the models on the GPU", (*pytest, "tests/models", "tests/test_acceleration.py")),
+        Stage("step time of UMT-B", (*step_time, "umt_b16", "--out", str(folder / "umt_b16"))),
+        Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
+        Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
+        Stage("memory", (*pytest, "tests/test_costs.py", "tests/test_low_precision.py")),
+        Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
+        Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),
+    ]
+
+
+def run(stage: Stage, folder: Path, commit: str, limit: float = LIMIT) -> str:
+    """One stage: done, failed, out of time, or done before. Its output is in a log beside the results."""
+    place = folder / "logs" / stage.name.replace(" ", "_")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    stamp = place.with_suffix(".done")
+    if stamp.exists() and stamp.read_text() == commit and not commit.endswith("+"):
+        return "done before"
+    with open(place.with_suffix(".log"), "w") as log:
+        try:
+            status = subprocess.run(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"out of time after {limit:.0f} s"
+    if status.returncode:
+        return f"failed with {status.returncode}; see {place.with_suffix('.log')}"
+    stamp.write_text(commit)
+    return "done"
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA GPU is visible to PyTorch, and everything here wants one")
+    folder, commit = RESULTS / gpu_name(torch.cuda.get_device_name()), describe()["commit"]
+    ends = []
+    for stage in stages(folder):
+        started = time.monotonic()
+        ends.append(run(stage, folder, commit))
+        print(f"{stage.name}: {ends[-1]} ({time.monotonic() - started:.0f} s)", flush=True)
+    if any(not end.startswith("done") for end in ends):
+        sys.exit("not everything is done; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Where the time of a training step goes, rung by rung from the published step to the fastest one.
+
+    python -m benchmarks.step_time                          # every rung that runs here, both models on a GPU
+    python -m benchmarks.step_time --rungs "baseline" "+ lean math" --repeats 5
+    python -m benchmarks.step_time --compare old.json       # exits with 1 if a rung is over 5% slower
+    python -m benchmarks.step_time --predict a100 --from benchmarks/results/h200/step_time.json
+
+Writes step_time.json, .md and .html and two plots into benchmarks/results/<gpu or cpu>, or --out. Times are medians.
+On a CPU one step of every rung is timed in turn, again and again, so that both sides of a ratio share the machine's
+moods; on a GPU each rung has the device for itself. Decoding and the all-reduce are not part of it: one process, and
+clips that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import step_time_report as report
+from benchmarks.kernels.environment import describe, gpu_name
+from benchmarks.phases import PhaseClock, no_mark
+from benchmarks.rungs import MODELS, Rung, TimedStep, Work, build, ladder, missing, prepare
+from umt_fast import costs
+
+RESULTS = Path(__file__).parent / "results"
+GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
+STEPS = {"cuda": 10, "cpu": 1}
+"""Steps between two looks at the clock: a GPU's queue must fill."""
+
+
+@dataclass
+class Result:
+    """One rung of one model at one batch. What was not measured is None, and `not_run` says why."""
+
+    model: str
+    batch: int
+    rung: str
+    precision: str
+    not_run: str | None = None
+    seconds: float | None = None
+    """Median of one step."""
+    samples: list[float] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
+    """Median seconds of each phase; empty where the step is one graph."""
+    clips_per_second: float | None = None
+    peak_bytes: int | None = None
+    """Of the GPU's memory; None on a CPU, where rungs share a process."""
+    model_flops: int = 0
+    """Operations that the method needs: those of the lean step, for every rung alike."""
+    flops: dict[str, int] = field(default_factory=dict)
+    """Operations that this rung makes, by phase."""
+    gemm_share: float | None = None
+    """Of the rate of a large matmul in the rung's precision, measured in the same run."""
+    loss: float | None = None
+    """Of the first step, from the same weights, clips and visible set on every rung."""
+    k710_days: float | None = None
+    """Days that the published 200 epochs of K710 would take on 32 such devices, if data and network kept up."""
+
+
+def gemm_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Of one square matmul of random numbers."""
+    side = GEMM_SIDE[device.type]
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    for _ in range(3):
+        a @ b
+    return _window(lambda: a @ b, 10 if device.type == "cuda" else 2, device)
+
+
+def _window(call: Any, steps: int, device: torch.device) -> float:
+    """Seconds per call over `steps` of them."""
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        call()
+    _wait(device)
+    return (time.perf_counter() - started) / steps
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Contender:
+    """A rung being measured."""
+
+    def __init__(self, rung: Rung, work: Work, result: Result) -> None:
+        self.rung, self.work, self.result = rung, work, result
+        self.step: TimedStep = build(rung, work)
+        self.spent: list[dict[str, float]] = []
+
+    def check(self, expected: float | None) -> bool:
+        """Make the first step on the common visible set. A wrong loss is no speed-up: the rung is refused."""
+        self.result.loss = float(self.step(self.work.visible, no_mark))
+        if expected is not None and not abs(self.result.loss - expected) <= self.rung.loss_tolerance:
+            self.result.not_run = f"refused: its loss is {self.result.loss:.4f}, the first rung's {expected:.4f}"
+            return False
+        return True
+
+    def warm_up(self) -> None:
+        for _ in range(6 if self.rung.captured else 1):
+            self.step(None, no_mark)
+
+    def time_once(self) -> None:
+        device = self.work.clip.device
+        clock = PhaseClock(device)
+        if device.type == "cpu":  # its clock costs nothing, so one step gives both
+            self.result.samples.append(_window(lambda: self.step(None, clock), 1, device))
+            self.spent.append(clock.seconds())
+            return
+        steps = STEPS[device.type]
+        self.result.samples.append(_window(lambda: self.step(None, no_mark), steps, device))
+        if self.rung.timed_by_phase:
+            clock = PhaseClock(device)
+            self.step(None, clock)
+            self.spent.append(clock.seconds())
+
+    def settle(self) -> None:
+        """Medians, and what follows from them."""
+        result = self.result
+        result.seconds = statistics.median(result.samples)
+        if self.spent:
+            result.phases = {phase: statistics.median(s[phase] for s in self.spent) for phase in self.spent[0]}
+        result.clips_per_second = result.batch / result.seconds
+        result.k710_days = report.k710_days(result.clips_per_second)
+
+
+def measure_model(
+    model: str,
+    batch: int,
+    rungs: list[Rung],
+    repeats: int,
+    device: torch.device,
+    gemm: dict[str, list[float]],
+    known: list[Result] | None = None,
+    save: Callable[[list[Result]], None] = lambda _results: None,
+) -> list[Result]:
+    """All rungs of one model and batch. Those in `known` are not measured again; `save` is called after each other."""
+    work = prepare(model, batch, device)
+    seen = work.visible[0].numel()
+    lean = costs.lean_flops(work.student, work.teacher, batch, seen)
+    published = costs.published_flops(work.student, work.teacher, batch, seen)
+    results = []
+    before = {result.rung: result for result in known or () if (result.model, result.batch) == (model, batch)}
+    for rung in rungs:
+        if rung.name in before:
+            results.append(before[rung.name])
+            continue
+        lacks = missing(rung, device)
+        result = Result(model, batch, rung.name, rung.precision, lacks and f"not run: needs {lacks}")
+        result.model_flops, result.flops = lean.total, (lean if rung.lean else published).by_phase()
+        results.append(result)
+    contenders: list[Contender] = []
+    expected: float | None = None
+    for rung, result in zip(rungs, results, strict=True):
+        if result.rung in before:
+            expected = result.loss if expected is None else expected
+            continue
+        if result.not_run is not None:
+            continue
+        print(f"{model} x {batch}: {rung.name} ...", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            contender = Contender(rung, work, result)
+            sound = contender.check(expected)
+        except torch.OutOfMemoryError:
+            result.not_run = "not run: out of memory"
+            continue
+        except Exception as error:  # a rung that breaks must not cost the others their measurement
+            result.not_run = f"failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
+            traceback.print_exc()
+            continue
+        if not sound:
+            continue
+        expected = result.loss if expected is None else expected
+        contender.warm_up()
+        if device.type == "cuda":
+            _measure([contender], repeats, device, gemm)
+            result.peak_bytes = torch.cuda.max_memory_allocated(device)
+            del contender
+            gc.collect()
+            torch._dynamo.reset()
+            save(results)
+        else:
+            contenders.append(contender)
+    _measure(contenders, repeats, device, gemm)
+    return results
+
+
+def _measure(contenders: list[Contender], repeats: int, device: torch.device, gemm: dict[str, list[float]]) -> None:
+    """In turn, the matmul among them."""
+    precisions = {contender.rung.precision for contender in contenders}
+    for _ in range(repeats):
+        for contender in contenders:
+            contender.time_once()
+        for precision in precisions:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+            gemm.setdefault(precision, []).append(gemm_seconds(dtype, device))
+    for contender in contenders:
+        contender.settle()
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: umt_b16, and umt_l16 on a GPU")
+    parser.add_argument("--batch", nargs="+", type=int, help="clips per step; default: 64, on a CPU 2")
+    parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per rung, of which the median counts")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="keep what this commit has already measured there")
+    parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
+    parser.add_argument("--predict", choices=report.PREDICTED, help="estimate another GPU from a measurement")
+    parser.add_argument("--from", dest="source", type=Path, help="the measurement to predict from; default: this run's")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Everything asked for, written into `folder` as it comes. Returns what step_time.json holds."""
+    device = torch.device(options.device)
+    rungs = list(ladder(device))
+    if options.rungs:
+        known = {rung.name: rung for rung in rungs}
+        if unknown := [name for name in options.rungs if name not in known]:
+            sys.exit(f"error: no rung {unknown[0]!r} on a {device.type}; there are {', '.join(known)}")
+        rungs = [known[name] for name in options.rungs]
+    models = options.models or (["umt_b16", "umt_l16"] if device.type == "cuda" else ["umt_b16"])
+    content: dict[str, Any] = {
+        **describe(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else report.cpu_name(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "gemm_flops_per_second": {},
+        "copy_bytes_per_second": report.copy_rate() if device.type == "cuda" else None,
+        "results": [],
+    }
+    measured = previous(folder, content) if options.resume else {}
+    rates = dict(measured.get("gemm_flops_per_second", {}))
+    done = [Result(**result) for result in measured.get("results", []) if result["seconds"]]
+    gemm: dict[str, list[float]] = {}
+    results: list[Result] = []
+
+    def save(latest: list[Result]) -> None:
+        rates.update({name: 2 * GEMM_SIDE[device.type] ** 3 / statistics.median(took) for name, took in gemm.items()})
+        written = [*results, *(result for result in latest if result.seconds or result.not_run)]
+        for result in written:
+            if result.seconds is not None:
+                result.gemm_share = result.model_flops / result.seconds / rates[result.precision]
+        content.update(gemm_flops_per_second=rates, results=[asdict(result) for result in written])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    for model in models:
+        for batch in options.batch or [64 if device.type == "cuda" else 2]:
+            latest = measure_model(model, batch, rungs, options.repeats, device, gemm, done, save)
+            save(latest)
+            results += latest
+    report.write(content, folder)
+    print(f"\nin {folder}: step_time.json, .md, .html and plots")
+    return content
+
+
+def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """The measurement in `folder`, if it was taken on this device from this very commit."""
+    path = folder / "step_time.json"
+    if not path.exists():
+        return {}
+    found = report.read(path)
+    same = all(found[key] == content[key] for key in ("device", "torch", "triton", "commit", "threads"))
+    return found if same and not content["commit"].endswith("+") else {}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.source is not None:
+        content = report.read(options.source)
+    else:
+        name = gpu_name(torch.cuda.get_device_name()) if options.device == "cuda" else "cpu"
+        content = measure(options, options.out or RESULTS / name)
+    print(report.table(content))
+    if options.predict:
+        print(report.predict(content, options.predict))
+    if options.compare and (slower := report.regressions(report.read(options.compare), content)):
+        sys.exit("\n".join(("slower than before:", *slower)))
+
+
+if __name__ == "__main__":
+    main()

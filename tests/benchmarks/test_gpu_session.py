@@ -1,0 +1,56 @@
+"""The stages of a GPU session: cut off in time, taken up again, not repeated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_session
+from benchmarks.gpu_session import Stage, run, stages
+
+
+def python(code: str, name: str = "a stage") -> Stage:
+    return Stage(name, (sys.executable, "-c", code))
+
+
+def test_a_finished_stage_is_not_repeated_for_the_same_commit(tmp_path):
+    stage = python(f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); print('hello')")
+    assert run(stage, tmp_path, "abc") == "done"
+    assert run(stage, tmp_path, "abc") == "done before"
+    assert (tmp_path / "runs").read_text() == "x"
+    assert run(stage, tmp_path, "def") == "done"
+    assert run(stage, tmp_path, "def+") == "done"  # uncommitted changes: never taken for done
+    assert run(stage, tmp_path, "def+") == "done"
+    assert (tmp_path / "runs").read_text() == "xxxx"
+    assert (tmp_path / "logs" / "a_stage.log").read_text() == "hello\n"
+
+
+def test_a_failed_or_slow_stage_is_tried_again(tmp_path):
+    assert run(python("import sys; print('why'); sys.exit(3)"), tmp_path, "abc").startswith("failed with 3; see ")
+    assert (tmp_path / "logs" / "a_stage.log").read_text() == "why\n"
+    assert run(python("import time; time.sleep(60)"), tmp_path, "abc", limit=0.2) == "out of time after 0 s"
+    assert run(python("pass"), tmp_path, "abc") == "done"
+
+
+def test_every_stage_names_something_that_is_there(tmp_path):
+    for stage in stages(tmp_path):
+        module, targets = stage.command[2], stage.command[3:]
+        if module == "pytest":
+            files = [target for target in targets if target.startswith(("tests", "kernels", "benchmarks"))]
+            assert files
+            assert all((gpu_session.ROOT / file).exists() for file in files)
+        else:
+            assert Path(gpu_session.ROOT, *module.split(".")).with_suffix(".py").exists()
+    for stage in (s for s in stages(tmp_path) if "step_time" in s.command[2]):
+        options = [*stage.command[3:], "--from", str(tmp_path / "none.json")]
+        done = subprocess.run([*stage.command[:3], *options], cwd=gpu_session.ROOT, capture_output=True, text=True)
+        assert "none.json is no step_time.json" in done.stderr, done.stderr  # its options are known
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    monkeypatch.setattr(gpu_session.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        gpu_session.main()

@@ -1,0 +1,236 @@
+"""Every attention backend against float64, and the choice among them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, doctor
+from umt_fast.config import ConfigError
+from umt_fast.models import attention_choice
+from umt_fast.models.attention import LIBRARIES, NAMES, SDPA, Backend, attention, fault, load, self_attention
+from umt_fast.models.attention_choice import Use, choose, uses
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+USE = Use(2, 9, 9, 2, 16, True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These tensors are small: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    return ((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+def usable(name: str, dtype: torch.dtype, head_dim: int = 64) -> bool:
+    try:
+        return fault(load(name), DEVICE, dtype, head_dim, gradients=True) is None
+    except ImportError:
+        return False
+
+
+def test_the_cpu_has_at_least_these():
+    cpu = torch.device("cpu")
+    for name in ("sdpa", "flash", "math"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert fault(load(name), cpu, dtype, 64, gradients=True) is None
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(197, 197), (320, 320), (40, 197)])
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_backend_is_attention(name, head_dim, queries, keys):
+    checked = 0
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        if not usable(name, dtype, head_dim):
+            continue
+        checked += 1
+        q = torch.randn(2, queries, 3, head_dim, device=DEVICE, dtype=dtype)
+        k, v = torch.randn(2, 2, keys, 3, head_dim, device=DEVICE, dtype=dtype).unbind()
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        out, expected = attention(*inputs, load(name)), reference(*exact)
+        grad = torch.randn_like(out)
+        got = torch.autograd.grad(out, inputs, grad)
+        wanted = torch.autograd.grad(expected, exact, grad.double())
+        assert out.shape == q.shape
+        for one, two in zip((out, *got), (expected, *wanted), strict=True):
+            assert (one - two).norm() < tolerance * two.norm()
+    if not checked:
+        pytest.skip(f"{name} does not run on this {DEVICE.type}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_is_the_same(name):
+    if not usable(name, torch.bfloat16):
+        pytest.skip(f"{name} does not run on this {DEVICE.type}")
+    qkv = torch.randn(2, 33, 3, 4, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 33, 4, 64, device=DEVICE, dtype=torch.bfloat16)
+    packed, apart = self_attention(qkv, load(name)), attention(*qkv.unbind(2), load(name))
+    one, two = (torch.autograd.grad(out, qkv, grad)[0] for out in (packed, apart))
+    assert (packed - apart).abs().max() < 1e-2
+    assert (one - two).norm() < 1e-2 * two.norm()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash", "math"])
+def test_a_backend_is_one_graph(name):
+    assert fault(load(name), torch.device("cpu"), torch.float32, 64, gradients=True, compiled=True) is None
+
+
+def test_fault_finds_what_breaks_a_graph_and_what_does_not_run():
+    def breaks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return SDPA.attend(q, k, v)
+
+    broken = Backend("broken", breaks, lambda qkv: qkv)
+    cpu = torch.device("cpu")
+    assert fault(broken, cpu, torch.float32, 8, gradients=False) is None
+    assert fault(broken, cpu, torch.float32, 8, gradients=False, compiled=True) is not None
+    assert fault(load("cudnn"), cpu, torch.float32, 8, gradients=False) is not None
+
+
+def fake_library(monkeypatch, name: str, with_statistics: bool) -> list[str]:
+    """A stand-in with the library's names and layout, which notes what was called."""
+    calls: list[str] = []
+
+    def attend(q, k, v):
+        calls.append("attend")
+        out = SDPA.attend(q, k, v)
+        return (out, out.sum(-1)) if with_statistics else out
+
+    def packed(qkv):
+        calls.append("packed")
+        out = SDPA.attend_packed(qkv)
+        return (out, out.sum(-1)) if with_statistics else out
+
+    library = LIBRARIES[name]
+    module = types.ModuleType(library.module)
+    setattr(module, library.function, attend)
+    if library.packed_function:
+        setattr(module, library.packed_function, packed)
+    if "." in library.module:
+        monkeypatch.setitem(sys.modules, library.module.split(".")[0], types.ModuleType(library.module.split(".")[0]))
+    monkeypatch.setitem(sys.modules, library.module, module)
+    return calls
+
+
+@pytest.mark.parametrize("with_statistics", [False, True])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_libraries_are_called_with_their_names_and_layout(monkeypatch, name, with_statistics):
+    calls = fake_library(monkeypatch, name, with_statistics)
+    backend = load(name)
+    q, k, v = torch.randn(3, 2, 7, 2, 8).unbind()
+    torch.testing.assert_close(attention(q, k, v, backend), reference(q, k, v).float())
+    qkv = torch.stack((q, k, v), dim=2)
+    torch.testing.assert_close(self_attention(qkv, backend), reference(q, k, v).float())
+    assert calls == ["attend", "packed" if LIBRARIES[name].packed_function else "attend"]
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_missing_library_says_how_to_install_it(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, LIBRARIES[name].module, None)
+    with pytest.raises(ConfigError) as caught:
+        choose(name, USE, DEVICE, torch.float32, compiled=False)
+    assert LIBRARIES[name].install in str(caught.value)
+    assert f"MISSING, {LIBRARIES[name].install}" in doctor.report()
+
+
+def test_a_backend_that_does_not_run_here_says_why():
+    with pytest.raises(ConfigError, match=r"model.attention = cudnn does not run on this cpu"):
+        choose("cudnn", USE, torch.device("cpu"), torch.float32, compiled=False)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("UMT_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "attention.json"
+
+
+def test_auto_measures_once_and_takes_the_fastest(monkeypatch, cache):
+    measured = []
+
+    def measure(use, *_rest):
+        measured.append(use)
+        return {"sdpa": 3.0, "math": 1.0, "flash": 2.0}
+
+    monkeypatch.setattr(attention_choice, "measure", measure)
+    cpu = torch.device("cpu")
+    first = choose("auto", USE, cpu, torch.float32, compiled=False)
+    assert first.backend.name == "math"
+    assert choose("auto", USE, cpu, torch.float32, compiled=False).backend.name == "math"
+    assert measured == [USE]
+    for other in (  # another shape, dtype or way to run is another choice
+        (Use(4, 9, 9, 2, 16, True), torch.float32, False),
+        (USE, torch.bfloat16, False),
+        (USE, torch.float32, True),
+    ):
+        choose("auto", other[0], cpu, other[1], compiled=other[2])
+    assert len(measured) == 4
+    assert len(json.loads(cache.read_text())) == 4
+    assert [path.name for path in cache.parent.iterdir()] == ["attention.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "\x00\x01"])
+def test_a_broken_cache_is_measured_anew_and_mended(cache, content):
+    cache.parent.mkdir()
+    cache.write_text(content)
+    choice = choose("auto", USE, torch.device("cpu"), torch.float32, compiled=False)
+    assert choice.reason.startswith("fastest: ")
+    assert list(json.loads(cache.read_text()).values()) == [choice.backend.name]
+
+
+def test_a_remembered_backend_that_is_gone_is_measured_anew(cache):
+    cpu = torch.device("cpu")
+    choose("auto", USE, cpu, torch.float32, compiled=False)
+    key = next(iter(json.loads(cache.read_text())))
+    for gone in ("flash_attn_3", "no such thing", 7):
+        cache.write_text(json.dumps({key: gone}))
+        assert choose("auto", USE, cpu, torch.float32, compiled=False).backend.name in ("sdpa", "flash", "math")
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UMT_FAST_CACHE", str(tmp_path / "file" / "folder"))
+    assert choose("auto", USE, torch.device("cpu"), torch.float32, compiled=False).backend.name in NAMES
+
+
+def test_uses_are_the_shapes_that_the_models_call(monkeypatch):
+    student = VideoStudent(StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16))
+    teacher = ClipTeacher(TeacherConfig(64, 16, 1, None, 48, 2, 3, 16, 1))
+    seen = []
+
+    def spy(q, k, v):
+        seen.append((q.shape, k.shape, q.requires_grad))
+        return SDPA.attend(q, k, v)
+
+    backend = Backend("spy", spy, lambda qkv: spy(*qkv.unbind(2)))
+    student.set_attention(backend)
+    teacher.set_attention(backend, backend)
+    clip = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    alignment_step(student, teacher, clip, 4)
+    expected = uses(student.config, teacher.config, clips=2, student_clips=2, seen=12).values()
+    shapes = {(u.batch, u.queries, u.keys, u.heads, u.head_dim, u.gradients) for u in expected}
+    assert {(q[0], q[1], k[1], q[2], q[3], grad) for q, k, grad in seen} == shapes
+
+
+def test_each_model_takes_the_backend_it_is_given():
+    teacher = ClipTeacher(TeacherConfig(32, 16, 1, None, 32, 3, 2, 16, 1))
+    teacher.set_attention(load("math"), load("flash"))
+    assert [block.attn.backend.name for block in teacher.transformer.resblocks] == ["math", "math", "flash"]
+    student = VideoStudent(StudentConfig(32, 16, 1, 2, 32, 2, 2, 0.0, 1, 16))
+    assert {block.attn.backend.name for block in student.encoder.blocks} == {"sdpa"}
+    student.set_attention(load("math"))
+    assert {block.attn.backend.name for block in student.encoder.blocks} == {"math"}

@@ -1,0 +1,67 @@
+"""What makes both models run faster, or in less memory, without another result: set before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from umt_fast import masking
+from umt_fast.config import Config, ConfigError
+from umt_fast.distributed import World
+from umt_fast.low_precision import lower_precision
+from umt_fast.models import attention, attention_choice
+from umt_fast.models.student import VideoStudent
+from umt_fast.models.teacher import ClipTeacher
+
+
+def accelerate(
+    config: Config,
+    world: World,
+    student: VideoStudent,
+    teacher: ClipTeacher,
+    bf16: bool,
+    sample: Callable[[], Tensor],
+) -> list[str]:
+    """Give both models the run's attention, recomputation, precision and compilation. Returns what was done, in lines.
+
+    Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised teacher is judged. Raises
+    ConfigError for what this device cannot do, or a teacher that is too far off.
+    """
+    if config.train.cuda_graph and world.device.type != "cuda":
+        raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
+    clips, dtype = config.optim.batch_size, torch.bfloat16 if bf16 else torch.float32
+    frames, patches = config.student.tokens // config.student.grid**2, config.student.grid**2
+    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
+    student_clips = clips * config.train.masks_per_clip
+    uses = attention_choice.uses(config.student, config.teacher, clips, student_clips, seen)
+    chosen = {}
+    for name, use in uses.items():
+        choice = attention_choice.choose(config.model.attention, use, world.device, dtype, config.model.compile)
+        chosen[name] = attention.load(world.gather(choice.backend.name)[0])
+    if bf16:
+        teacher.store_matmul_weights(torch.bfloat16)
+    teacher.set_attention(chosen["teacher"], chosen["teacher's last block"])
+    student.set_attention(chosen["student"])
+    said = ["attention: " + ", ".join(f"{name} {backend.name}" for name, backend in chosen.items())]
+    if config.model.teacher_precision != "same":
+        if not bf16:
+            raise ConfigError("model.teacher_precision is for runs in bf16; add --run.precision bf16")
+        precision, least = config.model.teacher_precision, config.model.least_teacher_cosine
+        said.append(lower_precision(teacher, precision, sample().to(world.device), least))
+    if config.model.recompute != "none":
+        student.set_recompute(config.model.recompute)
+        said.append(f"recompute: {config.model.recompute}")
+    if config.model.compile:
+        compile_models(student, teacher)
+        said.append("torch.compile: both models; the first step takes minutes")
+    return said
+
+
+def compile_models(student: VideoStudent, teacher: ClipTeacher, backend: str = "inductor") -> None:
+    """Compile each as one graph of static shapes; a graph break is an error. Their keys stay as they are."""
+    student.compile(fullgraph=True, dynamic=False, backend=backend)
+    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    teacher.encode = torch.compile(teacher.encode, **options)  # type: ignore[method-assign, call-overload]
+    teacher.targets = torch.compile(teacher.targets, **options)  # type: ignore[method-assign, call-overload]

@@ -1,0 +1,170 @@
+"""Which attention backend is fastest here: measured once on the shapes of the run, then remembered.
+
+The choices are in `attention.json` of the folder UMT_FAST_CACHE, by default ~/.cache/umt-fast. A choice holds for one
+GPU, shape, dtype and set of versions. Deleting the file makes the next run measure anew.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umt_fast.config import ConfigError, StudentConfig, TeacherConfig
+from umt_fast.models.attention import LIBRARIES, NAMES, Backend, attention, fault, load
+
+REPEATS = 10
+LONGEST = 0.5  # seconds spent on one backend; the first calls compile kernels and do not count
+
+
+@dataclass(frozen=True)
+class Use:
+    """One shape in which a model calls attention."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    gradients: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one use, and how it came to be."""
+
+    backend: Backend
+    reason: str
+
+
+def uses(student: StudentConfig, teacher: TeacherConfig, clips: int, student_clips: int, seen: int) -> dict[str, Use]:
+    """The calls of a step of `clips` clips through the teacher and `student_clips` with `seen` tokens each."""
+    frames, patches = clips * student.tokens // student.grid**2, teacher.grid**2
+    per_frame = min(patches, -(-seen * patches // student.tokens))
+    teacher_shape = (teacher.heads, teacher.width // teacher.heads, False)
+    return {
+        "teacher": Use(frames, patches + 1, patches + 1, *teacher_shape),
+        "teacher's last block": Use(frames, per_frame, patches + 1, *teacher_shape),
+        "student": Use(student_clips, seen, seen, student.heads, student.width // student.heads, True),
+    }
+
+
+def choose(wanted: str, use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> Choice:
+    """The backend called `wanted` or, for `auto`, the fastest one; `compiled` leaves out those that break a graph.
+
+    Raises ConfigError if `wanted` cannot be used, saying why and how to install it.
+    """
+    if wanted != "auto":
+        try:
+            backend = load(wanted)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"model.attention = {wanted}: {error}") from None
+        reason = fault(backend, device, dtype, use.head_dim, use.gradients, compiled)
+        if reason is not None:
+            raise ConfigError(f"model.attention = {wanted} does not run on this {device.type} in {dtype}: {reason}")
+        return Choice(backend, "set")
+    key = _key(use, device, dtype, compiled)
+    remembered = _read_cache().get(key)
+    if remembered in NAMES:
+        try:
+            return Choice(load(remembered), "fastest when measured")
+        except ImportError:
+            pass  # removed since, under the same version
+    seconds = measure(use, device, dtype, compiled)
+    best = min(seconds, key=seconds.__getitem__)
+    _remember(key, best)
+    times = ", ".join(f"{name} {1e3 * took:.3g} ms" for name, took in sorted(seconds.items(), key=lambda item: item[1]))
+    return Choice(load(best), f"fastest: {times}")
+
+
+def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> dict[str, float]:
+    """Median seconds of one call (with its backward if the use has one) by each backend that runs here."""
+    seconds = {}
+    for name in NAMES:
+        try:
+            backend = load(name)
+        except ImportError:
+            continue
+        if fault(backend, device, dtype, use.head_dim, use.gradients, compiled) is not None:
+            continue
+        try:
+            seconds[name] = _median_seconds(backend, use, device, dtype)
+        except (RuntimeError, torch.OutOfMemoryError):  # `math` may not fit where the others do
+            continue
+    if not seconds:
+        raise ConfigError(f"no attention backend runs on this {device.type} in {dtype} with head dim {use.head_dim}")
+    return seconds
+
+
+def _median_seconds(backend: Backend, use: Use, device: torch.device, dtype: torch.dtype) -> float:
+    """Inputs are views of one packed tensor where the lengths allow, as in the models."""
+    shape = (use.heads, use.head_dim)
+    packed = torch.randn(use.batch, use.keys, 3, *shape, device=device, dtype=dtype)
+    q, k, v = packed.unbind(2)
+    if use.queries != use.keys:
+        q = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
+    grad = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
+    took: list[float] = []
+    started = time.perf_counter()
+    while len(took) < REPEATS + 1 and (len(took) < 2 or time.perf_counter() - started < LONGEST):
+        q, k, v = (x.detach().requires_grad_(use.gradients) for x in (q, k, v))
+        _wait(device)
+        begun = time.perf_counter()
+        with torch.set_grad_enabled(use.gradients):
+            out = attention(q, k, v, backend)
+            if use.gradients:
+                out.backward(grad)
+        _wait(device)
+        took.append(time.perf_counter() - begun)
+    return statistics.median(took[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cache_path() -> Path:
+    folder = os.environ.get("UMT_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "umt-fast"
+    return Path(folder).expanduser() / "attention.json"
+
+
+def _key(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
+    """Everything that a choice depends on, as one line."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
+    versions = {"torch": str(torch.__version__)}
+    for library in LIBRARIES.values():
+        try:
+            versions[library.distribution] = importlib.metadata.version(library.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return json.dumps([gpu, asdict(use), str(dtype), compiled, versions])
+
+
+def _read_cache() -> dict[str, Any]:
+    """What was remembered; nothing if the file is missing or is not ours."""
+    try:
+        content = json.loads(cache_path().read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _remember(key: str, name: str) -> None:
+    """Replace the file in one move: two runs at once lose at most a choice. Does without where it cannot write."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+            json.dump({**_read_cache(), key: name}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        return
