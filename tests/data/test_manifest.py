@@ -167,3 +167,10 @@ def test_binary_file_is_no_list(listing):
 def test_errors_are_the_users():
     """The trainer prints a RunError without a traceback."""
     assert issubclass(ManifestError, RunError)
+
+
+def test_unfinished_copies_are_no_data_set(tmp_path):
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ManifestError, match="unfinished copies; give umt_fast.data.prepare the same command again"):
+        read_manifest(str(tmp_path))
