@@ -41,6 +41,11 @@ in the same run.
 """
 
 README = """\
+# Results
+
+Step times of whole training are in `cpu/step_time.md` and, once `make bench-gpu` has run on a GPU, in
+`<gpu>/umt_b16/step_time.md` and `<gpu>/umt_l16/step_time.md`; see docs/performance.md.
+
 # Kernel times
 
 One folder per GPU, one table for each below. To measure a GPU, on a machine that has one:

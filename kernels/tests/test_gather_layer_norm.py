@@ -116,7 +116,6 @@ def test_gradients_match_float64_autograd_and_position_gets_none(device):
         ({"row_ids": torch.tensor([[0, 1, -2, 3], [0, 1, 2, 3]])}, ValueError, ["row_ids[0, 2] = -2"]),
         ({"row_ids": torch.zeros(2, 4)}, TypeError, ["row_ids", "torch.float32"]),
         ({"row_ids": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, ["row_ids", "[3, 4]", "[2, m]"]),
-        ({"row_ids": torch.tensor([[0, 1, 2, 3], [5, 1, 8, 1]])}, ValueError, ["row_ids[1, 3] = 1", "row_ids[1, 1]"]),
         ({"row_ids": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, ValueError, ["row_ids is on meta"]),
         ({"weight": torch.zeros(16, device="meta")}, ValueError, ["weight is on meta", "x is on cpu"]),
         ({"x": torch.zeros(2, 9, 16, dtype=torch.int64)}, TypeError, ["x has dtype torch.int64"]),
@@ -135,6 +134,19 @@ def test_errors_name_the_value_and_the_place(change, error, words):
         run({**case(torch.device("cpu"), torch.float32), **change})
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_row_may_be_given_twice_where_nothing_is_scattered(device):
+    given = case(device, torch.float32)
+    twice = torch.tensor([[0, 1, 2, 3], [5, 1, 8, 1]], device=device)
+    given |= {"row_ids": twice, "position": None, "position_ids": None}
+    out = run(given)
+    assert torch.equal(out[1, 1], out[1, 3])
+    given["x"].requires_grad_()
+    if device.type == "cuda":
+        return  # unchecked there
+    with pytest.raises(ValueError, match=r"row_ids\[1, 3\] = 1, as is row_ids\[1, 1\]; give each row once"):
+        run(given)
 
 
 def test_eps_is_no_negative_number():

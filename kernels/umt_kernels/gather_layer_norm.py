@@ -30,13 +30,13 @@ def gather_layer_norm(
 ) -> Float[Tensor, "b m d"]:
     """LayerNorm(x[b, row_ids[b, m]]) + position[position_ids[b, m]], in the dtype of x.
 
-    row_ids       rows of each sample to keep, none twice; None keeps all.
+    row_ids       rows of each sample to keep, none twice where x has a gradient; None keeps all.
     position      optional table added after the norm. It gets no gradient.
     position_ids  row of the table for each row kept.
 
     Statistics are float32. The backward scatters without atomics, as no row is kept twice, and sums the weight and
-    bias gradients in a fixed order. Raises ValueError for shapes or devices that do not fit, an id out of range or
-    given twice; TypeError for a dtype that does not fit.
+    bias gradients in a fixed order. Raises ValueError for shapes or devices that do not fit, an id out of range, or one
+    given twice for an x that has a gradient; TypeError for a dtype that does not fit.
     """
     check_eps(eps)
     _check(x, weight, bias, row_ids, position, position_ids)
@@ -61,7 +61,8 @@ def _check(
             f"x {list(x.shape)}, weight {list(weight.shape)}, bias {list(bias.shape)}: give [b, l, d], [d], [d]"
         )
     if row_ids is not None:
-        check_ids("row_ids", row_ids, x.shape[0], x.shape[1], "x has {} rows per sample", once=True)
+        scatters = torch.is_grad_enabled() and x.requires_grad
+        check_ids("row_ids", row_ids, x.shape[0], x.shape[1], "x has {} rows per sample", once=scatters)
     if (position is None) != (position_ids is None):
         raise ValueError("position and position_ids belong together: give both or neither")
     if position is not None and position_ids is not None:

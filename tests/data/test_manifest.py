@@ -122,13 +122,6 @@ def test_linked_folders_are_searched_once(tmp_path):
     assert read_manifest(str(source)) == [str(source / "x" / "deep" / "a.mp4")]
 
 
-def test_copies_that_are_not_finished_are_no_folder_of_videos(tmp_path):
-    (tmp_path / ".prepare").mkdir()
-    (tmp_path / "a.mp4").touch()
-    with pytest.raises(ManifestError, match="prepare has not finished there"):
-        read_manifest(str(tmp_path))
-
-
 def test_no_source():
     with pytest.raises(ManifestError, match=r"--data\.train"):
         read_manifest("")
@@ -185,3 +178,10 @@ def test_binary_file_is_no_list(listing):
 def test_errors_are_the_users():
     """The trainer prints a RunError without a traceback."""
     assert issubclass(ManifestError, RunError)
+
+
+def test_unfinished_copies_are_no_data_set(tmp_path):
+    (tmp_path / ".prepare").mkdir()
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ManifestError, match=r"unfinished copies; give umt_fast\.data\.prepare the same command again"):
+        read_manifest(str(tmp_path))

@@ -15,9 +15,6 @@ from typing import Any, BinaryIO
 from umt_fast.data.index import Video, is_url
 from umt_fast.files import write_whole
 
-STATE = ".prepare"
-"""Folder, in that of the copies, of what a later start needs to know."""
-
 
 @dataclass(frozen=True)
 class Item:

@@ -63,8 +63,6 @@ CODECS = {
 }
 SIDES = (16, 4320)
 _RESIZE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-# Before PyAV 17 it was always one, and could not be asked for.
-_ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 _FINEST_CLOCK = 1_000_000
 _COARSER_CLOCK = 90_000
 _FASTEST = 240  # frames per second that SVT-AV1 takes; a guide for rate control alone
@@ -197,7 +195,7 @@ def _encode(
             dst_colorspace=Colorspace.ITU601,
             dst_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
             interpolation=_RESIZE,
-            **_ONE_THREAD,
+            **pyav.ONE_THREAD,
         )
         # A new frame: the old one's type, captions and display matrix would reach the encoder.
         fresh = av.VideoFrame.from_ndarray(_turn(fitted.to_ndarray(), width, height, turns), format=fitted.format.name)

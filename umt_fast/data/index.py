@@ -29,6 +29,8 @@ import numpy as np
 from umt_fast.errors import RunError
 
 INDEX_NAME = "index.jsonl"
+STATE_NAME = ".prepare"
+"""Folder, beside the index, of what `prepare` needs to go on; where there is no index yet, copies are missing."""
 FORMAT = {"format": "umt-fast video index", "version": 1}
 
 

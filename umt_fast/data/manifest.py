@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from umt_fast.data.copies import STATE
-from umt_fast.data.index import INDEX_NAME, VideoList, is_url, parse_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, VideoList, is_url, parse_index
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
 from umt_fast.errors import RunError
@@ -45,9 +44,9 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
     if is_url(source) and suffix not in (".csv", ".jsonl", ".txt"):
         source, suffix = posixpath.join(source, INDEX_NAME), ".jsonl"
     if os.path.isdir(source):
+        if os.path.isdir(os.path.join(source, STATE_NAME)) and not os.path.exists(os.path.join(source, INDEX_NAME)):
+            raise ManifestError(f"{source} holds unfinished copies; give umt_fast.data.prepare the same command again")
         if not os.path.exists(os.path.join(source, INDEX_NAME)):
-            if os.path.isdir(os.path.join(source, STATE)):
-                raise ManifestError(f"{source} has no {INDEX_NAME}: prepare has not finished there; run it again")
             return _folder(Path(source))
         source, suffix = os.path.join(source, INDEX_NAME), ".jsonl"
     if suffix in VIDEO_SUFFIXES:

@@ -25,9 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from umt_fast.data.copies import STATE, Item, Journal, Plan, Shard, make_plan
+from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
-from umt_fast.data.index import INDEX_NAME, is_url, write_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pool import Died, Pool
 from umt_fast.data.shards import Sample
@@ -102,11 +102,11 @@ def prepare(settings: Settings) -> Report:
     if out.exists() and not out.is_dir():
         raise CannotPrepare(f"OUT {out} is a file; give a folder")
     try:
-        if out.is_dir() and not (out / STATE).is_dir() and any(file.name != ".lock" for file in out.iterdir()):
+        if out.is_dir() and not (out / STATE_NAME).is_dir() and any(file.name != ".lock" for file in out.iterdir()):
             raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
         with lock_folder(out, _LOCK_PATIENCE):
-            (out / STATE).mkdir(exist_ok=True)
-            _keep_settings(out / STATE / "settings.json", settings, plan)
+            (out / STATE_NAME).mkdir(exist_ok=True)
+            _keep_settings(out / STATE_NAME / "settings.json", settings, plan)
             return _Preparation(settings, plan).run()
     except OSError as error:
         raise CannotPrepare(f"cannot write to {out}: {error.strerror or error}") from None
@@ -135,14 +135,14 @@ class _Preparation:
         self.settings = settings
         self.plan = plan
         self.out = Path(settings.out)
-        self.aside = self.out / STATE / "aside"
-        self.unpacked = self.out / STATE / "copies"
+        self.aside = self.out / STATE_NAME / "aside"
+        self.unpacked = self.out / STATE_NAME / "copies"
         self.failures: dict[str, str] = {}
         self.fresh: set[str] = set()
         shutil.rmtree(self.aside, ignore_errors=True)  # what a killed run was writing
         self.aside.mkdir()
         self.unpacked.mkdir(exist_ok=True)
-        self.journal = Journal(self.out / STATE / "journal.jsonl")
+        self.journal = Journal(self.out / STATE_NAME / "journal.jsonl")
         self.shard_of = {item.number: shard for shard in plan.shards for item in shard.items}
         self.open_items: dict[str, set[str]] = {}
         """By shard: the videos still to be tried before it can be written."""

@@ -25,6 +25,11 @@ _EXCERPT_STEP = Fraction(1, 25)
 """Seconds between frames of an excerpt, whose own times nobody asks for."""
 
 
+ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does. Before PyAV 17
+it was always one, and could not be asked for."""
+
+
 class BadVideo(Exception):
     """A file that gives no clip; the message says why."""
 
@@ -402,7 +407,7 @@ class _Reader:
             raise BadVideo(f"frame {done} of {len(self.pts)} does not decode")
 
     def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        return _upright(frame, self.reformatter.reformat(frame, format="rgb24").to_ndarray())
+        return _upright(frame, self.reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
 
 
 def _is_hidden(packet: av.Packet) -> bool:

@@ -15,9 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from umt_fast.data import pyav
-from umt_fast.data.copies import STATE, Journal
+from umt_fast.data.copies import Journal
 from umt_fast.data.encode import BadCopy
-from umt_fast.data.index import INDEX_NAME, Facts, Video, is_url, parse_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.pool import Died, Pool
 from umt_fast.data.prepare import CannotPrepare
@@ -71,13 +71,13 @@ def verify(out: str, workers: int | None = None) -> Verdict:
 
     Raises CannotPrepare where there are no finished copies, FolderInUse while they are being made.
     """
-    index, state = Path(out) / INDEX_NAME, Path(out) / STATE
+    index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
     if not index.is_file():
         raise CannotPrepare(f"{out} has no {INDEX_NAME}: prepare has not finished there")
     content = index.read_bytes()
     copies = parse_index(content, str(index))
     rows = [row for row in content.split(b"\n")[1:] if row.strip()]
-    sources, note = _find_sources(state) if state.is_dir() else ({}, f"no {STATE} here: sources are not known")
+    sources, note = _find_sources(state) if state.is_dir() else ({}, f"no {STATE_NAME} here: sources are not known")
     tasks = {}
     for copy, row in zip(copies, rows, strict=True):
         local = os.path.relpath(copy.path, out)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 LAYER_NORM_EPS = 1e-5
+QUICK = 1.702
+"""The factor of QuickGELU."""
 
 
 class Projection(nn.Module):
@@ -68,10 +70,14 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = self.c_fc(x.to(self.c_fc.weight.dtype))
-        # QuickGELU, x sigmoid(1.702 x), in place: nobody differentiates it, and on a CPU fresh memory costs more
-        # than the arithmetic.
-        return self.c_proj(x.mul_((1.702 * x).sigmoid_()))
+        """The layer's output times QUICK, which the residual sum takes out again.
+
+        QuickGELU x sigmoid(1.702 x) is silu(1.702 x) / 1.702, and the division waits for the sum: the hidden layer,
+        four times as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
+        """
+        hidden = F.silu(self.c_fc(x.to(self.c_fc.weight.dtype)).mul_(QUICK), inplace=True)
+        weight = self.c_proj.weight
+        return F.linear(hidden, weight, (QUICK * self.c_proj.bias).to(weight.dtype))
 
 
 class Block(nn.Module):
@@ -84,7 +90,7 @@ class Block(nn.Module):
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
         x = x + self.attn(self.ln_1(x))  # not in place: what comes in may be an aligned output
-        return x.add_(self.mlp(self.ln_2(x)))
+        return x.add_(self.mlp(self.ln_2(x)), alpha=1 / QUICK)
 
     def rows(
         self,
@@ -97,7 +103,7 @@ class Block(nn.Module):
         kept = x.gather(1, row_ids[..., None].expand(-1, -1, x.shape[-1]))
         q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
         kept = kept + self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
-        return kept + self.mlp(self.ln_2(kept))
+        return kept.add(self.mlp(self.ln_2(kept)), alpha=1 / QUICK)
 
 
 class Transformer(nn.Module):
@@ -191,7 +197,8 @@ class ClipTeacher(nn.Module):
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         layers = [layer for block in blocks for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)]
         held: list[Tensor] = [x for block in blocks for x in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
-        held += [x for layer in layers for x in (layer.weight, layer.bias)]
+        held += [layer.weight for layer in layers]
+        held += [bias for block in blocks for bias in (block.attn.out_proj.bias, block.mlp.c_fc.bias)]
         for tensor in (*held, self.proj, self.patch_weight):
             tensor.data = tensor.data.to(dtype)
 
