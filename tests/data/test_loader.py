@@ -4,7 +4,10 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import os
 import random
+import signal
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -16,7 +19,7 @@ import torch
 from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NothingReadable
+from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NothingReadable, WorkerDied
 from umt_fast.data.stream import ClipStream
 from umt_fast.errors import RunError
 
@@ -342,6 +345,18 @@ def test_leaving_the_block_by_an_error_leaves_no_process(videos):
     with pytest.raises(RuntimeError, match="step"):
         train()
     assert _no_children_left()
+
+
+def test_a_killed_worker_is_told_wherever_the_program_is(videos):
+    def lose_a_worker() -> None:
+        with ClipLoader(_stream(videos, workers=1), start=0, batches=4, batch_size=1) as loader:
+            next(loader)
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(30)
+
+    with pytest.raises(WorkerDied, match="is there memory enough"):
+        lose_a_worker()
 
 
 def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos, monkeypatch):

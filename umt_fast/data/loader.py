@@ -162,6 +162,14 @@ class _RankBatches(Sampler[list[int]]):
             yield list(range(first, first + self.visits))
 
 
+def _is_of_a_dead_worker(error: BaseException | None) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _worker_died(error: BaseException | None) -> WorkerDied:
+    return WorkerDied(f"a decoding process ended unexpectedly, is there memory enough? {error}")
+
+
 class Prepared(Iterator[T]):
     """What a data set makes of each batch of a rank's visits, in worker processes, from clip `start` of the run on."""
 
@@ -198,9 +206,9 @@ class Prepared(Iterator[T]):
         try:
             return next(self._items)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            if not _is_of_a_dead_worker(error):
                 raise
-            raise WorkerDied(f"a decoding process ended unexpectedly, is there memory enough? {error}") from error
+            raise _worker_died(error) from error
 
     def close(self) -> None:
         """Stop the workers.
@@ -222,8 +230,11 @@ class Loader(Iterator[Batch]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Raises WorkerDied in the place of torch's own error, which comes wherever the program is at the moment."""
         self.close()
+        if _is_of_a_dead_worker(error):
+            raise _worker_died(error) from error
 
     def close(self) -> None:
         raise NotImplementedError
