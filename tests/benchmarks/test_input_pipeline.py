@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from benchmarks import input_pipeline
+from benchmarks.input_pipeline import Files, soaked
 from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pyav import probe
@@ -49,3 +51,10 @@ def test_the_memory_is_watched(short, demo_videos, tmp_path, capsys):
     options = ["--soak", "20", "--workers", "1", "--batch", "2", "--as-they-are"]
     input_pipeline.main([str(demo_videos), *options])
     assert "pyav, h264 gop 1, 20 clips, MB: after a tenth" in capsys.readouterr().out
+
+
+def test_the_memory_of_dali_is_watched_on_what_it_decodes(monkeypatch):
+    monkeypatch.setattr(input_pipeline, "has_dali", lambda: True)
+    kept = [Files("", codec, gop, VideoList([]), 0) for codec, gop in (("h264", 1), ("h264", 4), ("mjpeg", 1))]
+    on = {name: [soaked(one, torch.device(name)) for one in kept] for name in ("cpu", "cuda")}
+    assert on == {"cpu": [["pyav"], [], ["dali"]], "cuda": [["pyav", "dali"], [], []]}

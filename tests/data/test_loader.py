@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import multiprocessing
 import random
 from collections import Counter
@@ -247,6 +248,20 @@ def test_a_broken_file_is_replaced_and_reported(videos, broken):
         assert {path for path, _ in batch.bad} == {broken}
         assert all("Invalid data" in reason for _, reason in batch.bad)
         assert set(batch.paths) <= set(videos)
+
+
+@pytest.mark.parametrize(
+    "row", [b'{"path": "a.mp4", "fra', b"[1, 2]", b'{"path": "a.mp4", "frames": 2, "times": [0, [1, 1]]}']
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_row_of_an_index_is_a_bad_video(videos, row, workers):
+    rows = [json.dumps({"path": path}).encode() for path in videos]
+    stream = ClipStream(VideoList([*rows[:3], row, *rows[3:]]), DataConfig(workers=workers), FRAMES, SIDE, seed=0)
+    batches = _batches(stream, batches=COUNT + 1, batch_size=1)
+    ((name, reason),) = {bad for batch in batches for bad in batch.bad}
+    assert name == "row 4 of the list"
+    assert "row 4 is no row of an index" in reason
+    assert {path for batch in batches for path in batch.paths} == set(videos)
 
 
 def test_replacements_differ_by_epoch(videos, broken):

@@ -111,6 +111,17 @@ def test_folder_with_linked_files(tmp_path):
     assert read_manifest(str(tmp_path / "view")) == [str(tmp_path / "view" / "b.mp4")]
 
 
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "a.mp4").touch()
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("x", "y"):
+        (source / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(source)
+    assert read_manifest(str(source)) == [str(source / "x" / "deep" / "a.mp4")]
+
+
 def test_no_source():
     with pytest.raises(ManifestError, match=r"--data\.train"):
         read_manifest("")
@@ -172,5 +183,5 @@ def test_errors_are_the_users():
 def test_unfinished_copies_are_no_data_set(tmp_path):
     (tmp_path / ".prepare").mkdir()
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(ManifestError, match="unfinished copies; give umt_fast.data.prepare the same command again"):
+    with pytest.raises(ManifestError, match=r"unfinished copies; give umt_fast\.data\.prepare the same command again"):
         read_manifest(str(tmp_path))

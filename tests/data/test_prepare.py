@@ -19,7 +19,7 @@ from umt_fast.config import ConfigError
 from umt_fast.data import copies, encode, prepare, pyav, tasks, verify
 from umt_fast.data.copies import Journal
 from umt_fast.data.encode import Recipe
-from umt_fast.data.index import Video
+from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pool import Died, Pool
 from umt_fast.data.prepare import CannotPrepare, Settings
@@ -200,6 +200,8 @@ def test_names_that_would_collide():
     paths = ["x/a.avi", "x/a.mkv", "x/b.mp4", "x/b.mov", "y/a.avi", "c"]
     found = copies._copy_paths(paths)
     assert found == ["x/a.avi.mp4", "x/a.mkv.mp4", "x/b.mp4", "x/b.mov.mp4", "y/a.mp4", "c.mp4"]
+    assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mp4"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
+    assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mkv"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
 
 
 def test_a_name_that_is_no_text(write_video, tmp_path):
@@ -612,6 +614,18 @@ def test_verify_finds_an_index_of_other_times(made):
     row["keys"] = [[3, 7]]
     index.write_text("\n".join([rows[0], json.dumps(row), *rows[2:]]))
     assert _bad(out) == {"a/0.mp4": "its keys are not those of the index"}
+
+
+def test_a_damaged_row_of_an_index_is_told(made, tmp_path):
+    out = made()
+    index = out / "index.jsonl"
+    rows = index.read_bytes().split(b"\n")
+    for damage in (rows[3][:-20], b"[]", rows[3].replace(b'"keys": [[4, ', b'"keys": [[400, ')):
+        index.write_bytes(b"\n".join([*rows[:3], damage, *rows[4:]]))
+        with pytest.raises(BadIndex, match="row 3 is no row"):
+            verify.verify(str(out), 1)
+        with pytest.raises(BadIndex, match="row 3 is no row"):
+            prepare.prepare(Settings(str(out), str(tmp_path / "again"), FAST, workers=1))
 
 
 def test_verify_without_sources(source, made):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 import threading
+import time
+import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -118,7 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
         place = f"{self.path}@{asked[1] if asked else 0}"
         self.server.requests[place] += 1
         failure = self.server.fail(self.path, self.server.requests[place])
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / os.fsdecode(urllib.parse.unquote_to_bytes(self.path.lstrip("/")))
+        if failure == "stall":
+            time.sleep(3)
+            self.close_connection = True
+            return None
         if failure == "500":
             return self.send_error(500)
         if failure == "drop":  # says nothing and hangs up
@@ -204,6 +211,15 @@ def test_remote_shards_without_an_index_are_listed_by_their_headers(server, loca
     assert videos[0].path == server.url + "/s-008.tar"
 
 
+def test_names_with_a_meaning_in_urls(server, local):
+    names = ["a b.mp4", "50% %41.mp4", "no#1?.mp4", "a::b\n.mp4", "\udcff ü.mp4"]
+    for name in names:
+        (server.folder / name).symlink_to(server.folder / "0.mp4")
+    (server.folder / "index.jsonl").write_bytes(write_index([{"path": name} for name in names]))
+    batches = _batches(read_manifest(server.url))
+    assert not any(batch.bad for batch in batches)
+
+
 def test_a_list_of_urls(server):
     videos = read_manifest(server.url + "/list.csv", server.url)
     assert [(video.path, video.label) for video in videos] == [
@@ -233,6 +249,17 @@ def test_failures_that_stay_are_bad_videos(server, failure, workers):
     assert set(bad) == {f"{server.url}/s-009.tar/{n}.mp4" for n in (1, 4)}
     assert all(f"given up after {storage.ATTEMPTS} attempts" in reason for reason in bad.values())
     assert all(len(batch.clip) == 3 for batch in batches)
+
+
+def test_a_server_that_never_answers_is_given_up(server, monkeypatch):
+    videos = read_manifest(server.url)
+    monkeypatch.setattr(storage, "PATIENCE", 0.2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    server.fail = lambda path, number: "stall" if "s-009" in path else None
+    with pytest.raises(ManifestError, match="given up after 2 attempts: FSTimeoutError"):
+        read_manifest(server.url + "/s-009.tar")
+    bad = {name for batch in _batches(videos) for name, _ in batch.bad}
+    assert bad == {f"{server.url}/s-009.tar/{n}.mp4" for n in (1, 4)}
 
 
 def test_what_is_not_there_is_not_tried_again(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -108,16 +109,20 @@ def _place(video: Video) -> str:
 
 
 def _copy_paths(paths: list[str]) -> list[str]:
-    """`a/b.avi` becomes `a/b.mp4`, or `a/b.avi.mp4` where another video is or becomes `a/b.mp4`."""
+    """`a/b.avi` becomes `a/b.mp4`, or `a/b.avi.mp4` where another video is or becomes `a/b.mp4`, and so on."""
     wanted = [os.path.splitext(path)[0] + ".mp4" for path in paths]
-    counts: dict[str, int] = {}
-    for path in wanted:
-        counts[path] = counts.get(path, 0) + 1
-    taken = set(paths)
-    return [
-        copy if path == copy or (counts[copy] == 1 and copy not in taken) else f"{path}.mp4"
-        for path, copy in zip(paths, wanted, strict=True)
-    ]
+    counts = collections.Counter(wanted)
+    given = set(paths)
+    taken = given | counts.keys()
+    found = []
+    for path, copy in zip(paths, wanted, strict=True):
+        if path != copy and (counts[copy] > 1 or copy in given):
+            copy = f"{path}.mp4"
+            while copy in taken:
+                copy += ".mp4"
+            taken.add(copy)
+        found.append(copy)
+    return found
 
 
 class Journal:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -118,7 +119,11 @@ class VideoList(Sequence[Video]):
     def __getitem__(self, index: int | slice) -> Video | Sequence[Video]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return _parse(json.loads(self._row(range(len(self))[index])), self._base)
+        row = range(len(self))[index]
+        try:
+            return _parse(json.loads(self._row(row)), self._base)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # an IndexError would end a loop
+            raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
 
     def count_distinct(self) -> int:
         """How many different videos the list names."""
@@ -133,8 +138,12 @@ def is_url(path: str) -> bool:
 
 
 def join(base: str, path: str) -> str:
-    """`path`, which is relative to the folder or URL `base` unless it is absolute."""
-    return path if is_url(path) else posixpath.join(base, path)
+    """`path`, a file name relative to the folder or URL `base` unless it is absolute."""
+    if is_url(path) or path.startswith("/"):
+        return path
+    if base.startswith(("http://", "https://")) or "::http" in base:  # `#`, `?` and `%` mean something in these
+        path = urllib.parse.quote(path, errors="surrogateescape")
+    return posixpath.join(base, path)
 
 
 def parse_index(content: bytes, where: str) -> VideoList:
@@ -153,8 +162,8 @@ def parse_index(content: bytes, where: str) -> VideoList:
     for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
         try:
             videos[index]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadIndex(f"{where}, line {line} is no row of an index ({error!r}); make it anew") from None
+        except BadIndex as error:
+            raise BadIndex(f"{where}, line {line}: {error}; make it anew") from None
     return videos
 
 

@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.augment import show
-from umt_fast.data.index import Video
+from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.storage import read_video
 from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
@@ -70,7 +70,7 @@ def try_candidates(
     """
     bad = []
     for index, rng in stream.attempts(visit):
-        name = f"row {index} of the list"
+        name = f"row {index + 1} of the list"
         try:
             video = stream.videos[index]
             name = video.name
@@ -100,8 +100,12 @@ def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes]
         ahead: deque[Future[bytes] | None] = deque()
         for visit in visits:
             index, _ = next(stream.attempts(visit))
-            video = stream.videos[index]
-            ahead.append(pool.submit(read_video, video) if video.remote else None)
+            try:
+                video = stream.videos[index]
+            except BadIndex:  # try_candidates will tell
+                ahead.append(None)
+            else:
+                ahead.append(pool.submit(read_video, video) if video.remote else None)
             if len(ahead) > READS_AHEAD:
                 yield ahead.popleft()
         yield from ahead

@@ -27,7 +27,7 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
     """The videos that `source` names, which is one of
 
     - an index that `umt_fast.data.prepare` wrote, or the folder that holds it;
-    - a folder of videos, searched through, sorted;
+    - a folder of videos, searched through, linked folders once, sorted;
     - WebDataset shards: `.tar`, with `{000000..000099}` for a range of numbers;
     - a list, a video a line: `path,label` or `path label`, as UMT's are, or a path. A path may hold spaces and commas;
       relative ones start from `prefix`, or from the working directory.
@@ -59,8 +59,16 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
 
 
 def _folder(path: Path) -> VideoList:
-    files = (file for file in path.rglob("*") if file.suffix.lower() in VIDEO_SUFFIXES and not file.is_dir())
-    found = sorted(str(file) for file in files)
+    found: list[str] = []
+    visited: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in visited:  # links in a circle, or two to one folder
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        folders.sort()
+        found += (os.path.join(folder, name) for name in names if posixpath.splitext(name)[1].lower() in VIDEO_SUFFIXES)
+    found.sort()
     if not found:
         raise ManifestError(f"{path} holds no video: looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
     return VideoList.of_paths(found)

@@ -63,7 +63,7 @@ def url_size(url: str) -> int:
 
     def attempt() -> int:
         system, path = _open(url)
-        size = system.size(path)
+        size = _call(system, "size", path)
         if size is None:
             raise OSError("it does not say how long it is")
         return size
@@ -98,10 +98,14 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _fetch(url: str, start: int, end: int | None) -> bytes:
+    system, path = _open(url)
+    return _call(system, "cat_file", path, **({} if end is None else {"start": start, "end": end}))
+
+
+def _call(system: Any, method: str, path: str, **options: Any) -> Any:
+    """A file system's answer, waited for no longer than PATIENCE where that can be told."""
     from fsspec.asyn import AsyncFileSystem, sync
 
-    system, path = _open(url)
-    part = {} if end is None else {"start": start, "end": end}
     if isinstance(system, AsyncFileSystem):
-        return sync(system.loop, system._cat_file, path, timeout=PATIENCE, **part)
-    return system.cat_file(path, **part)
+        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=PATIENCE, **options)
+    return getattr(system, method)(path, **options)

@@ -76,12 +76,12 @@ def verify(out: str, workers: int | None = None) -> Verdict:
         raise CannotPrepare(f"{out} has no {INDEX_NAME}: prepare has not finished there")
     content = index.read_bytes()
     copies = parse_index(content, str(index))
-    digests = [json.loads(row)["sha256"] for row in content.split(b"\n")[1:] if row]
+    rows = [row for row in content.split(b"\n")[1:] if row.strip()]
     sources, note = _find_sources(state) if state.is_dir() else ({}, f"no {STATE_NAME} here: sources are not known")
     tasks = {}
-    for copy, digest in zip(copies, digests, strict=True):
+    for copy, row in zip(copies, rows, strict=True):
         local = os.path.relpath(copy.path, out)
-        tasks[copy.name] = _Task(copy, copy.path, digest, sources.get(copy.member or local))
+        tasks[copy.name] = _Task(copy, copy.path, json.loads(row)["sha256"], sources.get(copy.member or local))
     problems = _check_shards(copies)
     compared, lowest = 0, None
     tqdm.monitor_interval = 0  # no thread: processes are forked
