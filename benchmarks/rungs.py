@@ -182,7 +182,8 @@ def _build_lean(rung: Rung, work: Work) -> TimedStep:
     teacher.load_state_dict(work.teacher_weights)
     student.to(device)
     teacher.to(device).eval()
-    uses = attention_choice.uses(work.student, work.teacher, batch, batch, seen)
+    finished = work.visible.shape[-1]
+    uses = attention_choice.uses(work.student, work.teacher, batch, batch, seen, finished)
     fastest = {
         name: attention_choice.choose("auto", use, device, torch.bfloat16, rung.compiled).backend
         for name, use in uses.items()

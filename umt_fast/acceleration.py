@@ -31,11 +31,13 @@ def accelerate(
     """
     if config.train.cuda_graph and world.device.type != "cuda":
         raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
-    clips, dtype = config.optim.batch_size, torch.bfloat16 if bf16 else torch.float32
-    frames, patches = config.student.tokens // config.student.grid**2, config.student.grid**2
-    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
-    student_clips = clips * config.train.masks_per_clip
-    uses = attention_choice.uses(config.student, config.teacher, clips, student_clips, seen)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    student_config, mask, masks = config.student, config.mask, config.train.masks_per_clip
+    frames, patches = student_config.tokens // student_config.grid**2, student_config.grid**2
+    seen = masking.count_seen(mask.rule, frames, patches, mask.ratio)
+    finished = patches if mask.rule == "random" else masks * masking.count_visible(patches, mask.ratio)
+    clips = config.optim.batch_size
+    uses = attention_choice.uses(student_config, config.teacher, clips, masks * clips, seen, finished)
     chosen = {}
     for name, use in uses.items():
         choice = attention_choice.choose(config.model.attention, use, world.device, dtype, config.model.compile)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, doctor
-from umt_fast.config import ConfigError
+from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, doctor, masking
+from umt_fast.acceleration import accelerate
+from umt_fast.config import Config, ConfigError, MaskConfig, OptimConfig, TrainConfig
+from umt_fast.distributed import World
 from umt_fast.models import attention_choice
 from umt_fast.models.attention import LIBRARIES, NAMES, SDPA, Backend, attention, fault, load, self_attention
-from umt_fast.models.attention_choice import Use, choose, uses
+from umt_fast.models.attention_choice import Use, choose
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USE = Use(2, 9, 9, 2, 16, True)
@@ -207,23 +209,36 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
     assert choose("auto", USE, torch.device("cpu"), torch.float32, compiled=False).backend.name in NAMES
 
 
-def test_uses_are_the_shapes_that_the_models_call(monkeypatch):
-    student = VideoStudent(StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16))
-    teacher = ClipTeacher(TeacherConfig(64, 16, 1, None, 48, 2, 3, 16, 1))
-    seen = []
+@pytest.mark.parametrize(("rule", "masks"), [("attention", 1), ("tube", 2), ("random", 1), ("random", 2)])
+def test_what_is_measured_are_the_shapes_that_a_run_calls(monkeypatch, rule, masks):
+    """The shapes that `accelerate` chooses for, against those that attention then gets."""
+    config = Config(
+        student=StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16),
+        teacher=TeacherConfig(64, 16, 1, None, 48, 2, 3, 16, 1),
+        mask=MaskConfig(rule, 0.75),
+        optim=OptimConfig(batch_size=2),
+        train=TrainConfig(masks_per_clip=masks),
+    )
+    student, teacher = VideoStudent(config.student), ClipTeacher(config.teacher)
+    asked, seen = set(), set()
+
+    def choose(_wanted, use, *_rest):
+        asked.add(use)
+        return attention_choice.Choice(SDPA, "")
 
     def spy(q, k, v):
-        seen.append((q.shape, k.shape, q.requires_grad))
+        seen.add(Use(q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3], q.requires_grad))
         return SDPA.attend(q, k, v)
 
+    monkeypatch.setattr(attention_choice, "choose", choose)
+    accelerate(config, World(0, 1, torch.device("cpu")), student, teacher, False, lambda: torch.empty(0))
     backend = Backend("spy", spy, lambda qkv: spy(*qkv.unbind(2)))
     student.set_attention(backend)
     teacher.set_attention(backend, backend)
     clip = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    alignment_step(student, teacher, clip, 4)
-    expected = uses(student.config, teacher.config, clips=2, student_clips=2, seen=12).values()
-    shapes = {(u.batch, u.queries, u.keys, u.heads, u.head_dim, u.gradients) for u in expected}
-    assert {(q[0], q[1], k[1], q[2], q[3], grad) for q, k, grad in seen} == shapes
+    visible = masking.draw_blind(rule, 2 * masks, 3, 16, 0.75, clip.device)
+    alignment_step(student, teacher, clip, 4, visible, masks_per_clip=masks)
+    assert seen == asked
 
 
 def test_each_model_takes_the_backend_it_is_given():

@@ -45,14 +45,18 @@ class Choice:
     reason: str
 
 
-def uses(student: StudentConfig, teacher: TeacherConfig, clips: int, student_clips: int, seen: int) -> dict[str, Use]:
-    """The calls of a step of `clips` clips through the teacher and `student_clips` with `seen` tokens each."""
-    frames, patches = clips * student.tokens // student.grid**2, teacher.grid**2
-    per_frame = min(patches, -(-seen * patches // student.tokens))
-    teacher_shape = (teacher.heads, teacher.width // teacher.heads, False)
+def uses(
+    student: StudentConfig, teacher: TeacherConfig, clips: int, student_clips: int, seen: int, finished: int
+) -> dict[str, Use]:
+    """The calls of a step of `clips` clips through the teacher and `student_clips` with `seen` tokens each.
+
+    `finished` is how many patches of a frame the teacher's last block finishes.
+    """
+    frames, tokens = clips * student.tokens // student.grid**2, teacher.grid**2 + 1
+    teacher_heads = (teacher.heads, teacher.width // teacher.heads, False)
     return {
-        "teacher": Use(frames, patches + 1, patches + 1, *teacher_shape),
-        "teacher's last block": Use(frames, per_frame, patches + 1, *teacher_shape),
+        "teacher": Use(frames, tokens, tokens, *teacher_heads),
+        "teacher's last block": Use(frames, finished, tokens, *teacher_heads),
         "student": Use(student_clips, seen, seen, student.heads, student.width // student.heads, True),
     }
 
