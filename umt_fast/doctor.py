@@ -30,7 +30,7 @@ PACKAGES = (
     Package("nvidia.dali", "nvidia-dali-cuda130", "video decoding on the GPU", "pip install 'umt-fast[dali]'"),
     Package("einops", "einops", "tensor reshaping", "pip install einops"),
     Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors"),
-    Package("PIL", "pillow", "resizing", "pip install pillow"),
+    Package("PIL", "pillow", "drawing the demo's videos", "pip install pillow"),
     Package("tyro", "tyro", "command line", "pip install tyro"),
     Package("tensorboard", "tensorboard", "TensorBoard logs", "pip install tensorboard"),
     Package("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),

@@ -150,7 +150,11 @@ def test_show_is_pillows_crop_and_resize(view, flip):
     shown = show(frame, View(view.x, view.y, view.width, view.height, flip), SIDE)
     assert shown.dtype == np.uint8
     assert shown.shape == (SIDE, SIDE, 3)
-    assert np.array_equal(shown, np.asarray(picture))
+    error = shown.astype(int) - np.asarray(picture)
+    assert abs(error).max() <= 1  # rounding
+    assert abs(error.mean()) < 0.01  # to both sides alike
+    if (view.width, view.height) == (SIDE, SIDE):
+        assert not error.any()
 
 
 def test_show_of_a_frame_turned_upright():

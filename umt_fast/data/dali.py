@@ -219,12 +219,12 @@ def _shared(parts: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
 def build_pipeline(stream: ClipStream, device: torch.device, orders: int, threads: int) -> Pipeline:
     """A DALI pipeline that makes uint8 clips [R,T,side,side,3] of each of up to `orders` videos.
 
-    Against PyAV and Pillow, measured on the CPU (tests/data/test_dali.py):
+    Against PyAV and torch, measured on the CPU (tests/data/test_dali.py):
     - the decoded frames are the same, to the bit where chroma is not subsampled. From 4:2:0, DALI interpolates chroma
       where FFmpeg's fast conversion repeats it: edges of colours differ, brightness by 3 of 255 at most;
     - DALI knows BT.601 alone, so that colours of BT.709 come out wrong by up to 38 of 255; a matrix mends them;
-    - DALI's resize repeats a crop's outermost pixels where Pillow leaves them out: the outermost row and column of a
-      clip that is made smaller differ by up to 18, all others by 1.
+    - DALI's resize repeats a crop's outermost pixels where torch leaves them out: the outermost row and column of a
+      clip that is made smaller differ by up to 18, all others by 2.
     """
     from nvidia.dali import Pipeline, fn, types
 

@@ -12,10 +12,19 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tqdm import tqdm
+
 ATTEMPTS = 2
 """Processes that may die over one task. Whom a machine without memory kills is chance, so one death proves nothing."""
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
+
+
+def keep_bars_here() -> None:
+    """Let tqdm draw from this process alone: with no thread of its own, as processes are forked, and with no lock that
+    those share, which one of them that is killed could keep."""
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
 
 
 class Died(Exception):

@@ -29,7 +29,7 @@ from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pool import Died, Pool
+from umt_fast.data.pool import Died, Pool, keep_bars_here
 from umt_fast.data.shards import Sample
 from umt_fast.data.tasks import CopyTask, Failed, PackTask, work
 from umt_fast.errors import RunError
@@ -152,7 +152,7 @@ class _Preparation:
         workers = self.settings.workers or len(os.sched_getaffinity(0))
         waiting = list(self._waiting())
         total = len(self.plan.items)
-        tqdm.monitor_interval = 0  # no thread: processes are forked
+        keep_bars_here()
         bar = tqdm(total=total, initial=total - len(waiting), unit="video", desc="prepare", smoothing=0.1)
         try:
             with bar, Pool(work, workers) as pool:

@@ -19,7 +19,7 @@ from umt_fast.data.copies import Journal
 from umt_fast.data.encode import BadCopy
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
-from umt_fast.data.pool import Died, Pool
+from umt_fast.data.pool import Died, Pool, keep_bars_here
 from umt_fast.data.prepare import CannotPrepare
 from umt_fast.data.shards import list_shard
 from umt_fast.data.tasks import hash_bytes
@@ -84,7 +84,7 @@ def verify(out: str, workers: int | None = None) -> Verdict:
         tasks[copy.name] = _Task(copy, copy.path, json.loads(row)["sha256"], sources.get(copy.member or local))
     problems = _check_shards(copies)
     compared, lowest = 0, None
-    tqdm.monitor_interval = 0  # no thread: processes are forked
+    keep_bars_here()
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):  # where nothing can be written, nothing is being made
             held.enter_context(lock_folder(Path(out)))
