@@ -226,6 +226,10 @@ def test_settings_that_exclude_each_other_are_named():
         Config(STUDENT, TEACHER, train=TrainConfig(cuda_graph=True), optim=OptimConfig(accumulate=2))
     with pytest.raises(ConfigError, match=r"add --model.compile"):
         config(train=TrainConfig(cuda_graph=True), model=ModelConfig(recompute="full"))
+    compiled = ModelConfig(compile=True, recompute="full")
+    config(train=TrainConfig(cuda_graph=True), model=compiled)
+    with pytest.raises(ConfigError, match=r"use --model.recompute selective"):
+        Config(replace(STUDENT, drop_path=0.1), TEACHER, model=compiled, train=TrainConfig(cuda_graph=True))
     with pytest.raises(ConfigError, match="masks_per_clip = 0"):
         config(train=TrainConfig(masks_per_clip=0))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):

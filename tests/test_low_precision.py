@@ -13,7 +13,13 @@ from umt_fast import ClipTeacher, TeacherConfig, acceleration, alignment_step
 from umt_fast.acceleration import accelerate, compile_models
 from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, StudentConfig
 from umt_fast.distributed import World
-from umt_fast.low_precision import convert_student, lower_precision, lower_student_precision, quantize_teacher
+from umt_fast.low_precision import (
+    FLOAT8_CAPABILITY,
+    convert_student,
+    lower_precision,
+    lower_student_precision,
+    quantize_teacher,
+)
 from umt_fast.models.student import VideoStudent
 from umt_fast.optim import build_optimizer
 
@@ -184,3 +190,32 @@ def test_accelerate_hands_the_student_over(monkeypatch, teacher, clip):
     assert given[0][2:] == (2, 4 * 4, 0.99)
     with pytest.raises(ConfigError, match=r"student_precision is for runs in bf16; add"):
         accelerate(config, cpu, student, teacher, False, lambda: clip)
+
+
+# on a GPU
+
+
+HAS_FLOAT8 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= FLOAT8_CAPABILITY
+
+
+@pytest.mark.skipif(not HAS_FLOAT8, reason="needs a GPU with float8 matmuls")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float8_on_a_gpu_stays_near_and_trains(clip, compiled):
+    teacher, student = ClipTeacher(CONFIG).cuda().eval(), VideoStudent(replace(STUDENT, frames=3)).cuda()
+    teacher.store_matmul_weights(torch.bfloat16)
+    clip = clip.repeat(4, 1, 1, 1, 1).cuda()
+    assert "fp8 teacher: " in lower_precision(teacher, "fp8", clip, 0.99)
+    assert "fp8 student: " in lower_student_precision(student, clip, 8, 12, 0.99)
+    if compiled:
+        compile_models(student, teacher)
+    optimizer, losses = build_optimizer(student, OptimConfig(lr=1e-3)), []
+    visible = torch.rand(8, 3, 16, device="cuda").topk(4).indices.sort().values
+    for _ in range(5):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = alignment_step(student, teacher, clip, None, visible).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    torch._dynamo.reset()

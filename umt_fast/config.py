@@ -312,6 +312,12 @@ class Config:
             raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
         if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:
             raise ConfigError("model.recompute reads the random state, which a CUDA graph forbids; add --model.compile")
+        if self.train.cuda_graph and self.model.recompute == "full" and self.student.drop_path > 0:
+            # torch.compile then draws from generators of its own, which the graph does not know.
+            raise ConfigError(
+                "model.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
+                "--model.recompute selective or --student.drop-path 0"
+            )
         shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
         shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
         shares |= {"mask.ratio": (self.mask.ratio,)}
