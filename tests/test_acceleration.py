@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
 from umt_fast.acceleration import accelerate, compile_models
 from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from umt_fast.distributed import World
-from umt_fast.graph import CapturedStep
+from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.models.attention import load
 from umt_fast.optim import build_optimizer, clip_gradients, set_learning_rate
 
@@ -236,35 +238,70 @@ def test_settings_that_exclude_each_other_are_named():
         accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
 
 
+# on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_with_its_kernels_gives_the_loss_and_gradients_of_the_cpu(clip, compiled):
+    student, teacher = models()
+    visible = some_visible(2)
+    expected = alignment_step(student, teacher, clip, None, visible)
+    wanted = gradients(student, expected.loss)
+    student, teacher = (model.cuda() for model in models())
+    if compiled:
+        compile_models(student, teacher)
+    out = alignment_step(student, teacher, clip.cuda(), None, visible.cuda())
+    assert abs(out.loss.cpu() - expected.loss) < 1e-4
+    assert (out.scores.cpu() - expected.scores).abs().max() < 1e-5
+    assert_same([gradient.cpu() for gradient in gradients(student, out.loss)], wanted, 1e-3)
+    torch._dynamo.reset()
+
+
 # the captured step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_captured_step_is_the_eager_step_for_twenty_steps():
-    device = torch.device("cuda")
+@pytest.mark.parametrize("way", ["as it is", "compiled", "under DDP"])
+def test_a_captured_step_is_the_eager_step_for_twenty_steps(way, tmp_path):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if way == "under DDP":
+        store = f"file://{tmp_path / 'store'}"
+        dist.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
     clips = torch.randint(0, 256, (20, 2, 3, 64, 64, 3), dtype=torch.uint8, device=device)
     visible = some_visible(2).to(device)
 
     def run(capturing: bool) -> tuple[list[float], list[Tensor]]:
         student, teacher = (model.to(device) for model in models())
         optimizer = build_optimizer(student, OptimConfig(), capturable=capturing)
+        model: torch.nn.Module = student
+        if way == "compiled":
+            compile_models(student, teacher)
+        if way == "under DDP":
+            with capture_stream(capturing):
+                model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         def step(clip: Tensor) -> Tensor:
-            loss = alignment_step(student, teacher, clip, None, visible).loss
+            loss = alignment_step(model, teacher, clip, None, visible).loss
             loss.backward()
             clip_gradients(student, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss
 
-        call = CapturedStep(step) if capturing else step
+        call = CapturedStep(step, DDP_WARM_UPS if way == "under DDP" else WARM_UPS) if capturing else step
         losses = []
         for number, clip in enumerate(clips):
             set_learning_rate(optimizer, 1e-4 * (number + 1))
             losses.append(call(clip).item())
         return losses, list(student.parameters())
 
-    (eager, expected), (captured, got) = run(False), run(True)
+    try:
+        (eager, expected), (captured, got) = run(False), run(True)
+    finally:
+        torch._dynamo.reset()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     assert captured == pytest.approx(eager, rel=1e-4)
     assert_same(got, expected, 1e-3)
 
