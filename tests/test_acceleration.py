@@ -135,6 +135,31 @@ def test_both_models_compile_as_one_graph_each_and_agree(clip, recompute, name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_compiled_student_under_ddp_has_the_same_gradients(clip, recompute, tmp_path):
+    """torch.compile cuts the graph at DDP's buckets: this one has several."""
+    wide, visible = replace(STUDENT, width=128, depth=6), some_visible(2)
+    torch.manual_seed(1)
+    student, (_, teacher) = VideoStudent(wide), models()
+    expected = gradients(student, alignment_step(student, teacher, clip, None, visible).loss)
+    student.set_recompute(recompute)
+    compile_models(student, teacher, backend="aot_eager")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(student, broadcast_buffers=False, bucket_cap_mb=1)
+        for _ in range(2):  # the first step settles the buckets
+            student.zero_grad()
+            alignment_step(model, teacher, clip, None, visible).loss.backward()
+        assert_same([p.grad for p in student.parameters() if p.grad is not None], expected, 1e-4)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if "higher order op" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} cannot cut a graph that recomputes")
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+
+
 # recomputation
 
 
