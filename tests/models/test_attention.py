@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import types
@@ -94,8 +95,12 @@ def test_a_backend_is_one_graph(name):
 
 def test_no_number_of_trials_makes_a_backend_break_the_graph():
     torch._dynamo.reset()
-    for head_dim in range(8, 8 * (torch._dynamo.config.recompile_limit + 3), 8):
-        assert fault(SDPA, torch.device("cpu"), torch.float32, head_dim, gradients=False, compiled=True) is None
+    trials = list(
+        itertools.product(("sdpa", "flash", "math", "matmul"), (torch.float32, torch.bfloat16), (False, True))
+    )
+    assert len(trials) > torch._dynamo.config.recompile_limit
+    for name, dtype, with_gradients in trials:
+        assert fault(load(name), torch.device("cpu"), dtype, 64, with_gradients, compiled=True) is None, name
     torch._dynamo.reset()
 
 
