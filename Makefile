@@ -63,8 +63,11 @@ clean: ## remove what the other targets made, runs included
 	.venv-kernels/bin/python -m pip install -q -c constraints.txt -e 'kernels[test]'
 	touch $@
 
-# On a machine with a GPU. From a plain checkout: make bench-kernels PY=python3 PYTHONPATH=.:kernels
+# On a machine with a GPU. From a plain checkout, with a Python that has what is needed: make bench-gpu PY=python3
 PY ?= .venv/bin/python
+ifneq ($(PY),.venv/bin/python)
+export PYTHONPATH := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+endif
 ON_GPU := $(if $(filter .venv/bin/python,$(PY)),.venv/.dev)
 
 bench: .venv/.dev ## time the training step on this machine, rung by rung

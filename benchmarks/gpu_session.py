@@ -37,7 +37,8 @@ def stages(folder: Path) -> list[Stage]:
         Stage("step time of UMT-B", (*step_time, "umt_b16", "--out", str(folder / "umt_b16"))),
         Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
         Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
-        Stage("memory", (*pytest, "tests/test_costs.py", "tests/test_low_precision.py")),
+        Stage("memory and low precision", (*pytest, "tests/test_costs.py", "tests/test_low_precision.py")),
+        Stage("losses of the rungs", (*pytest, "tests/benchmarks/test_step_time.py")),
         Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
         Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),
     ]

@@ -3,7 +3,7 @@
     python -m benchmarks.step_time                          # every rung that runs here, both models on a GPU
     python -m benchmarks.step_time --rungs "baseline" "+ lean math" --repeats 5
     python -m benchmarks.step_time --compare old.json       # exits with 1 if a rung is over 5% slower
-    python -m benchmarks.step_time --predict a100 --from benchmarks/results/h200/step_time.json
+    python -m benchmarks.step_time --predict a100 --from benchmarks/results/h200/umt_b16/step_time.json
 
 Writes step_time.json, .md and .html and two plots into benchmarks/results/<gpu or cpu>, or --out. Times are medians.
 On a CPU one step of every rung is timed in turn, again and again, so that both sides of a ratio share the machine's
@@ -17,6 +17,7 @@ import argparse
 import datetime
 import gc
 import json
+import math
 import statistics
 import sys
 import time
@@ -111,7 +112,9 @@ class Contender:
 
     def warm_up(self) -> None:
         for _ in range(6 if self.rung.captured else 1):
-            self.step(None, no_mark)
+            loss = float(self.step(None, no_mark))
+        if not math.isfinite(loss):  # of the recorded step, where there is one
+            raise ValueError(f"its loss is {loss} after the warm-up")
 
     def time_once(self) -> None:
         device = self.work.clip.device
@@ -174,29 +177,27 @@ def measure_model(
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+        contender: Contender | None = None
         try:
             contender = Contender(rung, work, result)
-            sound = contender.check(expected)
+            if contender.check(expected):
+                expected = result.loss if expected is None else expected
+                contender.warm_up()
+                if device.type == "cuda":
+                    _measure([contender], repeats, device, gemm)
+                    result.peak_bytes = torch.cuda.max_memory_allocated(device)
+                else:
+                    contenders.append(contender)
         except torch.OutOfMemoryError:
             result.not_run = "not run: out of memory"
-            continue
         except Exception as error:  # a rung that breaks must not cost the others their measurement
             result.not_run = f"failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
             traceback.print_exc()
-            continue
-        if not sound:
-            continue
-        expected = result.loss if expected is None else expected
-        contender.warm_up()
-        if device.type == "cuda":
-            _measure([contender], repeats, device, gemm)
-            result.peak_bytes = torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda":  # sound or not, it leaves the memory to the next
             del contender
-            gc.collect()
             torch._dynamo.reset()
+            gc.collect()
             save(results)
-        else:
-            contenders.append(contender)
     _measure(contenders, repeats, device, gemm)
     return results
 

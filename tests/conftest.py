@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
-from umt_fast.data import synthetic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
@@ -87,6 +86,8 @@ def golden_case():
 @pytest.fixture(scope="session")
 def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of eight small real videos, H.264 and VP9."""
+    from umt_fast.data import synthetic  # wants PyAV, which a machine for the models' tests may lack
+
     return synthetic.write_videos(tmp_path_factory.mktemp("videos"), count=8)
 
 

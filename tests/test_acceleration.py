@@ -8,13 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
 from umt_fast.acceleration import accelerate, compile_models
 from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from umt_fast.distributed import World
-from umt_fast.graph import CapturedStep
+from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.models.attention import load
 from umt_fast.optim import build_optimizer, clip_gradients, set_learning_rate
 
@@ -133,6 +135,31 @@ def test_both_models_compile_as_one_graph_each_and_agree(clip, recompute, name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_compiled_student_under_ddp_has_the_same_gradients(clip, recompute, tmp_path):
+    """torch.compile cuts the graph at DDP's buckets: this one has several."""
+    wide, visible = replace(STUDENT, width=128, depth=6), some_visible(2)
+    torch.manual_seed(1)
+    student, (_, teacher) = VideoStudent(wide), models()
+    expected = gradients(student, alignment_step(student, teacher, clip, None, visible).loss)
+    student.set_recompute(recompute)
+    compile_models(student, teacher, backend="aot_eager")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(student, broadcast_buffers=False, bucket_cap_mb=1)
+        for _ in range(2):  # the first step settles the buckets
+            student.zero_grad()
+            alignment_step(model, teacher, clip, None, visible).loss.backward()
+        assert_same([p.grad for p in student.parameters() if p.grad is not None], expected, 1e-4)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if "higher order op" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} cannot cut a graph that recomputes")
+    finally:
+        dist.destroy_process_group()
+        torch._dynamo.reset()
+
+
 # recomputation
 
 
@@ -226,41 +253,80 @@ def test_settings_that_exclude_each_other_are_named():
         Config(STUDENT, TEACHER, train=TrainConfig(cuda_graph=True), optim=OptimConfig(accumulate=2))
     with pytest.raises(ConfigError, match=r"add --model.compile"):
         config(train=TrainConfig(cuda_graph=True), model=ModelConfig(recompute="full"))
+    compiled = ModelConfig(compile=True, recompute="full")
+    config(train=TrainConfig(cuda_graph=True), model=compiled)
+    with pytest.raises(ConfigError, match=r"use --model.recompute selective"):
+        Config(replace(STUDENT, drop_path=0.1), TEACHER, model=compiled, train=TrainConfig(cuda_graph=True))
     with pytest.raises(ConfigError, match="masks_per_clip = 0"):
         config(train=TrainConfig(masks_per_clip=0))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
 
 
+# on a GPU
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_with_its_kernels_gives_the_loss_and_gradients_of_the_cpu(clip, compiled):
+    student, teacher = models()
+    visible = some_visible(2)
+    expected = alignment_step(student, teacher, clip, None, visible)
+    wanted = gradients(student, expected.loss)
+    student, teacher = (model.cuda() for model in models())
+    if compiled:
+        compile_models(student, teacher)
+    out = alignment_step(student, teacher, clip.cuda(), None, visible.cuda())
+    assert abs(out.loss.cpu() - expected.loss) < 1e-4
+    assert (out.scores.cpu() - expected.scores).abs().max() < 1e-5
+    assert_same([gradient.cpu() for gradient in gradients(student, out.loss)], wanted, 1e-3)
+    torch._dynamo.reset()
+
+
 # the captured step
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_captured_step_is_the_eager_step_for_twenty_steps():
-    device = torch.device("cuda")
+@pytest.mark.parametrize("way", ["as it is", "compiled", "under DDP"])
+def test_a_captured_step_is_the_eager_step_for_twenty_steps(way, tmp_path):
+    device = torch.device("cuda", torch.cuda.current_device())
+    if way == "under DDP":
+        store = f"file://{tmp_path / 'store'}"
+        dist.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=device)
     clips = torch.randint(0, 256, (20, 2, 3, 64, 64, 3), dtype=torch.uint8, device=device)
     visible = some_visible(2).to(device)
 
     def run(capturing: bool) -> tuple[list[float], list[Tensor]]:
         student, teacher = (model.to(device) for model in models())
         optimizer = build_optimizer(student, OptimConfig(), capturable=capturing)
+        model: torch.nn.Module = student
+        if way == "compiled":
+            compile_models(student, teacher)
+        if way == "under DDP":
+            with capture_stream(capturing):
+                model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         def step(clip: Tensor) -> Tensor:
-            loss = alignment_step(student, teacher, clip, None, visible).loss
+            loss = alignment_step(model, teacher, clip, None, visible).loss
             loss.backward()
             clip_gradients(student, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return loss
 
-        call = CapturedStep(step) if capturing else step
+        call = CapturedStep(step, DDP_WARM_UPS if way == "under DDP" else WARM_UPS) if capturing else step
         losses = []
         for number, clip in enumerate(clips):
             set_learning_rate(optimizer, 1e-4 * (number + 1))
             losses.append(call(clip).item())
         return losses, list(student.parameters())
 
-    (eager, expected), (captured, got) = run(False), run(True)
+    try:
+        (eager, expected), (captured, got) = run(False), run(True)
+    finally:
+        torch._dynamo.reset()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     assert captured == pytest.approx(eager, rel=1e-4)
     assert_same(got, expected, 1e-3)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from umt_fast import masking
 from umt_fast.config import Config, ConfigError
 from umt_fast.distributed import World
-from umt_fast.low_precision import lower_precision
+from umt_fast.low_precision import lower_precision, lower_student_precision
 from umt_fast.models import attention, attention_choice
 from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import ClipTeacher
@@ -26,8 +26,8 @@ def accelerate(
 ) -> list[str]:
     """Give both models the run's attention, recomputation, precision and compilation. Returns what was done, in lines.
 
-    Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised teacher is judged. Raises
-    ConfigError for what this device cannot do, or a teacher that is too far off.
+    Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised model is judged. Raises
+    ConfigError for what this device cannot do, or a model that is too far off.
     """
     if config.train.cuda_graph and world.device.type != "cuda":
         raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
@@ -52,6 +52,11 @@ def accelerate(
             raise ConfigError("model.teacher_precision is for runs in bf16; add --run.precision bf16")
         precision, least = config.model.teacher_precision, config.model.least_teacher_cosine
         said.append(lower_precision(teacher, precision, sample().to(world.device), least))
+    if config.model.student_precision != "same":
+        if not bf16:
+            raise ConfigError("model.student_precision is for runs in bf16; add --run.precision bf16")
+        least = config.model.least_student_cosine
+        said.append(lower_student_precision(student, sample().to(world.device), masks * clips, seen, least))
     if config.model.recompute != "none":
         student.set_recompute(config.model.recompute)
         said.append(f"recompute: {config.model.recompute}")

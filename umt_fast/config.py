@@ -26,6 +26,7 @@ TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"
 Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
 Recompute = Literal["none", "selective", "full"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
+StudentPrecision = Literal["same", "fp8"]
 
 
 class ConfigError(RunError, ValueError):
@@ -168,6 +169,11 @@ class ModelConfig:
     on clips of the run and printed at the start."""
     least_teacher_cosine: float = 0.999
     """Mean cosine with the exact targets below which such a teacher is refused."""
+    student_precision: StudentPrecision = "same"
+    """same as the run; fp8 (Ada, Hopper and later) trains the blocks' matmuls in float8 through torchao: an experiment.
+    The error is measured on clips of the run and printed at the start."""
+    least_student_cosine: float = 0.99
+    """Mean cosine with the exact predictions below which such a student is refused."""
 
 
 @dataclass(frozen=True)
@@ -299,12 +305,19 @@ class Config:
             if value is not None and value < low:
                 raise ConfigError(f"{name} = {value} is below {low}")
         _divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
-        if self.model.teacher_precision != "same" and self.run.precision == "fp32":
-            raise ConfigError("model.teacher_precision is for runs in bf16; remove --run.precision fp32")
+        for name in ("teacher_precision", "student_precision"):
+            if getattr(self.model, name) != "same" and self.run.precision == "fp32":
+                raise ConfigError(f"model.{name} is for runs in bf16; remove --run.precision fp32")
         if self.train.cuda_graph and optim.accumulate > 1:
             raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
         if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:
             raise ConfigError("model.recompute reads the random state, which a CUDA graph forbids; add --model.compile")
+        if self.train.cuda_graph and self.model.recompute == "full" and self.student.drop_path > 0:
+            # torch.compile then draws from generators of its own, which the graph does not know.
+            raise ConfigError(
+                "model.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
+                "--model.recompute selective or --student.drop-path 0"
+            )
         shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
         shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
         shares |= {"mask.ratio": (self.mask.ratio,)}

@@ -1,8 +1,12 @@
-"""A teacher that multiplies in int8 or float8, through torchao, and what that costs in accuracy.
+"""A teacher that multiplies in int8 or float8, a student that trains in float8, both through torchao, and what that
+costs in accuracy.
 
 The scores decide what the student sees, so the last block's queries, keys and values stay as they are, with the patch
 embedding and the output projection. Everything else of the blocks is quantised: weights once, per output channel,
 activations at every call, per row.
+
+The student's float8 is an experiment: all matmuls of its blocks, forward and backward, with one scale per tensor found
+at every call. Patch embedding, attention, norms and heads stay as they are, and so do the weights and their keys.
 """
 
 from __future__ import annotations
@@ -15,45 +19,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, TeacherPrecision
+from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import Block, ClipTeacher
 
 INSTALL = "pip install torchao"
 FLOAT8_CAPABILITY = (8, 9)
 """The first compute capability with float8 matmuls."""
+FLOAT8_MULTIPLE = 16
+"""What the sizes of a float8 matmul must be multiples of; the rows of a batch are one, in the weights' gradient."""
 
 
 @dataclass(frozen=True)
-class TargetError:
-    """Cosine between the targets of the quantised teacher and those before, over all tokens and layers."""
+class Cosines:
+    """Cosines between a model's outputs in low precision and those before, over all tokens and layers."""
 
     mean: float
     lowest_percent: float
-    """The cosine that 1% of the targets stay below."""
+    """The cosine that 1% of the outputs stay below."""
     median: float
-    score_difference: float
-    """Largest difference of a score, over the largest score."""
+
+    @staticmethod
+    def between(rounded: Tensor, exact: Tensor) -> Cosines:
+        cosine = F.cosine_similarity(exact.float(), rounded.float(), dim=-1).flatten()
+        low = cosine.kthvalue(max(1, len(cosine) // 100)).values
+        return Cosines(float(cosine.mean()), float(low), float(cosine.median()))
 
     def __str__(self) -> str:
-        return (
-            f"cosine of its targets with the exact ones: mean {self.mean:.5f}, median {self.median:.5f}, "
-            f"1% below {self.lowest_percent:.5f}; scores off by up to {100 * self.score_difference:.2f}% of the largest"
-        )
+        return f"mean {self.mean:.5f}, median {self.median:.5f}, 1% below {self.lowest_percent:.5f}"
 
 
-def check_device(precision: TeacherPrecision, device: torch.device) -> None:
-    """Raise ConfigError unless this device can run a teacher of that precision."""
+def check_device(setting: str, precision: TeacherPrecision, device: torch.device) -> None:
+    """Raise ConfigError, naming the setting, unless this device can run a model of that precision."""
     try:
         importlib.import_module("torchao")
     except ImportError as error:
-        raise ConfigError(f"model.teacher_precision = {precision} needs torchao ({error}); {INSTALL}") from None
+        raise ConfigError(f"{setting} = {precision} needs torchao ({error}); {INSTALL}") from None
     if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY):
-        raise ConfigError("model.teacher_precision = fp8 needs a GPU with float8 matmuls: Ada, Hopper or later")
+        raise ConfigError(f"{setting} = fp8 needs a GPU with float8 matmuls: Ada, Hopper or later")
 
 
 def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
     """Quantise the matmuls of the blocks in place. Raises ConfigError where torchao or the device cannot."""
     device = teacher.proj.device
-    check_device(precision, device)
+    check_device("model.teacher_precision", precision, device)
     blocks = [block for block in teacher.transformer.resblocks if isinstance(block, Block)]
     for block in blocks:
         if block is not blocks[-1]:
@@ -95,12 +103,57 @@ def lower_precision(teacher: ClipTeacher, precision: TeacherPrecision, clip: Ten
         quantize_teacher(teacher, precision)
         rounded = teacher.encode(clip)
         rounded_targets = teacher.targets(rounded, visible)
-    cosine = F.cosine_similarity(exact_targets.float(), rounded_targets.float(), dim=-1).flatten()
-    low, median = cosine.kthvalue(max(1, len(cosine) // 100)).values, cosine.median()
-    difference = (exact.scores - rounded.scores).abs().max() / exact.scores.max()
-    error = TargetError(float(cosine.mean()), float(low), float(median), float(difference))
-    if not error.mean >= least_cosine:
+    cosines = Cosines.between(rounded_targets, exact_targets)
+    difference = float((exact.scores - rounded.scores).abs().max() / exact.scores.max())
+    error = (
+        f"cosine of its targets with the exact ones: {cosines}; "
+        f"scores off by up to {100 * difference:.2f}% of the largest"
+    )
+    if not cosines.mean >= least_cosine:
         raise ConfigError(
             f"model.teacher_precision = {precision} is refused: {error}; model.least_teacher_cosine is {least_cosine}"
         )
     return f"{precision} teacher: {error}"
+
+
+def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool = False) -> None:
+    """Let the matmuls of the student's blocks compute in float8, both ways, on `batch` samples of `seen` tokens.
+
+    Parameters and keys stay as they are. `emulate` rounds to float8 but multiplies in float32, on any device. Raises
+    ConfigError where torchao, the device or a size does not allow it.
+    """
+    if not emulate:
+        check_device("model.student_precision", "fp8", student.position.device)
+    for name, size in (("student.width", student.config.width), ("visible tokens of a batch", batch * seen)):
+        if size % FLOAT8_MULTIPLE:
+            raise ConfigError(f"model.student_precision = fp8: {name} = {size} is no multiple of {FLOAT8_MULTIPLE}")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(student.encoder.blocks, config=Float8LinearConfig(emulate=emulate))
+
+
+def lower_student_precision(
+    student: VideoStudent, clip: Tensor, batch: int, seen: int, least_cosine: float, emulate: bool = False
+) -> str:
+    """Convert the student and measure the error of its predictions on `clip` [B,T,H,W,3]. Returns a line that says it.
+
+    Raises ConfigError if the mean cosine is below `least_cosine`.
+    """
+    ids = (torch.arange(seen, device=clip.device) * student.config.tokens // seen).expand(len(clip), -1)
+
+    def predict() -> Tensor:
+        with torch.no_grad(), torch.autocast(clip.device.type, torch.bfloat16):
+            return student(clip, ids).normed()
+
+    training = student.training
+    student.eval()  # dropped paths would differ
+    exact = predict()
+    convert_student(student, batch, seen, emulate)
+    cosines = Cosines.between(predict(), exact)
+    student.train(training)
+    error = f"cosine of its predictions with the exact ones: {cosines}"
+    if not cosines.mean >= least_cosine:
+        raise ConfigError(
+            f"model.student_precision = fp8 is refused: {error}; model.least_student_cosine is {least_cosine}"
+        )
+    return f"fp8 student: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -34,16 +35,21 @@ def describe() -> dict[str, str]:
     }
 
 
-def _commit() -> str:
-    """The checkout's commit, with a + if files differ from it; "unknown" outside a git checkout."""
-    root = Path(__file__).parents[2]
+def _commit(root: Path = Path(__file__).parents[2]) -> str:
+    """The checkout's commit, with a + if files other than results differ from it; outside a git checkout a hash of the
+    sources, so that measurements of other code are told apart all the same."""
+    differing = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"]
     try:
         commit, status = (
             subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+            for words in (["rev-parse", "--short=12", "HEAD"], differing)
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        digest = hashlib.sha256()
+        for folder in ("umt_fast", "kernels/umt_kernels", "benchmarks"):
+            for path in sorted((root / folder).rglob("*.py")):
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+        return f"unknown, sources {digest.hexdigest()[:12]}"
     return commit + ("+" if status else "")
 
 

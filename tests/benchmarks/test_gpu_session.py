@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks import gpu_session, step_time
 from benchmarks.gpu_session import Stage, run, stages
+from benchmarks.kernels.environment import _commit
 
 
 def python(code: str, name: str = "a stage") -> Stage:
@@ -52,3 +54,29 @@ def test_without_a_gpu_it_says_so(monkeypatch):
     monkeypatch.setattr(gpu_session.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA GPU"):
         gpu_session.main()
+
+
+def test_results_do_not_change_the_commit_but_sources_do(tmp_path):
+    source, result = tmp_path / "umt_fast" / "a.py", tmp_path / "benchmarks" / "results" / "h200.json"
+    for path in (source, result):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    outside = _commit(tmp_path)
+    result.write_text("2")
+    assert _commit(tmp_path) == outside
+    source.write_text("2")
+    assert _commit(tmp_path) != outside
+
+    def git(*words: str) -> None:
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false")
+        subprocess.run(("git", *who, *words), cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    commit = _commit(tmp_path)
+    assert len(commit) == 12
+    result.write_text("3")
+    assert _commit(tmp_path) == commit
+    source.write_text("3")
+    assert _commit(tmp_path) == commit + "+"

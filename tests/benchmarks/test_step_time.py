@@ -43,6 +43,23 @@ def test_every_rung_has_the_same_loss_for_twenty_steps():
         assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 0.02, name
 
 
+@pytest.mark.timeout(450)  # it compiles them all
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the rungs of a GPU")
+def test_every_rung_of_a_gpu_has_the_same_loss_for_twenty_steps():
+    """A recorded step draws its own visible sets, so here it is not recorded; tests/test_acceleration.py does that."""
+    device, losses = torch.device("cuda"), {}
+    for rung in ladder(device):
+        if missing(rung, device) is None:
+            work = prepare("tiny", 2, device)
+            step = build(rung, work)
+            losses[rung.name] = [float(step(work.visible, no_mark)) for _ in range(20)]
+            torch._dynamo.reset()
+    expected = losses.pop(BASELINE.name)
+    assert abs(expected[-1] - expected[0]) > 0.1  # it learns
+    for name, got in losses.items():
+        assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 0.05, name
+
+
 @pytest.mark.parametrize("rung", runnable(), ids=lambda rung: rung.name)
 def test_every_phase_of_a_step_is_timed(rung):
     step = build(rung, prepare("tiny", 1, CPU))
@@ -133,16 +150,26 @@ def test_resume_measures_only_what_is_missing(monkeypatch, tmp_path):
     assert built == [SDPA.name, FLOAT.name]  # another commit: measured anew
 
 
-def test_a_rung_that_breaks_leaves_the_others(monkeypatch):
+@pytest.mark.parametrize("call", [0, 1, 2], ids=["when built", "at the first step", "when it is recorded"])
+def test_a_rung_that_breaks_leaves_the_others(monkeypatch, call):
     def broken(rung, work):
-        if rung is SDPA:
-            raise RuntimeError("no such kernel\nat all")
-        return build(rung, work)
+        step, calls = build(rung, work), [0]
+
+        def run(visible, mark):
+            calls[0] += 1
+            if calls[0] >= call:
+                raise RuntimeError("no such kernel\nat all")
+            return step(visible, mark)
+
+        if rung is SDPA and call == 0:
+            run(None, no_mark)
+        return run if rung is SDPA else step
 
     monkeypatch.setattr(step_time, "build", broken)
     monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
     first, second, third = step_time.measure_model("tiny", 1, [BASELINE, SDPA, LEAN], 1, CPU, {})
     assert second.not_run == "failed: no such kernel"
+    assert second.seconds is None
     assert first.seconds
     assert third.seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import types
@@ -90,6 +91,41 @@ def test_packed_is_the_same(name):
 @pytest.mark.parametrize("name", ["sdpa", "flash", "math"])
 def test_a_backend_is_one_graph(name):
     assert fault(load(name), torch.device("cpu"), torch.float32, 64, gradients=True, compiled=True) is None
+
+
+def test_no_number_of_trials_makes_a_backend_break_the_graph():
+    torch._dynamo.reset()
+    trials = list(
+        itertools.product(("sdpa", "flash", "math", "matmul"), (torch.float32, torch.bfloat16), (False, True))
+    )
+    assert len(trials) > torch._dynamo.config.recompile_limit
+    for name, dtype, with_gradients in trials:
+        assert fault(load(name), torch.device("cpu"), dtype, 64, with_gradients, compiled=True) is None, name
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("queries", "called"), [(9, "packed"), (4, "apart")])
+def test_what_is_measured_is_the_call_that_the_models_make(monkeypatch, queries, called):
+    calls = []
+
+    def apart(q, k, v):
+        calls.append("apart")
+        return SDPA.attend(q, k, v)
+
+    def packed(qkv):
+        calls.append("packed")
+        return SDPA.attend_packed(qkv)
+
+    def broken(*_inputs):
+        raise AssertionError("not at this size")
+
+    backends = {"sdpa": Backend("sdpa", apart, packed), "math": Backend("math", broken, broken)}
+    monkeypatch.setattr(attention_choice, "load", backends.__getitem__)
+    monkeypatch.setattr(attention_choice, "NAMES", tuple(backends))
+    monkeypatch.setattr(attention_choice, "fault", lambda *_args: None)
+    use = Use(2, queries, 9, 2, 16, True)
+    assert list(attention_choice.measure(use, torch.device("cpu"), torch.float32)) == ["sdpa"]
+    assert set(calls) == {called}
 
 
 def test_fault_finds_what_breaks_a_graph_and_what_does_not_run():

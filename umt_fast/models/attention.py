@@ -11,6 +11,7 @@ A backend is looked up before a model is compiled: inside a graph there is nothi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -120,6 +121,9 @@ LIBRARIES = {
     "xformers": Library("xformers.ops", "memory_efficient_attention", "xformers", "pip install xformers"),
 }
 
+MANY = 10_000
+"""Far more trials than a process makes."""
+
 NAMES = ("sdpa", *TORCH_KERNELS, "matmul", *LIBRARIES)
 
 
@@ -153,8 +157,10 @@ def fault(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend)
 
+    # Every trial compiles `attend` anew, and torch.compile gives a function up after a few times.
+    many = torch._dynamo.config.patch(recompile_limit=MANY) if compiled else contextlib.nullcontext()
     try:
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), many:
             trial = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
             out = trial(*(x.requires_grad_(gradients) for x in (q, k, v)))
             if gradients:

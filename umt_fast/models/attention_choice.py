@@ -12,14 +12,16 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from umt_fast.config import ConfigError, StudentConfig, TeacherConfig
-from umt_fast.models.attention import LIBRARIES, NAMES, Backend, attention, fault, load
+from umt_fast.models.attention import LIBRARIES, NAMES, Backend, attention, fault, load, self_attention
 
 REPEATS = 10
 LONGEST = 0.5  # seconds spent on one backend; the first calls compile kernels and do not count
@@ -101,7 +103,7 @@ def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool =
             continue
         try:
             seconds[name] = _median_seconds(backend, use, device, dtype)
-        except (RuntimeError, torch.OutOfMemoryError):  # `math` may not fit where the others do
+        except Exception:  # whatever a library raises at this size; `math` may not fit where the others do
             continue
     if not seconds:
         raise ConfigError(f"no attention backend runs on this {device.type} in {dtype} with head dim {use.head_dim}")
@@ -109,21 +111,23 @@ def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool =
 
 
 def _median_seconds(backend: Backend, use: Use, device: torch.device, dtype: torch.dtype) -> float:
-    """Inputs are views of one packed tensor where the lengths allow, as in the models."""
+    """As in the models: one packed tensor and one gradient of it, unless the queries are fewer than the keys."""
     shape = (use.heads, use.head_dim)
     packed = torch.randn(use.batch, use.keys, 3, *shape, device=device, dtype=dtype)
-    q, k, v = packed.unbind(2)
+    inputs: tuple[Tensor, ...] = (packed,)
+    call: Callable[..., Tensor] = self_attention
     if use.queries != use.keys:
         q = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
+        inputs, call = (q, *packed.unbind(2)[1:]), attention
     grad = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
     took: list[float] = []
     started = time.perf_counter()
     while len(took) < REPEATS + 1 and (len(took) < 2 or time.perf_counter() - started < LONGEST):
-        q, k, v = (x.detach().requires_grad_(use.gradients) for x in (q, k, v))
+        inputs = tuple(x.detach().requires_grad_(use.gradients) for x in inputs)
         _wait(device)
         begun = time.perf_counter()
         with torch.set_grad_enabled(use.gradients):
-            out = attention(q, k, v, backend)
+            out = call(*inputs, backend=backend)
             if use.gradients:
                 out.backward(grad)
         _wait(device)

@@ -13,7 +13,7 @@ from umt_fast.config import Recompute
 
 RunBlock = Callable[[nn.Module, Tensor], Tensor]
 
-_COSTLY = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+_COSTLY = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_scaled_dot_product")
 
 
 def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

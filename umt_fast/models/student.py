@@ -35,7 +35,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, -1))
+        if type(self.qkv) is nn.Linear:
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:  # in float8 the layer multiplies by itself
+            qkv = self.qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
         return self.proj(self_attention(qkv, self.backend).flatten(2))
 
 
