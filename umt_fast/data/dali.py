@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from umt_fast.data import nvdec, pyav
 from umt_fast.data.augment import View
@@ -30,6 +30,7 @@ from umt_fast.data.loader import (
     Loader,
     Prepared,
     decode,
+    empty_for_parent,
     fetch_ahead,
     nothing_readable,
     try_candidates,
@@ -208,9 +209,7 @@ def _read(video: Video) -> bytes:
 
 def _shared(parts: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
     """`parts` behind one another, in memory that a worker shares with the training process."""
-    joined = torch.empty(sum(part.size for part in parts), dtype=torch.uint8)
-    if get_worker_info() is not None:
-        joined.share_memory_()
+    joined = empty_for_parent((sum(part.size for part in parts),))
     if parts:
         np.concatenate([part.reshape(-1) for part in parts], out=joined.numpy())
     return joined.view(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -111,6 +112,14 @@ def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes]
         yield from ahead
 
 
+def empty_for_parent(shape: tuple[int, ...]) -> Tensor:
+    """Bytes that a worker hands to the training process: written once, where that reads them."""
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
 class ClipDataset(Dataset[Batch]):
     """Batches of a stream by the numbers of their visits, decoded by PyAV."""
 
@@ -121,9 +130,7 @@ class ClipDataset(Dataset[Batch]):
         """A video that cannot be read is replaced by another. Where that fails too, the batch holds no clip."""
         stream = self.stream
         shape = (len(visits), stream.config.crops_per_clip, stream.frames, stream.side, stream.side, 3)
-        clips = torch.empty(shape, dtype=torch.uint8)
-        if get_worker_info() is not None:
-            clips.share_memory_()  # written once, where the training process reads it
+        clips = empty_for_parent(shape)
         batch = Batch(clips.flatten(0, 1), [], [])
         for visit, content, out in zip(visits, fetch_ahead(stream, visits), clips.numpy(), strict=True):
             name, bad = try_candidates(stream, visit, content, functools.partial(decode, stream, out=out))
