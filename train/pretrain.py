@@ -104,7 +104,7 @@ def train(config: Config, world: World) -> Path:
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     source = world.gather(find_checkpoint(config, folder))[0]
-    plan = {"videos": len(videos), "total_steps": schedule.total_steps}
+    plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
     start, clips_seen, rng, planned = 0, 0, None, plan
     if source is not None:
         start, clips_seen, rng, planned = restore(source, config, world, student, optimizer, step_clips)
@@ -257,7 +257,7 @@ def restore(
     student: umt_fast.VideoStudent,
     optimizer: torch.optim.Optimizer,
     step_clips: int,
-) -> tuple[int, int, dict[str, Tensor] | None, dict[str, int]]:
+) -> tuple[int, int, dict[str, Tensor] | None, dict[str, Any]]:
     """Load a checkpoint. Returns the steps done, the clips seen, this rank's random state and what the run had planned.
 
     With another global batch the steps done are counted anew from the clips seen; a rank that the checkpoint does

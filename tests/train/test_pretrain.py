@@ -72,12 +72,19 @@ def test_a_run_goes_on_with_another_number_of_processes(trainer, demo_videos):
     assert status == 0, output
     longer = trainer.folder / "longer.csv"
     longer.write_text(demo_videos.read_text() * 2)
+    other = trainer.folder / "other.csv"
+    other.write_text("".join(sorted(longer.read_text().splitlines(keepends=True), reverse=True)))
     status, output = trainer.run("--run.name", "a", "--optim.batch-size", "3", "--data.train", str(longer))
     assert status == 0, output
     assert "at step 2\n" in output  # 6 clips, 3 a step
+    assert "note: list was" in output
     assert "note: videos was 8 when it was saved, now 16" in output
     assert "note: total steps was 32 when it was saved, now 42" in output
     assert trainer.checkpoints("a")[-1].name == f"clips_{6 + 40 * 3:010d}.pth"
+    status, output = trainer.run("--run.name", "a", "--optim.batch-size", "3", "--data.train", str(other))
+    assert status == 0, output
+    assert "note: list was" in output
+    assert "note: videos was" not in output  # only their order differs
 
 
 def test_several_crops_of_a_video(trainer):

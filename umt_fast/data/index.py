@@ -17,6 +17,7 @@ the format, then one JSON object per video:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import posixpath
 import urllib.parse
@@ -128,6 +129,10 @@ class VideoList(Sequence[Video]):
     def count_distinct(self) -> int:
         """How many different videos the list names."""
         return len({self._row(index) for index in range(len(self))})
+
+    def digest(self) -> str:
+        """Tells this list from others, whatever their lengths."""
+        return hashlib.sha256(self._rows).hexdigest()[:12]
 
     def _row(self, index: int) -> bytes:
         return self._rows[self._ends[index] : self._ends[index + 1]]
