@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -25,13 +24,7 @@ STUDENT = StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 2, 16)
 TEACHER = TeacherConfig(56, 14, 1, 64, 32, 2, 2, 16, 2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def models(drop_path: float = 0.0) -> tuple[VideoStudent, ClipTeacher]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -29,13 +28,7 @@ CONFIG = TeacherConfig(64, 16, 1, None, 64, 3, 2, 32, 2)
 STUDENT = StudentConfig(64, 16, 1, 4, 64, 3, 2, 0.0, 2, 32)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

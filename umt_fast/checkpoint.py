@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umt_fast.files import put_in_place
 from umt_fast.models.student import bare_student
 from umt_fast.models.teacher import ClipTeacher
 from umt_fast.weights import WeightsError, clip_image_tower, inflate, resample_positions
@@ -98,16 +99,9 @@ def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep
                 torch.save({"format": FORMAT, "clips_seen": clips_seen, **content}, file)
             except RuntimeError as error:  # torch's writer turns a failed write into this
                 raise OSError(f"cannot write {path}, is the disk full? {error}") from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        put_in_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     for old in list_checkpoints(folder)[:-keep]:
         if old != path:
             old.unlink()

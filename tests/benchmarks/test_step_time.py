@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,13 +16,7 @@ CPU = torch.device("cpu")
 FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED, FUSED, GRAPH, FP8 = ladder(CPU)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def runnable():

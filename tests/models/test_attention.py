@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,13 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USE = Use(2, 9, 9, 2, 16, True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class PlanDataset(Dataset[Plan]):
             orders=[replace(order, content=np.empty(0, np.uint8)) for order in orders],
             content=_shared([order.content for order in orders], (-1,)),
             sizes=[len(order.content) for order in orders],
-            decoded=_shared([one.clips for one in decoded], (len(decoded), *_clips_shape(self.stream))),
+            decoded=_shared([one.clips for one in decoded], (len(decoded), *self.stream.clips_shape)),
             places=[one.place for one in decoded],
             reasons=Counter(one.reason for one in decoded),
         )
@@ -191,13 +191,9 @@ class PlanDataset(Dataset[Plan]):
         )
 
     def _decode(self, place: int, reason: str, video: Video, rng: Generator, content: bytes | None) -> ByPyav:
-        clips = np.empty(_clips_shape(self.stream), np.uint8)
+        clips = np.empty(self.stream.clips_shape, np.uint8)
         decode(self.stream, video, rng, content, clips)
         return ByPyav(place, reason, clips)
-
-
-def _clips_shape(stream: ClipStream) -> tuple[int, int, int, int, int]:
-    return stream.config.crops_per_clip, stream.frames, stream.side, stream.side, 3
 
 
 def _read(video: Video) -> bytes:
@@ -485,7 +481,7 @@ class DaliLoader(Loader):
         made = list(made)
         if len(made) == 1 and len(made[0][0]) == len(plan.visits):
             return made[0][1]
-        clips = torch.empty((len(plan.visits), *_clips_shape(self.stream)), dtype=torch.uint8, device=self._device)
+        clips = torch.empty((len(plan.visits), *self.stream.clips_shape), dtype=torch.uint8, device=self._device)
         for places, part in (*made, (plan.places, plan.decoded)):
             for place, one in zip(places, part, strict=True):
                 clips[place].copy_(one, non_blocking=True)

@@ -99,6 +99,7 @@ class VideoList(Sequence[Video]):
         self._base = base
         self._rows = b"".join(rows)
         self._ends = np.cumsum([0, *map(len, rows)])
+        self.may_be_remote = is_url(base) or b"://" in self._rows
 
     @classmethod
     def of_rows(cls, rows: Iterable[dict[str, Any]], base: str = "") -> VideoList:

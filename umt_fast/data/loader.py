@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import signal
 from collections import deque
@@ -97,6 +98,9 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:
     """For each visit the bytes of the video to try first, if it is remote, fetched some visits ahead."""
+    if not stream.videos.may_be_remote:
+        yield from itertools.repeat(None, len(visits))
+        return
     with ThreadPoolExecutor(READS_AHEAD) as pool:
         ahead: deque[Future[bytes] | None] = deque()
         for visit in visits:
@@ -129,8 +133,7 @@ class ClipDataset(Dataset[Batch]):
     def __getitem__(self, visits: list[int]) -> Batch:
         """A video that cannot be read is replaced by another. Where that fails too, the batch holds no clip."""
         stream = self.stream
-        shape = (len(visits), stream.config.crops_per_clip, stream.frames, stream.side, stream.side, 3)
-        clips = empty_for_parent(shape)
+        clips = empty_for_parent((len(visits), *stream.clips_shape))
         batch = Batch(clips.flatten(0, 1), [], [])
         for visit, content, out in zip(visits, fetch_ahead(stream, visits), clips.numpy(), strict=True):
             name, bad = try_candidates(stream, visit, content, functools.partial(decode, stream, out=out))

@@ -44,8 +44,6 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
     if is_url(source) and suffix not in (".csv", ".jsonl", ".txt"):
         source, suffix = posixpath.join(source, INDEX_NAME), ".jsonl"
     if os.path.isdir(source):
-        if os.path.isdir(os.path.join(source, STATE_NAME)) and not os.path.exists(os.path.join(source, INDEX_NAME)):
-            raise ManifestError(f"{source} holds unfinished copies; give umt_fast.data.prepare the same command again")
         if not os.path.exists(os.path.join(source, INDEX_NAME)):
             return _folder(Path(source))
         source, suffix = os.path.join(source, INDEX_NAME), ".jsonl"
@@ -59,6 +57,8 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
 
 
 def _folder(path: Path) -> VideoList:
+    if (path / STATE_NAME).is_dir():
+        raise ManifestError(f"{path} holds unfinished copies; give umt_fast.data.prepare the same command again")
     found: list[str] = []
     visited: set[str] = set()
     for folder, folders, names in os.walk(path, followlinks=True):

@@ -36,6 +36,11 @@ class ClipStream:
     def __post_init__(self) -> None:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
+    @property
+    def clips_shape(self) -> tuple[int, int, int, int, int]:
+        """Of the clips of one visit: [R,T,H,W,3]."""
+        return self.config.crops_per_clip, self.frames, self.side, self.side, 3
+
     def attempts(self, visit: int) -> Iterator[tuple[int, np.random.Generator]]:
         """The video's place in the list and the source of what is drawn for it; then those tried in its place."""
         epoch, place = divmod(visit, len(self.videos))
