@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from umt_fast.config import DataConfig
 from umt_fast.data import pyav
@@ -407,3 +409,38 @@ def test_the_settings_are_the_runs(videos):
     config = dataclasses.replace(DataConfig(), workers=0, crop_scales=(0.5,), flip=1.0)
     stream = ClipStream(VideoList.of_paths(videos), config, 2, 16, 0)
     assert ClipDataset(stream)[[0]].clip.shape == (1, 2, 16, 16, 3)
+
+
+# The memory that batches lie in.
+
+
+def test_memory_of_batches_is_used_again(videos):
+    """Where it was not, torch shares fresh memory."""
+    with ClipLoader(_stream(videos, workers=2), start=0, batches=40, batch_size=2) as loader:
+        assert not any(batch.clip.is_shared() for batch in loader)
+    assert any(batch.clip.is_shared() for batch in _batches(_stream(videos, workers=2), batches=40, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "keep", [torch.Tensor.detach, torch.Tensor.numpy, lambda clip: clip[1:, :, 3], lambda clip: clip]
+)
+def test_memory_in_use_is_left_alone(videos, keep):
+    """Also where but a view of a batch is kept, and where more batches are kept than there are buffers."""
+    alone = [keep(batch.clip) for batch in _batches(_stream(videos), batches=30, batch_size=2)]
+    kept = []
+    with ClipLoader(_stream(videos, workers=2), start=0, batches=30, batch_size=2) as loader:
+        for batch in loader:
+            kept.append(keep(batch.clip))
+            del batch
+    assert all(np.array_equal(one, other) for one, other in zip(alone, kept, strict=True))
+
+
+def test_spawned_workers_change_nothing(videos, monkeypatch):
+    """They do not inherit memory."""
+    alone = _batches(_stream(videos), batches=4, batch_size=2)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(
+        "umt_fast.data.loader.DataLoader", functools.partial(DataLoader, multiprocessing_context=context)
+    )
+    _assert_same(_batches(_stream(videos, workers=1), batches=4, batch_size=2), alone)

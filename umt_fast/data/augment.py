@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 # The 13 corners, in quarters of the slack (x, y): corners and centre, edge middles, quarter points.
 POSITIONS = (
@@ -47,16 +46,24 @@ def draw_view(
     return View(x, y, width, height, bool(rng.random() < flip))
 
 
-def show(frame: np.ndarray, view: View, side: int) -> np.ndarray:
-    """The view of one frame [H,W,3] uint8, resized to [side,side,3] bilinearly with antialiasing.
+def show(frame: np.ndarray, view: View, out: np.ndarray) -> None:
+    """Write the view of one frame [H,W,3] uint8 to `out` [side,side,3], resized bilinearly with antialiasing.
 
     By torch, whose 8-bit kernel takes a quarter of Pillow's time and gives its numbers, to 1 of 255.
     """
     part = frame[view.y : view.y + view.height, view.x : view.x + view.width]
-    # `view` gives the batch a stride that says channels last; without, the result would be laid out plane by plane.
-    planes = torch.from_numpy(np.ascontiguousarray(part)).view(1, *part.shape).permute(0, 3, 1, 2)
-    if part.shape[:2] != (side, side):
-        planes = F.interpolate(planes, (side, side), mode="bilinear", antialias=True)
+    if part.shape == out.shape:
+        out[:] = part
+    else:
+        # F.interpolate can't write to where its result is wanted.
+        torch.ops.aten._upsample_bilinear2d_aa.out(
+            _planes(np.ascontiguousarray(part)), out.shape[:2], False, None, None, out=_planes(out)
+        )
     if view.flip:  # torch's flip is as fast as a copy; numpy's goes byte by byte
-        planes = planes.flip(-1)
-    return planes[0].permute(1, 2, 0).numpy()
+        shown = _planes(out)
+        shown.copy_(shown.flip(-1))
+
+
+def _planes(picture: np.ndarray) -> torch.Tensor:
+    """[H,W,3] as [1,3,H,W], channels last: made so that also torch, by the stride of the batch, takes it for that."""
+    return torch.from_numpy(picture)[None].permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import math
@@ -23,6 +24,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.augment import show
 from umt_fast.data.index import BadIndex, Video
+from umt_fast.data.memory import Buffers, Loan
 from umt_fast.data.storage import read_video
 from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
@@ -35,6 +37,10 @@ T = TypeVar("T")
 
 READS_AHEAD = 8
 """Remote videos that a worker fetches while it decodes."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""As malloc.h numbers them."""
+IN_HAND = 2
+"""Batches of a worker that the training process is assumed to hold on to, beside those that wait for it."""
 
 
 class NothingReadable(RunError):
@@ -53,10 +59,23 @@ class Batch:
     """The video each visit is to."""
     bad: list[tuple[str, str]]
     """Videos that could not be read while making the batch, and why."""
+    loan: Loan | None = None
+    """In a worker: the buffer that `clip` lies in."""
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
+        """A worker sends the loan in the place of the clips."""
+        told = self.paths, self.bad
+        if self.loan is None:
+            return Batch, (self.clip, *told)
+        return _claim, (self.loan, tuple(self.clip.shape), *told)
 
     def pin_memory(self) -> Batch:
         self.clip = self.clip.pin_memory()
         return self
+
+
+def _claim(loan: Loan, shape: tuple[int, ...], paths: list[str], bad: list[tuple[str, str]]) -> Batch:
+    return Batch(loan.claim(shape), paths, bad)
 
 
 def try_candidates(
@@ -93,7 +112,7 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
     height, width = frames[0].shape[:2]
     for clip, view in zip(out, stream.draw_views(width, height, rng), strict=True):
         for place, frame in zip(clip, frames, strict=True):
-            place[:] = show(frame, view, stream.side)
+            show(frame, view, place)
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:
@@ -127,14 +146,17 @@ def empty_for_parent(shape: tuple[int, ...]) -> Tensor:
 class ClipDataset(Dataset[Batch]):
     """Batches of a stream by the numbers of their visits, decoded by PyAV."""
 
-    def __init__(self, stream: ClipStream) -> None:
+    def __init__(self, stream: ClipStream, buffers: Buffers | None = None) -> None:
+        """`buffers`: where workers write; fresh memory where there is none."""
         self.stream = stream
+        self.buffers = buffers
 
     def __getitem__(self, visits: list[int]) -> Batch:
         """A video that cannot be read is replaced by another. Where that fails too, the batch holds no clip."""
         stream = self.stream
-        clips = empty_for_parent((len(visits), *stream.clips_shape))
-        batch = Batch(clips.flatten(0, 1), [], [])
+        shape = (len(visits), *stream.clips_shape)
+        clips, loan = (self.buffers and self.buffers.take(shape)) or (empty_for_parent(shape), None)
+        batch = Batch(clips.flatten(0, 1), [], [], loan)
         for visit, content, out in zip(visits, fetch_ahead(stream, visits), clips.numpy(), strict=True):
             name, bad = try_candidates(stream, visit, content, functools.partial(decode, stream, out=out))
             batch.bad += bad
@@ -202,7 +224,7 @@ class Prepared(Iterator[T]):
             sampler=_RankBatches(start // crops, batches, batch_size // crops, rank, world_size),
             batch_size=None,  # the data set makes whole batches
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_begin_worker,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else the loader takes a number from the run's own
             **options,
@@ -253,8 +275,11 @@ class Loader(Iterator[Batch]):
 class ClipLoader(Loader):
     """Batches decoded by PyAV; the options are those of `Prepared`."""
 
-    def __init__(self, stream: ClipStream, **options: Any) -> None:
-        self._batches = Prepared(ClipDataset(stream), stream.config, **options)
+    def __init__(self, stream: ClipStream, *, batch_size: int, **options: Any) -> None:
+        config = stream.config
+        size = batch_size // config.crops_per_clip * math.prod(stream.clips_shape)
+        buffers = Buffers.for_workers(config.workers, config.prefetch + IN_HAND, size)
+        self._batches = Prepared(ClipDataset(stream, buffers), config, batch_size=batch_size, **options)
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
@@ -271,7 +296,10 @@ def nothing_readable(bad: list[tuple[str, str]]) -> NothingReadable:
     return NothingReadable(f"{1 + REPLACEMENTS} videos in a row could not be read, the last one {path}: {reason}")
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the training process decides when to stop."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _begin_worker(_worker: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process of the terminal; only the
+        signal.signal(number, signal.SIG_IGN)  # training process decides when to stop
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc would return to the system, page by page, what the next clip's frames need
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
