@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from umt_fast.data import pyav, vp9
+from umt_fast.data.excerpt import Excerpt, cut_excerpt
 from umt_fast.data.index import Video, VideoList
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
@@ -53,7 +54,7 @@ def _video(path: Path | str) -> Video:
     return VideoList.of_paths([str(path)])[0]
 
 
-def _decode(excerpt: pyav.Excerpt) -> list[np.ndarray | None]:
+def _decode(excerpt: Excerpt) -> list[np.ndarray | None]:
     """The frame of each packet, in order of presentation."""
     with av.open(io.BytesIO(excerpt.content)) as container:
         times = sorted(packet.pts for packet in container.demux(video=0) if packet.size)
@@ -73,7 +74,7 @@ def test_its_frames_are_those_asked_for(sample, kind, indexed):
     draws = [rng.integers(facts.frames, size=4).tolist() for _ in range(6)]
     draws += [[0], [facts.frames - 1], list(range(facts.frames))[::-1]]
     for indices in draws:
-        excerpt = pyav.excerpt(video, lambda count, indices=indices: indices)
+        excerpt = cut_excerpt(video, lambda count, indices=indices: indices)
         frames = _decode(excerpt)
         assert all(frame is not None for frame in frames)  # DALI pairs what NVDEC gives with packets by their order
         assert (excerpt.width, excerpt.height) == (facts.width, facts.height)
@@ -84,7 +85,7 @@ def test_its_frames_are_those_asked_for(sample, kind, indexed):
 
 @pytest.mark.parametrize("kind", ["h264.mp4", "vp9_444.mp4", "mjpeg.avi"])
 def test_it_holds_no_more_than_the_groups_need(sample, kind):
-    excerpt = pyav.excerpt(_video(sample(kind)), lambda count: [2, 50])  # key frames are 12 apart
+    excerpt = cut_excerpt(_video(sample(kind)), lambda count: [2, 50])  # key frames are 12 apart
     with av.open(io.BytesIO(excerpt.content)) as container:
         packets = sum(1 for packet in container.demux(video=0) if packet.size)
         assert [stream.type for stream in container.streams] == ["video"]
@@ -93,29 +94,29 @@ def test_it_holds_no_more_than_the_groups_need(sample, kind):
 
 def test_it_is_cut_from_bytes_too(sample):
     path = sample("vp9_alt_ref.webm")
-    one = pyav.excerpt(_video(path), lambda count: [3, 40])
-    assert pyav.excerpt(_video("s3://bucket/a.webm"), lambda count: [3, 40], path.read_bytes()) == one
+    one = cut_excerpt(_video(path), lambda count: [3, 40])
+    assert cut_excerpt(_video("s3://bucket/a.webm"), lambda count: [3, 40], path.read_bytes()) == one
 
 
 def test_what_is_no_plain_video_has_none(write_video, tmp_path):
     never = pytest.fail
     cut = write_video(tmp_path / "cut.mp4", frames=20, times=list(range(-5, 15)))
-    assert pyav.excerpt(_video(cut), lambda count: never("drawn")) is None
+    assert cut_excerpt(_video(cut), lambda count: never("drawn")) is None
     if hasattr(av.VideoStream, "set_display_rotation"):
         turned = write_video(tmp_path / "turned.mp4", frames=5, rotation=90)
-        assert pyav.excerpt(_video(turned), lambda count: never("drawn")) is None
+        assert cut_excerpt(_video(turned), lambda count: never("drawn")) is None
 
 
 def test_h264_whose_key_frames_are_none_has_none(write_video, tmp_path):
     """An open GOP begins with a picture that does not reset the decoder; cut free, it loses what follows."""
     path = write_video(tmp_path / "open.mp4", options={"x264-params": "open-gop=1:bframes=3:scenecut=0"})
-    assert pyav.excerpt(_video(path), lambda count: [2, 50]) is None
-    assert pyav.excerpt(_video(path), lambda count: [2, 5]) is not None
+    assert cut_excerpt(_video(path), lambda count: [2, 50]) is None
+    assert cut_excerpt(_video(path), lambda count: [2, 5]) is not None
 
 
 def test_a_video_that_is_not_there(tmp_path):
     with pytest.raises(pyav.BadVideo, match="No such file"):
-        pyav.excerpt(_video(tmp_path / "none.mp4"), lambda count: [0])
+        cut_excerpt(_video(tmp_path / "none.mp4"), lambda count: [0])
 
 
 # Frames of another size than the header's: FFmpeg and PyAV follow, DALI writes past its memory.
@@ -153,8 +154,8 @@ def test_frames_that_change_in_size_have_none(write_video, tmp_path, codec, suff
         for number, one in enumerate(((64, 48), size))
     )
     video = _video(_join(first, second, tmp_path / f"joined{suffix}"))
-    assert pyav.excerpt(video, lambda count: [2, 15]) is None
-    assert pyav.excerpt(video, lambda count: [2, 5]) is not None
+    assert cut_excerpt(video, lambda count: [2, 15]) is None
+    assert cut_excerpt(video, lambda count: [2, 5]) is not None
 
 
 def test_pixels_that_change_have_none(write_video, tmp_path):
@@ -163,7 +164,7 @@ def test_pixels_that_change_have_none(write_video, tmp_path):
         for pixels in ("yuv420p", "yuv444p")
     )
     video = _video(_join(first, second, tmp_path / "joined.webm"))
-    assert pyav.excerpt(video, lambda count: [2, 15]) is None
+    assert cut_excerpt(video, lambda count: [2, 15]) is None
 
 
 @pytest.mark.parametrize("kind", ["vp9_alt_ref.webm", "vp9_444.mp4"])

@@ -104,7 +104,7 @@ def indexed(tmp_path, write_video):
 def test_an_indexed_video_gives_the_same_frames(indexed, decode_all, monkeypatch, name):
     (video,) = read_manifest(str(indexed / name))
     expected = decode_all(indexed / "a.mp4")
-    monkeypatch.setattr("umt_fast.data.pyav._Reader._list_packets", None)  # would cost a pass over the file
+    monkeypatch.setattr("umt_fast.data.pyav.Reader._list_packets", None)  # would cost a pass over the file
     for indices in ([0], [39], [5, 6, 7], [38, 3, 3, 20]):
         frames = read_frames(video, lambda count, indices=indices: indices if count == 40 else [])
         assert all(np.array_equal(frame, expected[index]) for frame, index in zip(frames, indices, strict=True))

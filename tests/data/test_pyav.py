@@ -294,13 +294,13 @@ def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
 
 def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
-    to_rgb = pyav._Reader._to_rgb
+    to_rgb = pyav.Reader._to_rgb
 
     def convert(reader, frame):
         converted.append(frame.pts)
         return to_rgb(reader, frame)
 
-    monkeypatch.setattr(pyav._Reader, "_to_rgb", convert)
+    monkeypatch.setattr(pyav.Reader, "_to_rgb", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])
     assert len(converted) == 3
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from umt_fast.data import nvdec, pyav
 from umt_fast.data.augment import View
+from umt_fast.data.excerpt import cut_excerpt
 from umt_fast.data.index import Video
 from umt_fast.data.loader import (
     Batch,
@@ -177,7 +178,7 @@ class PlanDataset(Dataset[Plan]):
         if reason := self.takes.refuse(stored):
             return self._decode(place, reason, video, rng, content)
         before = rng.bit_generator.state
-        excerpt = pyav.excerpt(video, lambda count: self.stream.draw_frames(count, rng), content)
+        excerpt = cut_excerpt(video, lambda count: self.stream.draw_frames(count, rng), content)
         if excerpt is None:
             rng.bit_generator.state = before
             return self._decode(place, f"{stored.codec} {NOT_PLAIN}", video, rng, content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import itertools
 import math
 import signal
@@ -299,6 +300,7 @@ def nothing_readable(bad: list[tuple[str, str]]) -> NothingReadable:
 def _begin_worker(_worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process of the terminal; only the
         signal.signal(number, signal.SIG_IGN)  # training process decides when to stop
+    gc.freeze()  # what was forked is not searched for garbage again
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc would return to the system, page by page, what the next clip's frames need
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)

@@ -7,24 +7,19 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from types import MappingProxyType
 
 import av
 import numpy as np
 
-from umt_fast.data import vp9
 from umt_fast.data.index import Facts, Video
 from umt_fast.data.storage import file_size, read_video
 
 # How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
-_EXCERPT_STEP = Fraction(1, 25)
-"""Seconds between frames of an excerpt, whose own times nobody asks for."""
-
 
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does. Before PyAV 17
@@ -64,7 +59,7 @@ def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: b
     Raises BadVideo for a file that is missing, empty, truncated, no video, does not decode at a wanted frame, or is
     not the one that the index describes.
     """
-    with _opened(video, content, probed=video.facts is None) as reader:
+    with opened(video, content, probed=video.facts is None) as reader:
         indices = list(choose(len(reader.pts)))
         frames = reader.read(sorted(set(indices)))
     return [frames[index] for index in indices]
@@ -72,40 +67,8 @@ def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: b
 
 def probe(video: Video, content: bytes | None = None) -> Facts:
     """What the file holds: its packets are listed, and its first frame decoded. Raises BadVideo as `read_frames`."""
-    with _opened(video, content) as reader:
+    with opened(video, content) as reader:
         return reader.facts()
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """What a decoder needs of a video for some of its frames: their packets and those they build upon."""
-
-    content: bytes
-    """A Matroska file of nothing else, one packet per frame, with times from 0 on."""
-    frames: list[int]
-    """Which frames of that are the wanted ones, as they were asked for."""
-    width: int
-    """Pixels."""
-    height: int
-
-
-def excerpt(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> Excerpt | None:
-    """The part of a video that holds the frames which `choose` wants, as `read_frames` calls it.
-
-    None where packets and shown frames are not the same, as with edit lists, frames are stored turned, change in size
-    or build upon what is before an H.264 key frame, or the first does not decode. Nothing else is decoded, and of a
-    video with facts not even that. Raises BadVideo as `read_frames`, except for what only decoding shows.
-    """
-    with _opened(video, content) as reader:
-        try:
-            facts = video.facts or reader.facts()
-        except (BadVideo, av.error.FFmpegError):
-            return None
-        if not facts.plain:
-            return None
-        indices = list(choose(facts.frames))
-        cut = reader.cut(indices)
-        return cut and Excerpt(*cut, facts.width, facts.height)
 
 
 def look_up(video: Video, content: bytes | None = None) -> Storage:
@@ -122,14 +85,14 @@ def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoF
 
     Raises BadVideo as `read_frames`, at the first frame that does not decode.
     """
-    with _opened(video, content) as reader:
+    with opened(video, content) as reader:
         yield from reader.read_all()
 
 
 @contextlib.contextmanager
-def _opened(video: Video, content: bytes | None, probed: bool = True) -> Iterator[_Reader]:
+def opened(video: Video, content: bytes | None, probed: bool = True) -> Iterator[Reader]:
     with _container(video, content, probed) as container:
-        yield _Reader(container, video.facts, lambda: _open(video, content))
+        yield Reader(container, video.facts, lambda: _open(video, content))
 
 
 @contextlib.contextmanager
@@ -167,7 +130,7 @@ def _open(
     return av.open(path, "r", options=dict(options))
 
 
-class _Reader:
+class Reader:
     """The first video stream of an open container, and the presentation times of its frames."""
 
     def __init__(
@@ -268,84 +231,7 @@ class _Reader:
             raise BadVideo(f"frame {missing[0]} of {len(self.pts)} does not decode")
         return found
 
-    def cut(self, indices: list[int]) -> tuple[bytes, list[int]] | None:
-        """The packets that frames need, as Matroska, and the numbers of the frames in that. None if sizes change."""
-        wanted = [self.pts[index] for index in indices]
-        packets = self._collect(wanted, seek=True)
-        if not packets.keys() >= set(wanted):  # a seek that lands behind its key frame
-            packets = self._collect(wanted, seek=False)
-        times = sorted(packets)
-        for index, time in zip(indices, wanted, strict=True):
-            if time not in packets:
-                raise BadVideo(f"frame {index} of {len(self.pts)} is not there")
-        if not self._keeps_its_format(packets.values()):
-            return None
-        return self._mux(packets, times), [bisect.bisect_left(times, time) for time in wanted]
-
-    def _collect(self, times: Iterable[int], seek: bool) -> dict[int, av.Packet]:
-        """By time, in the order of decoding, the packets from the key frames before the given times to those."""
-        waiting: dict[int, set[int]] = {}
-        for time in times:
-            waiting.setdefault(self._key_of(time), set()).add(time)
-        packets: dict[int, av.Packet] = {}
-        while waiting:
-            start = min(waiting) if seek else min(self.keys[0], self.pts[0], 0)
-            self.container.seek(start, stream=self.stream)
-            wanted: set[int] = set()
-            first = start
-            for packet in self.container.demux(self.stream):
-                if packet.pts is None:
-                    continue
-                if packet.pts in waiting:
-                    first = first if wanted else packet.pts
-                    wanted |= waiting.pop(packet.pts)
-                if wanted and packet.pts >= first:  # what leads a key frame builds upon the group before
-                    packets[packet.pts] = packet
-                    wanted.discard(packet.pts)
-                    if not wanted and (seek or not waiting):
-                        break
-            else:
-                break  # the end of the file
-        return packets
-
-    def _keeps_its_format(self, packets: Collection[av.Packet]) -> bool:
-        """Whether all frames are of the size and pixel format that the file's header names, and H.264's key frames
-        need nothing before them: else what follows one is lost where the group before is cut."""
-        context = self.stream.codec_context
-        if context.codec.canonical_name == "h264" and not all(_has_idr(one) for one in packets if one.is_keyframe):
-            return False
-        if context.codec.canonical_name == "vp9":  # FFmpeg would decode it
-            try:
-                found = [one for packet in packets for one in vp9.read_formats(bytes(packet))]
-            except ValueError:
-                return False
-            colours = {form for _, _, form in found if len(form) > 1}
-            profiles = {form[0] for _, _, form in found}
-            sizes = {(width, height) for width, height, _ in found}
-            return sizes == {(context.width, context.height)} and len(profiles) == len(colours) == 1
-        before = context.width, context.height, context.pix_fmt
-        context.skip_frame = "ALL"  # the decoder reads headers and goes on
-        for packet in packets:
-            with contextlib.suppress(av.error.FFmpegError):
-                context.decode(packet)
-            if (context.width, context.height, context.pix_fmt) != before:
-                return False
-        return True
-
-    def _mux(self, packets: dict[int, av.Packet], times: list[int]) -> bytes:
-        target = io.BytesIO()
-        with av.open(target, "w", format="matroska", options={"fflags": "bitexact"}) as container:
-            stream = container.add_stream_from_template(self.stream, opaque=True)
-            ranks = [bisect.bisect_left(times, time) for time in packets]
-            delay = max(number - rank for number, rank in enumerate(ranks))
-            for number, (packet, rank) in enumerate(zip(packets.values(), ranks, strict=True)):
-                packet.stream = stream
-                packet.time_base = _EXCERPT_STEP
-                packet.dts, packet.pts, packet.duration = number, rank + delay, 1
-                container.mux(packet)
-        return target.getvalue()
-
-    def _key_of(self, time: int) -> int:
+    def key_of(self, time: int) -> int:
         """Time of the key frame that a frame is decoded from."""
         return self.keys[max(bisect.bisect_right(self.keys, time) - 1, 0)]
 
@@ -355,7 +241,7 @@ class _Reader:
         last: int | None = None  # time of the frame decoded last
         for index in indices:
             wanted = self.pts[index]
-            key = self._key_of(wanted)
+            key = self.key_of(wanted)
             if last is None or (key > last and self.seeks):
                 decoder = self._decode_from(key)
             for frame in decoder:
@@ -421,17 +307,6 @@ class _Reader:
 def _is_hidden(packet: av.Packet) -> bool:
     """Whether a VP8 frame is never shown (its show_frame bit, RFC 6386 section 9.1)."""
     return not memoryview(packet)[0] & 0x10
-
-
-def _has_idr(packet: av.Packet) -> bool:
-    """Whether an H.264 packet holds an IDR picture: a unit of type 5, behind a start code or a length of 4 bytes."""
-    data, place, kinds = bytes(packet), 0, set()
-    while place + 4 < len(data):
-        kinds.add(data[place + 4] & 31)
-        place += 4 + int.from_bytes(data[place : place + 4], "big")
-    if place != len(data):  # no lengths
-        kinds = {unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit}
-    return 5 in kinds
 
 
 def _upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
