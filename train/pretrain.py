@@ -85,7 +85,7 @@ def train(config: Config, world: World) -> Path:
     """Run (or go on with) a pre-training run and return its folder: everything that happens, in order, on one page."""
     run, optim = config.run, config.optim
     folder = Path(run.dir) / run.name
-    videos = read_manifest(config.data.train, config.data.prefix)
+    videos = read_manifest(config.data.train, config.data.prefix, config.data.read_timeout)
     step_clips = world.size * optim.batch_size * optim.accumulate
     epoch_clips = len(videos) * config.data.crops_per_clip
     schedule = Schedule(optim, epoch_clips, step_clips)
@@ -200,38 +200,50 @@ def train(config: Config, world: World) -> Path:
     )
     with StopSignal(world) as stop, loader, contextlib.closing(log):
         log.restart_clock(start)
-        for step in range(start + 1, last + 1):
-            set_learning_rate(optimizer, schedule(step - 1))
-            ledger.begin(step)
-            for micro in range(optim.accumulate):
-                waiting = time.perf_counter()
-                batch = next(loader)
-                ledger.add_batch(batch.paths, batch.bad, time.perf_counter() - waiting)
-                clip = batch.clip.to(world.device, non_blocking=True)
-                if captured is not None:
-                    out, norm = captured(clip)
-                else:
-                    reduces = world.size == 1 or micro == optim.accumulate - 1
-                    with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
-                        out = forward_backward(clip)
-                ledger.add_loss(out.loss.clone())  # a captured step writes over its own
-            ledger.end(norm.clone() if captured is not None else update())
-            clips_seen += step_clips
-            log.advance()
+        try:
+            for step in range(start + 1, last + 1):
+                set_learning_rate(optimizer, schedule(step - 1))
+                ledger.begin(step)
+                drawn = checkpoint.get_rng_state(world.device) if optim.accumulate > 1 else None
+                for micro in range(optim.accumulate):
+                    waiting = time.perf_counter()
+                    with stop.waiting():
+                        batch = next(loader)
+                    ledger.add_batch(batch.paths, batch.bad, time.perf_counter() - waiting)
+                    clip = batch.clip.to(world.device, non_blocking=True)
+                    if captured is not None:
+                        out, norm = captured(clip)
+                    else:
+                        reduces = world.size == 1 or micro == optim.accumulate - 1
+                        with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
+                            out = forward_backward(clip)
+                    ledger.add_loss(out.loss.clone())  # a captured step writes over its own
+                ledger.end(norm.clone() if captured is not None else update())
+                clips_seen += step_clips
+                log.advance()
 
-            stopping = stop.requested()
-            ending = stopping or step == last
-            saving = ending or step % run.save_every == 0
-            if saving or step % run.log_every == 0:
+                stopping = stop.requested()
+                ending = stopping or step == last
+                saving = ending or step % run.save_every == 0
+                if saving or step % run.log_every == 0:
+                    check_and_log(step)
+                if saving:
+                    saved = save(step)
+                if ending:
+                    break
+        except KeyboardInterrupt:  # told to stop before the data for a step came
+            step -= 1
+            if drawn is not None:
+                checkpoint.set_rng_state(drawn, world.device)
+            if ledger.drop():
                 check_and_log(step)
-            if saving:
-                saved = save(step)
-            if ending:
-                break
+            saved = save(step) if step > start else saved
         stop.settle()
         if world.main:
-            finish(folder, batch, out, config, log)
-            log.say(f"{'stopped' if step < schedule.total_steps else 'done'} at step {step}: {saved}")
+            if step > start:
+                finish(folder, batch, out, config, log)
+            ended = "stopped" if step < schedule.total_steps else "done"
+            log.say(f"{ended} at step {step}: {saved or 'nothing to save'}")
     return folder
 
 

@@ -212,6 +212,8 @@ class DataConfig:
     """Probability of a horizontal flip."""
     max_bad_fraction: float = 0.1
     """Share of the list that may turn out unreadable before the run stops."""
+    read_timeout: float = 60.0
+    """Seconds within which a video must have come from a URL, all attempts together; then it counts as unreadable."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,7 @@ class Config:
             ("data.pipelines", self.data.pipelines, 0),
             ("data.pipeline_visits", self.data.pipeline_visits, 0),
             ("data.crops_per_clip", self.data.crops_per_clip, 1),
+            ("data.read_timeout", self.data.read_timeout, 1),
             ("run.seed", self.run.seed, 0),
             ("run.log_every", self.run.log_every, 1),
             ("run.save_every", self.run.save_every, 1),

@@ -101,6 +101,7 @@ class StopSignal:
         self._since = 0.0
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
+        self._waiting = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -123,9 +124,23 @@ class StopSignal:
                     sys.stderr.fileno(),
                     f"\n{self._name}: saving after this step; once more ends the run at once\n".encode(),
                 )
+            if self._waiting:
+                raise KeyboardInterrupt
         elif self._world.size == 1 or now - self._since > self._REPEAT_SECONDS:
             os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name} again: gone without saving\n".encode())
             os._exit(128 + number)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for what may never come. In a run of one process the signal ends it with KeyboardInterrupt;
+        several could not agree on the step to stop at."""
+        self._waiting = self._world.size == 1
+        try:
+            if self._waiting and self._name:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._waiting = False
 
     def requested(self) -> bool:
         """Whether any rank was told to stop. With several ranks the answer is that of the step before."""

@@ -43,6 +43,11 @@ class Ledger:
     def begin(self, step: int) -> None:
         self._steps.append(_Step(step))
 
+    def drop(self) -> bool:
+        """Forget the step that was begun last. Returns whether one is left to report."""
+        self._steps.pop()
+        return bool(self._steps)
+
     def add_batch(self, files: list[str], bad: list[tuple[str, str]], waited: float) -> None:
         """The files of a batch of the present step, those that could not be read, and the seconds it was awaited."""
         self._steps[-1].files += files

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -14,6 +17,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -103,6 +107,9 @@ class Server(ThreadingHTTPServer):
         self.fail: Callable[[str, int], str | None] = lambda path, number: None
         self.requests: Counter[str] = Counter()
         self.sent = 0
+        self.stall = 3.0
+        """Seconds, or until `over`."""
+        self.over = threading.Event()
 
     @property
     def url(self) -> str:
@@ -123,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         failure = self.server.fail(self.path, self.server.requests[place])
         path = self.server.folder / os.fsdecode(urllib.parse.unquote_to_bytes(self.path.lstrip("/")))
         if failure == "stall":
-            time.sleep(3)
+            self.server.over.wait(self.server.stall)
             self.close_connection = True
             return None
         if failure == "500":
@@ -175,6 +182,7 @@ def server(shards, tmp_path, monkeypatch) -> Iterator[Server]:
     thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield running
+    running.over.set()
     running.shutdown()
     thread.join()
     running.server_close()
@@ -251,15 +259,57 @@ def test_failures_that_stay_are_bad_videos(server, failure, workers):
     assert all(len(batch.clip) == 3 for batch in batches)
 
 
-def test_a_server_that_never_answers_is_given_up(server, monkeypatch):
-    videos = read_manifest(server.url)
-    monkeypatch.setattr(storage, "PATIENCE", 0.2)
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+def test_a_server_that_never_answers_is_given_up_when_the_time_is_over(server, monkeypatch, capsys):
+    monkeypatch.setattr(storage, "_silent", set())
+    videos = read_manifest(server.url, read_timeout=0.5)
     server.fail = lambda path, number: "stall" if "s-009" in path else None
-    with pytest.raises(ManifestError, match="given up after 2 attempts: FSTimeoutError"):
-        read_manifest(server.url + "/s-009.tar")
+    begun = time.monotonic()
+    told = r"s-009.tar: given up after [2-5] attempts in 0\.\d s: no answer in time \(--data.read-timeout 0.5\)$"
+    with pytest.raises(ManifestError, match=told):
+        read_manifest(server.url + "/s-009.tar", read_timeout=0.5)
+    assert time.monotonic() - begun < 1.5
     bad = {name for batch in _batches(videos) for name, _ in batch.bad}
     assert bad == {f"{server.url}/s-009.tar/{n}.mp4" for n in (1, 4)}
+    assert capsys.readouterr().err.count("did not answer for 0 s; trying again") == 1
+
+
+def test_a_lost_answer_leaves_time_for_another(server, local, monkeypatch):
+    server.fail = lambda path, number: "stall" if number == 1 else None
+    batches = _batches(read_manifest(server.url, read_timeout=1.5))
+    _assert_same_clips(batches, local)
+    assert not any(batch.bad for batch in batches)
+
+
+def test_a_file_system_that_only_blocks_is_given_up_too(monkeypatch):
+    class Blocking(fsspec.AbstractFileSystem):
+        protocol = "blocking"
+
+        def cat_file(self, path, start=None, end=None, **_options):
+            threading.Event().wait()
+
+    fsspec.register_implementation("blocking", Blocking, clobber=True)
+    with pytest.raises(OSError, match=r"given up after .* no answer in time"):
+        storage.read("blocking://a.mp4", timeout=0.3)
+
+
+def test_a_read_that_hangs_holds_no_process_up(server):
+    """Ctrl-C within the main process's own reads, and its end while reads ahead are at work."""
+    server.fail = lambda path, number: "stall"
+    server.stall = 60
+    code = (
+        "import sys; from umt_fast.data import index, manifest, storage; "
+        "storage.start_reading(index.Video(sys.argv[1] + '/0.mp4')); print('on', flush=True); "
+        "manifest.read_manifest(sys.argv[1])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.2)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert time.monotonic() - begun < 3
+    assert errors.rstrip().endswith(b"KeyboardInterrupt")
 
 
 def test_what_is_not_there_is_not_tried_again(server):

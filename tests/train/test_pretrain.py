@@ -146,7 +146,9 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processe
 
 
 def test_a_second_signal_ends_the_run_at_once(trainer):
-    child = trainer.start("--run.name", "s", "--optim.epochs", "500", "--optim.batch-size", "64")
+    many = ("--optim.batch-size", "64", "--data.crops-per-clip", "64")  # steps take long, and never wait for data
+    large = ("--student.width", "256", "--student.depth", "12")
+    child = trainer.start("--run.name", "s", "--optim.epochs", "500", *many, *large)
     trainer.wait_for_step(child, 2)
     for _ in range(2):
         os.kill(child.pid, signal.SIGINT)

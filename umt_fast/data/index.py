@@ -27,6 +27,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from umt_fast.config import DataConfig
 from umt_fast.errors import RunError
 
 INDEX_NAME = "index.jsonl"
@@ -76,6 +77,8 @@ class Video:
     """None: not known before the file is read."""
     label: int | None = None
     caption: str | None = None
+    read_timeout: float = DataConfig.read_timeout
+    """Seconds within which it must have come, if it is remote."""
 
     @property
     def name(self) -> str:
@@ -100,6 +103,8 @@ class VideoList(Sequence[Video]):
         self._rows = b"".join(rows)
         self._ends = np.cumsum([0, *map(len, rows)])
         self.may_be_remote = is_url(base) or b"://" in self._rows
+        self.read_timeout = DataConfig.read_timeout
+        """Of its videos."""
 
     @classmethod
     def of_rows(cls, rows: Iterable[dict[str, Any]], base: str = "") -> VideoList:
@@ -123,7 +128,7 @@ class VideoList(Sequence[Video]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
         try:
-            return _parse(json.loads(self._row(row)), self._base)
+            return _parse(json.loads(self._row(row)), self._base, self.read_timeout)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # an IndexError would end a loop
             raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
 
@@ -192,7 +197,7 @@ def describe(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _parse(row: dict[str, Any], base: str) -> Video:
+def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
     facts = None
     if "times" in row:
         first, *steps = row["times"]
@@ -210,6 +215,7 @@ def _parse(row: dict[str, Any], base: str) -> Video:
         facts=facts,
         label=row.get("label"),
         caption=row.get("caption"),
+        read_timeout=read_timeout,
     )
 
 

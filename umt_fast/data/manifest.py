@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from umt_fast.config import DataConfig
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, VideoList, is_url, parse_index
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
@@ -23,7 +24,7 @@ class ManifestError(RunError, ValueError):
     """A list of videos that cannot be used."""
 
 
-def read_manifest(source: str, prefix: str = "") -> VideoList:
+def read_manifest(source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout) -> VideoList:
     """The videos that `source` names, which is one of
 
     - an index that `umt_fast.data.prepare` wrote, or the folder that holds it;
@@ -32,15 +33,21 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
     - a list, a video a line: `path,label` or `path label`, as UMT's are, or a path. A path may hold spaces and commas;
       relative ones start from `prefix`, or from the working directory.
 
-    Indices, shards and lists may be URLs, and a URL that names none of them is a folder with an index. Raises
-    ManifestError if there is nothing to read.
+    Indices, shards and lists may be URLs, and a URL that names none of them is a folder with an index. `read_timeout`:
+    seconds for each read from a URL, now and of the videos later. Raises ManifestError if there is nothing to read.
     """
+    videos = _read(source, prefix, read_timeout)
+    videos.read_timeout = read_timeout
+    return videos
+
+
+def _read(source: str, prefix: str, read_timeout: float) -> VideoList:
     if not source:
         raise ManifestError("no training data: give --data.train a list file or a folder of videos")
     source = source if is_url(source) else str(Path(source).expanduser())
     suffix = posixpath.splitext(source)[1].lower()
     if suffix == ".tar":
-        return _shards(source)
+        return _shards(source, read_timeout)
     if is_url(source) and suffix not in (".csv", ".jsonl", ".txt"):
         source, suffix = posixpath.join(source, INDEX_NAME), ".jsonl"
     if os.path.isdir(source):
@@ -50,7 +57,7 @@ def read_manifest(source: str, prefix: str = "") -> VideoList:
     if suffix in VIDEO_SUFFIXES:
         raise ManifestError(f"{source} is one video; give --data.train a list file or a folder of videos")
     try:
-        content = read(source)
+        content = read(source, timeout=read_timeout)
     except OSError as error:
         raise ManifestError(f"cannot read the list {source}: {error.strerror or error}") from None
     return parse_index(content, source) if suffix == ".jsonl" else _list(content, source, prefix)
@@ -74,12 +81,12 @@ def _folder(path: Path) -> VideoList:
     return VideoList.of_paths(found)
 
 
-def _shards(pattern: str) -> VideoList:
+def _shards(pattern: str, read_timeout: float) -> VideoList:
     shards = list(_expand(pattern))
     rows: list[dict[str, Any]] = []
     for shard in shards:
         try:
-            rows += list_shard(shard, VIDEO_SUFFIXES)
+            rows += list_shard(shard, VIDEO_SUFFIXES, read_timeout)
         except OSError as error:
             raise ManifestError(f"cannot read the shard {shard}: {error.strerror or error}") from None
     if not rows:

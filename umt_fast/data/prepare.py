@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from umt_fast.config import DataConfig
 from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
@@ -56,6 +57,8 @@ class Settings:
     """Videos per WebDataset shard; None: plain files."""
     workers: int | None = None
     """Processes; None: one per core."""
+    read_timeout: float = DataConfig.read_timeout
+    """Seconds within which a video must have come from a URL."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def prepare(settings: Settings) -> Report:
     source, out = settings.source, Path(settings.out)
     if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
-    plan = make_plan(read_manifest(source, settings.prefix), source, settings.per_shard)
+    plan = make_plan(read_manifest(source, settings.prefix, settings.read_timeout), source, settings.per_shard)
     if out.exists() and not out.is_dir():
         raise CannotPrepare(f"OUT {out} is a file; give a folder")
     try:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from umt_fast.config import DataConfig
 from umt_fast.data.index import is_url
 from umt_fast.data.storage import read, url_size
 
@@ -18,12 +19,15 @@ _HEADERS_AT_ONCE = 64 << 10
 """Bytes read of a remote shard for a member's header, and what follows."""
 
 
-def list_shard(path: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
+def list_shard(
+    path: str, suffixes: Collection[str], read_timeout: float = DataConfig.read_timeout
+) -> list[dict[str, Any]]:
     """Index rows, without facts, of the videos in a shard (file or URL) that has no index: only headers are read.
 
-    Raises OSError if it cannot be read or is no tar file.
+    `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is no tar file.
     """
-    raw = io.BufferedReader(_Remote(path), _HEADERS_AT_ONCE) if is_url(path) else open(path, "rb")  # noqa: SIM115
+    remote = is_url(path)
+    raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
     rows: list[dict[str, Any]] = []
     labels: dict[str, bytes] = {}
     try:
@@ -92,10 +96,11 @@ def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
 class _Remote(io.RawIOBase):
     """A URL as a file, each read an answer of its own."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout: float) -> None:
         self._url = url
+        self._timeout = timeout
         self._place = 0
-        self._size = url_size(url)
+        self._size = url_size(url, timeout)
 
     def readable(self) -> bool:
         return True
@@ -111,7 +116,7 @@ class _Remote(io.RawIOBase):
         end = min(self._place + len(buffer), self._size)
         if end <= self._place:
             return 0
-        content = read(self._url, self._place, end)
+        content = read(self._url, self._place, end, self._timeout)
         buffer[: len(content)] = content
         self._place = end
         return len(content)

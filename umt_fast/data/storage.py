@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import functools
 import os
+import sys
+import threading
 import time
+import urllib.parse
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from umt_fast.config import DataConfig
 from umt_fast.data.index import Video, is_url
 from umt_fast.errors import RunError
 
@@ -16,8 +24,11 @@ ATTEMPTS = 5
 """Tries to read from a URL, each after a pause twice as long as the one before."""
 FIRST_PAUSE = 0.2
 """Seconds."""
-PATIENCE = 60.0
-"""Seconds that one answer may take."""
+SHARE = 0.5
+"""Of the time that is left, what one attempt may take: a slow answer gets most of it, a lost one leaves some."""
+
+
+_TOO_LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same from Python 3.11 on
 
 
 class CannotReach(RunError):
@@ -33,14 +44,20 @@ def file_size(video: Video) -> int:
 def read_video(video: Video) -> bytes:
     """The bytes of a video file, local or remote. Raises OSError and CannotReach as `read`."""
     start = video.offset or 0
-    return read(video.path, start, None if video.size is None else start + video.size)
+    return read(video.path, start, None if video.size is None else start + video.size, video.read_timeout)
 
 
-def read(path: str, start: int = 0, end: int | None = None) -> bytes:
+def start_reading(video: Video) -> Future[bytes]:
+    """`read_video` in a thread of its own, for which the end of this process does not wait."""
+    return _in_a_thread(functools.partial(read_video, video))
+
+
+def read(path: str, start: int = 0, end: int | None = None, timeout: float = DataConfig.read_timeout) -> bytes:
     """Bytes `start` to `end` of a file or URL.
 
-    Raises OSError; for a URL after ATTEMPTS, with what each of them said. An answer of another length than asked for
-    is a failed attempt: connections break in the middle. Raises CannotReach for a URL of a kind that needs a package.
+    Raises OSError; for a URL after ATTEMPTS or `timeout` seconds, with what each attempt said. An answer of another
+    length than asked for is a failed attempt: connections break in the middle. Raises CannotReach for a URL of a kind
+    that needs a package.
     """
     if not is_url(path):
         with open(path, "rb") as file:
@@ -49,42 +66,62 @@ def read(path: str, start: int = 0, end: int | None = None) -> bytes:
     if end is not None and end <= start:
         return b""
 
-    def attempt() -> bytes:
-        content = _fetch(path, start, end)
+    def attempt(seconds: float) -> bytes:
+        content = _fetch(path, start, end, seconds)
         if end is not None and len(content) != end - start:
             raise OSError(f"{len(content)} bytes came where {end - start} were asked for")
         return content
 
-    return _persist(path, attempt)
+    return _persist(path, attempt, timeout)
 
 
-def url_size(url: str) -> int:
+def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
     """Bytes behind a URL. Raises as `read`."""
 
-    def attempt() -> int:
+    def attempt(seconds: float) -> int:
         system, path = _open(url)
-        size = _call(system, "size", path)
+        size = _call(system, "size", path, seconds)
         if size is None:
             raise OSError("it does not say how long it is")
         return size
 
-    return _persist(url, attempt)
+    return _persist(url, attempt, timeout)
 
 
-def _persist(url: str, attempt: Callable[[], T]) -> T:
+def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
+    """The outcome of the first attempt that succeeds, each given the seconds that it may take."""
     reasons: list[str] = []
+    begun = time.monotonic()
     for number in range(ATTEMPTS):
         if number:
             time.sleep(FIRST_PAUSE * 2 ** (number - 1))
+        left = begun + timeout - time.monotonic()
+        if left <= 0:
+            break
         try:
-            return attempt()
+            return attempt(SHARE * left)
         except FileNotFoundError:
             raise FileNotFoundError(2, "no such file", url) from None
         except CannotReach:
             raise
+        except _TOO_LATE:
+            reasons.append(f"no answer in time (--data.read-timeout {timeout:g})")
+            _tell_of_silence(urllib.parse.urlsplit(url).netloc, SHARE * left)
         except Exception as error:  # each file system has errors of its own
             reasons.append(f"{type(error).__name__}: {error}")
-    raise OSError(f"{url}: given up after {ATTEMPTS} attempts: {'; '.join(dict.fromkeys(reasons))}")
+    tried = f"{len(reasons)} attempts in {time.monotonic() - begun:.1f} s"
+    raise OSError(f"{url}: given up after {tried}: {'; '.join(dict.fromkeys(reasons))}")
+
+
+_silent: set[str] = set()
+"""Servers of which it was said that they do not answer."""
+
+
+def _tell_of_silence(server: str, seconds: float) -> None:
+    """Say why nothing goes on, once for each server and process: the video may be counted as bad a minute later."""
+    if server not in _silent:
+        _silent.add(server)
+        print(f"note: {server} did not answer for {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
 
 
 def _open(url: str) -> tuple[Any, str]:
@@ -97,15 +134,29 @@ def _open(url: str) -> tuple[Any, str]:
         raise CannotReach(f"cannot open {url}: {error}") from None
 
 
-def _fetch(url: str, start: int, end: int | None) -> bytes:
+def _fetch(url: str, start: int, end: int | None, timeout: float) -> bytes:
     system, path = _open(url)
-    return _call(system, "cat_file", path, **({} if end is None else {"start": start, "end": end}))
+    return _call(system, "cat_file", path, timeout, **({} if end is None else {"start": start, "end": end}))
 
 
-def _call(system: Any, method: str, path: str, **options: Any) -> Any:
-    """A file system's answer, waited for no longer than PATIENCE where that can be told."""
+def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -> Any:
+    """A file system's answer. Raises TimeoutError where it does not come in time."""
     from fsspec.asyn import AsyncFileSystem, sync
 
     if isinstance(system, AsyncFileSystem):
-        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=PATIENCE, **options)
-    return getattr(system, method)(path, **options)
+        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout, **options)
+    return _in_a_thread(functools.partial(getattr(system, method), path, **options)).result(timeout)
+
+
+def _in_a_thread(function: Callable[[], T]) -> Future[T]:
+    """Unlike an executor's, the thread keeps nobody: it ends with the process, or when the function does."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
