@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
@@ -22,7 +23,7 @@ from umt_fast.data.copies import Journal
 from umt_fast.data.encode import Recipe
 from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pool import Died, Pool
+from umt_fast.data.pool import Died, Overdue, Pool
 from umt_fast.data.prepare import CannotPrepare, Settings
 from umt_fast.files import FolderInUse, lock_folder
 
@@ -417,7 +418,14 @@ def test_nothing_readable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["source"], ["source", "out", "--verify", "out"], ["source", "out", "--workers", "0"]]
+    "arguments",
+    [
+        [],
+        ["source"],
+        ["source", "out", "--verify", "out"],
+        ["source", "out", "--workers", "0"],
+        ["s", "o", "--time-limit", "0"],
+    ],
 )
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -481,6 +489,27 @@ def test_a_video_that_kills_its_worker_is_one_failure(source, unbroken, tmp_path
 
 
 @pytest.mark.parametrize("per_shard", [None, 3])
+def test_a_video_that_never_ends_is_one_failure(source, unbroken, tmp_path, monkeypatch, per_shard):
+    write = tasks.write_copy
+
+    def spin(video, *rest):
+        while video.path.endswith("3.mp4"):
+            pass
+        return write(video, *rest)
+
+    settings = _settings(source, tmp_path / "out", per_shard=per_shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "write_copy", spin)
+        report = prepare.prepare(dataclasses.replace(settings, time_limit=3.0))
+    (reason,) = [reason for name, reason in report.failures.items() if name.endswith("3.mp4")]
+    assert reason == "not through after 3 seconds; it is damaged, or wants a longer --time-limit"
+    assert report.copies == 6
+    assert multiprocessing.active_children() == []
+    assert prepare.prepare(settings).copies == 7  # tried again
+    assert _tree(tmp_path / "out") == _tree(unbroken[per_shard][0])
+
+
+@pytest.mark.parametrize("per_shard", [None, 3])
 def test_a_mended_input_is_taken_up(source, unbroken, tmp_path, monkeypatch, per_shard):
     def refuse(video, *rest):
         if video.path.endswith(("2.avi", "6.mp4")):
@@ -530,6 +559,25 @@ def test_pool_survives_its_workers():
     assert isinstance(died, Died)
     assert "SIGSEGV" in str(died)
     assert outcomes == {0: 0, 1: 1, 2: 4, 4: 16, 5: 25, 7: 49}
+
+
+def _sleep(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_pool_kills_what_is_overdue():
+    begun = time.monotonic()
+    with Pool(_sleep, 2) as pool:
+        for seconds in (60, 0.01, 0.02, 0.03):
+            pool.add(seconds, time_limit=0.5)
+        pool.add(0.6)  # has no limit
+        outcomes = dict(pool.results())
+    assert time.monotonic() - begun < 10
+    overdue = outcomes.pop(60)
+    assert isinstance(overdue, Overdue)
+    assert str(overdue) == "not through after 0.5 seconds"
+    assert outcomes == {seconds: seconds for seconds in (0.01, 0.02, 0.03, 0.6)}
 
 
 # Verification.

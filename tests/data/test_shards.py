@@ -264,7 +264,7 @@ def test_a_server_that_never_answers_is_given_up_when_the_time_is_over(server, m
     videos = read_manifest(server.url, read_timeout=0.5)
     server.fail = lambda path, number: "stall" if "s-009" in path else None
     begun = time.monotonic()
-    told = r"s-009.tar: given up after [2-5] attempts in 0\.\d s: no answer in time \(--data.read-timeout 0.5\)$"
+    told = r"s-009.tar: given up after [2-5] attempts in 0\.\d s: no answer in time \(read timeout 0.5 s\)$"
     with pytest.raises(ManifestError, match=told):
         read_manifest(server.url + "/s-009.tar", read_timeout=0.5)
     assert time.monotonic() - begun < 1.5

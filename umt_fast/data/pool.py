@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -17,6 +20,7 @@ from tqdm import tqdm
 ATTEMPTS = 2
 """Processes that may die over one task. Whom a machine without memory kills is chance, so one death proves nothing."""
 
+_LONGEST_WAIT = 3600.0  # seconds; the system knows none without end
 _STOP = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -31,6 +35,10 @@ class Died(Exception):
     """The processes that worked on a task were killed or crashed."""
 
 
+class Overdue(Died):
+    """A task took longer than it may, and the process that worked on it was killed."""
+
+
 class Pool:
     """Runs `work(task)` for each added task in one of up to `size` processes. Use as a context manager.
 
@@ -41,7 +49,7 @@ class Pool:
     def __init__(self, work: Callable[[Any], Any], size: int) -> None:
         self._work = work
         self._size = size
-        self._waiting: deque[tuple[Any, int]] = deque()
+        self._waiting: deque[_Assignment] = deque()
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Pool:
@@ -52,12 +60,13 @@ class Pool:
             worker.end()
         self._workers.clear()
 
-    def add(self, task: Any, first: bool = False) -> None:
-        """Queue a task, in front of the others if `first`."""
-        (self._waiting.appendleft if first else self._waiting.append)((task, 0))
+    def add(self, task: Any, first: bool = False, time_limit: float = math.inf) -> None:
+        """Queue a task, in front of the others if `first`. After `time_limit` seconds its worker is killed."""
+        (self._waiting.appendleft if first else self._waiting.append)(_Assignment(task, time_limit))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
-        """Each task and what `work` returned, as they finish; Died in its place for a task that killed its workers.
+        """Each task and what `work` returned, as they finish; Died in its place for a task that killed its workers,
+        Overdue for one that took too long.
 
         Tasks may be added meanwhile.
         """
@@ -66,19 +75,26 @@ class Pool:
             busy = [worker for worker in self._workers if worker.busy]
             if not busy:
                 return
-            for ready in wait([worker.connection for worker in busy]):
-                worker = next(worker for worker in busy if worker.connection is ready)
-                task, deaths = worker.assigned
+            patience = max(min(worker.due for worker in busy) - time.monotonic(), 0)
+            ready = wait([worker.connection for worker in busy], min(patience, _LONGEST_WAIT))
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                given = worker.assigned
                 try:
                     outcome = worker.take()
                 except (EOFError, ConnectionError):
                     self._workers.remove(worker)
                     ending = worker.end(grace=1.0)  # its connection closes a little before
-                    if deaths + 1 < ATTEMPTS:
-                        self._waiting.appendleft((task, deaths + 1))
+                    if given.deaths + 1 < ATTEMPTS:
+                        self._waiting.appendleft(replace(given, deaths=given.deaths + 1))
                         continue
                     outcome = Died(f"the process that worked on it ended by {ending}, {ATTEMPTS} times")
-                yield task, outcome
+                yield given.task, outcome
+            for worker in busy:
+                if worker.connection not in ready and worker.due <= time.monotonic():
+                    self._workers.remove(worker)
+                    worker.end()
+                    given = worker.assigned
+                    yield given.task, Overdue(f"not through after {given.time_limit:g} seconds")
 
     def _hand_out(self) -> None:
         idle = [worker for worker in self._workers if not worker.busy]
@@ -86,14 +102,25 @@ class Pool:
             if not idle:
                 idle.append(_Worker(self._work))
                 self._workers.append(idle[-1])
-            idle.pop().give(*self._waiting.popleft())
+            idle.pop().give(self._waiting.popleft())
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    task: Any
+    time_limit: float
+    """Seconds."""
+    deaths: int = 0
+    """Of processes that worked on it."""
 
 
 class _Worker:
     def __init__(self, work: Callable[[Any], Any]) -> None:
         context = multiprocessing.get_context()
         self.connection, theirs = context.Pipe()
-        self.assigned: tuple[Any, int] = (None, 0)
+        self.assigned = _Assignment(None, math.inf)
+        self.due = math.inf
+        """When its task should be done."""
         self.busy = False
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         # Held meanwhile: a signal would kill the new process, and Python may drop one that comes while it forks.
@@ -104,10 +131,11 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
         theirs.close()  # so that its end is seen here when the process ends
 
-    def give(self, task: Any, deaths: int) -> None:
-        self.assigned, self.busy = (task, deaths), True
+    def give(self, assignment: _Assignment) -> None:
+        self.assigned, self.busy = assignment, True
+        self.due = time.monotonic() + assignment.time_limit
         with contextlib.suppress(ConnectionError):  # it died idle; `take` will tell
-            self.connection.send(task)
+            self.connection.send(assignment.task)
 
     def take(self) -> Any:
         outcome = self.connection.recv()

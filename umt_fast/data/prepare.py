@@ -30,13 +30,15 @@ from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pool import Died, Pool, keep_bars_here
+from umt_fast.data.pool import Died, Overdue, Pool, keep_bars_here
 from umt_fast.data.shards import Sample
 from umt_fast.data.tasks import CopyTask, Failed, PackTask, work
 from umt_fast.errors import RunError
 from umt_fast.files import lock_folder, write_whole
 
 FAILED_NAME = "failed.txt"
+TIME_LIMIT = 3600.0
+"""Seconds that one video may take: for films too, on a slow core."""
 _LOCK_PATIENCE = 2.0  # seconds; the workers of a killed run take a moment to notice
 
 
@@ -59,6 +61,8 @@ class Settings:
     """Processes; None: one per core."""
     read_timeout: float = DataConfig.read_timeout
     """Seconds within which a video must have come from a URL."""
+    time_limit: float = TIME_LIMIT
+    """Seconds that one video may take."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,12 @@ class _Preparation:
         try:
             with bar, Pool(work, workers) as pool:
                 for item in waiting:
-                    pool.add(self._copy_task(item))
+                    self._add(item, pool)
                 for shard in self.plan.shards:
                     self._pack_if_complete(shard, pool)
                 for task, outcome in pool.results():
+                    if isinstance(outcome, Overdue):
+                        outcome = Failed(f"{outcome}; it is damaged, or wants a longer --time-limit")
                     if isinstance(outcome, Died):
                         outcome = Failed(f"{outcome}; is there memory enough?")
                     if isinstance(outcome, Failed) and outcome.hopeless:
@@ -214,9 +220,10 @@ class _Preparation:
     def _target(self, item: Item) -> Path:
         return (self.unpacked if self.plan.shards else self.out) / item.path
 
-    def _copy_task(self, item: Item) -> CopyTask:
+    def _add(self, item: Item, pool: Pool) -> None:
         aside = self.aside / f"{item.number}.mp4"
-        return CopyTask(item, str(aside), str(self._target(item)), self.settings.recipe)
+        task = CopyTask(item, str(aside), str(self._target(item)), self.settings.recipe)
+        pool.add(task, time_limit=self.settings.time_limit)
 
     def _copied(self, task: CopyTask, outcome: Any, pool: Pool) -> None:
         item = task.item
@@ -236,7 +243,7 @@ class _Preparation:
             for other in shard.items:
                 if other.name not in waiting and other.name not in self.failures and not self._is_copied(other):
                     waiting.add(other.name)
-                    pool.add(self._copy_task(other))
+                    self._add(other, pool)
         self._pack_if_complete(shard, pool)
 
     def _pack_if_complete(self, shard: Shard, pool: Pool) -> None:
@@ -320,6 +327,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--per-shard", type=positive, help="write WebDataset shards of so many videos; default: files")
     parser.add_argument("--prefix", default="", help="folder that relative paths of a list start from")
     parser.add_argument("--workers", type=positive, help="processes; default: one per core")
+    parser.add_argument(
+        "--time-limit",
+        type=_number_above_0,
+        default=TIME_LIMIT,
+        help="seconds that a video may take, default %(default)g",
+    )
+    parser.add_argument(
+        "--read-timeout",
+        type=_number_above_0,
+        default=DataConfig.read_timeout,
+        help="seconds within which a video must have come from a URL, default %(default)g",
+    )
     parser.add_argument("--verify", metavar="OUT", help="check the copies in OUT and compare them with their sources")
     found = parser.parse_args(arguments)
     if (found.verify is None) == (found.out is None):
@@ -336,6 +355,12 @@ def _whole_number_from(least: int) -> Any:
     return number
 
 
+def _number_above_0(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -348,11 +373,14 @@ def main(arguments: list[str] | None = None) -> None:
         if given.verify is not None:
             from umt_fast.data.verify import verify
 
-            found = verify(given.verify, given.workers)
+            found = verify(given.verify, given.workers, given.time_limit)
             print(found)
             sys.exit(1 if found.problems else 0)
         recipe = Recipe(given.codec, given.short_side, given.gop, given.quality)
-        print(prepare(Settings(given.source, given.out, recipe, given.prefix, given.per_shard, given.workers)))
+        limits = {"read_timeout": given.read_timeout, "time_limit": given.time_limit}
+        print(
+            prepare(Settings(given.source, given.out, recipe, given.prefix, given.per_shard, given.workers, **limits))
+        )
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:

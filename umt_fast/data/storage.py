@@ -105,7 +105,7 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
         except CannotReach:
             raise
         except _TOO_LATE:
-            reasons.append(f"no answer in time (--data.read-timeout {timeout:g})")
+            reasons.append(f"no answer in time (read timeout {timeout:g} s)")
             _tell_of_silence(urllib.parse.urlsplit(url).netloc, SHARE * left)
         except Exception as error:  # each file system has errors of its own
             reasons.append(f"{type(error).__name__}: {error}")

@@ -20,7 +20,7 @@ from umt_fast.data.encode import BadCopy
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.pool import Died, Pool, keep_bars_here
-from umt_fast.data.prepare import CannotPrepare
+from umt_fast.data.prepare import TIME_LIMIT, CannotPrepare
 from umt_fast.data.shards import list_shard
 from umt_fast.data.tasks import hash_bytes
 from umt_fast.files import lock_folder
@@ -66,9 +66,10 @@ class _Task:
     source: Video | None
 
 
-def verify(out: str, workers: int | None = None) -> Verdict:
+def verify(out: str, workers: int | None = None, time_limit: float = TIME_LIMIT) -> Verdict:
     """Decode every copy in the folder `out`, and compare it with what the index says and, if it is there, its source.
 
+    `time_limit`: seconds that one may take.
     Raises CannotPrepare where there are no finished copies, FolderInUse while they are being made.
     """
     index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
@@ -90,7 +91,7 @@ def verify(out: str, workers: int | None = None) -> Verdict:
             held.enter_context(lock_folder(Path(out)))
         pool = held.enter_context(Pool(_work, workers or len(os.sched_getaffinity(0))))
         for task in tasks.values():
-            pool.add(task)
+            pool.add(task, time_limit=time_limit)
         for task, outcome in tqdm(pool.results(), total=len(tasks), unit="video", desc="verify"):
             if isinstance(outcome, Died | str):
                 problems.append((task.file, f"{task.copy.member} {outcome}".strip()))
