@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from umt_fast.errors import RunError
@@ -53,3 +54,37 @@ def write_whole(path: Path, content: bytes) -> None:
     aside = path.with_name(f".{path.name}.new")
     aside.write_bytes(content)
     put_in_place(aside, path)
+
+
+_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_ESCAPE = re.compile(r"\\(?:([\\tnr])|x([0-9a-f]{2})|u([0-9a-f]{4}))")
+_NAMED = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
+_NAMES = {character: name for name, character in _NAMED.items()}
+
+
+def escape(text: str) -> str:
+    r"""`text` in one column of one line: `\\`, `\t`, `\n`, `\r`, `\xNN` and `\uNNNN` for backslashes and controls."""
+
+    def write(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return "\\" + (_NAMES.get(found[0]) or (f"x{code:02x}" if code < 256 else f"u{code:04x}"))
+
+    return _UNSAFE.sub(write, text)
+
+
+def unescape(text: str) -> str:
+    """What `escape` was given."""
+    return _ESCAPE.sub(lambda found: _NAMED.get(found[1]) or chr(int(found[2] or found[3], 16)), text)
+
+
+def write_reasons(reasons: Iterable[tuple[str, str]]) -> bytes:
+    """A line for each file and what is wrong with it, both escaped, a tab between them. Names that are no text keep
+    their bytes."""
+    lines = (f"{escape(name)}\t{escape(' '.join(reason.split()))}\n" for name, reason in reasons)
+    return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def read_reasons(content: bytes) -> dict[str, str]:
+    """By file, the reasons that `write_reasons` wrote."""
+    lines = content.decode("utf-8", "surrogateescape").split("\n")
+    return {unescape(name): unescape(reason) for name, _, reason in (line.partition("\t") for line in lines) if name}

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from umt_fast.errors import RunError
+from umt_fast.files import escape, read_reasons, write_reasons
 
 
 class NotFinite(RunError):
@@ -119,8 +120,7 @@ class RunLog:
 
         self._bad_path = folder / "bad_files.txt"
         if step and self._bad_path.exists():
-            known = self._bad_path.read_bytes().decode("utf-8", "surrogateescape")
-            self._bad.update(line.split("\t")[0] for line in known.split("\n") if line)
+            self._bad.update(read_reasons(self._bad_path.read_bytes()))
         else:
             self._bad_path.unlink(missing_ok=True)
         self.metrics_path = folder / "metrics.jsonl"
@@ -190,11 +190,10 @@ class RunLog:
         fresh = {name: reason for name, reason in files if name not in self._bad}
         self._bad.update(fresh)
         if fresh and self.main:
-            lines = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in fresh.items())
             with open(self._bad_path, "ab") as file:
-                file.write(lines.encode("utf-8", "surrogateescape"))  # a file name is bytes, and need not be text
+                file.write(write_reasons(fresh.items()))
             for name, reason in fresh.items():
-                self.say(f"skipped {name}: {reason}".encode("utf-8", "replace").decode())
+                self.say(f"skipped {escape(name)}: {reason}".encode("utf-8", "replace").decode())
         return len(self._bad)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pool import Died, Overdue, Pool
 from umt_fast.data.prepare import CannotPrepare, Settings
-from umt_fast.files import FolderInUse, lock_folder
+from umt_fast.files import FolderInUse, lock_folder, read_reasons
 
 ROOT = Path(__file__).parents[2]
 FAST = Recipe("h264", short_side=32)
@@ -204,6 +204,17 @@ def test_names_that_would_collide():
     assert found == ["x/a.avi.mp4", "x/a.mkv.mp4", "x/b.mp4", "x/b.mov.mp4", "y/a.mp4", "c.mp4"]
     assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mp4"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
     assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mkv"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
+
+
+def test_a_failed_name_of_several_lines(tmp_path):
+    (tmp_path / "source").mkdir()
+    name = tmp_path / "source" / "a\tb\nc.mp4"
+    name.touch()
+    with pytest.raises(CannotPrepare, match=r"none of the 1 videos"):
+        prepare.prepare(Settings(str(name.parent), str(tmp_path / "out"), FAST, workers=1))
+    content = (tmp_path / "out" / "failed.txt").read_bytes()
+    assert content.endswith(b"/a\\tb\\nc.mp4\tempty file\n")
+    assert read_reasons(content) == {str(name): "empty file"}
 
 
 def test_a_name_that_is_no_text(write_video, tmp_path):

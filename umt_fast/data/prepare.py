@@ -34,7 +34,7 @@ from umt_fast.data.pool import Died, Overdue, Pool, keep_bars_here
 from umt_fast.data.shards import Sample
 from umt_fast.data.tasks import CopyTask, Failed, PackTask, work
 from umt_fast.errors import RunError
-from umt_fast.files import lock_folder, write_whole
+from umt_fast.files import lock_folder, write_reasons, write_whole
 
 FAILED_NAME = "failed.txt"
 TIME_LIMIT = 3600.0
@@ -282,8 +282,7 @@ class _Preparation:
             rows.append(row | {key: value for key, value in said.items() if value is not None})
         failed = [item.name for item in self.plan.items if item.name in self.failures]
         if failed:
-            lines = (f"{name}\t{' '.join(self.failures[name].split())}\n" for name in failed)
-            write_whole(self.out / FAILED_NAME, "".join(lines).encode("utf-8", "surrogateescape"))
+            write_whole(self.out / FAILED_NAME, write_reasons((name, self.failures[name]) for name in failed))
         else:
             (self.out / FAILED_NAME).unlink(missing_ok=True)
         if not rows:

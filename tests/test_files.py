@@ -1,0 +1,43 @@
+"""Lists of files with strange names."""
+
+from __future__ import annotations
+
+import pytest
+
+from umt_fast.files import escape, read_reasons, unescape, write_reasons
+from umt_fast.logging import RunLog
+
+STRANGE = ["a\tb.mp4", "a\nb.mp4", "c\r\n.mp4", "\x1b[31m\x00\x7f\x85.mp4", "a\u2028b\u2029.mp4", "\udcff\udc80.mp4"]
+BACKSLASHES = ["\\", "\\t.mp4", "x$\\foo$.mp4", "\\\\n", "\\x1b", "\\u2028", "a\\\tb"]
+PLAIN = ["a b,c.mp4", "ü/日本.mp4", "s3://bucket/key", "12:30.mp4"]
+
+
+@pytest.mark.parametrize("name", [*STRANGE, *BACKSLASHES])
+def test_names_come_back(name):
+    assert escape(name) != name or name in STRANGE[-1:]
+    assert unescape(escape(name)) == name
+    assert escape(name).isprintable() or name in STRANGE[-1:]
+
+
+def test_how_they_are_written():
+    assert escape("a\tb\n\\\x1b\u2028") == r"a\tb\n\\\x1b\u2028"
+    assert [escape(name) for name in PLAIN] == PLAIN
+
+
+def test_a_line_is_a_file():
+    reasons = {name: f"no\nframe\tin {name}" for name in [*STRANGE, *BACKSLASHES, *PLAIN]}
+    content = write_reasons(reasons.items())
+    assert content.count(b"\n") == content.count(b"\t") == len(content.splitlines()) == len(reasons)
+    assert b"\xff\x80.mp4\t" in content
+    assert {name: " ".join(reason.split()) for name, reason in reasons.items()} == read_reasons(content)
+    assert read_reasons(b"") == {}
+
+
+def test_a_resumed_run_knows_its_bad_files(tmp_path, capsys):
+    bad = [(name, "broken") for name in STRANGE]
+    for step, count in ((0, len(bad)), (3, len(bad) + 1)):
+        log = RunLog(tmp_path, True, step, 10, 4)
+        assert log.record_bad([*bad, ("other", "empty")][:count]) == count
+        log.close()
+    assert read_reasons((tmp_path / "bad_files.txt").read_bytes()) == {**dict(bad), "other": "empty"}
+    assert "\x1b" not in capsys.readouterr().out
