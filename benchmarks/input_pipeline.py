@@ -6,19 +6,21 @@ VIDEOS is what --data.train takes. They are first made into originals as data se
 H.264 with a key frame every 250, looped to fill), from which `umt_fast.data.prepare` makes copies with a key frame
 every 1, 4 and 8 frames; --as-they-are takes VIDEOS for the originals. Measured are
 
-    bare    PyAV alone: seek, decode and convert to RGB the frames that a clip needs, in as many processes
-    pyav    the loader of a training run, crops and resizing included
-    dali    likewise with DALI, where it is installed: on NVDEC, or on the CPU for the VP9 and MJPEG copies
+    bare          PyAV alone: seek, decode and convert to RGB the frames that a clip needs, in as many processes
+    bare + crop   and then one crop and torch's resize of each frame, into the clip's memory
+    pyav          the loader of a training run, crops and resizing included
+    dali          likewise with DALI, where it is installed, of the files that it takes: on NVDEC, with --pipelines at
+                  work, or on the CPU
 
-Every contender runs in turn, --rounds times; the table holds medians. Then a step of a model is timed on this device,
-and the table tells for how much of its time it would wait for data. --soak N watches the memory over N clips instead.
+Every contender runs in turn, --rounds times; the table holds medians. Given how many clips a step takes (--step-rate,
+or --step-from a step_time.json), it tells for how much of its time the step would wait for data. --soak N watches the
+memory over N clips instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import statistics
@@ -26,28 +28,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 
-import umt_fast
+from benchmarks import input_pipeline_report as report
 from benchmarks.kernels.environment import describe
-from umt_fast.config import STUDENTS, TEACHERS, DataConfig, OptimConfig
-from umt_fast.data import pyav
-from umt_fast.data.decoder import has_dali, open_loader
+from benchmarks.rungs import MODELS
+from umt_fast.config import DataConfig
+from umt_fast.data import nvdec, pyav
+from umt_fast.data.dali import Takes
+from umt_fast.data.decoder import choose_decoder, has_dali, open_loader
 from umt_fast.data.index import Video, VideoList
 from umt_fast.data.loader import Loader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.stream import ClipStream
-from umt_fast.masking import count_visible
-from umt_fast.optim import build_optimizer
 
 FRAMES, SIDE = 8, 224
+CROP_SCALES = (1, 0.875, 0.75, 0.66)
 SECONDS, FPS, SIZE, GOP = 10, 30, (340, 256), 250
 
 
@@ -57,8 +62,11 @@ class Files:
 
     name: str
     codec: str
-    gop: int
+    gop: float
+    """Frames from one key frame to the next, on average."""
     videos: VideoList
+    known: list[Video]
+    """The same with their facts, as an index has them."""
     bytes_per_video: float
 
 
@@ -69,16 +77,16 @@ class Row:
     files: str
     decoder: str
     workers: int
+    pipelines: int | None = None
+    """Of DALI, each at work on a batch of its own; None: not on a GPU."""
     clips_per_second: float = 0.0
     memory_mb: float = 0.0
     """Of all its processes, what they share counted once."""
     gpu_memory_mb: float | None = None
     nvdec_percent: float | None = None
     rounds: list[float] = field(default_factory=list)
-
-    @property
-    def frames_per_second(self) -> float:
-        return self.clips_per_second * FRAMES
+    said: list[str] = field(default_factory=list)
+    """By the loader: what it leaves to another decoder."""
 
 
 def make_originals(sources: VideoList, folder: Path) -> None:
@@ -102,21 +110,45 @@ def prepare(source: Path | str, folder: Path, codec: str, gop: int) -> None:
     subprocess.run([*command, "--codec", codec, "--gop", str(gop)], check=True)
 
 
-def read_files(name: str, codec: str, gop: int, source: Path | str) -> Files:
+def read_files(name: str, source: Path | str) -> Files:
+    """The videos of `source` and what is in them."""
     videos = read_manifest(str(source))
-    size = statistics.mean(os.path.getsize(v.path) if v.size is None else v.size for v in videos)
-    return Files(name, codec, gop, videos, size)
+    known = [video if video.facts else _look_into(video) for video in videos]
+    facts = [video.facts for video in known if video.facts]
+    return Files(
+        name,
+        codec=" and ".join(sorted({one.codec for one in facts})),
+        gop=sum(one.frames for one in facts) / sum(max(len(one.keys), 1) for one in facts),
+        videos=videos,
+        known=known,
+        bytes_per_video=statistics.mean(os.path.getsize(v.path) if v.size is None else v.size for v in videos),
+    )
 
 
-def stream_of(files: Files, decoder: str, workers: int) -> ClipStream:
-    config = DataConfig(workers=workers, decoder=decoder)  # type: ignore[arg-type]
+def _look_into(video: Video) -> Video:
+    """With its facts. Exits where the bare loop could not read it."""
+    try:
+        facts = pyav.probe(video)
+    except pyav.BadVideo as error:
+        sys.exit(f"error: {video.name}: {error}; leave it out of VIDEOS")
+    if not len(facts.keys):
+        sys.exit(f"error: {video.name} has no times to seek by; leave it out of VIDEOS")
+    return replace(video, facts=facts)
+
+
+def stream_of(files: Files, decoder: str, workers: int, pipelines: int | None = None) -> ClipStream:
+    config = DataConfig(workers=workers, decoder=decoder, pipelines=pipelines or 0)  # type: ignore[arg-type]
     return ClipStream(files.videos, config, FRAMES, SIDE, seed=0)
 
 
 # The contenders.
 
 
-def decode_bare(video: Video, indices: list[int]) -> None:
+def _leave(_what: object) -> None:
+    pass
+
+
+def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], None] = _leave) -> None:
     """PyAV and nothing else. Times and key frames are known beforehand, as to whoever decodes all frames in turn."""
     assert video.facts is not None
     times, keys = video.facts.times, video.facts.keys
@@ -134,32 +166,53 @@ def decode_bare(video: Video, indices: list[int]) -> None:
             for frame in decoder:
                 at = frame.pts
                 if at is not None and at >= times[index]:
-                    to_rgb.reformat(frame, format="rgb24", **pyav.ONE_THREAD).to_ndarray()
+                    then(to_rgb.reformat(frame, format="rgb24", **pyav.ONE_THREAD).to_ndarray())
                     break
 
 
+class Crop:
+    """Puts one square part of each picture, resized, into the next place of a clip."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.clip = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
+        self.places = iter(self.clip)
+        self.scale = rng.choice(CROP_SCALES)
+        self.corner = rng.random(2)
+
+    def __call__(self, picture: np.ndarray) -> None:
+        side = int(min(picture.shape[:2]) * self.scale)
+        top, left = (self.corner * (np.array(picture.shape[:2]) - side)).astype(int)
+        part = torch.from_numpy(picture[top : top + side, left : left + side])
+        resized = F.interpolate(part.permute(2, 0, 1)[None], (SIDE, SIDE), mode="bilinear", antialias=True)
+        next(self.places)[:] = resized[0].permute(1, 2, 0).numpy()
+
+
 def _bare_worker(
-    stream: ClipStream, videos: list[Video], rank: int, workers: int, seconds: float, done: object
+    stream: ClipStream, videos: list[Video], crop: bool, rank: int, workers: int, seconds: float, done: Any
 ) -> None:
+    torch.set_num_threads(1)
     clips = 0
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
         index, rng = next(stream.attempts(rank + clips * workers))
         facts = videos[index].facts
         assert facts is not None
-        decode_bare(videos[index], stream.draw_frames(facts.frames, rng))
+        indices = stream.draw_frames(facts.frames, rng)
+        if crop:
+            decode_bare(videos[index], indices, Crop(rng))
+        else:
+            decode_bare(videos[index], indices)
         clips += 1
-    done.put((clips / (time.perf_counter() - begun), _own_memory()))  # type: ignore[attr-defined]
+    done.put((clips / (time.perf_counter() - begun), _own_memory()))
 
 
-def measure_bare(files: Files, workers: int, seconds: float) -> tuple[float, float]:
+def measure_bare(files: Files, workers: int, seconds: float, crop: bool) -> tuple[float, float]:
     """Clips per second and memory of `workers` processes that each run `decode_bare` in a loop."""
     stream = stream_of(files, "pyav", workers)
-    videos = [video if video.facts else replace(video, facts=pyav.probe(video)) for video in files.videos]
     context = multiprocessing.get_context("fork")
     done = context.Queue()
     processes = [
-        context.Process(target=_bare_worker, args=(stream, videos, rank, workers, seconds, done))
+        context.Process(target=_bare_worker, args=(stream, files.known, crop, rank, workers, seconds, done))
         for rank in range(workers)
     ]
     for process in processes:
@@ -171,19 +224,28 @@ def measure_bare(files: Files, workers: int, seconds: float) -> tuple[float, flo
 
 
 @contextlib.contextmanager
-def loader_of(files: Files, decoder: str, workers: int, batch: int, device: torch.device) -> Iterator[Loader]:
-    stream = stream_of(files, decoder, workers)
-    loader = open_loader(stream, device, lambda _text: None, start=0, batches=10**9, batch_size=batch)
+def loader_of(
+    files: Files,
+    decoder: str,
+    workers: int,
+    batch: int,
+    device: torch.device,
+    pipelines: int | None = None,
+    say: Callable[[str], None] = _leave,
+) -> Iterator[Loader]:
+    stream = stream_of(files, decoder, workers, pipelines)
+    loader = open_loader(stream, device, say, start=0, batches=10**9, batch_size=batch)
     with loader:
         yield loader
 
 
 def measure_loader(
-    files: Files, decoder: str, workers: int, seconds: float, batch: int, device: torch.device
+    files: Files, row: Row, seconds: float, batch: int, device: torch.device
 ) -> tuple[float, float, float | None, float | None]:
     """Clips per second, memory of the processes, GPU memory and NVDEC use, once what was made ready is used up."""
-    with loader_of(files, decoder, workers, batch, device) as loader:
-        ready = 2 + workers * DataConfig().prefetch
+    workers, said = row.workers, set(row.said)
+    with loader_of(files, row.decoder, workers, batch, device, row.pipelines, said.add) as loader:
+        ready = 2 + workers * DataConfig().prefetch + (row.pipelines or 0)
         for _ in range(ready):
             next(loader)
         begun = time.perf_counter()
@@ -194,28 +256,8 @@ def measure_loader(
             if device.type == "cuda" and len(use) < spent:  # once a second
                 use.append(_nvdec_use())
         rate = clips / (time.perf_counter() - begun)
+        row.said = sorted(said)
         return rate, _memory(), _gpu_memory(device), statistics.mean(use) if use else None
-
-
-def step_rate(name: str, device: torch.device, batch: int, steps: int = 5) -> float:
-    """Clips per second of a training step of UMT `name`, random weights, on clips that are there already."""
-    student_config, teacher_config = STUDENTS[name], TEACHERS[{"umt_b16": "clip_b16", "umt_l16": "clip_l14"}[name]]
-    student = umt_fast.VideoStudent(student_config).to(device)
-    teacher = umt_fast.ClipTeacher(teacher_config).to(device).eval()
-    optimizer = build_optimizer(student, OptimConfig())
-    clip = torch.randint(256, (batch, FRAMES, SIDE, SIDE, 3), dtype=torch.uint8, device=device)
-    num_visible = count_visible(student_config.grid**2, 0.8)
-    seconds = []
-    for _ in range(steps):
-        begun = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            out = umt_fast.alignment_step(student, teacher, clip, num_visible)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        out.loss.item()
-        seconds.append(time.perf_counter() - begun)
-    return batch / statistics.median(seconds[1:])
 
 
 # What it costs.
@@ -250,7 +292,7 @@ def _nvdec_use() -> float:
 
 def soaked(files: Files, device: torch.device) -> list[str]:
     """The decoders whose memory these files show: copies with key frames alone, of a codec that DALI takes here."""
-    if files.gop != 1:
+    if files.gop > 1:
         return []
     by_dali = files.codec == "h264" if device.type == "cuda" else files.codec == "mjpeg"
     return ["pyav"] * (files.codec == "h264") + ["dali"] * (by_dali and has_dali())
@@ -267,33 +309,46 @@ def soak(files: Files, decoder: str, workers: int, clips: int, batch: int, devic
     return {"after a tenth": seen[0], "least": min(seen), "most": max(seen), "end": seen[-1]}
 
 
-# The report.
+# All of it.
+
+
+def plan_rows(
+    files: list[Files], workers: list[int], pipelines: list[int] | None, engines: dict[str, nvdec.Limits] | None
+) -> list[Row]:
+    """The contenders. `engines`: what NVDEC takes; None for DALI on the CPU. Files that DALI leaves to PyAV have no
+    row of its."""
+    rows = []
+    for kept in files:
+        rows += [Row(kept.name, decoder, count) for decoder in ("bare", "bare + crop", "pyav") for count in workers]
+        if not has_dali() or any(Takes(engines).refuse(pyav.look_up(video)) for video in kept.known):
+            continue
+        if engines is None:
+            rows += [Row(kept.name, "dali", count) for count in workers]
+        else:
+            counts = pipelines or sorted({1, nvdec.count_engines(engines)})
+            rows += [Row(kept.name, "dali", max(workers), count) for count in counts]
+    return rows
 
 
 def run(options: argparse.Namespace, device: torch.device, work: Path) -> tuple[list[Files], list[Row]]:
     files = make_files(options, work)
-    rows = [
-        Row(kept.name, decoder, workers)
-        for kept in files
-        for decoder in ("bare", "pyav", "dali")
-        for workers in options.workers
-        if decoder != "dali" or (has_dali() and (device.type == "cuda" or kept.codec in ("vp9", "mjpeg")))
-    ]
+    engines = choose_decoder("dali", device).engines if has_dali() else None
+    rows = plan_rows(files, options.workers, options.pipelines, engines)
     by_name = {kept.name: kept for kept in files}
     memory: dict[int, list[float]] = {id(row): [] for row in rows}
     for number in range(options.rounds):
         for row in rows:
             kept = by_name[row.files]
-            if row.decoder == "bare":
-                rate, used = measure_bare(kept, row.workers, options.seconds)
+            if row.decoder.startswith("bare"):
+                rate, used = measure_bare(kept, row.workers, options.seconds, crop=row.decoder == "bare + crop")
             else:
                 rate, used, row.gpu_memory_mb, row.nvdec_percent = measure_loader(
-                    kept, row.decoder, row.workers, options.seconds, options.batch, device
+                    kept, row, options.seconds, options.batch, device
                 )
             row.rounds.append(rate)
             memory[id(row)].append(used)
-            told = f"round {number + 1}: {row.files:<12} {row.decoder:<5} x{row.workers:<3} {rate:8.1f} clips/s"
-            print(told, file=sys.stderr)
+            told = f"round {number + 1}: {row.files:<12} {row.decoder:<11} x{row.workers:<3} {rate:8.1f} clips/s"
+            print(told if row.pipelines is None else f"{told}, {row.pipelines} pipelines", file=sys.stderr)
     for row in rows:
         row.clips_per_second = statistics.median(row.rounds)
         row.memory_mb = statistics.median(memory[id(row)])
@@ -306,67 +361,15 @@ def make_files(options: argparse.Namespace, work: Path) -> list[Files]:
         original = work / "original"
         original.mkdir()
         make_originals(read_manifest(options.videos), original)
-    files = [read_files("original", "h264", GOP, original)]
+    files = [read_files("original", original)]
     copies = [("h264", gop) for gop in (8, 4, 1)]
     if has_dali():
         copies += [("vp9", 4), ("mjpeg", 1)]
     for codec, gop in copies:
         folder = work / f"{codec}-{gop}"
         prepare(original, folder, codec, gop)
-        files.append(read_files(f"{codec} gop {gop}", codec, gop, folder))
+        files.append(read_files(f"{codec} gop {gop}", folder))
     return files
-
-
-def table(files: list[Files], rows: list[Row], step: float | None) -> str:
-    """Markdown."""
-    base = {(row.decoder, row.workers): row.clips_per_second for row in rows if row.files == "original"}
-    bare = {(row.files, row.workers): row.clips_per_second for row in rows if row.decoder == "bare"}
-    size = {kept.name: kept.bytes_per_video for kept in files}
-    head = ("files", "bytes", "decoder", "workers", "clips/s", "frames/s", "x original", "bare / this", "memory MB")
-    lines = [(*head, "GPU MB", "NVDEC %", "data stall %"), ("---",) * 12]
-    for row in rows:
-        original = base.get((row.decoder, row.workers))
-        fed = None if step is None or row.decoder == "bare" else min(row.clips_per_second / step, 1)
-        lines.append(
-            (
-                row.files,
-                f"{size[row.files] / size['original']:.2f}x",
-                row.decoder,
-                str(row.workers),
-                f"{row.clips_per_second:.1f}",
-                f"{row.frames_per_second:.0f}",
-                f"{row.clips_per_second / original:.2f}" if original else "-",
-                f"{bare[row.files, row.workers] / row.clips_per_second:.2f}",
-                f"{row.memory_mb:.0f}",
-                "-" if row.gpu_memory_mb is None else f"{row.gpu_memory_mb:.0f}",
-                "-" if row.nvdec_percent is None else f"{row.nvdec_percent:.0f}",
-                "-" if fed is None else f"{100 * (1 - fed):.1f}",
-            )
-        )
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Clips per second of each way of keeping the files, a group of bars each."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    files = list(dict.fromkeys(row.files for row in rows))
-    contenders = list(dict.fromkeys((row.decoder, row.workers) for row in rows))
-    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    width = 0.8 / len(contenders)
-    for number, (decoder, workers) in enumerate(contenders):
-        shown = [row for row in rows if (row.decoder, row.workers) == (decoder, workers)]
-        places = [files.index(row.files) + (number - (len(contenders) - 1) / 2) * width for row in shown]
-        bars = axes.bar(places, [row.clips_per_second for row in shown], width * 0.9, label=f"{decoder}, {workers}")
-        axes.bar_label(bars, fmt="%.0f", fontsize=7)
-    axes.set_xticks(range(len(files)), files)
-    axes.set(ylabel="clips per second", title=title)
-    axes.legend(title="decoder, processes")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -380,15 +383,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8, help="clips")
-    parser.add_argument(
-        "--step", choices=["none", *sorted(STUDENTS)], default="umt_b16", help="model whose step is timed"
-    )
-    parser.add_argument("--step-batch", type=int, help="its clips; 64 on a GPU, else 2")
+    parser.add_argument("--pipelines", type=int, nargs="+", help="of DALI on a GPU; default: one, and one per NVDEC")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--step-rate", type=float, metavar="CLIPS_PER_SECOND", help="what a training step takes")
+    step.add_argument("--step-from", type=Path, metavar="FILE", help="a step_time.json: its fastest exact rung")
+    parser.add_argument("--step-model", choices=MODELS, default="umt_b16", help="whose, in that; default %(default)s")
     parser.add_argument("--soak", type=int, metavar="CLIPS", help="watch the memory of each decoder instead")
     options = parser.parse_args(arguments)
+    if options.soak is not None and options.soak < options.batch:
+        parser.error(
+            f"--soak {options.soak} is less than one batch of {options.batch}; give more, or a smaller --batch"
+        )
+    if options.step_rate is not None and options.step_rate <= 0:
+        parser.error(f"--step-rate {options.step_rate:g} is not above 0")
+    step_rate, step_name = options.step_rate, "as given"
+    if options.step_from is not None:
+        step_rate, step_name = report.read_step(options.step_from, options.step_model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="input-pipeline-") as work:
-        if options.soak:
+        if options.soak is not None:
             for kept in make_files(options, Path(work)):
                 for decoder in soaked(kept, device):
                     watched = soak(kept, decoder, options.workers[-1], options.soak, options.batch, device)
@@ -397,27 +410,14 @@ def main(arguments: list[str] | None = None) -> None:
             return
         files, rows = run(options, device, Path(work))
     facts: dict[str, object] = {**describe(), "processors": os.cpu_count()}
-    step = None
-    if options.step != "none":
-        batch = options.step_batch or (64 if device.type == "cuda" else 2)
-        step = step_rate(options.step, device, batch)
-        facts |= {"step": f"{options.step}, batch {batch}, bf16", "step_clips_per_second": round(step, 2)}
-    found = table(files, rows, step)
-    print(found)
+    if step_rate is not None:
+        facts |= {"step": step_name, "step_clips_per_second": round(step_rate, 2)}
+    stored = {kept.name: {"codec": kept.codec, "gop": kept.gop, "bytes": kept.bytes_per_video} for kept in files}
+    content = {"facts": facts, "frames": FRAMES, "files": stored, "rows": [asdict(row) for row in rows]}
+    print(report.table(content))
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "input_pipeline"
-        content = {"facts": facts, "rows": [asdict(row) for row in rows]}
-        path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        told = "".join(f"- {name.replace('_', ' ')}: {value}\n" for name, value in facts.items())
-        page = f"# Input pipeline\n\n{told}\n{found}\n![Clips per second](input_pipeline.png)\n"
-        path.with_suffix(".md").write_text(page)
-        plot(
-            rows,
-            f"{FRAMES} frames of 10 s videos, {facts['device']}, {facts['processors']} cores",
-            path.with_suffix(".png"),
-        )
+        report.write(content, options.out)
 
 
 if __name__ == "__main__":
