@@ -182,8 +182,9 @@ class Crop:
     def __call__(self, picture: np.ndarray) -> None:
         side = int(min(picture.shape[:2]) * self.scale)
         top, left = (self.corner * (np.array(picture.shape[:2]) - side)).astype(int)
-        part = torch.from_numpy(picture[top : top + side, left : left + side])
-        resized = F.interpolate(part.permute(2, 0, 1)[None], (SIDE, SIDE), mode="bilinear", antialias=True)
+        part = np.ascontiguousarray(picture[top : top + side, left : left + side])
+        planes = torch.from_numpy(part)[None].permute(0, 3, 1, 2)  # channels last, which torch resizes faster
+        resized = F.interpolate(planes, (SIDE, SIDE), mode="bilinear", antialias=True)
         next(self.places)[:] = resized[0].permute(1, 2, 0).numpy()
 
 

@@ -80,7 +80,7 @@ def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
 
 
 def test_the_report(short, two_videos, tmp_path, capsys):
-    options = ["--seconds", "0.1", "--rounds", "2", "--batch", "2", "--workers", "1", "--step-rate", "100000"]
+    options = ["--seconds", "0.1", "--rounds", "2", "--batch", "2", "--workers", "1", "--step-rate", "1e9"]
     input_pipeline.main([two_videos, "--out", str(tmp_path / "out"), *options])
     found = json.loads((tmp_path / "out" / "input_pipeline.json").read_text())
     kinds = {"original": 15, "h264 gop 8": 30 / 4, "h264 gop 4": 30 / 8, "h264 gop 1": 1}
@@ -95,7 +95,7 @@ def test_the_report(short, two_videos, tmp_path, capsys):
     assert found["facts"]["step"] == "as given"
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("| h264 gop 1 | h264 | 1 |") and "pyav" in line]
-    assert 90 < float(line.split("|")[-2]) < 100
+    assert line.endswith("| 100.0 |")
     assert (tmp_path / "out" / "input_pipeline.png").read_bytes().startswith(b"\x89PNG")
     assert "| original | h264 | 15 | 1.00x | pyav | 1 | - |" in (tmp_path / "out" / "input_pipeline.md").read_text()
 
