@@ -22,7 +22,8 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali
 from umt_fast.config import DataConfig
 from umt_fast.data import dali, nvdec, pyav, synthetic
 from umt_fast.data.augment import View, show
-from umt_fast.data.dali import DaliLoader, Order, Plan, PlanDataset, Takes, _Pipeline
+from umt_fast.data.dali import DaliLoader, Plan, PlanDataset, Takes
+from umt_fast.data.dali_pipeline import DecodeFailed, DecodingPipeline, Order, to_rgb
 from umt_fast.data.decoder import choose_decoder
 from umt_fast.data.index import VideoList, describe
 from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
@@ -145,7 +146,7 @@ def _whole(path: Path, frames: list[int], side: int = 48) -> torch.Tensor:
     """Frames of a square video of this side, which DALI need not resize: uint8 [T,side,side,3]."""
     content = np.fromfile(path, np.uint8)
     order = Order(0, "", content, frames, [View(0, 0, side, side, False)], bt709=False)
-    return _Pipeline(_stream([], side=side), CPU, 1, 1).decode(order)[0]
+    return DecodingPipeline(_stream([], side=side), CPU, 1, 1).decode(order)[0]
 
 
 def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
@@ -178,7 +179,7 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
         chroma = [plane * 255 / 224 for plane in chroma]
     blue, red = chroma
     planes = np.stack((luma, blue, red), axis=-1)
-    return (planes @ dali._to_rgb(0.299, 0.114).T).clip(0, 255)
+    return (planes @ to_rgb(0.299, 0.114).T).clip(0, 255)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "odd" not in kind])
@@ -206,7 +207,7 @@ def test_where_ffmpeg_converts_exactly_too_the_pictures_are_equal(sample, decode
     height, width = frames.shape[1:3]
     stream = _stream([], side=height)
     order = Order(0, "", np.fromfile(path, np.uint8), [0, 59], [View(0, 0, height, height, False)], bt709=False)
-    made = _Pipeline(stream, CPU, 1, 1).decode(order)[0].numpy()
+    made = DecodingPipeline(stream, CPU, 1, 1).decode(order)[0].numpy()
     assert np.array_equal(made, frames[[0, 59], :, : min(width, height)])
 
 
@@ -239,7 +240,7 @@ def test_colours(tmp_path, codec, matrix, full_range):
     assert order.bt709 == (codec == "libvpx-vp9" and matrix == 1)
     if order.bt709:  # that the matrix is needed
         order.bt709 = False
-        unmended = _Pipeline(stream, CPU, 1, 1).decode(order)[:, :, 8:-8, 8:-8].float()
+        unmended = DecodingPipeline(stream, CPU, 1, 1).decode(order)[:, :, 8:-8, 8:-8].float()
         assert (inner[0][:1] - unmended).abs().mean() > 3
 
 
@@ -252,7 +253,7 @@ def test_crop_resize_and_flip_are_those_of_show(sample, decode_all, view, flip):
     path = sample("vp9_444.webm")
     cut = View(*view, flip)
     order = Order(0, "", np.fromfile(path, np.uint8), [3, 40], [cut], bt709=False)
-    made = _Pipeline(_stream([]), CPU, 1, 1).decode(order)[0].numpy().astype(int)
+    made = DecodingPipeline(_stream([]), CPU, 1, 1).decode(order)[0].numpy().astype(int)
     frames = decode_all(path)
     expected = np.empty((2, SIDE, SIDE, 3), np.uint8)
     for place, index in zip(expected, (3, 40), strict=True):
@@ -473,16 +474,16 @@ def test_where_dali_fails_pyav_decides(sample, mixed, tmp_path, monkeypatch):
     damaged = str(_damage_a_gop(sample("vp9.webm"), tmp_path / "damaged.webm"))
     stream = _stream([*mixed, damaged], pipelines=2)
     failures = []
-    finish = _Pipeline.finish
+    finish = DecodingPipeline.finish
 
-    def count(pipeline: _Pipeline) -> torch.Tensor:
+    def count(pipeline: DecodingPipeline) -> torch.Tensor:
         try:
             return finish(pipeline)
-        except dali.DecodeFailed as error:
+        except DecodeFailed as error:
             failures.append(str(error))
             raise
 
-    monkeypatch.setattr(_Pipeline, "finish", count)
+    monkeypatch.setattr(DecodingPipeline, "finish", count)
     made = _by_dali(stream, batches=9, batch_size=9)
     _assert_alike(made, _by_pyav(stream, batches=9, batch_size=9))
     assert len(failures) >= 2  # in its group, and alone
@@ -490,14 +491,14 @@ def test_where_dali_fails_pyav_decides(sample, mixed, tmp_path, monkeypatch):
 
 
 def test_what_dali_alone_cannot_read_stays_in_the_batch(mixed, monkeypatch):
-    monkeypatch.setattr(_Pipeline, "finish", lambda pipeline: _fail(pipeline))
+    monkeypatch.setattr(DecodingPipeline, "finish", lambda pipeline: _fail(pipeline))
     stream = _stream(mixed)
     _assert_same(_by_dali(stream, batches=2, batch_size=4), _by_pyav(stream, batches=2, batch_size=4))
 
 
-def _fail(pipeline: _Pipeline) -> torch.Tensor:
+def _fail(pipeline: DecodingPipeline) -> torch.Tensor:
     pipeline.close()
-    raise dali.DecodeFailed("no")
+    raise DecodeFailed("no")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -512,14 +513,14 @@ def test_a_codec_of_other_frames_is_left_to_pyav(mixed, monkeypatch):
     """On a GPU the first videos are compared; here the comparison is run on the CPU, once with a fault."""
     with DaliLoader(_stream(mixed), CPU, None, start=0, batches=1, batch_size=1, say=print) as loader:
         assert loader._find_wrong(Takes(), range(8)) == frozenset()
-        decode = _Pipeline.decode
+        decode = DecodingPipeline.decode
 
-        def late(pipeline: _Pipeline, order: Order) -> torch.Tensor:
+        def late(pipeline: DecodingPipeline, order: Order) -> torch.Tensor:
             if order.codec == "vp9":
                 order.frames = [max(index - 1, 0) for index in order.frames]
             return decode(pipeline, order)
 
-        monkeypatch.setattr(_Pipeline, "decode", late)
+        monkeypatch.setattr(DecodingPipeline, "decode", late)
         assert loader._find_wrong(Takes(), range(8)) == {"vp9"}
     takes = Takes(distrusted=frozenset(("vp9",)))
     assert "other frames" in takes.refuse(_stored("vp9"))
@@ -600,8 +601,8 @@ def test_a_batch_outlives_the_next_and_the_loader(mixed):
 def test_a_whole_batch_is_handed_over_without_a_copy(mixed, monkeypatch):
     stream = _stream([path for path in mixed if not path.endswith(".mp4")])
     made = []
-    finish = _Pipeline.finish
-    monkeypatch.setattr(_Pipeline, "finish", lambda pipeline: made.append(finish(pipeline)) or made[-1])
+    finish = DecodingPipeline.finish
+    monkeypatch.setattr(DecodingPipeline, "finish", lambda pipeline: made.append(finish(pipeline)) or made[-1])
     for batch in _by_dali(stream, batches=3, batch_size=3):
         assert batch.clip.data_ptr() == made.pop(0).data_ptr()
 
