@@ -14,7 +14,6 @@ INTERLACED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="comes with the change of umt_fast/data/pyav.py; this mark goes then")
 @pytest.mark.parametrize("name", INTERLACED)
 def test_interlaced_videos_are_not_plain(write_video, decode_all, tmp_path, name):
     codec, options = INTERLACED[name]

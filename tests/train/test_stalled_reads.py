@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 
 from umt_fast import checkpoint
-from umt_fast.data import loader
 
 pytest.importorskip("aiohttp", reason="pip install 'fsspec[http]'")
-pytestmark = pytest.mark.skipif(not hasattr(loader, "GRACE"), reason="the loader still waits for its reads")
 
 
 class Server(ThreadingHTTPServer):

@@ -46,7 +46,7 @@ CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 CPU_PIXELS = frozenset(f"yuv{j}{chroma}p" for j in ("", "j") for chroma in (420, 422, 444))
 GPU_PIXELS = frozenset(("yuv420p", "yuvj420p"))
 """DALI's kernel that makes RGB of NVDEC's pictures knows no others."""
-NOT_PLAIN = "turned, cut by an edit list, with hidden frames, of changing size or damaged"
+NOT_PLAIN = "interlaced, turned, cut by an edit list, with hidden frames, of changing size or damaged"
 
 _BT601 = (2, 5, 6)  # as ITU-T H.273 numbers them; 2 is unknown, which FFmpeg reads as BT.601 too
 _BT709 = 1

@@ -8,10 +8,12 @@ import gc
 import itertools
 import math
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,7 +28,7 @@ from umt_fast.data import pyav
 from umt_fast.data.augment import show
 from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.memory import Buffers, Loan
-from umt_fast.data.storage import read_video
+from umt_fast.data.storage import start_reading
 from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
 
@@ -38,6 +40,8 @@ T = TypeVar("T")
 
 READS_AHEAD = 8
 """Remote videos that a worker fetches while it decodes."""
+GRACE = 1.0
+"""Seconds that workers get to finish what they are at when the loader is closed."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """As malloc.h numbers them."""
 IN_HAND = 2
@@ -121,19 +125,18 @@ def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes]
     if not stream.videos.may_be_remote:
         yield from itertools.repeat(None, len(visits))
         return
-    with ThreadPoolExecutor(READS_AHEAD) as pool:
-        ahead: deque[Future[bytes] | None] = deque()
-        for visit in visits:
-            index, _ = next(stream.attempts(visit))
-            try:
-                video = stream.videos[index]
-            except BadIndex:  # try_candidates will tell
-                ahead.append(None)
-            else:
-                ahead.append(pool.submit(read_video, video) if video.remote else None)
-            if len(ahead) > READS_AHEAD:
-                yield ahead.popleft()
-        yield from ahead
+    ahead: deque[Future[bytes] | None] = deque()
+    for visit in visits:
+        index, _ = next(stream.attempts(visit))
+        try:
+            video = stream.videos[index]
+        except BadIndex:  # try_candidates will tell
+            ahead.append(None)
+        else:
+            ahead.append(start_reading(video) if video.remote else None)
+        if len(ahead) >= READS_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def empty_for_parent(shape: tuple[int, ...]) -> Tensor:
@@ -247,11 +250,25 @@ class Prepared(Iterator[T]):
         """Stop the workers.
 
         Not left to the collector: after an error the traceback keeps the iterator, and Python's exit then waits for
-        workers that nobody told to stop.
+        workers that nobody told to stop. One that is stuck, as in a read from a server that is silent, is killed.
         """
         items, self._items = self._items, None
-        if isinstance(items, _MultiProcessingDataLoaderIter):
+        if not isinstance(items, _MultiProcessingDataLoaderIter):
+            return
+        late = threading.Timer(GRACE, _kill, (items._workers,))
+        late.start()
+        try:
             items._shutdown_workers()
+        except RuntimeError as error:  # torch tells of the killed
+            if not _is_of_a_dead_worker(error):
+                raise
+        finally:
+            late.cancel()
+
+
+def _kill(workers: list[BaseProcess]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 class Loader(Iterator[Batch]):

@@ -188,8 +188,13 @@ class Reader:
             codec=self.stream.codec_context.codec.canonical_name,
             times=np.array(self.pts, np.int64),
             keys=np.array(self.keys if self.timed else [], np.int64),
-            plain=self.plain and not first.rotation,
+            plain=self.plain and not first.rotation and not self._is_interlaced(first),
         )
+
+    def _is_interlaced(self, first: av.VideoFrame) -> bool:
+        """Whether frames are stored as fields or flagged as such, of which every decoder makes something else."""
+        order = getattr(self.stream.codec_context, "field_order", 0)  # PyAV before 18 does not tell
+        return bool(first.interlaced_frame) or order > 1  # 0: unknown, 1: progressive
 
     def _refuse_truncated(self, packets: int, times: list[int]) -> None:
         """Raise if the video ends well before its header says.
