@@ -177,21 +177,27 @@ HOW_BESIDE = (
 
 
 def write(content: Content, folder: Path) -> None:
-    """step_time.md, step_time.html, ladder.png and phases.png beside the JSON."""
-    draw_ladder(content, folder / "ladder.png")
-    draw_phases(content, folder / "phases.png")
+    """step_time.md, step_time.html, ladder.png and phases.png beside the JSON; without matplotlib no plots."""
+    plots = {"ladder.png": "Speed-ups", "phases.png": "Phases"}
+    try:
+        draw_ladder(content, folder / "ladder.png")
+        draw_phases(content, folder / "phases.png")
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is missing (pip install {error.name})")
+        plots = {}
+    shown = "\n\n".join(f"![{title}]({name})" for name, title in plots.items())
     (folder / "step_time.md").write_text(
         f"# Step time\n\n{HOW}\n\n{facts(content)}\n\n{table(content)}\n{HOW_BESIDE}\n\n{beside_table(content)}\n"
-        "![Speed-ups](ladder.png)\n\n![Phases](phases.png)\n"
+        f"{shown}\n"
     )
-    (folder / "step_time.html").write_text(page(content, folder))
+    (folder / "step_time.html").write_text(page(content, [folder / name for name in plots]))
 
 
-def page(content: Content, folder: Path) -> str:
+def page(content: Content, plots: list[Path]) -> str:
     """One HTML file that needs no other."""
     pictures = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">\n'
-        for name in ("ladder.png", "phases.png")
+        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">\n'
+        for plot in plots
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Step time</title>\n'
@@ -242,7 +248,7 @@ def draw_phases(content: Content, path: Path) -> None:
                 panel.barh([f"beside: {name}"], [1e3 * seconds], color="white", edgecolor="black", hatch="//")
         panel.invert_yaxis()
         panel.set(title=title, xlabel="ms per step")
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, content, path)
 
 

@@ -297,6 +297,14 @@ def test_the_page_and_the_plots_stand_alone(results):
     assert "1.00x" in table
 
 
+def test_without_matplotlib_there_are_no_plots_and_it_says_so(results, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    step_time_report.write(step_time_report.read(results / "step_time.json"), tmp_path)
+    assert capsys.readouterr().out == "no plots: matplotlib is missing (pip install matplotlib)\n"
+    assert "<img" not in (tmp_path / "step_time.html").read_text()
+    assert "![" not in (tmp_path / "step_time.md").read_text()
+
+
 def test_resume_measures_only_what_is_missing(monkeypatch, no_decoding, tmp_path):
     monkeypatch.setattr(step_time, "describe", lambda: {"torch": "1", "triton": "1", "commit": "abc"})
     command = ["--models", "tiny", "--batch", "1", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
