@@ -233,7 +233,8 @@ class BaselineStep:
         plain = [p for p in parameters if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        # Not its default of 65536: a first step that overflows would be skipped, and the losses are compared by step.
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024, enabled=precision == "fp16")
 
     def __call__(
         self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"] | None = None, mark: Mark = no_mark

@@ -1,12 +1,16 @@
 """Everything that wants a GPU, most important first: `make bench-gpu`, or python -m benchmarks.gpu_session.
 
 Each stage gets at most 8 minutes, so that a borrowed GPU gives what it can. A stage that was cut off or failed is
-gone through again by the next call, a finished one is not while the commit stays the same; a measurement that was cut
-off goes on where it was. Results and logs are in benchmarks/results/<gpu>, ready to commit.
+gone through again by the next call, a finished one is not while the commit stays the same. Step times that were cut
+off go on where they were; kernel times leave what they had and begin anew. Results and logs are in
+benchmarks/results/<gpu>, ready to commit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +23,8 @@ from benchmarks.kernels.environment import describe, gpu_name
 from benchmarks.step_time import RESULTS
 
 LIMIT = 8 * 60
+GRACE = 20
+"""Seconds that a stage which is out of time gets to write what it has."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,7 +36,7 @@ class Stage:
 
 def stages(folder: Path) -> list[Stage]:
     python, pytest = (sys.executable, "-m"), (sys.executable, "-m", "pytest", "-q")
-    step_time = (*python, "benchmarks.step_time", "--resume", "--models")
+    step_time = (*python, "benchmarks.step_time", "--resume", "--fp8-student", "--models")
     ladder = (folder / "kernels.json").as_posix()
     return [
         Stage("tests of the models on the GPU", (*pytest, "tests/models", "tests/test_acceleration.py")),
@@ -38,7 +44,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
         Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
         Stage("memory and low precision", (*pytest, "tests/test_costs.py", "tests/test_low_precision.py")),
-        Stage("losses of the rungs", (*pytest, "tests/benchmarks/test_step_time.py")),
+        Stage("losses of the rungs", (*pytest, "tests/benchmarks/test_step_time.py", "-k", "rung_of_a_gpu")),
         Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
         Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),
     ]
@@ -52,12 +58,20 @@ def run(stage: Stage, folder: Path, commit: str, limit: float = LIMIT) -> str:
     if stamp.exists() and stamp.read_text() == commit and not commit.endswith("+"):
         return "done before"
     with open(place.with_suffix(".log"), "w") as log:
+        child = subprocess.Popen(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = subprocess.run(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=limit)
+            status = child.wait(limit)
         except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)  # pytest then writes what was measured
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE)
             return f"out of time after {limit:.0f} s"
-    if status.returncode:
-        return f"failed with {status.returncode}; see {place.with_suffix('.log')}"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    if status:
+        return f"failed with {status}; see {place.with_suffix('.log')}"
     stamp.write_text(commit)
     return "done"
 

@@ -11,10 +11,17 @@ Mark = Callable[[str], None]
 """Called with a phase's name at its end."""
 
 PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimiser")
+"""Of a step. What runs beside it, decoding and the all-reduce, is timed by `benchmarks.beside`."""
 
 
 def no_mark(_phase: str) -> None:
     """A step that nobody times."""
+
+
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class PhaseClock:

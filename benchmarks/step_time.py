@@ -4,11 +4,14 @@
     python -m benchmarks.step_time --rungs "baseline" "+ lean math" --repeats 5
     python -m benchmarks.step_time --compare old.json       # exits with 1 if a rung is over 5% slower
     python -m benchmarks.step_time --predict a100 --from benchmarks/results/h200/umt_b16/step_time.json
+    torchrun --nproc-per-node 8 -m benchmarks.step_time --videos list.csv     # with the all-reduce, and own videos
 
 Writes step_time.json, .md and .html and two plots into benchmarks/results/<gpu or cpu>, or --out. Times are medians.
 On a CPU one step of every rung is timed in turn, again and again, so that both sides of a ratio share the machine's
-moods; on a GPU each rung has the device for itself. Decoding and the all-reduce are not part of it: one process, and
-clips that are there.
+moods; on a GPU each rung has the device for itself. Before it is timed, a rung makes 20 steps, recorded and compiled
+as it will be; one whose losses leave the float32 reference's by more than its tolerance is refused, and the command
+exits with 1. Decoding and the all-reduce go on beside a step: they are timed apart (benchmarks/beside.py), by all
+processes, before the first one makes the steps alone.
 """
 
 from __future__ import annotations
@@ -23,22 +26,30 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import beside
 from benchmarks import step_time_report as report
+from benchmarks.beside import Beside
 from benchmarks.kernels.environment import describe, gpu_name
-from benchmarks.phases import PhaseClock, no_mark
+from benchmarks.phases import PhaseClock, no_mark, wait_for
 from benchmarks.rungs import MODELS, Rung, TimedStep, Work, build, ladder, missing, prepare
-from umt_fast import costs
+from umt_fast import costs, distributed
+from umt_fast.config import DataConfig
+from umt_fast.data.manifest import read_manifest
+from umt_fast.distributed import World
+from umt_fast.errors import RunError
 
 RESULTS = Path(__file__).parent / "results"
 GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 STEPS = {"cuda": 10, "cpu": 1}
 """Steps between two looks at the clock: a GPU's queue must fill."""
+CHECKED_STEPS = 20
+"""Whose losses are compared: of a captured rung the warm-up, the recording and many replays."""
 
 
 @dataclass
@@ -64,8 +75,12 @@ class Result:
     """Operations that this rung makes, by phase."""
     gemm_share: float | None = None
     """Of the rate of a large matmul in the rung's precision, measured in the same run."""
-    loss: float | None = None
-    """Of the first step, from the same weights, clips and visible set on every rung."""
+    losses: list[float] = field(default_factory=list)
+    """Of the first steps, from the same weights, clips and visible set on every rung."""
+    loss_error: float | None = None
+    """Largest distance of one of them from the reference's at the same step."""
+    loss_tolerance: float | None = None
+    """What it may be."""
     k710_days: float | None = None
     """Days that the published 200 epochs of K710 would take on 32 such devices, if data and network kept up."""
 
@@ -81,17 +96,12 @@ def gemm_seconds(dtype: torch.dtype, device: torch.device) -> float:
 
 def _window(call: Any, steps: int, device: torch.device) -> float:
     """Seconds per call over `steps` of them."""
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(steps):
         call()
-    _wait(device)
+    wait_for(device)
     return (time.perf_counter() - started) / steps
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Contender:
@@ -102,12 +112,22 @@ class Contender:
         self.step: TimedStep = build(rung, work)
         self.spent: list[dict[str, float]] = []
 
-    def check(self, expected: float | None) -> bool:
-        """Make the first step on the common visible set. A wrong loss is no speed-up: the rung is refused."""
-        self.result.loss = float(self.step(self.work.visible, no_mark))
-        if expected is not None and not abs(self.result.loss - expected) <= self.rung.loss_tolerance:
-            self.result.not_run = f"refused: its loss is {self.result.loss:.4f}, the first rung's {expected:.4f}"
-            return False
+    def check(self, reference: list[float]) -> bool:
+        """Make the first steps on the common visible set. A wrong loss is no speed-up: the rung is refused.
+
+        Without a reference it becomes one.
+        """
+        result, tolerance = self.result, self.rung.loss_tolerance
+        result.losses = [float(self.step(self.work.visible, no_mark)) for _ in range(CHECKED_STEPS)]
+        errors = [abs(ours - theirs) for ours, theirs in zip(result.losses, reference or result.losses, strict=True)]
+        result.loss_error, result.loss_tolerance = max(errors), tolerance
+        for step, error in enumerate(errors):
+            if not error <= tolerance:  # NaN included
+                result.not_run = (
+                    f"{report.REFUSED}: the loss of step {step + 1} is {result.losses[step]:.4f}, the reference's "
+                    f"{reference[step]:.4f}; {tolerance:g} apart are allowed"
+                )
+                return False
         return True
 
     def warm_up(self) -> None:
@@ -150,7 +170,10 @@ def measure_model(
     known: list[Result] | None = None,
     save: Callable[[list[Result]], None] = lambda _results: None,
 ) -> list[Result]:
-    """All rungs of one model and batch. Those in `known` are not measured again; `save` is called after each other."""
+    """All rungs of one model and batch, the first of which is the reference of the losses.
+
+    Those in `known` are not measured again; `save` is called after each other.
+    """
     work = prepare(model, batch, device)
     seen = work.visible[0].numel()
     lean = costs.lean_flops(work.student, work.teacher, batch, seen)
@@ -166,10 +189,10 @@ def measure_model(
         result.model_flops, result.flops = lean.total, (lean if rung.lean else published).by_phase()
         results.append(result)
     contenders: list[Contender] = []
-    expected: float | None = None
+    reference: list[float] = []
     for rung, result in zip(rungs, results, strict=True):
         if result.rung in before:
-            expected = result.loss if expected is None else expected
+            reference = reference or result.losses
             continue
         if result.not_run is not None:
             continue
@@ -180,13 +203,16 @@ def measure_model(
         contender: Contender | None = None
         try:
             contender = Contender(rung, work, result)
-            if contender.check(expected):
-                expected = result.loss if expected is None else expected
-                contender.warm_up()
-                if device.type == "cuda":
+            if contender.check(reference):
+                reference = reference or result.losses
+                if not rung.timed:
+                    result.not_run = "not timed: the reference of the losses"
+                elif device.type == "cuda":
+                    contender.warm_up()
                     _measure([contender], repeats, device, gemm)
                     result.peak_bytes = torch.cuda.max_memory_allocated(device)
                 else:
+                    contender.warm_up()
                     contenders.append(contender)
         except torch.OutOfMemoryError:
             result.not_run = "not run: out of memory"
@@ -221,8 +247,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: umt_b16, and umt_l16 on a GPU")
     parser.add_argument("--batch", nargs="+", type=int, help="clips per step; default: 64, on a CPU 2")
-    parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all")
+    parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all but the last")
+    parser.add_argument("--fp8-student", action="store_true", help="the last rung, an experiment, too")
     parser.add_argument("--repeats", type=int, default=5, help="timings per rung, of which the median counts")
+    parser.add_argument("--videos", metavar="DATA", help="what is decoded, as --data.train; default: a few made ones")
+    parser.add_argument("--workers", type=int, default=DataConfig().workers, help="that decode (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="keep what this commit has already measured there")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
@@ -231,28 +260,53 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything asked for, written into `folder` as it comes. Returns what step_time.json holds."""
-    device = torch.device(options.device)
-    rungs = list(ladder(device))
-    if options.rungs:
-        known = {rung.name: rung for rung in rungs}
-        if unknown := [name for name in options.rungs if name not in known]:
-            sys.exit(f"error: no rung {unknown[0]!r} on a {device.type}; there are {', '.join(known)}")
-        rungs = [known[name] for name in options.rungs]
+def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung]:
+    """Those asked for, the reference first: untimed where it was not asked for."""
+    reference, *rungs = ladder(device)
+    if not options.rungs:
+        return [reference, *(rung for rung in rungs if options.fp8_student or not rung.fp8_student)]
+    known = {rung.name: rung for rung in (reference, *rungs)}
+    if unknown := [name for name in options.rungs if name not in known]:
+        sys.exit(f"error: no rung {unknown[0]!r} on a {device.type}; there are {', '.join(known)}")
+    if reference.name not in options.rungs:
+        reference = replace(reference, timed=False)
+    return [reference, *(known[name] for name in options.rungs if name != reference.name)]
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    """Everything asked for, written into `folder` as it comes. Returns what step_time.json holds.
+
+    Of several processes the first does so; the others decode and reduce with it first, and return None.
+    """
+    if options.videos:
+        read_manifest(options.videos)  # a wrong name is told now
+    world = distributed.start(options.device)
+    device, rungs = world.device, choose_rungs(options, world.device)
     models = options.models or (["umt_b16", "umt_l16"] if device.type == "cuda" else ["umt_b16"])
+    cases = [(model, batch) for model in models for batch in options.batch or [64 if device.type == "cuda" else 2]]
     content: dict[str, Any] = {
         **describe(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else report.cpu_name(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
         "gemm_flops_per_second": {},
-        "copy_bytes_per_second": report.copy_rate() if device.type == "cuda" else None,
+        "copy_bytes_per_second": None,
+        "beside": [],
         "results": [],
     }
     measured = previous(folder, content) if options.resume else {}
+    try:
+        beside_steps = measure_beside(options, cases, measured.get("beside", []), world)
+    finally:
+        world.close()
+    if not world.main:
+        return None
+    content["beside"] = [asdict(found) for found in beside_steps]
+    content["copy_bytes_per_second"] = report.copy_rate() if device.type == "cuda" else None
     rates = dict(measured.get("gemm_flops_per_second", {}))
-    done = [Result(**result) for result in measured.get("results", []) if result["seconds"]]
+    untimed = {rung.name for rung in rungs if not rung.timed}
+    before = (Result(**result) for result in measured.get("results", []))
+    done = [result for result in before if result.seconds or (result.losses and result.rung in untimed)]
     gemm: dict[str, list[float]] = {}
     results: list[Result] = []
 
@@ -266,14 +320,31 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
 
-    for model in models:
-        for batch in options.batch or [64 if device.type == "cuda" else 2]:
-            latest = measure_model(model, batch, rungs, options.repeats, device, gemm, done, save)
-            save(latest)
-            results += latest
+    for model, batch in cases:
+        latest = measure_model(model, batch, rungs, options.repeats, device, gemm, done, save)
+        save(latest)
+        results += latest
     report.write(content, folder)
     print(f"\nin {folder}: step_time.json, .md, .html and plots")
     return content
+
+
+def measure_beside(
+    options: argparse.Namespace, cases: list[tuple[str, int]], measured: list[dict[str, Any]], world: World
+) -> list[Beside]:
+    """What goes on beside the steps of each case; the first process tells which are known from before."""
+    known = {(found.model, found.batch): found for found in (Beside(**found) for found in world.gather(measured)[0])}
+    found = []
+    for model, batch in cases:
+        if (model, batch) not in known:
+            if world.main:
+                print(f"{model} x {batch}: decoding and all-reduce ...", flush=True)
+            student, _ = MODELS[model]
+            known[model, batch] = beside.measure(
+                model, batch, student, options.videos, options.workers, options.repeats, world
+            )
+        found.append(known[model, batch])
+    return found
 
 
 def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -288,16 +359,25 @@ def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    content: dict[str, Any] | None
     if options.source is not None:
         content = report.read(options.source)
     else:
         name = gpu_name(torch.cuda.get_device_name()) if options.device == "cuda" else "cpu"
-        content = measure(options, options.out or RESULTS / name)
+        try:
+            content = measure(options, options.out or RESULTS / name)
+        except RunError as error:
+            sys.exit(f"error: {error}")
+        if content is None:
+            return
     print(report.table(content))
+    print(report.beside_table(content))
     if options.predict:
         print(report.predict(content, options.predict))
     if options.compare and (slower := report.regressions(report.read(options.compare), content)):
         sys.exit("\n".join(("slower than before:", *slower)))
+    if options.source is None and (refused := report.refusals(content)):
+        sys.exit("\n".join(("other losses than the reference:", *refused)))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,14 @@ Content = dict[str, Any]
 K710_VIDEOS, K710_EPOCHS, K710_GPUS = 658_000, 200, 32
 REGRESSION = 0.05
 NOT_MEASURED = "not measured"
+REFUSED = "refused"
+BESIDE = {"decode": "decode_seconds", "all-reduce": "all_reduce_seconds"}
 
 HEADER = (
     *("model", "batch", "rung", "precision", "ms / step", "fastest", "speed-up", "clips/s", "TFLOP/s", "% of matmul"),
-    *("peak GiB", "K710 days on 32", "GPU-days"),
+    *("peak GiB", "K710 days on 32", "GPU-days", "data stall ms", "loss error", "allowed"),
 )
+BESIDE_HEADER = ("model", "batch", "decode ms", "by", "all-reduce ms", "by")
 
 
 def k710_days(clips_per_second: float) -> float:
@@ -65,6 +68,18 @@ def groups(content: Content) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield from found.items()
 
 
+def beside_of(content: Content, result: dict[str, Any]) -> dict[str, Any]:
+    """What goes on beside a result's step; empty in files of before it was measured."""
+    alike = (b for b in content.get("beside", ()) if (b["model"], b["batch"]) == (result["model"], result["batch"]))
+    return next(alike, {})
+
+
+def stall(content: Content, result: dict[str, Any]) -> float | None:
+    """Seconds of every step that a run would wait for its clips, where decoding was measured."""
+    decode = beside_of(content, result).get("decode_seconds")
+    return None if decode is None else max(0.0, decode - result["seconds"])
+
+
 def rows(content: Content) -> list[list[str]]:
     """Lines of the table, in the order of HEADER. Speed-ups are over the ladder's first measured rung."""
     lines = []
@@ -76,6 +91,7 @@ def rows(content: Content) -> list[list[str]]:
                 lines.append([*line, result["not_run"] or NOT_MEASURED, *[""] * (len(HEADER) - len(line) - 1)])
                 continue
             seconds, peak, days = result["seconds"], result["peak_bytes"], result["k710_days"]
+            waits, error = stall(content, result), result.get("loss_error")
             lines.append(
                 [
                     *line,
@@ -88,15 +104,51 @@ def rows(content: Content) -> list[list[str]]:
                     NOT_MEASURED if peak is None else f"{peak / 2**30:.1f}",
                     f"{days:.3g}",
                     f"{days * K710_GPUS:.3g}",
+                    _milliseconds(waits),
+                    NOT_MEASURED if error is None else f"{error:.4f}",
+                    "" if error is None else f"{result['loss_tolerance']:g}",
                 ]
             )
     return lines
 
 
+def beside_rows(content: Content) -> list[list[str]]:
+    """Lines of the table of what goes on beside the steps, in the order of BESIDE_HEADER."""
+    return [
+        [
+            *(found["model"], str(found["batch"]), _milliseconds(found["decode_seconds"]), found["decode"]),
+            *(_milliseconds(found["all_reduce_seconds"]), found["all_reduce"]),
+        ]
+        for found in content.get("beside", ())
+    ]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return NOT_MEASURED if seconds is None else f"{1e3 * seconds:.1f}"
+
+
 def table(content: Content) -> str:
-    """All of it as Markdown."""
-    lines = [list(HEADER), ["---"] * len(HEADER), *rows(content)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The rungs as Markdown."""
+    return _markdown(HEADER, rows(content))
+
+
+def beside_table(content: Content) -> str:
+    """What goes on beside the steps as Markdown; nothing for files of before it was measured."""
+    lines = beside_rows(content)
+    return _markdown(BESIDE_HEADER, lines) if lines else ""
+
+
+def _markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in ([*header], ["---"] * len(header), *lines))
+
+
+def refusals(content: Content) -> list[str]:
+    """Rungs whose losses are not the reference's, in words."""
+    return [
+        f"{result['model']}, batch {result['batch']}, {result['rung']}: {result['not_run']}"
+        for result in content["results"]
+        if (result["not_run"] or "").startswith(REFUSED)
+    ]
 
 
 def facts(content: Content) -> str:
@@ -109,41 +161,58 @@ def facts(content: Content) -> str:
 
 
 HOW = (
-    "Median time of one training step on random clips that lie in memory: teacher, sampling, student, loss, backward "
-    "and optimiser; no decoding, one process. `fastest` is the fastest timing: far from the median, it says that the "
+    "Median time of one training step on random clips that lie in memory, in one process: teacher, sampling, student, "
+    "loss, backward and optimiser. `fastest` is the fastest timing: far from the median, it says that the "
     "machine had other work. TFLOP/s count what the method needs (the lean step's operations) on "
-    "every rung. K710 days are 200 epochs of 658,000 videos on 32 such devices, if data and network kept up."
+    "every rung. K710 days are 200 epochs of 658,000 videos on 32 such devices, if data and network kept up. "
+    "`data stall` is what decoding, which goes on beside the step, takes longer than it. `loss error` is the largest "
+    "distance of a rung's loss from the float32 baseline's over 20 steps from the same start; over what is `allowed` "
+    "the rung is refused."
+)
+HOW_BESIDE = (
+    "Beside the step, each timed alone, on all processes at once. Decoding, one batch of a process to the next, by a "
+    "run's own loader; where the step is on the CPU too, they will share its cores. The all-reduce of the student's "
+    "gradients, which DDP begins during the backward pass."
 )
 
 
 def write(content: Content, folder: Path) -> None:
-    """step_time.md, step_time.html, ladder.png and phases.png beside the JSON."""
-    draw_ladder(content, folder / "ladder.png")
-    draw_phases(content, folder / "phases.png")
+    """step_time.md, step_time.html, ladder.png and phases.png beside the JSON; without matplotlib no plots."""
+    plots = {"ladder.png": "Speed-ups", "phases.png": "Phases"}
+    try:
+        draw_ladder(content, folder / "ladder.png")
+        draw_phases(content, folder / "phases.png")
+    except ModuleNotFoundError as error:
+        print(f"no plots: {error.name} is missing (pip install {error.name})")
+        plots = {}
+    shown = "\n\n".join(f"![{title}]({name})" for name, title in plots.items())
     (folder / "step_time.md").write_text(
-        f"# Step time\n\n{HOW}\n\n{facts(content)}\n\n{table(content)}\n"
-        "![Speed-ups](ladder.png)\n\n![Phases](phases.png)\n"
+        f"# Step time\n\n{HOW}\n\n{facts(content)}\n\n{table(content)}\n{HOW_BESIDE}\n\n{beside_table(content)}\n"
+        f"{shown}\n"
     )
-    (folder / "step_time.html").write_text(page(content, folder))
+    (folder / "step_time.html").write_text(page(content, [folder / name for name in plots]))
 
 
-def page(content: Content, folder: Path) -> str:
+def page(content: Content, plots: list[Path]) -> str:
     """One HTML file that needs no other."""
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows(content)
-    )
     pictures = "".join(
-        f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode((folder / name).read_bytes()).decode()}">\n'
-        for name in ("ladder.png", "phases.png")
+        f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">\n'
+        for plot in plots
     )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Step time</title>\n'
         "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
         "td,th{padding:.3em .6em;border-bottom:1px solid #ccc;text-align:left}img{max-width:100%}</style>\n"
         f"<h1>Step time</h1>\n<p>{html.escape(HOW)}</p>\n<p>{html.escape(facts(content))}</p>\n"
-        f"<table><tr>{head}</tr>\n{cells}</table>\n{pictures}</html>\n"
+        f"{_html_table(HEADER, rows(content))}<p>{html.escape(HOW_BESIDE)}</p>\n"
+        f"{_html_table(BESIDE_HEADER, beside_rows(content))}{pictures}</html>\n"
     )
+
+
+def _html_table(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>\n" for line in lines)
+    return f"<table><tr>{head}</tr>\n{cells}</table>\n"
 
 
 def draw_ladder(content: Content, path: Path) -> None:
@@ -161,24 +230,25 @@ def draw_ladder(content: Content, path: Path) -> None:
 
 
 def draw_phases(content: Content, path: Path) -> None:
-    """Stacked times of each rung's phases."""
+    """Stacked times of each rung's phases and of its wait for data; below, hatched, what goes on beside the step."""
     figure, panels = _panels(content)
     for panel, (title, results) in zip(panels, groups(content), strict=True):
         shown = [result for result in results if result["seconds"]]
-        phases = list(dict.fromkeys(phase for result in shown for phase in result["phases"]))
+        stacks = [result["phases"] or {"one graph": result["seconds"]} for result in shown]
+        waits = [{"data stall": stall(content, result) or 0.0} for result in shown]
         left = [0.0] * len(shown)
-        for phase in (*phases, "one graph"):
-            lengths = [
-                1e3
-                * (result["phases"].get(phase, 0.0) if result["phases"] else (phase == "one graph") * result["seconds"])
-                for result in shown
-            ]
+        for phase in dict.fromkeys(phase for stack in (*stacks, *waits) for phase in stack):
+            lengths = [1e3 * {**stack, **wait}.get(phase, 0.0) for stack, wait in zip(stacks, waits, strict=True)]
             if any(lengths):
-                panel.barh([result["rung"] for result in shown], lengths, left=left, label=phase)
+                colour = "lightgrey" if phase == "data stall" else None
+                panel.barh([result["rung"] for result in shown], lengths, left=left, label=phase, color=colour)
                 left = [a + b for a, b in zip(left, lengths, strict=True)]
+        for name, key in BESIDE.items():
+            if seconds := beside_of(content, results[0]).get(key):
+                panel.barh([f"beside: {name}"], [1e3 * seconds], color="white", edgecolor="black", hatch="//")
         panel.invert_yaxis()
         panel.set(title=title, xlabel="ms per step")
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, content, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -20,7 +21,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
 os.environ["UMT_FAST_CACHE"] = tempfile.mkdtemp(prefix="umt-fast-tests-")  # tests neither read nor leave choices
 
-GOLDEN = Path(__file__).parent / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+READ_VIDEOS = (TESTS / "data", TESTS / "benchmarks" / "test_input_pipeline.py")
+
+
+def has_pyav() -> bool:
+    try:
+        return importlib.util.find_spec("av") is not None
+    except ValueError:  # blocked in sys.modules
+        return False
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A machine for the models' tests may lack PyAV, without which these cannot be imported."""
+    return True if collection_path in READ_VIDEOS and not has_pyav() else None
+
+
+def pytest_report_header() -> list[str]:
+    left_out = ", ".join(path.relative_to(TESTS.parent).as_posix() for path in READ_VIDEOS)
+    return [] if has_pyav() else [f"PyAV is missing (pip install av), so these are left out: {left_out}"]
 
 
 @dataclass
@@ -87,7 +107,8 @@ def golden_case():
 @pytest.fixture(scope="session")
 def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of eight small real videos, H.264 and VP9."""
-    from umt_fast.data import synthetic  # wants PyAV, which a machine for the models' tests may lack
+    pytest.importorskip("av")
+    from umt_fast.data import synthetic
 
     return synthetic.write_videos(tmp_path_factory.mktemp("videos"), count=8)
 

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import umt_kernels.backend
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
-from umt_fast.acceleration import accelerate, compile_models
+from umt_fast.acceleration import RECOMPUTES_COMPILED_UNDER_DDP, accelerate, compile_models
 from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
 from umt_fast.distributed import World
 from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
@@ -131,6 +133,8 @@ def test_both_models_compile_as_one_graph_each_and_agree(clip, recompute, name):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_compiled_student_under_ddp_has_the_same_gradients(clip, recompute, tmp_path):
     """torch.compile cuts the graph at DDP's buckets: this one has several."""
+    if recompute != "none" and TorchVersion(torch.__version__) < RECOMPUTES_COMPILED_UNDER_DDP:
+        pytest.skip(f"torch {torch.__version__} cannot cut a graph that recomputes")
     wide, visible = replace(STUDENT, width=128, depth=6), some_visible(2)
     torch.manual_seed(1)
     student, (_, teacher) = VideoStudent(wide), models()
@@ -144,10 +148,6 @@ def test_a_compiled_student_under_ddp_has_the_same_gradients(clip, recompute, tm
             student.zero_grad()
             alignment_step(model, teacher, clip, None, visible).loss.backward()
         assert_same([p.grad for p in student.parameters() if p.grad is not None], expected, 1e-4)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        if "higher order op" not in str(error):
-            raise
-        pytest.skip(f"torch {torch.__version__} cannot cut a graph that recomputes")
     finally:
         dist.destroy_process_group()
         torch._dynamo.reset()
@@ -254,6 +254,29 @@ def test_settings_that_exclude_each_other_are_named():
         config(train=TrainConfig(masks_per_clip=0))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
         accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_an_old_torch_is_told_before_the_first_step(monkeypatch, recompute):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
+    wanted = config(model=ModelConfig("math", True, recompute))
+    ranks = World(0, 2, torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=rf"{recompute} with --model.compile .* needs torch 2.11 or later, this is 2.8"
+    ):
+        accelerate(wanted, ranks, *models(), False, lambda: torch.empty(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "lacks"),
+    [("triton", None, r"triton \(pip install triton\)"), ("REFERENCE_ONLY", True, "UMT_KERNELS_REFERENCE unset")],
+)
+def test_a_graph_of_plain_pytorch_is_refused(monkeypatch, name, value, lacks):
+    monkeypatch.setattr(umt_kernels.backend, "triton", object())
+    monkeypatch.setattr(umt_kernels.backend, name, value)
+    gpu = World(0, 1, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=rf"train\.cuda_graph .* it needs {lacks}; or leave out --train\.cuda-graph"):
+        accelerate(config(train=TrainConfig(cuda_graph=True)), gpu, *models(), False, lambda: torch.empty(0))
 
 
 # on a GPU

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, al
 from umt_fast.config import STUDENTS, TEACHERS, Config, ModelConfig, OptimConfig, TrainConfig, load_recipe
 from umt_fast.models.attention import load
 from umt_fast.optim import build_optimizer
+
+ROOT = Path(__file__).parents[1]
 
 STUDENT = StudentConfig(64, 16, 1, 3, 32, 3, 2, 0.0, 2, 24)
 RESIZED = TeacherConfig(56, 14, 1, 64, 48, 4, 3, 24, 2)
@@ -130,14 +135,32 @@ def test_memory_follows_the_settings():
 
 
 def test_the_dry_run_prints_the_plan(capsys):
-    pretrain = pytest.importorskip("train.pretrain")  # wants PyAV, which a machine for the GPU tests may lack
-    pytest.importorskip("tyro")
+    pytest.importorskip("tyro")  # a machine for the GPU tests may lack it
+    from train import pretrain
+
     pretrain.main(["--recipe", "umt_b16_k710", "--dry-run", "--gpu-memory", "40"])
     text = capsys.readouterr().out
     flops = costs.lean_flops(STUDENTS["umt_b16"], TEACHERS["clip_b16"], 64, 320).total
     assert f"{flops / 1e12:.2f} TFLOP" in text
     batch = costs.step_memory(load_recipe(pretrain.RECIPES / "umt_b16_k710.toml"), True).largest_batch(40 * costs.GIB)
     assert f"a GPU with 40 GiB takes {batch} clips" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--dry-run"], 0, "a GPU with 80 GiB takes"),
+        (["--data.train", "x.csv"], 1, "error: video decoding on the CPU needs av, which is missing: pip install av"),
+    ],
+    ids=["a dry run", "a run"],
+)
+def test_only_a_run_needs_pyav(arguments, status, said, tmp_path):
+    pytest.importorskip("tyro")
+    blocked = "import sys; sys.modules['av'] = None; from train import pretrain; pretrain.main(sys.argv[1:])"
+    command = [sys.executable, "-c", blocked, "--recipe", "tiny", "--run.dir", str(tmp_path), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert said in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's own count of its memory")

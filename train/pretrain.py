@@ -15,7 +15,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,16 +26,18 @@ from umt_fast import checkpoint, costs, distributed, masking
 from umt_fast.acceleration import accelerate
 from umt_fast.config import Config, ConfigError, load_recipe
 from umt_fast.data.decoder import open_loader
-from umt_fast.data.loader import Batch, first_clips
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.stream import ClipStream
 from umt_fast.distributed import StopSignal, World
-from umt_fast.doctor import in_use, resolve_precision
+from umt_fast.doctor import PACKAGES, in_use, resolve_precision
 from umt_fast.errors import RunError
 from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.logging import Ledger, NotFinite, RunLog, merge, read_metrics
 from umt_fast.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
+
+if TYPE_CHECKING:
+    from umt_fast.data.loader import Batch
 
 RECIPES = Path(__file__).parent / "recipes"
 WIDEST_RANDOM_TEACHER = 256
@@ -83,6 +85,8 @@ def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
 
 def train(config: Config, world: World) -> Path:
     """Run (or go on with) a pre-training run and return its folder: everything that happens, in order, on one page."""
+    from umt_fast.data.loader import first_clips  # wants PyAV, which --dry-run does without
+
     run, optim = config.run, config.optim
     folder = Path(run.dir) / run.name
     videos = read_manifest(config.data.train, config.data.prefix, config.data.read_timeout)
@@ -354,6 +358,11 @@ def main(arguments: list[str] | None = None) -> None:
             world.close()
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        lacks = next((package for package in PACKAGES if package.module == error.name), None)
+        if lacks is None:
+            raise
+        sys.exit(f"error: {lacks.purpose} needs {lacks.distribution}, which is missing: {lacks.install}")
     except KeyboardInterrupt:
         sys.exit(130)
 

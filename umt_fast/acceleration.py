@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
+from umt_kernels.backend import lacking
 
 from umt_fast import masking
 from umt_fast.config import Config, ConfigError
@@ -14,6 +16,9 @@ from umt_fast.low_precision import lower_precision, lower_student_precision
 from umt_fast.models import attention, attention_choice
 from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import ClipTeacher
+
+RECOMPUTES_COMPILED_UNDER_DDP = TorchVersion("2.11")
+"""The first torch known to cut a compiled graph that recomputes at DDP's buckets; 2.8 fails in the first step."""
 
 
 def accelerate(
@@ -29,8 +34,7 @@ def accelerate(
     Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised model is judged. Raises
     ConfigError for what this device cannot do, or a model that is too far off.
     """
-    if config.train.cuda_graph and world.device.type != "cuda":
-        raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
+    _refuse_what_fails(config, world)
     dtype = torch.bfloat16 if bf16 else torch.float32
     student_config, mask, masks = config.student, config.mask, config.train.masks_per_clip
     frames, patches = student_config.tokens // student_config.grid**2, student_config.grid**2
@@ -64,6 +68,23 @@ def accelerate(
         compile_models(student, teacher)
         said.append("torch.compile: both models; the first step takes minutes")
     return said
+
+
+def _refuse_what_fails(config: Config, world: World) -> None:
+    """Raise ConfigError for settings whose first step is known to fail here."""
+    if config.train.cuda_graph and world.device.type != "cuda":
+        raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
+    if config.train.cuda_graph and (lacks := lacking(world.device)) is not None:
+        raise ConfigError(
+            f"train.cuda_graph records the Triton kernels, and this run takes plain PyTorch in their place: it needs "
+            f"{lacks}; or leave out --train.cuda-graph"
+        )
+    recomputes = config.model.compile and config.model.recompute != "none"
+    if recomputes and world.size > 1 and TorchVersion(torch.__version__) < RECOMPUTES_COMPILED_UNDER_DDP:
+        raise ConfigError(
+            f"model.recompute = {config.model.recompute} with --model.compile on several processes needs torch "
+            f"{RECOMPUTES_COMPILED_UNDER_DDP} or later, this is {torch.__version__}; upgrade it, or leave out either"
+        )
 
 
 def compile_models(student: VideoStudent, teacher: ClipTeacher, backend: str = "inductor") -> None:

@@ -195,7 +195,10 @@ def main() -> None:
         sys.exit(f"{path} is not there; `make bench-kernels` on a GPU makes it")
     results, facts = read(path)
     path.with_suffix(".md").write_text(page(results, facts))
-    plot(results, facts["device"], path.with_suffix(".png"))
+    try:
+        plot(results, facts["device"], path.with_suffix(".png"))
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error.name} is missing (pip install {error.name})")
 
 
 if __name__ == "__main__":

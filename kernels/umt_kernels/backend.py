@@ -49,11 +49,20 @@ def on_its_device(launch: Launch) -> Launch:
     return run  # type: ignore[return-value]
 
 
+def lacking(device: torch.device) -> str | None:
+    """What tensors on `device` lack to take the kernels, and the mend; None where they take them."""
+    if device.type != "cuda" and not INTERPRETED:
+        return "a CUDA GPU"
+    if triton is None:
+        return "triton (pip install triton)"
+    return "UMT_KERNELS_REFERENCE unset" if REFERENCE_ONLY else None
+
+
 def kernels_on(device: torch.device) -> str:
     """Which kernels tensors on `device` take, in words."""
     if triton is None:
         return "plain PyTorch (triton is missing)"
-    if (device.type == "cuda" or INTERPRETED) and not REFERENCE_ONLY:
+    if lacking(device) is None:
         return f"triton {triton.__version__}" + (" interpreter" if INTERPRETED else "")
     return "plain PyTorch"
 

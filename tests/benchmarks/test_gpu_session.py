@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,28 @@ def test_a_failed_or_slow_stage_is_tried_again(tmp_path):
     assert (tmp_path / "logs" / "a_stage.log").read_text() == "why\n"
     assert run(python("import time; time.sleep(60)"), tmp_path, "abc", limit=0.2) == "out of time after 0 s"
     assert run(python("pass"), tmp_path, "abc") == "done"
+
+
+def test_a_stage_that_is_out_of_time_writes_what_it_has_or_is_killed_with_its_children(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_session, "GRACE", 1)
+    writes = "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('what I have')"
+    assert run(python(writes), tmp_path, "abc", limit=1).startswith("out of time")
+    assert (tmp_path / "logs" / "a_stage.log").read_text() == "what I have\n"
+    deaf = "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    deaf += "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    assert run(python(deaf), tmp_path, "abc", limit=1).startswith("out of time")
+    child = int((tmp_path / "logs" / "a_stage.log").read_text())
+    deadline = time.monotonic() + 20
+    while is_alive(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return "State:\tZ" not in Path("/proc", str(process), "status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def test_every_stage_names_something_that_is_there(tmp_path):

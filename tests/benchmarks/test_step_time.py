@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import umt_kernels.backend
 
-from benchmarks import step_time, step_time_report
+from benchmarks import rungs, step_time, step_time_report
 from benchmarks.phases import PHASES, PhaseClock, no_mark
 from benchmarks.rungs import build, ladder, missing, prepare
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED, FUSED, GRAPH, FP8 = ladder(CPU)
+FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED, FUSED, GRAPH, FP8, FP8_STUDENT = ladder(CPU)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,33 +32,80 @@ def runnable():
     return [FLOAT, BASELINE, SDPA, LEAN]
 
 
+@pytest.fixture(autouse=True)
+def _small_matmul(monkeypatch):
+    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
+
+
 def test_every_rung_has_the_same_loss_for_twenty_steps():
-    work = prepare("tiny", 2, CPU)
-    losses = {}
-    for rung in runnable():
-        step = build(rung, work)
-        losses[rung.name] = [float(step(work.visible, no_mark)) for _ in range(20)]
-    expected = losses.pop(FLOAT.name)
-    assert abs(expected[-1] - expected[0]) > 0.1  # it learns
-    for name, got in losses.items():
-        assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 0.02, name
+    first, *others = step_time.measure_model("tiny", 2, runnable(), 1, CPU, {})
+    assert len(first.losses) == 20
+    assert abs(first.losses[-1] - first.losses[0]) > 0.1  # it learns
+    for result in others:
+        error = max(abs(a - b) for a, b in zip(result.losses, first.losses, strict=True))
+        assert 0 < error == result.loss_error <= result.loss_tolerance == 0.02, result.rung
+
+
+def in_place(clip_step, warm_ups=3):
+    """Stands in for CapturedStep on a CPU: every call makes the step."""
+    return clip_step
+
+
+class Stale:
+    """A recording that replays without making the step: it gives the loss of its first one."""
+
+    def __init__(self, step):
+        self.step, self.calls, self.loss = step, 0, None
+
+    def __call__(self, clip):
+        self.calls += 1
+        if self.calls <= 4:
+            self.loss = self.step(clip)
+        return self.loss
+
+
+@pytest.mark.parametrize("capture", [in_place, Stale])
+def test_the_losses_of_a_recorded_rung_are_compared_as_it_will_be_timed(monkeypatch, capture):
+    made = []
+    monkeypatch.setattr(rungs, "CapturedStep", lambda step: made.append(capture(step)) or made[-1])
+    monkeypatch.setattr(step_time, "missing", lambda _rung, _device: None)
+    recorded = replace(LEAN, name="recorded", captured=True)
+    _, result = step_time.measure_model("tiny", 1, [FLOAT, recorded], 1, CPU, {})
+    if capture is Stale:
+        assert result.seconds is None
+        assert result.not_run.startswith("refused: the loss of step ")
+        assert result.loss_error > result.loss_tolerance
+        assert len(made) == 1
+    else:
+        assert result.seconds
+        assert len(made) == 2  # one of the visible set that is compared on, one that draws
+
+
+def test_a_float8_student_stays_within_what_is_allowed(monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(rungs, "convert_student", functools.partial(rungs.convert_student, emulate=True))
+    rung = replace(LEAN, name="emulated", fp8_student=True, loss_tolerance=FP8_STUDENT.loss_tolerance)
+    _, exact, result = step_time.measure_model("tiny", 2, [FLOAT, LEAN, rung], 1, CPU, {})
+    assert exact.losses != result.losses
+    assert result.seconds, result.not_run
 
 
 @pytest.mark.timeout(450)  # it compiles them all
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the rungs of a GPU")
 def test_every_rung_of_a_gpu_has_the_same_loss_for_twenty_steps():
-    """A recorded step draws its own visible sets, so here it is not recorded; tests/test_acceleration.py does that."""
-    device, losses = torch.device("cuda"), {}
+    """As they are timed: compiled, and the recorded ones replayed."""
+    device = torch.device("cuda")
     for rung in ladder(device):
         if missing(rung, device) is None:
             work = prepare("tiny", 2, device)
-            step = build(rung, work)
-            losses[rung.name] = [float(step(work.visible, no_mark)) for _ in range(20)]
+            result = step_time.Result("tiny", 2, rung.name, rung.precision)
+            contender = step_time.Contender(rung, work, result)
+            if rung.precision == "fp32":
+                assert contender.check([])
+                reference = result.losses
+                assert abs(reference[-1] - reference[0]) > 0.1  # it learns
+            assert contender.check(reference), f"{rung.name}: {result.not_run}"
             torch._dynamo.reset()
-    expected = losses.pop(BASELINE.name)
-    assert abs(expected[-1] - expected[0]) > 0.1  # it learns
-    for name, got in losses.items():
-        assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) < 0.05, name
 
 
 @pytest.mark.parametrize("rung", runnable(), ids=lambda rung: rung.name)
@@ -63,23 +118,59 @@ def test_every_phase_of_a_step_is_timed(rung):
     assert all(seconds > 0 for seconds in spent.values())
 
 
-def test_what_cannot_run_says_what_it_needs():
+def test_what_cannot_run_says_what_it_needs(monkeypatch):
     assert [missing(rung, CPU) for rung in (FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED)] == [None] * 6
-    assert [missing(rung, CPU) for rung in (FUSED, GRAPH, FP8)] == ["a CUDA GPU"] * 3
+    assert [missing(rung, CPU) for rung in (FUSED, GRAPH, FP8, FP8_STUDENT)] == ["a CUDA GPU"] * 4
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(umt_kernels.backend, "triton", None)
+    assert missing(FUSED, gpu) == "triton (pip install triton)"
+    monkeypatch.setattr(umt_kernels.backend, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    for rung in (FP8, FP8_STUDENT):
+        assert missing(rung, gpu) == "a GPU with float8 matmuls: Ada, Hopper or later"
 
 
-def test_a_rung_with_a_wrong_loss_is_refused(monkeypatch):
+def test_the_experiment_is_timed_only_where_it_is_asked_for():
+    def chosen(*arguments):
+        return step_time.choose_rungs(step_time.parse([*arguments]), CPU)
+
+    assert [rung.name for rung in chosen()] == [rung.name for rung in ladder(CPU)[:-1]]
+    assert [rung.name for rung in chosen("--fp8-student")] == [rung.name for rung in ladder(CPU)]
+    assert chosen("--rungs", LEAN.name) == [replace(FLOAT, timed=False), LEAN]
+    assert chosen("--rungs", LEAN.name, FLOAT.name) == [FLOAT, LEAN]
+    assert not ladder(torch.device("cuda"))[0].timed
+
+
+def test_a_rung_with_a_wrong_loss_is_refused(monkeypatch, no_decoding, tmp_path):
     def wrong(rung, work):
         step = build(rung, work)
-        return lambda visible, mark: step(visible, mark) + (0.1 if rung is SDPA else 0.0)
+        return lambda visible, mark: step(visible, mark) + (0.1 if rung.name == SDPA.name else 0.0)
 
     monkeypatch.setattr(step_time, "build", wrong)
-    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
     first, second, third = step_time.measure_model("tiny", 1, [BASELINE, SDPA, LEAN], 1, CPU, {})
     assert first.seconds
     assert third.seconds
     assert second.seconds is None
-    assert second.not_run.startswith("refused: its loss is")
+    assert second.not_run.startswith("refused: the loss of step 1 is ")
+    assert second.not_run.endswith("; 0.02 apart are allowed")
+    folder = ["--device", "cpu", "--models", "tiny", "--batch", "1", "--repeats", "1", "--out", str(tmp_path)]
+    with pytest.raises(
+        SystemExit, match=r"other losses than the reference:\ntiny, batch 1, \+ SDPA: refused: the loss"
+    ):
+        step_time.main([*folder, "--rungs", BASELINE.name, SDPA.name])
+    assert (tmp_path / "step_time.md").read_text().count("refused: the loss of step 1") == 1
+    assert "not timed: the reference of the losses" in (tmp_path / "step_time.html").read_text()
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    monkeypatch.setattr(step_time.beside, "decode_seconds", lambda *_: 0.25)
+    monkeypatch.setattr(step_time.beside, "_synthetic", lambda folder: write_list(folder))
+
+
+def write_list(folder):
+    (folder / "list.csv").write_text("a.mp4,0\n")
+    return str(folder / "list.csv")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +181,7 @@ def results(tmp_path_factory):
     command = ["--models", "tiny", "--batch", "1", "2", "--repeats", "3", "--device", "cpu", "--out", str(folder)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(step_time.GEMM_SIDE, "cpu", 256)
-        step_time.main([*command, "--rungs", *names])
+        step_time.main([*command, "--workers", "1", "--rungs", *names])
     return folder
 
 
@@ -110,7 +201,88 @@ def test_the_command_writes_what_it_measured(results):
         rate = content["gemm_flops_per_second"][result["precision"]]
         assert result["gemm_share"] == pytest.approx(result["model_flops"] / samples[1] / rate)
         assert result["peak_bytes"] is None
+        assert len(result["losses"]) == 20
+        assert result["loss_error"] <= result["loss_tolerance"] == 0.02
         assert result["k710_days"] == pytest.approx(658_000 * 200 / 32 / result["clips_per_second"] / 86400)
+
+
+def test_what_goes_on_beside_the_step_is_told(results):
+    pytest.importorskip("av")
+    content = step_time_report.read(results / "step_time.json")
+    assert [(found["model"], found["batch"]) for found in content["beside"]] == [("tiny", 1), ("tiny", 2)]
+    one = content["beside"][0]
+    assert one["decode_seconds"] > 0
+    assert one["decode"] == "pyav, 1 workers, 16 videos made for it"
+    assert one["all_reduce_seconds"] is None
+    for name in ("step_time.md", "step_time.html"):
+        assert (results / name).read_text().count("needs several processes (torchrun)") == 2
+    timed = content["results"][0]
+    one["decode_seconds"] = timed["seconds"] + 0.125
+    assert step_time_report.stall(content, timed) == pytest.approx(0.125)
+    assert "125.0" in step_time_report.rows(content)[0]
+    one["decode_seconds"] = timed["seconds"] / 2
+    assert step_time_report.stall(content, timed) == 0
+
+
+def test_a_stall_is_drawn_with_the_phases(results, monkeypatch, tmp_path):
+    content = step_time_report.read(results / "step_time.json")
+    content["beside"] = [{**found, "decode_seconds": 1.0, "all_reduce_seconds": 0.5} for found in content["beside"]]
+    drawn = []
+    monkeypatch.setattr(step_time_report, "_save", lambda figure, *_: drawn.extend(figure.axes))
+    step_time_report.draw_phases(content, tmp_path / "phases.png")
+    for panel in drawn:
+        names = [label.get_text() for label in panel.get_yticklabels()]
+        assert names == [FLOAT.name, BASELINE.name, SDPA.name, "beside: decode", "beside: all-reduce"]
+        stalled = next(bars for bars in panel.containers if bars.get_label() == "data stall")
+        assert [bar.get_x() + bar.get_width() for bar in stalled] == pytest.approx([1000] * 3, rel=0.1)
+
+
+def test_files_of_before_load(results, tmp_path):
+    """The first format: no losses but the first, nothing of what goes on beside the step."""
+    content = step_time_report.read(results / "step_time.json")
+    del content["beside"]
+    for result in content["results"]:
+        for name in ("losses", "loss_error", "loss_tolerance"):
+            del result[name]
+        result["loss"] = 2.0
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(content))
+    step_time.main(["--from", str(old), "--compare", str(old)])
+    step_time.main(["--from", str(results / "step_time.json"), "--compare", str(old)])
+    step_time_report.write(content, tmp_path)
+    assert "| not measured | not measured |" in (tmp_path / "step_time.md").read_text()
+    committed = ROOT / "benchmarks" / "results" / "cpu" / "step_time.json"
+    step_time.main(["--from", str(committed), "--compare", str(committed)])
+
+
+def test_without_pyav_decoding_says_what_it_needs(no_decoding, monkeypatch):
+    def without(_folder):
+        raise ModuleNotFoundError("no", name="av")
+
+    monkeypatch.setattr(step_time.beside, "_synthetic", without)
+    world = step_time.World(0, 1, CPU)
+    found = step_time.beside.measure("tiny", 1, rungs.MODELS["tiny"][0], None, 1, 1, world)
+    assert found.decode_seconds is None
+    assert found.decode == "needs av (pip install av)"
+
+
+def test_two_processes_time_their_all_reduce_and_the_first_reports(demo_videos, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    options = ["--device", "cpu", "--models", "tiny", "--batch", "2", "--repeats", "2", "--rungs", BASELINE.name]
+    options += ["--workers", "1", "--videos", str(demo_videos), "--out", str(tmp_path)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.step_time"]
+    done = subprocess.run(
+        [sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tiny x 2: baseline ...") == 1
+    content = step_time_report.read(tmp_path / "step_time.json")
+    (beside,) = content["beside"]
+    assert beside["decode_seconds"] > 0
+    assert beside["decode"].startswith(f"pyav, 1 workers, 8 videos of {demo_videos}")
+    assert beside["all_reduce_seconds"] > 0
+    assert beside["all_reduce"].startswith("2 processes, gloo, ")
+    assert [result["rung"] for result in content["results"]] == [FLOAT.name, BASELINE.name]
 
 
 def test_the_page_and_the_plots_stand_alone(results):
@@ -125,8 +297,15 @@ def test_the_page_and_the_plots_stand_alone(results):
     assert "1.00x" in table
 
 
-def test_resume_measures_only_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
+def test_without_matplotlib_there_are_no_plots_and_it_says_so(results, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    step_time_report.write(step_time_report.read(results / "step_time.json"), tmp_path)
+    assert capsys.readouterr().out == "no plots: matplotlib is missing (pip install matplotlib)\n"
+    assert "<img" not in (tmp_path / "step_time.html").read_text()
+    assert "![" not in (tmp_path / "step_time.md").read_text()
+
+
+def test_resume_measures_only_what_is_missing(monkeypatch, no_decoding, tmp_path):
     monkeypatch.setattr(step_time, "describe", lambda: {"torch": "1", "triton": "1", "commit": "abc"})
     command = ["--models", "tiny", "--batch", "1", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path)]
     step_time.main([*command, "--rungs", FLOAT.name])
@@ -159,7 +338,6 @@ def test_a_rung_that_breaks_leaves_the_others(monkeypatch, call):
         return run if rung is SDPA else step
 
     monkeypatch.setattr(step_time, "build", broken)
-    monkeypatch.setitem(step_time.GEMM_SIDE, "cpu", 64)
     first, second, third = step_time.measure_model("tiny", 1, [BASELINE, SDPA, LEAN], 1, CPU, {})
     assert second.not_run == "failed: no such kernel"
     assert second.seconds is None
@@ -230,6 +408,8 @@ def test_predict_refuses_a_cpu(results):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(SystemExit, match="no rung 'fast' on a cpu"):
         step_time.main(["--device", "cpu", "--rungs", "fast"])
+    with pytest.raises(SystemExit, match=r"error: cannot read the list .*none.csv"):
+        step_time.main(["--device", "cpu", "--videos", str(tmp_path / "none.csv")])
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"x.json is no step_time.json"):
         step_time.main(["--from", str(tmp_path / "x.json")])

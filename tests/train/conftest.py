@@ -102,6 +102,7 @@ class Trainer:
 
 @pytest.fixture
 def trainer(tmp_path: Path, demo_videos: Path) -> Iterator[Trainer]:
+    pytest.importorskip("tyro")
     made = Trainer(tmp_path, demo_videos)
     yield made
     for child in made.children:
