@@ -22,7 +22,7 @@ from umt_fast.low_precision import (
 from umt_fast.models.student import VideoStudent
 from umt_fast.optim import build_optimizer
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", exc_type=ImportError)  # torchao 0.18 raises it on torch before 2.10
 
 CONFIG = TeacherConfig(64, 16, 1, None, 64, 3, 2, 32, 2)
 STUDENT = StudentConfig(64, 16, 1, 4, 64, 3, 2, 0.0, 2, 32)
