@@ -22,7 +22,7 @@ from umt_fast.low_precision import (
 from umt_fast.models.student import VideoStudent
 from umt_fast.optim import build_optimizer
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", exc_type=ImportError)  # torchao 0.18 raises it on torch before 2.10
 
 CONFIG = TeacherConfig(64, 16, 1, None, 64, 3, 2, 32, 2)
 STUDENT = StudentConfig(64, 16, 1, 4, 64, 3, 2, 0.0, 2, 32)
@@ -86,7 +86,8 @@ def test_a_quantised_teacher_compiles_as_one_graph(teacher, clip):
     eager = targets()
     student = VideoStudent(StudentConfig(64, 16, 1, 3, 32, 1, 2, 0.0, 1, 32))
     compile_models(student, teacher, backend="aot_eager")
-    assert (targets() - eager).abs().max() < 1e-2
+    # torch 2.13 gives the very same; 2.11 rounds to bf16 in other places, and is off by 0.6% of the norm.
+    assert (targets() - eager).norm() < 1e-2 * eager.norm()
     torch._dynamo.reset()
 
 

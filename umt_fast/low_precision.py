@@ -22,7 +22,7 @@ from umt_fast.config import ConfigError, TeacherPrecision
 from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import Block, ClipTeacher
 
-INSTALL = "pip install torchao"
+INSTALL = "pip install torchao, which needs torch 2.10 or later"
 FLOAT8_CAPABILITY = (8, 9)
 """The first compute capability with float8 matmuls."""
 FLOAT8_MULTIPLE = 16

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from umt_fast.config import ConfigError
 from umt_fast.data import pyav
@@ -62,7 +62,8 @@ CODECS = {
     "mjpeg": Codec("mjpeg", (5, 5), scale=("qmin", "qmax"), full_range=True),
 }
 SIDES = (16, 4320)
-_RESIZE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
+_RESIZE = 1 << 2 | 1 << 18 | 1 << 13 | 1 << 19
+"""libswscale's BICUBIC, ACCURATE_RND, FULL_CHR_H_INT and BITEXACT: PyAV names all of them only from 18 on."""
 _FINEST_CLOCK = 1_000_000
 _COARSER_CLOCK = 90_000
 _FASTEST = 240  # frames per second that SVT-AV1 takes; a guide for rate control alone
