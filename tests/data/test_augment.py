@@ -130,9 +130,10 @@ def _frame(width: int, height: int) -> np.ndarray:
 
 
 def _shown(frame: np.ndarray, view: View, side: int) -> np.ndarray:
-    out = np.full((side, side, 3), 77, np.uint8)
-    show(frame, view, out)
-    return out
+    out = np.full((2, side, side, 3), 77, np.uint8)
+    show([np.zeros_like(frame), frame], view, out)
+    assert not out[0].any()
+    return out[1]
 
 
 @pytest.mark.parametrize(

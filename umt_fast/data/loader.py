@@ -116,8 +116,7 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
     frames = pyav.read_frames(video, lambda count: stream.draw_frames(count, rng), content)
     height, width = frames[0].shape[:2]
     for clip, view in zip(out, stream.draw_views(width, height, rng), strict=True):
-        for place, frame in zip(clip, frames, strict=True):
-            show(frame, view, place)
+        show(frames, view, clip)
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:

@@ -6,10 +6,11 @@ import bisect
 import contextlib
 import io
 import itertools
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import av
 import numpy as np
@@ -26,8 +27,10 @@ ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 it was always one, and could not be asked for."""
 
 
-# FFmpeg decodes a frame when it opens a file, to see what is in it; where an index has told that, this keeps it from
-# doing so: a millisecond of the five that a clip of short GOPs takes. The frames are decoded as ever.
+# FFmpeg tries all its formats on a file that it opens, and decodes a frame to see what is in it. Where an index has
+# told that, these keep it from doing so: a millisecond of the five that a clip of short GOPs takes. The frames are
+# decoded as ever.
+_KINDS = {".mp4": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
 _UNPROBED = {"codec_whitelist": "none", "probesize": "32"}
 
 
@@ -109,7 +112,7 @@ def _container(video: Video, content: bytes | None, probed: bool = True) -> Iter
     except (OSError, ValueError) as error:  # ValueError: no possible name
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
     try:
-        with _open(video, content, {} if probed else _UNPROBED) as container:
+        with _open(video, content, probed) as container:
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise BadVideo("no video stream that can be decoded")
             yield container
@@ -119,15 +122,20 @@ def _container(video: Video, content: bytes | None, probed: bool = True) -> Iter
         raise BadVideo(f"not readable as video: {reason}") from error
 
 
-def _open(
-    video: Video, content: bytes | None, options: Mapping[str, str] = MappingProxyType({})
-) -> av.container.InputContainer:
-    if content is not None:
-        return av.open(io.BytesIO(content), "r", options=dict(options))
+def _open(video: Video, content: bytes | None, probed: bool = True) -> av.container.InputContainer:
     path = "file:" + video.path  # else FFmpeg takes what is before a colon in a name for a protocol
     if video.offset is not None:
         path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
-    return av.open(path, "r", options=dict(options))
+
+    def attempt(**options: Any) -> av.container.InputContainer:
+        return av.open(path if content is None else io.BytesIO(content), "r", **options)
+
+    if probed:
+        return attempt()
+    kind = _KINDS.get(os.path.splitext(video.member or video.path)[1])
+    with contextlib.suppress(av.error.InvalidDataError):  # the name is wrong
+        return attempt(format=kind, options=_UNPROBED)
+    return attempt(options=_UNPROBED)
 
 
 class Reader:
