@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,16 +36,21 @@ def draw_view(
     Sides are the short side of the frame times each scale, one within 3 px of `side` becoming `side`; width and
     height are drawn together from those whose ranks differ by at most one. A crop never leaves the frame.
     """
-    base = min(frame_width, frame_height)
-    sizes = [int(base * scale) for scale in scales]
-    sizes = [side if abs(size - side) < 3 else size for size in sizes]
-    pairs = [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
+    pairs = _crop_sizes(min(frame_width, frame_height), side, scales)
     width, height = pairs[rng.integers(len(pairs))]
     width, height = max(min(width, frame_width), 1), max(min(height, frame_height), 1)
     column, row = POSITIONS[rng.integers(len(POSITIONS))]
     x = column * ((frame_width - width) // 4)
     y = row * ((frame_height - height) // 4)
     return View(x, y, width, height, bool(rng.random() < flip))
+
+
+@functools.lru_cache(maxsize=256)
+def _crop_sizes(base: int, side: int, scales: tuple[float, ...]) -> list[tuple[int, int]]:
+    """Widths and heights to draw from."""
+    sizes = [int(base * scale) for scale in scales]
+    sizes = [side if abs(size - side) < 3 else size for size in sizes]
+    return [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
 
 
 def show(frames: Sequence[np.ndarray], view: View, out: np.ndarray) -> None:

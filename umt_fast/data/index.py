@@ -227,5 +227,8 @@ def _runs(values: np.ndarray) -> Iterator[list[int]]:
 
 
 def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
+    if len(runs) == 1 and runs[0][0] > 0:  # as nearly always
+        [[step, count]] = runs
+        return np.arange(first, first + step * count + 1, step)
     steps = np.repeat(np.array([step for step, _ in runs], np.int64), [count for _, count in runs])
     return first + np.concatenate(([0], np.cumsum(steps)))
