@@ -262,7 +262,7 @@ def test_an_old_torch_is_told_before_the_first_step(monkeypatch, recompute):
     wanted = config(model=ModelConfig("math", True, recompute))
     ranks = World(0, 2, torch.device("cpu"))
     with pytest.raises(
-        ConfigError, match=rf"{recompute} with --model.compile .* needs torch 2.11 or later, this is 2.8"
+        ConfigError, match=rf"{recompute} with --model.compile .* needs torch 2.9 or later, this is 2.8"
     ):
         accelerate(wanted, ranks, *models(), False, lambda: torch.empty(0))
 

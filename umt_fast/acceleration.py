@@ -17,7 +17,7 @@ from umt_fast.models import attention, attention_choice
 from umt_fast.models.student import VideoStudent
 from umt_fast.models.teacher import ClipTeacher
 
-RECOMPUTES_COMPILED_UNDER_DDP = TorchVersion("2.11")
+RECOMPUTES_COMPILED_UNDER_DDP = TorchVersion("2.9")
 """The first torch known to cut a compiled graph that recomputes at DDP's buckets; 2.8 fails in the first step."""
 
 
