@@ -134,8 +134,11 @@ def test_the_rate_of_a_step_is_that_of_the_fastest_exact_rung(tmp_path):
     ("options", "told"),
     [
         (["--soak", "7", "--batch", "8"], "--soak 7 is less than one batch of 8"),
-        (["--soak", "0"], "--soak 0 is less than"),
-        (["--step-rate", "0"], "--step-rate 0 is not above 0"),
+        (["--soak", "0"], "--soak: 0 is below 1"),
+        (["--step-rate", "0"], "--step-rate: 0 is not above 0"),
+        (["--workers", "1", "0"], "--workers: 0 is below 1"),
+        (["--rounds", "few"], "--rounds: few is no whole number"),
+        (["--seconds", "nan"], "--seconds: nan is not above 0"),
         (["--step-rate", "1", "--step-from", "x"], "not allowed with"),
     ],
 )
