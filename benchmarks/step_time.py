@@ -39,6 +39,7 @@ from benchmarks.kernels.environment import describe, gpu_name
 from benchmarks.phases import PhaseClock, no_mark, wait_for
 from benchmarks.rungs import MODELS, Rung, TimedStep, Work, build, ladder, missing, prepare
 from umt_fast import costs, distributed
+from umt_fast.arguments import whole_number_from
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import read_manifest
 from umt_fast.distributed import World
@@ -246,12 +247,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: umt_b16, and umt_l16 on a GPU")
-    parser.add_argument("--batch", nargs="+", type=int, help="clips per step; default: 64, on a CPU 2")
+    parser.add_argument("--batch", nargs="+", type=whole_number_from(1), help="clips per step; default: 64, on a CPU 2")
     parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all but the last")
     parser.add_argument("--fp8-student", action="store_true", help="the last rung, an experiment, too")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per rung, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=whole_number_from(1), default=5, help="timings per rung, of which the median counts"
+    )
     parser.add_argument("--videos", metavar="DATA", help="what is decoded, as --data.train; default: a few made ones")
-    parser.add_argument("--workers", type=int, default=DataConfig().workers, help="that decode (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=whole_number_from(0), default=DataConfig().workers, help="that decode (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="keep what this commit has already measured there")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
