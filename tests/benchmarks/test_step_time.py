@@ -197,7 +197,8 @@ def test_the_command_writes_what_it_measured(results):
         assert len(samples) == 3
         assert result["seconds"] == samples[1]
         assert result["clips_per_second"] == pytest.approx(result["batch"] / samples[1])
-        assert sum(result["phases"].values()) == pytest.approx(result["seconds"], rel=0.5)
+        assert set(result["phases"]) == set(PHASES)
+        assert 0 < sum(result["phases"].values()) <= sum(samples) / 2  # medians of three, each of a part of the step
         rate = content["gemm_flops_per_second"][result["precision"]]
         assert result["gemm_share"] == pytest.approx(result["model_flops"] / samples[1] / rate)
         assert result["peak_bytes"] is None
