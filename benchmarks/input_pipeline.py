@@ -423,6 +423,8 @@ def measure(options: argparse.Namespace) -> None:
     step_rate, step_name = options.step_rate, "as given"
     if options.step_from is not None:
         step_rate, step_name = report.read_step(options.step_from, options.step_model)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="input-pipeline-") as work:
         if options.soak is not None:

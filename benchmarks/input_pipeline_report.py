@@ -83,7 +83,6 @@ def _ratio(value: float, to: float | None) -> str:
 
 def write(content: Content, folder: Path) -> None:
     """input_pipeline.json, .md and .png; without matplotlib no plot."""
-    folder.mkdir(parents=True, exist_ok=True)
     facts = content["facts"]
     (folder / "input_pipeline.json").write_text(json.dumps(content, indent=1) + "\n")
     told = "".join(f"- {name.replace('_', ' ')}: {value}\n" for name, value in facts.items())
