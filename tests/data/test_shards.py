@@ -280,6 +280,12 @@ def test_a_lost_answer_leaves_time_for_another(server, local, monkeypatch):
     assert not any(batch.bad for batch in batches)
 
 
+@pytest.mark.parametrize("url", ["https://host/a.mp4", "filecache::https://host/a.mp4", "zip://a.mp4::https://host/a"])
+def test_the_server_of_a_url(url):
+    assert storage._server_of(url) == "host"
+    assert storage._server_of("memory:///a.mp4") == "memory:///a.mp4"
+
+
 def test_a_file_system_that_only_blocks_is_given_up_too(monkeypatch):
     class Blocking(fsspec.AbstractFileSystem):
         protocol = "blocking"
