@@ -30,8 +30,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import av
 import numpy as np
@@ -42,6 +43,7 @@ from av.video.reformatter import VideoReformatter
 from benchmarks import input_pipeline_report as report
 from benchmarks.kernels.environment import describe
 from benchmarks.rungs import MODELS
+from umt_fast.arguments import number_above, whole_number_from
 from umt_fast.config import DataConfig
 from umt_fast.data import nvdec, pyav
 from umt_fast.data.dali import Takes
@@ -49,7 +51,9 @@ from umt_fast.data.decoder import choose_decoder, has_dali, open_loader
 from umt_fast.data.index import Video, VideoList
 from umt_fast.data.loader import Loader
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.storage import file_size
 from umt_fast.data.stream import ClipStream
+from umt_fast.errors import RunError
 
 FRAMES, SIDE = 8, 224
 CROP_SCALES = (1, 0.875, 0.75, 0.66)
@@ -92,7 +96,10 @@ class Row:
 def make_originals(sources: VideoList, folder: Path) -> None:
     """Write each source as a 10 s video: played forwards and backwards until it is long enough."""
     for number, source in enumerate(sources):
-        pictures = pyav.read_frames(source, lambda count: range(min(count, SECONDS * FPS)))
+        try:
+            pictures = pyav.read_frames(source, lambda count: range(min(count, SECONDS * FPS)))
+        except pyav.BadVideo as error:
+            _refuse(source, error)
         looped = pictures + pictures[-2:0:-1]
         with av.open(str(folder / f"{number:03d}.mp4"), "w") as container:
             stream = container.add_stream("libx264", rate=FPS, options={"crf": "23", "g": str(GOP)})
@@ -113,6 +120,9 @@ def prepare(source: Path | str, folder: Path, codec: str, gop: int) -> None:
 def read_files(name: str, source: Path | str) -> Files:
     """The videos of `source` and what is in them."""
     videos = read_manifest(str(source))
+    for video in videos:
+        if video.remote or video.offset is not None:
+            sys.exit(f"error: {video.name} is no file of its own here, as the bare loop wants; leave out --as-they-are")
     known = [video if video.facts else _look_into(video) for video in videos]
     facts = [video.facts for video in known if video.facts]
     return Files(
@@ -121,7 +131,7 @@ def read_files(name: str, source: Path | str) -> Files:
         gop=sum(one.frames for one in facts) / sum(max(len(one.keys), 1) for one in facts),
         videos=videos,
         known=known,
-        bytes_per_video=statistics.mean(os.path.getsize(v.path) if v.size is None else v.size for v in videos),
+        bytes_per_video=statistics.mean(file_size(video) for video in videos),
     )
 
 
@@ -130,10 +140,14 @@ def _look_into(video: Video) -> Video:
     try:
         facts = pyav.probe(video)
     except pyav.BadVideo as error:
-        sys.exit(f"error: {video.name}: {error}; leave it out of VIDEOS")
+        _refuse(video, error)
     if not len(facts.keys):
-        sys.exit(f"error: {video.name} has no times to seek by; leave it out of VIDEOS")
+        _refuse(video, "no times to seek by")
     return replace(video, facts=facts)
+
+
+def _refuse(video: Video, reason: object) -> NoReturn:
+    sys.exit(f"error: {video.name}: {reason}; leave it out of VIDEOS")
 
 
 def stream_of(files: Files, decoder: str, workers: int, pipelines: int | None = None) -> ClipStream:
@@ -189,7 +203,7 @@ class Crop:
 
 
 def _bare_worker(
-    stream: ClipStream, videos: list[Video], crop: bool, rank: int, workers: int, seconds: float, done: Any
+    stream: ClipStream, videos: list[Video], crop: bool, rank: int, workers: int, seconds: float, done: Connection
 ) -> None:
     torch.set_num_threads(1)
     clips = 0
@@ -204,21 +218,26 @@ def _bare_worker(
         else:
             decode_bare(videos[index], indices)
         clips += 1
-    done.put((clips / (time.perf_counter() - begun), _own_memory()))
+    done.send((clips / (time.perf_counter() - begun), _own_memory()))
 
 
 def measure_bare(files: Files, workers: int, seconds: float, crop: bool) -> tuple[float, float]:
-    """Clips per second and memory of `workers` processes that each run `decode_bare` in a loop."""
+    """Clips per second and memory of `workers` processes that each run `decode_bare` in a loop. Exits if one fails."""
     stream = stream_of(files, "pyav", workers)
     context = multiprocessing.get_context("fork")
-    done = context.Queue()
-    processes = [
-        context.Process(target=_bare_worker, args=(stream, files.known, crop, rank, workers, seconds, done))
-        for rank in range(workers)
-    ]
-    for process in processes:
+    processes, answers = [], []
+    for rank in range(workers):
+        answer, done = context.Pipe(duplex=False)
+        arguments = (stream, files.known, crop, rank, workers, seconds, done)
+        process = context.Process(target=_bare_worker, args=arguments, daemon=True)
         process.start()
-    found = [done.get() for _ in processes]
+        done.close()  # so that its end is seen here when the process ends
+        processes.append(process)
+        answers.append(answer)
+    try:
+        found = [answer.recv() for answer in answers]
+    except EOFError:
+        sys.exit(f"error: a bare loop over {files.name} ended before its time; is every frame of VIDEOS whole?")
     for process in processes:
         process.join()
     return sum(rate for rate, _ in found), sum(memory for _, memory in found)
@@ -373,33 +392,39 @@ def make_files(options: argparse.Namespace, work: Path) -> list[Files]:
     return files
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", help="what --data.train takes")
     parser.add_argument(
         "--out", type=Path, help="folder for input_pipeline.json, .md and .png; without it, a table only"
     )
     parser.add_argument("--as-they-are", action="store_true", help="VIDEOS are the originals; none are made")
-    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="processes")
-    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8, help="clips")
-    parser.add_argument("--pipelines", type=int, nargs="+", help="of DALI on a GPU; default: one, and one per NVDEC")
+    count, amount = whole_number_from(1), number_above(0)
+    parser.add_argument("--workers", type=count, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="processes")
+    parser.add_argument("--seconds", type=amount, default=8, help="of each measurement")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--batch", type=count, default=8, help="clips")
+    parser.add_argument("--pipelines", type=count, nargs="+", help="of DALI on a GPU; default: one, and one per NVDEC")
     step = parser.add_mutually_exclusive_group()
-    step.add_argument("--step-rate", type=float, metavar="CLIPS_PER_SECOND", help="what a training step takes")
+    step.add_argument("--step-rate", type=amount, metavar="CLIPS_PER_SECOND", help="what a training step takes")
     step.add_argument("--step-from", type=Path, metavar="FILE", help="a step_time.json: its fastest exact rung")
     parser.add_argument("--step-model", choices=MODELS, default="umt_b16", help="whose, in that; default %(default)s")
-    parser.add_argument("--soak", type=int, metavar="CLIPS", help="watch the memory of each decoder instead")
+    parser.add_argument("--soak", type=count, metavar="CLIPS", help="watch the memory of each decoder instead")
     options = parser.parse_args(arguments)
     if options.soak is not None and options.soak < options.batch:
         parser.error(
             f"--soak {options.soak} is less than one batch of {options.batch}; give more, or a smaller --batch"
         )
-    if options.step_rate is not None and options.step_rate <= 0:
-        parser.error(f"--step-rate {options.step_rate:g} is not above 0")
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All that was asked for, printed and written."""
     step_rate, step_name = options.step_rate, "as given"
     if options.step_from is not None:
         step_rate, step_name = report.read_step(options.step_from, options.step_model)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="input-pipeline-") as work:
         if options.soak is not None:
@@ -419,6 +444,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
     if options.out:
         report.write(content, options.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        measure(options)
+    except subprocess.CalledProcessError as error:  # it has said why
+        sys.exit(f"error: {' '.join(error.cmd)} failed")
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, al
 from umt_fast.acceleration import compile_models
 from umt_fast.config import STUDENTS, TEACHERS, OptimConfig
 from umt_fast.graph import CapturedStep
-from umt_fast.low_precision import FLOAT8_CAPABILITY, convert_student, quantize_teacher
+from umt_fast.low_precision import FLOAT8_CAPABILITY, INSTALL, convert_student, quantize_teacher
 from umt_fast.models import attention_choice
 from umt_fast.optim import build_optimizer, clip_gradients
 
@@ -105,7 +105,7 @@ def missing(rung: Rung, device: torch.device) -> str | None:
         if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
             return "a GPU with float8 matmuls: Ada, Hopper or later"
         if importlib.util.find_spec("torchao") is None:
-            return "torchao (pip install torchao)"
+            return f"torchao ({INSTALL})"
     return None
 
 

@@ -39,6 +39,7 @@ from benchmarks.kernels.environment import describe, gpu_name
 from benchmarks.phases import PhaseClock, no_mark, wait_for
 from benchmarks.rungs import MODELS, Rung, TimedStep, Work, build, ladder, missing, prepare
 from umt_fast import costs, distributed
+from umt_fast.arguments import whole_number_from
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import read_manifest
 from umt_fast.distributed import World
@@ -46,8 +47,8 @@ from umt_fast.errors import RunError
 
 RESULTS = Path(__file__).parent / "results"
 GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
-STEPS = {"cuda": 10, "cpu": 1}
-"""Steps between two looks at the clock: a GPU's queue must fill."""
+STEPS = 10
+"""Of a GPU between two looks at the clock: its queue must fill."""
 CHECKED_STEPS = 20
 """Whose losses are compared: of a captured rung the warm-up, the recording and many replays."""
 
@@ -78,7 +79,7 @@ class Result:
     losses: list[float] = field(default_factory=list)
     """Of the first steps, from the same weights, clips and visible set on every rung."""
     loss_error: float | None = None
-    """Largest distance of one of them from the reference's at the same step."""
+    """Largest distance of one of them from the reference's at the same step; None of the reference."""
     loss_tolerance: float | None = None
     """What it may be."""
     k710_days: float | None = None
@@ -120,12 +121,13 @@ class Contender:
         result, tolerance = self.result, self.rung.loss_tolerance
         result.losses = [float(self.step(self.work.visible, no_mark)) for _ in range(CHECKED_STEPS)]
         errors = [abs(ours - theirs) for ours, theirs in zip(result.losses, reference or result.losses, strict=True)]
-        result.loss_error, result.loss_tolerance = max(errors), tolerance
+        if reference:
+            result.loss_error, result.loss_tolerance = max(errors), tolerance
         for step, error in enumerate(errors):
             if not error <= tolerance:  # NaN included
                 result.not_run = (
                     f"{report.REFUSED}: the loss of step {step + 1} is {result.losses[step]:.4f}, the reference's "
-                    f"{reference[step]:.4f}; {tolerance:g} apart are allowed"
+                    f"{(reference or result.losses)[step]:.4f}; {tolerance:g} apart are allowed"
                 )
                 return False
         return True
@@ -143,8 +145,7 @@ class Contender:
             self.result.samples.append(_window(lambda: self.step(None, clock), 1, device))
             self.spent.append(clock.seconds())
             return
-        steps = STEPS[device.type]
-        self.result.samples.append(_window(lambda: self.step(None, no_mark), steps, device))
+        self.result.samples.append(_window(lambda: self.step(None, no_mark), STEPS, device))
         if self.rung.timed_by_phase:
             clock = PhaseClock(device)
             self.step(None, clock)
@@ -246,12 +247,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: umt_b16, and umt_l16 on a GPU")
-    parser.add_argument("--batch", nargs="+", type=int, help="clips per step; default: 64, on a CPU 2")
+    parser.add_argument("--batch", nargs="+", type=whole_number_from(1), help="clips per step; default: 64, on a CPU 2")
     parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all but the last")
     parser.add_argument("--fp8-student", action="store_true", help="the last rung, an experiment, too")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per rung, of which the median counts")
+    parser.add_argument(
+        "--repeats", type=whole_number_from(1), default=5, help="timings per rung, of which the median counts"
+    )
     parser.add_argument("--videos", metavar="DATA", help="what is decoded, as --data.train; default: a few made ones")
-    parser.add_argument("--workers", type=int, default=DataConfig().workers, help="that decode (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=whole_number_from(0), default=DataConfig().workers, help="that decode (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="keep what this commit has already measured there")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
@@ -280,6 +285,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """
     if options.videos:
         read_manifest(options.videos)  # a wrong name is told now
+    folder.mkdir(parents=True, exist_ok=True)
     world = distributed.start(options.device)
     device, rungs = world.device, choose_rungs(options, world.device)
     models = options.models or (["umt_b16", "umt_l16"] if device.type == "cuda" else ["umt_b16"])
@@ -317,7 +323,6 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
             if result.seconds is not None:
                 result.gemm_share = result.model_flops / result.seconds / rates[result.precision]
         content.update(gemm_flops_per_second=rates, results=[asdict(result) for result in written])
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
 
     for model, batch in cases:
@@ -360,13 +365,14 @@ def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     content: dict[str, Any] | None
+    before = report.read(options.compare) if options.compare else None  # which may be written over
     if options.source is not None:
         content = report.read(options.source)
     else:
         name = gpu_name(torch.cuda.get_device_name()) if options.device == "cuda" else "cpu"
         try:
             content = measure(options, options.out or RESULTS / name)
-        except RunError as error:
+        except (RunError, OSError) as error:
             sys.exit(f"error: {error}")
         if content is None:
             return
@@ -374,7 +380,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(report.beside_table(content))
     if options.predict:
         print(report.predict(content, options.predict))
-    if options.compare and (slower := report.regressions(report.read(options.compare), content)):
+    if before is not None and (slower := report.regressions(before, content)):
         sys.exit("\n".join(("slower than before:", *slower)))
     if options.source is None and (refused := report.refusals(content)):
         sys.exit("\n".join(("other losses than the reference:", *refused)))

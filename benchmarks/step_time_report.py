@@ -92,6 +92,7 @@ def rows(content: Content) -> list[list[str]]:
                 continue
             seconds, peak, days = result["seconds"], result["peak_bytes"], result["k710_days"]
             waits, error = stall(content, result), result.get("loss_error")
+            unknown = "reference" if result.get("losses") else NOT_MEASURED
             lines.append(
                 [
                     *line,
@@ -105,7 +106,7 @@ def rows(content: Content) -> list[list[str]]:
                     f"{days:.3g}",
                     f"{days * K710_GPUS:.3g}",
                     _milliseconds(waits),
-                    NOT_MEASURED if error is None else f"{error:.4f}",
+                    unknown if error is None else f"{error:.4f}",
                     "" if error is None else f"{result['loss_tolerance']:g}",
                 ]
             )
@@ -166,8 +167,8 @@ HOW = (
     "machine had other work. TFLOP/s count what the method needs (the lean step's operations) on "
     "every rung. K710 days are 200 epochs of 658,000 videos on 32 such devices, if data and network kept up. "
     "`data stall` is what decoding, which goes on beside the step, takes longer than it. `loss error` is the largest "
-    "distance of a rung's loss from the float32 baseline's over 20 steps from the same start; over what is `allowed` "
-    "the rung is refused."
+    "distance of a rung's loss from the reference's over 20 steps from the same start; over what is `allowed` "
+    "the rung is refused. The reference is the baseline in float32, or, where that cannot run, the first rung that can."
 )
 HOW_BESIDE = (
     "Beside the step, each timed alone, on all processes at once. Decoding, one batch of a process to the next, by a "

@@ -24,6 +24,12 @@ def test_how_they_are_written():
     assert [escape(name) for name in PLAIN] == PLAIN
 
 
+def test_half_a_character_of_an_index_can_be_written():
+    name = "\ud83d.mp4"
+    assert escape(name) == r"\ud83d.mp4"
+    assert read_reasons(write_reasons([(name, "no such name")])) == {name: "no such name"}
+
+
 def test_a_line_is_a_file():
     reasons = {name: f"no\nframe\tin {name}" for name in [*STRANGE, *BACKSLASHES, *PLAIN]}
     content = write_reasons(reasons.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,11 @@ OPTIONAL = ("av", "PIL", "tyro", "matplotlib", "tensorboard", "transformers", "h
 OPTIONAL += ("flash_attn", "xformers", "torchao", "jaxtyping", "scipy")
 
 
-def test_import_is_quick_and_brings_nothing_optional():
-    code = f"import umt_fast, sys; print([name for name in {OPTIONAL} if name in sys.modules])"
-    started = time.monotonic()
+def test_import_brings_nothing_optional_and_not_even_torch():
+    """So it is quick: parts are imported when they are asked for."""
+    code = f"import umt_fast, sys; print([name for name in {('torch', *OPTIONAL)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
-    assert time.monotonic() - started < 3
 
 
 def test_kernels_package_does_not_import_umt_fast():

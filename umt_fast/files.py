@@ -56,7 +56,8 @@ def write_whole(path: Path, content: bytes) -> None:
     put_in_place(aside, path)
 
 
-_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
+"""Also the halves of characters, which an index may hold, but for those that stand for the bytes of a name."""
 _ESCAPE = re.compile(r"\\(?:([\\tnr])|x([0-9a-f]{2})|u([0-9a-f]{4}))")
 _NAMED = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 _NAMES = {character: name for name, character in _NAMED.items()}

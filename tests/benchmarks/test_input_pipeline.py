@@ -79,6 +79,27 @@ def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
     assert abs(crop.clip.mean() - np.mean(found)) < 30
 
 
+def test_a_bare_loop_that_fails_ends_the_benchmark(copy, tmp_path, monkeypatch):
+    copy("a.mp4", Recipe("h264"))
+    files = read_files("copies", tmp_path)
+    monkeypatch.setattr(input_pipeline, "decode_bare", lambda *_: 1 / 0)
+    with pytest.raises(SystemExit, match="a bare loop over copies ended before its time"):
+        input_pipeline.measure_bare(files, 2, 0.1, crop=False)
+
+
+def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: cannot read the list .*none: No such file"):
+        input_pipeline.main([str(tmp_path / "none")])
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(SystemExit, match=r"error: .*a\.mp4"):
+        input_pipeline.main([str(tmp_path), "--out", str(tmp_path / "a.mp4")])
+    with pytest.raises(SystemExit, match=r"error: .*a\.mp4: not readable as video.*leave it out of VIDEOS"):
+        input_pipeline.main([str(tmp_path)])
+    (tmp_path / "list.txt").write_text("https://localhost/a.mp4\n")
+    with pytest.raises(SystemExit, match=r"error: https://localhost/a\.mp4 is no file of its own here"):
+        input_pipeline.main([str(tmp_path / "list.txt"), "--as-they-are"])
+
+
 def test_the_report(short, two_videos, tmp_path, capsys):
     options = ["--seconds", "0.1", "--rounds", "2", "--batch", "2", "--workers", "1", "--step-rate", "1e9"]
     input_pipeline.main([two_videos, "--out", str(tmp_path / "out"), *options])
@@ -134,8 +155,11 @@ def test_the_rate_of_a_step_is_that_of_the_fastest_exact_rung(tmp_path):
     ("options", "told"),
     [
         (["--soak", "7", "--batch", "8"], "--soak 7 is less than one batch of 8"),
-        (["--soak", "0"], "--soak 0 is less than"),
-        (["--step-rate", "0"], "--step-rate 0 is not above 0"),
+        (["--soak", "0"], "--soak: 0 is below 1"),
+        (["--step-rate", "0"], "--step-rate: 0 is not above 0"),
+        (["--workers", "1", "0"], "--workers: 0 is below 1"),
+        (["--rounds", "few"], "--rounds: few is no whole number"),
+        (["--seconds", "nan"], "--seconds: nan is not above 0"),
         (["--step-rate", "1", "--step-from", "x"], "not allowed with"),
     ],
 )

@@ -626,7 +626,7 @@ def test_closing_leaves_no_process_and_no_thread(mixed, taken):
         next(loader)
     gc.collect()
     assert not multiprocessing.active_children()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while _threads() > threads and time.monotonic() < deadline:  # they end when they are next scheduled
         time.sleep(0.05)
     assert _threads() <= threads

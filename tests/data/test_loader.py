@@ -22,6 +22,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NothingReadable, WorkerDied
+from umt_fast.data.memory import Buffers
 from umt_fast.data.stream import ClipStream
 from umt_fast.errors import RunError
 
@@ -433,6 +434,38 @@ def test_memory_in_use_is_left_alone(videos, keep):
             kept.append(keep(batch.clip))
             del batch
     assert all(np.array_equal(one, other) for one, other in zip(alone, kept, strict=True))
+
+
+def test_a_pinned_batch_gives_its_memory_back(videos, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # as it does where there is a GPU
+    alone = _batches(_stream(videos), batches=30, batch_size=2)
+    with ClipLoader(_stream(videos, workers=1), start=0, batches=30, batch_size=2) as loader:
+        pinned = []
+        for batch in loader:
+            assert not batch.clip.is_shared()
+            pinned.append(batch.pin_memory())
+    _assert_same(pinned, alone)
+
+
+def test_a_copy_in_a_forked_process_gives_nothing_back():
+    """One that is dropped there: here the memory may still be in use."""
+    buffers = Buffers(1, 1, 10)
+    _, loan = buffers.take((10,))
+    clip = loan.claim((10,))
+    child = os.fork()
+    if not child:
+        del clip
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert buffers.take((10,)) is None
+    del clip
+    assert buffers.take((10,)) is not None
+
+
+def test_more_memory_than_there_is_is_done_without():
+    """The loader goes on with fresh memory."""
+    assert Buffers.for_workers(1 << 10, 1 << 10, 1 << 36) is None
+    assert Buffers.for_workers(0, 4, 10) is None
 
 
 def test_spawned_workers_change_nothing(videos, monkeypatch):

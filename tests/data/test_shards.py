@@ -264,10 +264,10 @@ def test_a_server_that_never_answers_is_given_up_when_the_time_is_over(server, m
     videos = read_manifest(server.url, read_timeout=3)  # in which a busy machine answers
     server.fail = lambda path, number: "stall" if "s-009" in path else None
     begun = time.monotonic()
-    told = r"s-009.tar: given up after [2-5] attempts in \d\.\d s: no answer in time \(read timeout 0.5 s\)$"
+    told = r"s-009.tar: given up after [2-5] attempts in \d+\.\d s: no answer in time \(read timeout 2 s\)$"
     with pytest.raises(ManifestError, match=told):
-        read_manifest(server.url + "/s-009.tar", read_timeout=0.5)
-    assert time.monotonic() - begun < 5
+        read_manifest(server.url + "/s-009.tar", read_timeout=2)
+    assert time.monotonic() - begun < 20
     bad = {name for batch in _batches(videos) for name, _ in batch.bad}
     assert bad == {f"{server.url}/s-009.tar/{n}.mp4" for n in (1, 4)}
     assert capsys.readouterr().err.count("trying again") == 1
@@ -278,6 +278,12 @@ def test_a_lost_answer_leaves_time_for_another(server, local, monkeypatch):
     batches = _batches(read_manifest(server.url, read_timeout=4))
     _assert_same_clips(batches, local)
     assert not any(batch.bad for batch in batches)
+
+
+@pytest.mark.parametrize("url", ["https://host/a.mp4", "filecache::https://host/a.mp4", "zip://a.mp4::https://host/a"])
+def test_the_server_of_a_url(url):
+    assert storage._server_of(url) == "host"
+    assert storage._server_of("memory:///a.mp4") == "memory:///a.mp4"
 
 
 def test_a_file_system_that_only_blocks_is_given_up_too(monkeypatch):
@@ -307,8 +313,8 @@ def test_a_read_that_hangs_holds_no_process_up(server):
     time.sleep(0.2)
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert time.monotonic() - begun < 3
+    _, errors = process.communicate(timeout=50)
+    assert time.monotonic() - begun < 20  # the first attempt would end after 30
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
 
 

@@ -74,10 +74,10 @@ def test_a_signal_saves_though_no_data_comes(trainer, server, tmp_path, number, 
     begun = time.monotonic()
     child.send_signal(number)
     folder = trainer.folder / "s" / "checkpoints"
-    while not checkpoint.list_checkpoints(folder) and time.monotonic() - begun < 5:
+    while not checkpoint.list_checkpoints(folder) and time.monotonic() - begun < 20:  # the first attempt ends after 30
         time.sleep(0.05)
     (saved,) = checkpoint.list_checkpoints(folder)
-    output, _ = child.communicate(timeout=30)  # it draws its pictures
+    output, _ = child.communicate(timeout=60)  # it draws its pictures
     assert child.returncode == 0, output
     clips = 8 if "--optim.accumulate" in options else 4
     step = checkpoint.load_checkpoint(saved)["clips_seen"] // clips
@@ -101,5 +101,5 @@ def test_ctrl_c_before_the_first_step(server, tmp_path):
     begun = time.monotonic()
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=90)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20  # the first attempt would end after 30
     assert errors.rstrip().endswith(b"KeyboardInterrupt")

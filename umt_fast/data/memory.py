@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import multiprocessing
+import os
 import weakref
 from dataclasses import dataclass
 
@@ -48,8 +49,13 @@ class Buffers:
 
     @classmethod
     def for_workers(cls, workers: int, each: int, size: int) -> Buffers | None:
-        """None where workers do not inherit this process's memory."""
-        return cls(workers, each, size) if workers and multiprocessing.get_start_method() == "fork" else None
+        """None where workers do not inherit this process's memory, or the system does not promise so much."""
+        if not workers or multiprocessing.get_start_method() != "fork":
+            return None
+        try:
+            return cls(workers, each, size)
+        except OSError:
+            return None
 
     def take(self, shape: tuple[int, ...]) -> tuple[Tensor, Loan] | None:
         """In a worker: uint8 memory of one of its buffers and what to send for it. None while all are in use."""
@@ -64,8 +70,13 @@ class Buffers:
 
     def claim(self, place: int, shape: tuple[int, ...]) -> Tensor:
         part = self._part(place, shape)  # every tensor made of it, however indirectly, keeps this array
-        weakref.finalize(part, self._taken.__setitem__, place, 0).atexit = False
+        weakref.finalize(part, _give_back, self._taken, place, os.getpid()).atexit = False
         return torch.from_numpy(part)
 
     def _part(self, place: int, shape: tuple[int, ...]) -> np.ndarray:
         return np.ndarray(shape, np.uint8, self._memory[place])
+
+
+def _give_back(taken: np.ndarray, place: int, claimed_by: int) -> None:
+    if os.getpid() == claimed_by:  # what a process forked since lets go, this one may still hold
+        taken[place] = 0

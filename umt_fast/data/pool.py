@@ -90,7 +90,8 @@ class Pool:
                     outcome = Died(f"the process that worked on it ended by {ending}, {ATTEMPTS} times")
                 yield given.task, outcome
             for worker in busy:
-                if worker.connection not in ready and worker.due <= time.monotonic():
+                late = worker.connection not in ready and worker.due <= time.monotonic()
+                if late and not worker.connection.poll():  # it may have been done while results were looked at
                     self._workers.remove(worker)
                     worker.end()
                     given = worker.assigned

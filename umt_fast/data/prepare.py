@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from umt_fast.arguments import number_above, whole_number_from
 from umt_fast.config import DataConfig
 from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
@@ -316,7 +317,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "umt_fast.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    positive = _whole_number_from(1)
+    positive, seconds = whole_number_from(1), number_above(0)
     parser.add_argument("source", metavar="SOURCE", nargs="?", help="a folder of videos, a list, shards or an index")
     parser.add_argument("out", metavar="OUT", nargs="?", help="a new folder for the copies, or one to go on in")
     parser.add_argument("--codec", choices=list(CODECS), default="h264", help="default %(default)s")
@@ -328,13 +329,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive, help="processes; default: one per core")
     parser.add_argument(
         "--time-limit",
-        type=_number_above_0,
+        type=seconds,
         default=TIME_LIMIT,
         help="seconds that a video may take, default %(default)g",
     )
     parser.add_argument(
         "--read-timeout",
-        type=_number_above_0,
+        type=seconds,
         default=DataConfig.read_timeout,
         help="seconds within which a video must have come from a URL, default %(default)g",
     )
@@ -343,21 +344,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if (found.verify is None) == (found.out is None):
         parser.error("give SOURCE and OUT, or --verify OUT")
     return found
-
-
-def _whole_number_from(least: int) -> Any:
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return int(text)
-
-    return number
-
-
-def _number_above_0(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -372,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.verify is not None:
             from umt_fast.data.verify import verify
 
-            found = verify(given.verify, given.workers, given.time_limit)
+            found = verify(given.verify, given.workers, given.time_limit, given.read_timeout)
             print(found)
             sys.exit(1 if found.problems else 0)
         recipe = Recipe(given.codec, given.short_side, given.gop, given.quality)

@@ -106,7 +106,7 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
             raise
         except _TOO_LATE:
             reasons.append(f"no answer in time (read timeout {timeout:g} s)")
-            _tell_of_silence(urllib.parse.urlsplit(url).netloc, SHARE * left)
+            _tell_of_silence(_server_of(url), SHARE * left)
         except Exception as error:  # each file system has errors of its own
             reasons.append(f"{type(error).__name__}: {error}")
     tried = f"{len(reasons)} attempts in {time.monotonic() - begun:.1f} s"
@@ -115,6 +115,11 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
 
 _silent: set[str] = set()
 """Servers of which it was said that they do not answer."""
+
+
+def _server_of(url: str) -> str:
+    """Whom a URL asks; of a chain, as `filecache::https://...`, the last does."""
+    return urllib.parse.urlsplit(url.rpartition("::")[2]).netloc or url
 
 
 def _tell_of_silence(server: str, seconds: float) -> None:

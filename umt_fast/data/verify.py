@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.copies import Journal
 from umt_fast.data.encode import BadCopy
@@ -66,10 +67,15 @@ class _Task:
     source: Video | None
 
 
-def verify(out: str, workers: int | None = None, time_limit: float = TIME_LIMIT) -> Verdict:
+def verify(
+    out: str,
+    workers: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    read_timeout: float = DataConfig.read_timeout,
+) -> Verdict:
     """Decode every copy in the folder `out`, and compare it with what the index says and, if it is there, its source.
 
-    `time_limit`: seconds that one may take.
+    `time_limit`: seconds that one may take, `read_timeout`: within which a source must have come from a URL.
     Raises CannotPrepare where there are no finished copies, FolderInUse while they are being made.
     """
     index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
@@ -78,7 +84,9 @@ def verify(out: str, workers: int | None = None, time_limit: float = TIME_LIMIT)
     content = index.read_bytes()
     copies = parse_index(content, str(index))
     rows = [row for row in content.split(b"\n")[1:] if row.strip()]
-    sources, note = _find_sources(state) if state.is_dir() else ({}, f"no {STATE_NAME} here: sources are not known")
+    sources, note = (
+        _find_sources(state, read_timeout) if state.is_dir() else ({}, f"no {STATE_NAME} here: sources are not known")
+    )
     tasks = {}
     for copy, row in zip(copies, rows, strict=True):
         local = os.path.relpath(copy.path, out)
@@ -101,13 +109,14 @@ def verify(out: str, workers: int | None = None, time_limit: float = TIME_LIMIT)
     return Verdict(len(tasks), compared, lowest, sorted(problems), note)
 
 
-def _find_sources(state: Path) -> tuple[dict[str, Video], str]:
+def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], str]:
     """The sources that are still there, by their copies' paths; and a note if there are none."""
     journal = Journal(state / "journal.jsonl")
     journal.close()
     settings = json.loads((state / "settings.json").read_bytes())
     try:
-        videos = {video.name: video for video in read_manifest(settings["SOURCE"], settings["--prefix"])}
+        listed = read_manifest(settings["SOURCE"], settings["--prefix"], read_timeout)
+        videos = {video.name: video for video in listed}
     except ManifestError as error:
         return {}, f"not compared with the sources: {error}"
     paths = {name: copy["row"]["path"] for name, copy in journal.copies.items()}
