@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from umt_fast.config import DataConfig
 from umt_fast.data import pyav
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NothingReadable, WorkerDied
+from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable, WorkerDied
 from umt_fast.data.memory import Buffers
 from umt_fast.data.stream import ClipStream
 from umt_fast.errors import RunError
@@ -466,6 +466,18 @@ def test_more_memory_than_there_is_is_done_without():
     """The loader goes on with fresh memory."""
     assert Buffers.for_workers(1 << 10, 1 << 10, 1 << 36) is None
     assert Buffers.for_workers(0, 4, 10) is None
+
+
+def test_a_small_dev_shm_is_told(videos, monkeypatch):
+    def full(size):
+        raise RuntimeError("No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(NoSharedMemory) as told:
+        _batches(_stream(videos, workers=1), batches=40, batch_size=1)  # more than there are buffers
+    said = f"a decoding process found no {FRAMES * SIDE * SIDE * 3} bytes in /dev/shm (No space left on device (28)); "
+    assert str(told.value).startswith(said + "enlarge that")
+    assert not multiprocessing.active_children()
 
 
 def test_spawned_workers_change_nothing(videos, monkeypatch):

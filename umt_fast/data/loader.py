@@ -56,6 +56,10 @@ class WorkerDied(RunError):
     """A decoding process was killed."""
 
 
+class NoSharedMemory(RunError):
+    """Decoding processes cannot hand over what they made."""
+
+
 @dataclass
 class Batch:
     clip: UInt8[Tensor, "b t h w 3"]
@@ -139,10 +143,16 @@ def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes]
 
 
 def empty_for_parent(shape: tuple[int, ...]) -> Tensor:
-    """Bytes that a worker hands to the training process: written once, where that reads them."""
+    """Bytes that a worker hands to the training process: written once, where that reads them. Raises NoSharedMemory."""
     if get_worker_info() is None or 0 in shape:
         return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    except RuntimeError as error:
+        raise NoSharedMemory(
+            f"a decoding process found no {math.prod(shape)} bytes in /dev/shm ({error}); enlarge that (docker run "
+            "--shm-size 8g), or lower --data.workers or --data.prefetch"
+        ) from None
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
@@ -235,11 +245,13 @@ class Prepared(Iterator[T]):
         self._items: Iterator[T] | None = iter(self._loader)
 
     def __next__(self) -> T:
-        """Raises WorkerDied when a worker was killed."""
+        """Raises WorkerDied when a worker was killed, NoSharedMemory."""
         if self._items is None:
             raise StopIteration
         try:
             return next(self._items)
+        except NoSharedMemory as error:  # torch has put the worker's traceback before the message
+            raise NoSharedMemory(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
         except RuntimeError as error:
             if not _is_of_a_dead_worker(error):
                 raise
@@ -273,7 +285,8 @@ def _kill(workers: list[BaseProcess]) -> None:
 class Loader(Iterator[Batch]):
     """Batches of one rank, whatever decodes them. Close it, or use it in a `with`.
 
-    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when a worker was killed.
+    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when a worker was killed,
+    NoSharedMemory when one found no room for what it made.
     """
 
     def __enter__(self) -> Self:
