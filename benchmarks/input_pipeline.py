@@ -454,6 +454,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {' '.join(error.cmd)} failed")
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
     parser.add_argument("--predict", choices=report.PREDICTED, help="estimate another GPU from a measurement")
     parser.add_argument("--from", dest="source", type=Path, help="the measurement to predict from; default: this run's")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.predict and options.source is None and options.device == "cpu":
+        parser.error(f"--predict {options.predict} starts from a GPU's times: give its step_time.json by --from")
+    return options
 
 
 def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung]:
@@ -380,10 +383,13 @@ def main(arguments: list[str] | None = None) -> None:
     print(report.beside_table(content))
     if options.predict:
         print(report.predict(content, options.predict))
+    complaints: list[str] = []
     if before is not None and (slower := report.regressions(before, content)):
-        sys.exit("\n".join(("slower than before:", *slower)))
+        complaints += ["slower than before:", *slower]
     if options.source is None and (refused := report.refusals(content)):
-        sys.exit("\n".join(("other losses than the reference:", *refused)))
+        complaints += ["other losses than the reference:", *refused]
+    if complaints:
+        sys.exit("\n".join(complaints))
 
 
 if __name__ == "__main__":

@@ -437,6 +437,12 @@ def test_predict_treats_a_captured_step_as_one_phase():
     assert f"| {60 * 989 / 312 + 40 * 4.8 / 2.039:.1f} |" in step_time_report.predict(content, "a100")
 
 
+def test_predict_wants_a_gpu_before_anything_is_measured(capsys):
+    with pytest.raises(SystemExit):
+        step_time.main(["--device", "cpu", "--predict", "a100"])
+    assert "give its step_time.json by --from" in capsys.readouterr().err
+
+
 def test_predict_refuses_a_cpu(results):
     with pytest.raises(SystemExit, match="cannot predict from"):
         step_time.main(["--from", str(results / "step_time.json"), "--predict", "a100"])

@@ -590,7 +590,7 @@ def test_pool_kills_what_is_overdue():
     assert time.monotonic() - begun < 30
     overdue = outcomes.pop(60)
     assert isinstance(overdue, Overdue)
-    assert str(overdue) == "not through after 0.5 seconds"
+    assert str(overdue) == "not through after 0.5 seconds; it is damaged, or wants a longer --time-limit"
     assert outcomes == {seconds: seconds for seconds in (0.01, 0.02, 0.03, 0.6)}
 
 

@@ -87,7 +87,8 @@ class Pool:
                     if given.deaths + 1 < ATTEMPTS:
                         self._waiting.appendleft(replace(given, deaths=given.deaths + 1))
                         continue
-                    outcome = Died(f"the process that worked on it ended by {ending}, {ATTEMPTS} times")
+                    told = f"the process that worked on it ended by {ending}, {ATTEMPTS} times"
+                    outcome = Died(f"{told}; is there memory enough?")
                 yield given.task, outcome
             for worker in busy:
                 late = worker.connection not in ready and worker.due <= time.monotonic()
@@ -95,7 +96,8 @@ class Pool:
                     self._workers.remove(worker)
                     worker.end()
                     given = worker.assigned
-                    yield given.task, Overdue(f"not through after {given.time_limit:g} seconds")
+                    told = f"not through after {given.time_limit:g} seconds"
+                    yield given.task, Overdue(f"{told}; it is damaged, or wants a longer --time-limit")
 
     def _hand_out(self) -> None:
         idle = [worker for worker in self._workers if not worker.busy]

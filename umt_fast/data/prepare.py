@@ -31,7 +31,7 @@ from umt_fast.data.copies import Item, Journal, Plan, Shard, make_plan
 from umt_fast.data.encode import CODECS, Recipe
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pool import Died, Overdue, Pool, keep_bars_here
+from umt_fast.data.pool import Died, Pool, keep_bars_here
 from umt_fast.data.shards import Sample
 from umt_fast.data.tasks import CopyTask, Failed, PackTask, work
 from umt_fast.errors import RunError
@@ -169,10 +169,8 @@ class _Preparation:
                 for shard in self.plan.shards:
                     self._pack_if_complete(shard, pool)
                 for task, outcome in pool.results():
-                    if isinstance(outcome, Overdue):
-                        outcome = Failed(f"{outcome}; it is damaged, or wants a longer --time-limit")
                     if isinstance(outcome, Died):
-                        outcome = Failed(f"{outcome}; is there memory enough?")
+                        outcome = Failed(str(outcome))
                     if isinstance(outcome, Failed) and outcome.hopeless:
                         raise CannotPrepare(self._stopped(f"cannot write to {self.out}: {outcome.reason}"))
                     if isinstance(task, PackTask):
