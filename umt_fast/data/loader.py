@@ -333,4 +333,4 @@ def _begin_worker(_worker: int) -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc would return to the system, page by page, what the next clip's frames need
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 8 << 20)
