@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TypeVar
+
+N = TypeVar("N", int, float)
 
 
 def whole_number_from(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is no whole number") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
-        return number
-
-    return parse
+    return _number(int, "whole number", lambda number: number >= least, f"below {least}")
 
 
 def number_above(bound: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
+    return _number(float, "number", lambda number: number > bound, f"not above {bound:g}")  # NaN is not
+
+
+def _number(convert: Callable[[str], N], kind: str, fits: Callable[[N], bool], otherwise: str) -> Callable[[str], N]:
+    def parse(text: str) -> N:
         try:
-            number = float(text)
+            number = convert(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text} is no number") from None
-        if not number > bound:  # NaN is not
-            raise argparse.ArgumentTypeError(f"{text} is not above {bound:g}")
+            raise argparse.ArgumentTypeError(f"{text} is no {kind}") from None
+        if not fits(number):
+            raise argparse.ArgumentTypeError(f"{text} is {otherwise}")
         return number
 
     return parse

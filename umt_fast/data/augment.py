@@ -66,7 +66,7 @@ def show(frames: Sequence[np.ndarray], view: View, out: np.ndarray) -> None:
         planes = torch.from_numpy(part).unsqueeze(0).permute(0, 3, 1, 2)  # channels last: torch has a kernel for that
         if view.flip:  # by torch: numpy's goes byte by byte
             planes = planes.flip(-1)
-        if size == (view.height, view.width):
+        if part.shape[:2] == size:
             place.copy_(planes)
         else:  # what F.interpolate calls, which can't write to where its result is wanted
             torch.ops.aten._upsample_bilinear2d_aa.out(planes, size, False, None, None, out=place)
