@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from umt_fast.data.index import FORMAT, BadIndex, Facts, VideoList, describe, parse_index, write_index
+from umt_fast.data.index import FORMAT, BadIndex, Facts, Packets, VideoList, describe, parse_index, write_index
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.pyav import BadVideo, probe, read_frames
 
@@ -34,6 +35,14 @@ def test_facts_come_back(times, keys):
     assert video.facts.keys.tolist() == keys
     assert (video.facts.frames, video.facts.width, video.facts.height) == (len(times), 64, 48)
     assert (video.facts.fps, video.facts.codec) == (29.97, "h264")
+
+
+def test_where_packets_lie_comes_back():
+    where = Packets(sizes=712, first=2017, setup=bytes(range(256)))
+    row = {"path": "a.mp4", **describe(replace(_facts([0, 1], [0]), packets=where))}
+    (video,) = parse_index(write_index([row]), "/data/index.jsonl")
+    assert video.facts is not None
+    assert video.facts.packets == where
 
 
 def test_a_long_regular_video_takes_few_bytes():
@@ -82,6 +91,7 @@ def test_a_list_of_videos_is_a_sequence():
         (write_index([{"path": "a"}, {"path": "b"}])[:-5], "line 3"),
         (write_index([{"shard": "a"}, {"path": "b"}]), "line 2"),
         (write_index([{"path": "a", **describe(_facts([0, 1], [0])), "frames": 3}]), "times of 2 frames"),
+        (write_index([{"path": "a", **describe(_facts([0], [0])), "packets": {"sizes": 1, "first": 2}}]), "'setup'"),
     ],
 )
 def test_what_is_no_index_is_refused(content, told):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from umt_fast.config import ConfigError
-from umt_fast.data import copies, encode, prepare, pyav, tasks, verify
+from umt_fast.data import copies, encode, packets, prepare, pyav, tasks, verify
 from umt_fast.data.copies import Journal
 from umt_fast.data.encode import Recipe
 from umt_fast.data.index import BadIndex, Video
@@ -113,7 +113,8 @@ def test_the_trainer_reads_the_copies_through_the_index(source, unbroken):
         for video, name in zip(videos, ("a/0.mp4", "b/1.mkv", "a/2.avi"), strict=False):
             original = good[str(source.parent / name)]
             before = pyav.read_frames(original, lambda count: [0, 3, count - 1])
-            after = pyav.read_frames(video, lambda count: [0, 3, count - 1])
+            assert video.facts.packets is not None
+            after = packets.read_frames(video, lambda count: [0, 3, count - 1])
             small = [frame[::3, ::3][:15, :20].astype(float) for frame in (*before, *after)]
             assert np.corrcoef([small[0].ravel(), small[2].ravel()])[0, 1] < 0.9  # else any frame would do
             assert [frame.shape for frame in after] == [(32, 42, 3)] * 3
@@ -684,8 +685,14 @@ def test_verify_finds_an_index_of_other_times(made):
     rows = index.read_text().splitlines()
     row = json.loads(rows[1])
     row["keys"] = [[3, 7]]
-    index.write_text("\n".join([rows[0], json.dumps(row), *rows[2:]]))
-    assert _bad(out) == {"a/0.mp4": "its keys are not those of the index"}
+    other = json.loads(rows[3])
+    other["packets"]["first"] += 1
+    index.write_text("\n".join([rows[0], json.dumps(row), rows[2], json.dumps(other), *rows[4:]]))
+    problems = _bad(out)
+    assert problems == {
+        "a/0.mp4": "its keys are not those of the index",
+        "a/2.mp4": "its packets do not lie where the index says",
+    }
 
 
 def test_a_damaged_row_of_an_index_is_told(made, tmp_path):

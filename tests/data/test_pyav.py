@@ -294,13 +294,13 @@ def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
 
 def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
-    to_rgb = pyav.Reader._to_rgb
+    to_array = pyav.to_array
 
-    def convert(reader, frame):
+    def convert(frame, reformatter):
         converted.append(frame.pts)
-        return to_rgb(reader, frame)
+        return to_array(frame, reformatter)
 
-    monkeypatch.setattr(pyav.Reader, "_to_rgb", convert)
+    monkeypatch.setattr(pyav, "to_array", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])
     assert len(converted) == 3
 

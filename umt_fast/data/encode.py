@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import av
@@ -13,6 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from umt_fast.config import ConfigError
 from umt_fast.data import pyav
 from umt_fast.data.index import Facts, Video
+from umt_fast.data.packets import find_packets
 
 
 class BadCopy(Exception):
@@ -219,6 +220,7 @@ def _check(target: str, ticks: np.ndarray, recipe: Recipe, size: tuple[int, int]
     """The facts of a copy. Raises BadCopy unless they are as asked."""
     try:
         copy = pyav.probe(Video(target))
+        packets = find_packets(Video(target), copy)
     except pyav.BadVideo as error:
         raise BadCopy(f"the copy does not read: {error}") from None
     if copy.frames != len(ticks):
@@ -230,4 +232,4 @@ def _check(target: str, ticks: np.ndarray, recipe: Recipe, size: tuple[int, int]
         raise BadCopy(f"the copy has {len(copy.keys)} key frames, not one every {recipe.gop} frames")
     if (copy.width, copy.height) != size or not copy.plain:
         raise BadCopy(f"the copy is {copy.width} x {copy.height}, plain: {copy.plain}, not {size[0]} x {size[1]}")
-    return copy
+    return replace(copy, packets=packets)

@@ -12,11 +12,15 @@ the format, then one JSON object per video:
     frames        how many
     times         their presentation times, in ticks of the file: the first, then [step, how often] runs
     keys          the key frames: frame 0, then [frames to the next, how often] runs
+    packets       where the frames' packets lie: one behind another from byte `first` on, in the order they are shown;
+                  at byte `sizes` begins a table of their sizes, 32-bit numbers with the highest byte first; `setup`
+                  (base64) is what a decoder must know before them, FFmpeg's extradata
     label caption what the data set says of the video, if anything
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import posixpath
@@ -41,6 +45,18 @@ class BadIndex(RunError, ValueError):
 
 
 @dataclass(frozen=True)
+class Packets:
+    """Where a file keeps its frames: a packet each, one behind another in the order they are shown."""
+
+    sizes: int
+    """At which byte the table of their sizes begins: 32-bit numbers, the highest byte first."""
+    first: int
+    """At which byte they begin."""
+    setup: bytes
+    """What the decoder must know before them: FFmpeg's extradata."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What choosing and finding frames needs to know of a video."""
 
@@ -55,6 +71,8 @@ class Facts:
     """Presentation times of the key frames, ascending; empty where the file gives no times."""
     plain: bool = True
     """Every packet is one frame that is shown, with a time, the way up it is stored."""
+    packets: Packets | None = None
+    """None: only the file's own tables tell."""
 
     @property
     def frames(self) -> int:
@@ -186,7 +204,7 @@ def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
 def describe(facts: Facts) -> dict[str, Any]:
     """The part of a row that tells what is in a video. `facts` are of a plain file that begins with a key frame."""
     places = np.searchsorted(facts.times, facts.keys)
-    return {
+    row = {
         "codec": facts.codec,
         "width": facts.width,
         "height": facts.height,
@@ -195,6 +213,10 @@ def describe(facts: Facts) -> dict[str, Any]:
         "times": [int(facts.times[0]), *_runs(np.diff(facts.times))],
         "keys": list(_runs(np.diff(places))),
     }
+    if facts.packets is not None:
+        setup = base64.b64encode(facts.packets.setup).decode()
+        row["packets"] = {"sizes": facts.packets.sizes, "first": facts.packets.first, "setup": setup}
+    return row
 
 
 def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
@@ -205,7 +227,11 @@ def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
         if len(times) != row["frames"]:
             raise ValueError(f"times of {len(times)} frames, but frames = {row['frames']}")
         keys = times[_sums(0, row["keys"])]
-        facts = Facts(row["width"], row["height"], row["fps"], row["codec"], times, keys)
+        packets = None
+        if "packets" in row:
+            where = row["packets"]
+            packets = Packets(where["sizes"], where["first"], base64.b64decode(where["setup"]))
+        facts = Facts(row["width"], row["height"], row["fps"], row["codec"], times, keys, packets=packets)
     path, shard = row["path"], row.get("shard")
     return Video(
         path=join(base, path if shard is None else shard),

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from umt_fast.config import DataConfig
-from umt_fast.data import pyav
+from umt_fast.data import packets, pyav
 from umt_fast.data.augment import show
 from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.memory import Buffers, Loan
@@ -117,7 +117,7 @@ def try_candidates(
 
 def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises pyav.BadVideo."""
-    frames = pyav.read_frames(video, lambda count: stream.draw_frames(count, rng), content)
+    frames = packets.read_frames(video, lambda count: stream.draw_frames(count, rng), content)
     height, width = frames[0].shape[:2]
     for clip, view in zip(out, stream.draw_views(width, height, rng), strict=True):
         show(frames, view, clip)

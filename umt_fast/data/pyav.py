@@ -6,11 +6,9 @@ import bisect
 import contextlib
 import io
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import av
 import numpy as np
@@ -25,13 +23,6 @@ _SLACK_SHARE = 0.05
 ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does. Before PyAV 17
 it was always one, and could not be asked for."""
-
-
-# FFmpeg tries all its formats on a file that it opens, and decodes a frame to see what is in it. Where an index has
-# told that, these keep it from doing so: a millisecond of the five that a clip of short GOPs takes. The frames are
-# decoded as ever.
-_KINDS = {".mp4": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
-_UNPROBED = {"codec_whitelist": "none", "probesize": "32"}
 
 
 class BadVideo(Exception):
@@ -62,7 +53,7 @@ def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: b
     Raises BadVideo for a file that is missing, empty, truncated, no video, does not decode at a wanted frame, or is
     not the one that the index describes.
     """
-    with opened(video, content, probed=video.facts is None) as reader:
+    with opened(video, content) as reader:
         indices = list(choose(len(reader.pts)))
         frames = reader.read(sorted(set(indices)))
     return [frames[index] for index in indices]
@@ -93,49 +84,54 @@ def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoF
 
 
 @contextlib.contextmanager
-def opened(video: Video, content: bytes | None, probed: bool = True) -> Iterator[Reader]:
-    with _container(video, content, probed) as container:
+def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
+    with _container(video, content) as container:
         yield Reader(container, video.facts, lambda: _open(video, content))
 
 
 @contextlib.contextmanager
-def _container(video: Video, content: bytes | None, probed: bool = True) -> Iterator[av.container.InputContainer]:
+def _container(video: Video, content: bytes | None) -> Iterator[av.container.InputContainer]:
     """The video, open; FFmpeg's and the system's errors become BadVideo."""
+    content = fetch(video, content)
+    with as_bad_video(), _open(video, content) as container:
+        if not container.streams.video or container.streams.video[0].codec_context is None:
+            raise BadVideo("no video stream that can be decoded")
+        yield container
+
+
+def fetch(video: Video, content: bytes | None = None) -> bytes | None:
+    """The bytes of a remote video, if they are not at hand yet. Raises BadVideo where the size is not the index's."""
     try:
         if content is None and video.remote:
             content = read_video(video)
         size = file_size(video) if content is None else len(content)
-        if size == 0:
-            raise BadVideo("empty file")
-        if video.size is not None and size != video.size:
-            raise BadVideo(f"{size} bytes, but the index says {video.size}: it has changed since")
     except (OSError, ValueError) as error:  # ValueError: no possible name
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
+    if size == 0:
+        raise BadVideo("empty file")
+    if video.size is not None and size != video.size:
+        raise BadVideo(f"{size} bytes, but the index says {video.size}: it has changed since")
+    return content
+
+
+@contextlib.contextmanager
+def as_bad_video() -> Iterator[None]:
+    """FFmpeg's and the system's errors become BadVideo."""
     try:
-        with _open(video, content, probed) as container:
-            if not container.streams.video or container.streams.video[0].codec_context is None:
-                raise BadVideo("no video stream that can be decoded")
-            yield container
+        yield
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         # IndexError: PyAV's own, where a damaged file grows a stream while it is read
         reason = getattr(error, "strerror", None) or str(error)
         raise BadVideo(f"not readable as video: {reason}") from error
 
 
-def _open(video: Video, content: bytes | None, probed: bool = True) -> av.container.InputContainer:
+def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
+    if content is not None:
+        return av.open(io.BytesIO(content), "r")
     path = "file:" + video.path  # else FFmpeg takes what is before a colon in a name for a protocol
     if video.offset is not None:
         path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
-
-    def attempt(**options: Any) -> av.container.InputContainer:
-        return av.open(path if content is None else io.BytesIO(content), "r", **options)
-
-    if probed:
-        return attempt()
-    kind = _KINDS.get(os.path.splitext(video.member or video.path)[1])
-    with contextlib.suppress(av.error.InvalidDataError):  # the name is wrong
-        return attempt(format=kind, options=_UNPROBED)
-    return attempt(options=_UNPROBED)
+    return av.open(path, "r")
 
 
 class Reader:
@@ -264,7 +260,7 @@ class Reader:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                found[index] = self._to_rgb(frame)
+                found[index] = to_array(frame, self.reformatter)
         return found
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
@@ -291,7 +287,7 @@ class Reader:
             stream.codec_context.thread_count = 1
             for index, frame in enumerate(container.decode(stream)):
                 if index in wanted and not frame.is_corrupt:
-                    found[index] = self._to_rgb(frame)
+                    found[index] = to_array(frame, self.reformatter)
                 if index >= indices[-1]:
                     break
         return found
@@ -313,8 +309,10 @@ class Reader:
         if done < len(self.pts):
             raise BadVideo(f"frame {done} of {len(self.pts)} does not decode")
 
-    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        return _upright(frame, self.reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
+
+def to_array(frame: av.VideoFrame, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
+    """uint8 RGB [H,W,3], upright. A reformatter keeps what it has worked out for frames of one kind."""
+    return _upright(frame, reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
 
 
 def _is_hidden(packet: av.Packet) -> bool:

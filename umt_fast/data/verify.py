@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from umt_fast.config import DataConfig
-from umt_fast.data import pyav
+from umt_fast.data import packets, pyav
 from umt_fast.data.copies import Journal
 from umt_fast.data.encode import BadCopy
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
@@ -167,6 +167,8 @@ def _check(task: _Task) -> float | None:
     facts = pyav.probe(bare)
     assert copy.facts is not None
     _compare_facts(facts, copy.facts)
+    if copy.facts.packets not in (None, packets.find_packets(bare, facts)):
+        raise BadCopy("its packets do not lie where the index says")
     for _ in pyav.each_frame(bare):  # raises BadVideo unless every frame decodes
         pass
     return None if task.source is None else _psnr(copy, task.source, facts.frames)
@@ -197,7 +199,7 @@ def _psnr(copy: Video, source: Video, frames: int) -> float:
     if counts[0] != frames:
         raise BadCopy(f"has {frames} frames, its source {source.name} {counts[0]}")
     squares = []
-    for old, new in zip(before, pyav.read_frames(copy, lambda _count: wanted), strict=True):
+    for old, new in zip(before, packets.read_frames(copy, lambda _count: wanted), strict=True):
         resized = np.asarray(Image.fromarray(old).resize(new.shape[1::-1], Image.Resampling.BICUBIC))
         squares.append(np.square(resized.astype(np.float32) - new).mean())
     psnr = float(10 * np.log10(255**2 / max(float(np.mean(squares)), 1e-2)))
