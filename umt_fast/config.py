@@ -6,6 +6,7 @@ A run is a `Config`: a recipe (TOML) on top of these defaults, and the command l
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import typing
 from dataclasses import dataclass, field, replace
@@ -305,8 +306,8 @@ class Config:
             ("optim.weight_decay", optim.weight_decay, 0),
             ("optim.clip_grad", optim.clip_grad, 0),
         ):
-            if value is not None and value < low:
-                raise ConfigError(f"{name} = {value} is below {low}")
+            if value is not None and not low <= value < math.inf:
+                raise ConfigError(f"{name} = {value} is not a number of {low} or more")
         _divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
         for name in ("teacher_precision", "student_precision"):
             if getattr(self.model, name) != "same" and self.run.precision == "fp32":

@@ -244,7 +244,9 @@ def test_mistakes_are_told_in_one_line(trainer, tmp_path):
         ("--run.resume", "/nowhere.pth"): "cannot read checkpoint /nowhere.pth",
         ("--teacher-weights", ""): "no teacher weights are named",
         ("--teacher.width", "512"): "only one up to 256 wide may be `random`",
-        ("--run.stop-at", "0"): "run.stop_at = 0 is below 1",
+        ("--run.stop-at", "0"): "run.stop_at = 0 is not a number of 1 or more",
+        ("--optim.lr", "nan"): "optim.lr = nan is not a number of 0 or more",
+        ("--data.read-timeout", "inf"): "data.read_timeout = inf is not a number of 1 or more",
         ("--data.flip", "7"): "data.flip = 7.0 is not in [0, 1]",
     }
     for options, message in cases.items():
