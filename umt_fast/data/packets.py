@@ -20,17 +20,21 @@ from umt_fast.data.pyav import BadVideo
 
 _DECODERS = {"av1": "libdav1d"}
 """FFmpeg's names where they are not the codec's: its own AV1 decoder wants a GPU."""
+_CHANGED = "it has changed since it was indexed"
 
 
 def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
     """As `pyav.read_frames`, which reads the videos whose packets no index lists. Raises BadVideo."""
-    if video.facts is None or video.facts.packets is None:
+    if video.facts is None or video.facts.packets is None or _decoder_of(video.facts.codec) is None:
         return pyav.read_frames(video, choose, content)
     indices = list(choose(video.facts.frames))
     with pyav.as_bad_video():
         content = pyav.fetch(video, content)
         with _bytes_of(video, content) as read:
-            frames = _Reader(video.facts, video.facts.packets, read).read(sorted(set(indices)))
+            reader = _Reader(video.facts, video.facts.packets, read)
+            if video.size is not None and reader.bounds[-1] > video.size:
+                raise BadVideo(f"its frames would end behind its {video.size} bytes: {_CHANGED}")
+            frames = reader.read(sorted(set(indices)))
     return [frames[index] for index in indices]
 
 
@@ -40,7 +44,7 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
 
     def whole(part: bytes, start: int, end: int) -> bytes:
         if len(part) != end - start:
-            raise BadVideo(f"no bytes {start} to {end}, which should hold frames: it has changed since it was indexed")
+            raise BadVideo(f"there are no bytes {start} to {end}: {_CHANGED}")
         return part
 
     if content is not None:
@@ -98,9 +102,15 @@ def _packet(content: bytes) -> av.Packet:
     return packet
 
 
+def _decoder_of(codec: str) -> str | None:
+    """FFmpeg's name of it, if it is there."""
+    name = _DECODERS.get(codec, codec)
+    return name if name in av.codecs_available else None
+
+
 def _open_decoder(codec: str, setup: bytes) -> av.VideoCodecContext:
-    """Raises FFmpegError where there is none."""
-    decoder = av.CodecContext.create(_DECODERS.get(codec, codec), "r")
+    """Of a codec that there is a decoder of."""
+    decoder = av.CodecContext.create(_decoder_of(codec) or codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = setup
     decoder.thread_count = 1  # the workers are the parallelism
@@ -129,6 +139,8 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
         first = int(places[0])
         table = read(0, first).find(sizes.astype(">u4").tobytes())
         if table < 0:
+            return None
+        if _decoder_of(facts.codec) is None:
             return None
         setup = bytes(stream.codec_context.extradata or b"")
         shown = _open_decoder(facts.codec, setup).decode(_packet(read(first, first + int(sizes[0]))))
