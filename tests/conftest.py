@@ -19,7 +19,8 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, ch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
-os.environ["UMT_FAST_CACHE"] = tempfile.mkdtemp(prefix="umt-fast-tests-")  # tests neither read nor leave choices
+_cache = tempfile.TemporaryDirectory(prefix="umt-fast-tests-")  # tests neither read nor leave choices
+os.environ["UMT_FAST_CACHE"] = _cache.name
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
