@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from umt_fast.data import pyav
+from umt_fast.data.demux import decode
 from umt_fast.data.index import Video
 from umt_fast.data.pyav import BadVideo, read_frames
 
@@ -215,36 +216,18 @@ def test_mp4_layouts(sample, tmp_path, movflags):
 # Only what is needed is decoded.
 
 
-class _Counted:
-    """A container that counts the frames decoded from it."""
-
-    def __init__(self, container: av.container.InputContainer, decoded: list[int | None]) -> None:
-        self._container = container
-        self._decoded = decoded
-
-    def __getattr__(self, name):
-        return getattr(self._container, name)
-
-    def __enter__(self):
-        self._container.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self._container.__exit__(*error)
-
-    def decode(self, *streams):
-        for frame in self._container.decode(*streams):
-            self._decoded.append(frame.pts)
-            yield frame
-
-
 @pytest.fixture
 def count_decoded(monkeypatch) -> Callable[[Path, list[int]], int]:
     def count(path: Path, indices: list[int]) -> int:
         decoded: list[int | None] = []
-        open_file = av.open
+
+        def counted(*of):
+            for frame in decode(*of):
+                decoded.append(frame.pts)
+                yield frame
+
         with monkeypatch.context() as patch:
-            patch.setattr(av, "open", lambda *args, **kwargs: _Counted(open_file(*args, **kwargs), decoded))
+            patch.setattr(pyav, "decode", counted)
             _read(path, indices)
         assert len(decoded) >= len(set(indices))  # else the count misses how frames are decoded now
         return len(decoded)

@@ -12,6 +12,7 @@ from fractions import Fraction
 import av
 
 from umt_fast.data import vp9
+from umt_fast.data.demux import demux
 from umt_fast.data.index import Video
 from umt_fast.data.pyav import BadVideo, Reader, opened
 
@@ -77,7 +78,7 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
         reader.container.seek(start, stream=reader.stream)
         wanted: set[int] = set()
         first = start
-        for packet in reader.container.demux(reader.stream):
+        for packet in demux(reader.container, reader.stream):
             if packet.pts is None:
                 continue
             if packet.pts in waiting:

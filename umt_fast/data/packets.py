@@ -15,6 +15,7 @@ import av
 import numpy as np
 
 from umt_fast.data import pyav
+from umt_fast.data.demux import decode, demux
 from umt_fast.data.index import Facts, Packets, Video
 from umt_fast.data.pyav import BadVideo
 
@@ -126,7 +127,7 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
     with pyav.opened(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
         container, stream = reader.container, reader.stream
         rows = []
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             if not packet.size:  # the flush at the end
                 continue
             place = packet.pos or 0
@@ -145,7 +146,7 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
         setup = bytes(stream.codec_context.extradata or b"")
         shown = _open_decoder(facts.codec, setup).decode(_packet(read(first, first + int(sizes[0]))))
         container.seek(int(times[0]), stream=stream)
-        expected = next(container.decode(stream))
+        expected = next(decode(container, stream))
         same = len(shown) == 1 and _is_like(shown[0], expected)
         return Packets(table, first, setup) if same else None
 

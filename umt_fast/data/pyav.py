@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
+from umt_fast.data.demux import decode, demux
 from umt_fast.data.index import Facts, Video
 from umt_fast.data.storage import file_size, read_video
 
@@ -160,7 +161,7 @@ class Reader:
         times: list[int | None] = []
         keys = []
         packets = 0
-        for packet in self.container.demux(self.stream):
+        for packet in demux(self.container, self.stream):
             if packet.size == 0:  # the flush at the end
                 continue
             packets += 1
@@ -181,7 +182,7 @@ class Reader:
 
     def facts(self) -> Facts:
         self.container.seek(min(self.keys[0], self.pts[0], 0) if self.timed else 0, stream=self.stream)
-        first = next(self.container.decode(self.stream), None)
+        first = next(decode(self.container, self.stream), None)
         if first is None:
             raise BadVideo("no frame decodes")
         height, width = _upright(first, np.empty((first.height, first.width))).shape
@@ -266,7 +267,7 @@ class Reader:
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame at time `key` on; from the start, once, where a seek lands behind it."""
         self.container.seek(key, stream=self.stream)
-        decoder = self.container.decode(self.stream)
+        decoder = decode(self.container, self.stream)
         for frame in decoder:
             if frame.pts is None or frame.pts > key:
                 break
@@ -276,7 +277,7 @@ class Reader:
                 return
         self.seeks = False
         self.container.seek(min(self.keys[0], self.pts[0], 0), stream=self.stream)
-        yield from self.container.decode(self.stream)
+        yield from decode(self.container, self.stream)
 
     def _by_count(self, indices: list[int]) -> dict[int, np.ndarray]:
         """Without times to seek by: decode from the start and count."""
@@ -285,7 +286,7 @@ class Reader:
         with self.reopen() as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(decode(container, stream)):
                 if index in wanted and not frame.is_corrupt:
                     found[index] = to_array(frame, self.reformatter)
                 if index >= indices[-1]:
@@ -297,7 +298,7 @@ class Reader:
         with self.reopen() as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            for frame in container.decode(stream):
+            for frame in decode(container, stream):
                 if done == len(self.pts) or frame.is_corrupt:
                     break
                 if self.timed and frame.pts != self.pts[done]:

@@ -1,0 +1,24 @@
+"""Packets and frames of an open video, which may be left before the end.
+
+PyAV's own `demux` leaves 150 bytes allocated each time that it is neither read to its end nor closed (18.1), and its
+`decode` even where it is closed. Few, but they lie between the buffers of frames, so that glibc finds ever fewer holes
+that are large enough: a worker grew by 54 MB over 20,000 clips, half of which was such bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import av
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+
+def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    # Python closes a generator that is dropped, which PyAV's compiled ones are not, and with it what it yields from.
+    yield from container.demux(stream)
+
+
+def decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    for packet in demux(container, stream):
+        yield from packet.decode()
