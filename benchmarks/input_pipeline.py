@@ -283,19 +283,25 @@ def measure_loader(
 # What it costs.
 
 
-def _own_memory(process: int | str = "self") -> float:
+EVERYTHING = ("Pss:",)
+NO_FILES = ("Pss_Anon:", "Pss_Shmem:")
+"""Without the pages of program files: the part of those that falls to a process changes by tens of MB whenever any
+other program of the machine that uses the same libraries starts or ends."""
+
+
+def _own_memory(process: int | str = "self", kinds: tuple[str, ...] = EVERYTHING) -> float:
     """MB of a process, its part of what it shares."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except OSError:  # it has ended
         return 0.0
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith(kinds))
 
 
-def _memory() -> float:
+def _memory(kinds: tuple[str, ...] = EVERYTHING) -> float:
     """MB of this process and those it started."""
     processes = [process.pid for process in multiprocessing.active_children()]
-    return _own_memory() + sum(_own_memory(process) for process in processes if process is not None)
+    return _own_memory(kinds=kinds) + sum(_own_memory(process, kinds) for process in processes if process is not None)
 
 
 def _gpu_memory(device: torch.device) -> float | None:
@@ -319,13 +325,16 @@ def soaked(files: Files, device: torch.device) -> list[str]:
 
 
 def soak(files: Files, decoder: str, workers: int, clips: int, batch: int, device: torch.device) -> dict[str, float]:
-    """Memory in MB over `clips` clips: when a tenth of them is through, the least and the most after that, the end."""
+    """Memory in MB over `clips` clips: when a tenth of them is through, the least and the most after that, the end.
+
+    That of program files is not counted.
+    """
     seen: list[float] = []
     with loader_of(files, decoder, workers, batch, device) as loader:
         for number in range(1, clips // batch + 1):
             next(loader)
             if number >= clips // batch // 10 and number % max(clips // batch // 100, 1) == 0:
-                seen.append(_memory())
+                seen.append(_memory(NO_FILES))
     return {"after a tenth": seen[0], "least": min(seen), "most": max(seen), "end": seen[-1]}
 
 
