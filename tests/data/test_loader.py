@@ -412,6 +412,14 @@ def test_the_settings_are_the_runs(videos):
     assert ClipDataset(stream)[[0]].clip.shape == (1, 2, 16, 16, 3)
 
 
+def test_a_search_for_garbage_leaves_alone_what_workers_share(videos):
+    gc.unfreeze()
+    with ClipLoader(_stream(videos, workers=1), start=0, batches=2, batch_size=2) as loader:
+        next(loader)
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+
+
 # The memory that batches lie in.
 
 
