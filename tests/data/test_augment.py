@@ -167,3 +167,16 @@ def test_show_of_a_frame_turned_upright():
     frame = _frame(256, 340)
     view = View(20, 10, 168, 192, True)
     assert np.array_equal(_shown(np.rot90(frame), view, 96), _shown(np.rot90(frame).copy(), view, 96))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("sizes", [[(90, 120)] * 3, [(90, 120), (60, 80), (90, 120)]])
+def test_a_clip_is_its_frames_one_by_one(sizes, flip):
+    """Also where the video changes its size, and a frame is smaller than what is cut out of it."""
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    view = View(40, 5, 60, 50, flip)
+    clip = np.zeros((3, 48, 48, 3), np.uint8)
+    show(frames, view, clip)
+    for frame, shown in zip(frames, clip, strict=True):
+        assert np.array_equal(_shown(frame, view, 48), shown)

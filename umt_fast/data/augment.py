@@ -59,14 +59,16 @@ def show(frames: Sequence[np.ndarray], view: View, out: np.ndarray) -> None:
     By torch, whose 8-bit kernel takes a quarter of Pillow's time and gives its numbers, to 1 of 255.
     """
     rows, columns = slice(view.y, view.y + view.height), slice(view.x, view.x + view.width)
-    size = out.shape[1:3]
-    clip = torch.from_numpy(out).permute(0, 3, 1, 2)
-    for frame, place in zip(frames, clip.split(1), strict=True):
-        part = np.ascontiguousarray(frame[rows, columns])
-        planes = torch.from_numpy(part).unsqueeze(0).permute(0, 3, 1, 2)  # channels last: torch has a kernel for that
-        if view.flip:  # by torch: numpy's goes byte by byte
-            planes = planes.flip(-1)
-        if part.shape[:2] == size:
-            place.copy_(planes)
-        else:  # what F.interpolate calls, which can't write to where its result is wanted
-            torch.ops.aten._upsample_bilinear2d_aa.out(planes, size, False, None, None, out=place)
+    parts = [frame[rows, columns] for frame in frames]
+    if len({part.shape for part in parts}) > 1:  # the video changes its size
+        for frame, place in zip(frames, np.split(out, len(out)), strict=True):
+            show([frame], view, place)
+        return
+    clip = torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2)  # channels last: torch has a kernel for that
+    if view.flip:  # by torch: numpy's goes byte by byte
+        clip = clip.flip(-1)
+    shown = torch.from_numpy(out).permute(0, 3, 1, 2)
+    if clip.shape == shown.shape:
+        shown.copy_(clip)
+    else:  # what F.interpolate calls, which can't write to where its result is wanted
+        torch.ops.aten._upsample_bilinear2d_aa.out(clip, out.shape[1:3], False, None, None, out=shown)
