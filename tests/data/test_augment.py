@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data.augment import View, draw_view, show
+from umt_fast.data.augment import Cut, View, draw_view
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 SIDE = 224
@@ -129,11 +129,19 @@ def _frame(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
+def _cut(frames: list[np.ndarray], view: View, side: int) -> np.ndarray:
+    out = np.full((len(frames), side, side, 3), 77, np.uint8)
+    cut = Cut(view, out)
+    for place, frame in enumerate(frames):
+        cut.add([place], frame)
+    cut.finish()
+    return out
+
+
 def _shown(frame: np.ndarray, view: View, side: int) -> np.ndarray:
-    out = np.full((2, side, side, 3), 77, np.uint8)
-    show([np.zeros_like(frame), frame], view, out)
-    assert not out[0].any()
-    return out[1]
+    before, shown = _cut([np.zeros_like(frame), frame], view, side)
+    assert not before.any()
+    return shown
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def _shown(frame: np.ndarray, view: View, side: int) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("flip", [False, True])
-def test_show_is_pillows_crop_and_resize(view, flip):
+def test_a_cut_is_pillows_crop_and_resize(view, flip):
     frame = _frame(340, 256)
     box = (view.x, view.y, view.x + view.width, view.y + view.height)
     picture = Image.fromarray(frame).crop(box).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
@@ -162,7 +170,7 @@ def test_show_is_pillows_crop_and_resize(view, flip):
         assert not error.any()
 
 
-def test_show_of_a_frame_turned_upright():
+def test_a_cut_of_a_frame_turned_upright():
     """The decoder's upright frames are views with other strides."""
     frame = _frame(256, 340)
     view = View(20, 10, 168, 192, True)
@@ -176,7 +184,17 @@ def test_a_clip_is_its_frames_one_by_one(sizes, flip):
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     view = View(40, 5, 60, 50, flip)
-    clip = np.zeros((3, 48, 48, 3), np.uint8)
-    show(frames, view, clip)
-    for frame, shown in zip(frames, clip, strict=True):
+    for frame, shown in zip(frames, _cut(frames, view, 48), strict=True):
         assert np.array_equal(_shown(frame, view, 48), shown)
+
+
+def test_a_frame_in_several_places():
+    frames = [_frame(120, 90), _frame(120, 90)[::-1]]
+    view = View(3, 4, 70, 60, False)
+    out = np.zeros((4, 48, 48, 3), np.uint8)
+    cut = Cut(view, out)
+    cut.add([0, 3], frames[0])
+    cut.add([2, 1], frames[1])
+    cut.finish()
+    for shown, frame in zip(out, [frames[0], frames[1], frames[1], frames[0]], strict=True):
+        assert np.array_equal(shown, _shown(frame, view, 48))

@@ -24,7 +24,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali
 
 from umt_fast.config import DataConfig
 from umt_fast.data import dali, nvdec, pyav, synthetic
-from umt_fast.data.augment import View, show
+from umt_fast.data.augment import Cut, View
 from umt_fast.data.dali import DaliLoader, Plan, PlanDataset, Takes
 from umt_fast.data.dali_pipeline import DecodeFailed, DecodingPipeline, Order, to_rgb
 from umt_fast.data.decoder import choose_decoder
@@ -251,15 +251,18 @@ def test_colours(tmp_path, codec, matrix, full_range):
 @pytest.mark.parametrize(
     "view", [(0, 0, 48, 48), (0, 0, 31, 48), (7, 5, 40, 33), (20, 12, 24, 24), (8, 8, 32, 32), (40, 40, 8, 5)]
 )
-def test_crop_resize_and_flip_are_those_of_show(sample, decode_all, view, flip):
+def test_crop_resize_and_flip_are_those_of_a_cut(sample, decode_all, view, flip):
     """But for the outermost rows and columns of what is made smaller, to 1 of 255 (from 4:4:4, decoded to the bit)."""
     path = sample("vp9_444.webm")
-    cut = View(*view, flip)
-    order = Order(0, "", np.fromfile(path, np.uint8), [3, 40], [cut], bt709=False)
+    shown = View(*view, flip)
+    order = Order(0, "", np.fromfile(path, np.uint8), [3, 40], [shown], bt709=False)
     made = DecodingPipeline(_stream([]), CPU, 1, 1).decode(order)[0].numpy().astype(int)
     frames = decode_all(path)
     expected = np.empty((2, SIDE, SIDE, 3), np.uint8)
-    show([frames[index] for index in (3, 40)], cut, expected)
+    cut = Cut(shown, expected)
+    cut.add([0], frames[3])
+    cut.add([1], frames[40])
+    cut.finish()
     error = np.abs(made - expected)
     assert error[:, 1:-1, 1:-1].max() <= 2  # each rounds
     assert error.max() <= 18

@@ -291,14 +291,14 @@ def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
 
 
 def test_a_decoders_surprise_is_reported_too(videos, monkeypatch):
-    read_frames = pyav.read_frames
+    iterate_frames = pyav.iterate_frames
 
-    def read(video, *arguments):
+    def iterate(video, *arguments):
         if video.path == videos[0]:
             raise AttributeError("no such thing")
-        return read_frames(video, *arguments)
+        return iterate_frames(video, *arguments)
 
-    monkeypatch.setattr(pyav, "read_frames", read)
+    monkeypatch.setattr(pyav, "iterate_frames", iterate)
     batches = _batches(_stream(videos), batches=COUNT, batch_size=1)
     bad = {bad for batch in batches for bad in batch.bad}
     assert bad == {(videos[0], "AttributeError: no such thing")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,22 +52,45 @@ def _crop_sizes(base: int, side: int, scales: tuple[float, ...]) -> list[tuple[i
     return [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
 
 
-def show(frames: Sequence[np.ndarray], view: View, out: np.ndarray) -> None:
-    """Write the view of each frame [H,W,3] uint8 to `out` [T,side,side,3], resized bilinearly with antialiasing.
+class Cut:
+    """A clip in the making: the view of each frame, cut out as frames come and resized once all are there.
 
-    By torch, whose 8-bit kernel takes a quarter of Pillow's time and gives its numbers, to 1 of 255.
+    That is faster than frame by frame, and than keeping the frames: they would not fit a core's cache.
     """
-    rows, columns = slice(view.y, view.y + view.height), slice(view.x, view.x + view.width)
-    parts = [frame[rows, columns] for frame in frames]
-    if len({part.shape for part in parts}) > 1:  # the video changes its size
-        for frame, place in zip(frames, np.split(out, len(out)), strict=True):
-            show([frame], view, place)
-        return
-    clip = torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2)  # channels last: torch has a kernel for that
-    if view.flip:  # by torch: numpy's goes byte by byte
+
+    def __init__(self, view: View, out: np.ndarray) -> None:
+        """`out`: where the clip is wanted, uint8 [T,side,side,3]."""
+        self.view = view
+        self.out = out
+        self._parts = np.empty((len(out), view.height, view.width, 3), np.uint8)
+        self._odd: list[tuple[int, np.ndarray]] = []
+
+    def add(self, places: list[int], frame: np.ndarray) -> None:
+        """A frame, uint8 [H,W,3], and its places in the clip."""
+        view = self.view
+        part = frame[view.y : view.y + view.height, view.x : view.x + view.width]
+        for place in places:
+            if part.shape == self._parts.shape[1:]:
+                self._parts[place] = part
+            else:  # the video has changed its size
+                self._odd.append((place, part.copy()))
+
+    def finish(self) -> None:
+        """Write the clip, resized bilinearly with antialiasing.
+
+        By torch, whose 8-bit kernel takes a quarter of Pillow's time and gives its numbers, to 1 of 255.
+        """
+        _resize(self._parts, self.view.flip, self.out)
+        for place, part in self._odd:
+            _resize(part[None], self.view.flip, self.out[place : place + 1])
+
+
+def _resize(parts: np.ndarray, flip: bool, out: np.ndarray) -> None:
+    clip = torch.from_numpy(parts).permute(0, 3, 1, 2)  # channels last: torch has a kernel for that
+    if flip:  # by torch: numpy's goes byte by byte
         clip = clip.flip(-1)
-    shown = torch.from_numpy(out).permute(0, 3, 1, 2)
-    if clip.shape == shown.shape:
-        shown.copy_(clip)
+    resized = torch.from_numpy(out).permute(0, 3, 1, 2)
+    if clip.shape == resized.shape:
+        resized.copy_(clip)
     else:  # what F.interpolate calls, which can't write to where its result is wanted
-        torch.ops.aten._upsample_bilinear2d_aa.out(clip, out.shape[1:3], False, None, None, out=shown)
+        torch.ops.aten._upsample_bilinear2d_aa.out(clip, out.shape[1:3], False, None, None, out=resized)

@@ -25,7 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from umt_fast.config import DataConfig
 from umt_fast.data import packets, pyav
-from umt_fast.data.augment import show
+from umt_fast.data.augment import Cut
 from umt_fast.data.index import BadIndex, Video
 from umt_fast.data.memory import Buffers, Loan
 from umt_fast.data.storage import start_reading
@@ -117,10 +117,15 @@ def try_candidates(
 
 def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises pyav.BadVideo."""
-    frames = packets.read_frames(video, lambda count: stream.draw_frames(count, rng), content)
-    height, width = frames[0].shape[:2]
-    for clip, view in zip(out, stream.draw_views(width, height, rng), strict=True):
-        show(frames, view, clip)
+    cuts: list[Cut] = []
+    for places, frame in packets.iterate_frames(video, lambda count: stream.draw_frames(count, rng), content):
+        if not cuts:
+            height, width = frame.shape[:2]
+            cuts = list(map(Cut, stream.draw_views(width, height, rng), out))
+        for cut in cuts:
+            cut.add(places, frame)
+    for cut in cuts:
+        cut.finish()
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:

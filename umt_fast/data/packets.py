@@ -26,17 +26,25 @@ _CHANGED = "it has changed since it was indexed"
 
 def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
     """As `pyav.read_frames`, which reads the videos whose packets no index lists. Raises BadVideo."""
+    return pyav.in_order(iterate_frames(video, choose, content))
+
+
+def iterate_frames(
+    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """As `pyav.iterate_frames`, likewise."""
     if video.facts is None or video.facts.packets is None or _decoder_of(video.facts.codec) is None:
-        return pyav.read_frames(video, choose, content)
-    indices = list(choose(video.facts.frames))
+        yield from pyav.iterate_frames(video, choose, content)
+        return
+    places = pyav.places_of(choose(video.facts.frames))
     with pyav.as_bad_video():
         content = pyav.fetch(video, content)
         with _bytes_of(video, content) as read:
             reader = _Reader(video.facts, video.facts.packets, read)
             if video.size is not None and reader.bounds[-1] > video.size:
                 raise BadVideo(f"its frames would end behind its {video.size} bytes: {_CHANGED}")
-            frames = reader.read(sorted(set(indices)))
-    return [frames[index] for index in indices]
+            for index, frame in reader.read(sorted(places)):
+                yield places[index], frame
 
 
 @contextlib.contextmanager
@@ -66,12 +74,11 @@ class _Reader:
         self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
         self.decoder = _open_decoder(facts.codec, packets.setup)
 
-    def read(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """The frames at ascending `indices`, as uint8 RGB [H,W,3]."""
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
         to_rgb = av.video.reformatter.VideoReformatter()
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
-        found = {}
         fed = 0  # frames whose packets the decoder has had, from the key frame before them on
         for index, begin in zip(indices, begins, strict=True):
             if fed <= begin:
@@ -81,8 +88,7 @@ class _Reader:
             fed = index + 1
             if frame is None:
                 raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
-            found[index] = pyav.to_array(frame, to_rgb)
-        return found
+            yield index, pyav.to_array(frame, to_rgb)
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
         """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""

@@ -7,7 +7,7 @@ import contextlib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -54,10 +54,30 @@ def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: b
     Raises BadVideo for a file that is missing, empty, truncated, no video, does not decode at a wanted frame, or is
     not the one that the index describes.
     """
+    return in_order(iterate_frames(video, choose, content))
+
+
+def iterate_frames(
+    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """As `read_frames`, one by one as they are decoded: each with its places in what `choose` returned."""
     with opened(video, content) as reader:
-        indices = list(choose(len(reader.pts)))
-        frames = reader.read(sorted(set(indices)))
-    return [frames[index] for index in indices]
+        places = places_of(choose(len(reader.pts)))
+        for index, frame in reader.read(sorted(places)):
+            yield places[index], frame
+
+
+def places_of(indices: Sequence[int]) -> dict[int, list[int]]:
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    return places
+
+
+def in_order(frames: Iterable[tuple[list[int], np.ndarray]]) -> list[np.ndarray]:
+    """Frames by their places."""
+    found = {place: frame for places, frame in frames for place in places}
+    return [found[place] for place in range(len(found))]
 
 
 def probe(video: Video, content: bytes | None = None) -> Facts:
@@ -233,20 +253,20 @@ class Reader:
             return self.container.duration / av.time_base
         return None
 
-    def read(self, indices: list[int]) -> dict[int, np.ndarray]:
-        """The frames at ascending `indices`."""
-        found = self._by_time(indices) if self.timed else self._by_count(indices)
-        missing = [index for index in indices if index not in found]
-        if missing:
-            raise BadVideo(f"frame {missing[0]} of {len(self.pts)} does not decode")
-        return found
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames at ascending `indices`, one by one."""
+        frames = self._by_time(indices) if self.timed else self._by_count(indices)
+        for index in indices:
+            found = next(frames, None)
+            if found is None or found[0] != index:
+                raise BadVideo(f"frame {index} of {len(self.pts)} does not decode")
+            yield found
 
     def key_of(self, time: int) -> int:
         """Time of the key frame that a frame is decoded from."""
         return self.keys[max(bisect.bisect_right(self.keys, time) - 1, 0)]
 
-    def _by_time(self, indices: list[int]) -> dict[int, np.ndarray]:
-        found = {}
+    def _by_time(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         decoder: Iterator[av.VideoFrame] = iter(())
         last: int | None = None  # time of the frame decoded last
         for index in indices:
@@ -261,8 +281,7 @@ class Reader:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                found[index] = to_array(frame, self.reformatter)
-        return found
+                yield index, to_array(frame, self.reformatter)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame at time `key` on; from the start, once, where a seek lands behind it."""
@@ -279,19 +298,17 @@ class Reader:
         self.container.seek(min(self.keys[0], self.pts[0], 0), stream=self.stream)
         yield from decode(self.container, self.stream)
 
-    def _by_count(self, indices: list[int]) -> dict[int, np.ndarray]:
+    def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Without times to seek by: decode from the start and count."""
-        found = {}
         wanted = set(indices)
         with self.reopen() as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for index, frame in enumerate(decode(container, stream)):
                 if index in wanted and not frame.is_corrupt:
-                    found[index] = to_array(frame, self.reformatter)
+                    yield index, to_array(frame, self.reformatter)
                 if index >= indices[-1]:
                     break
-        return found
 
     def read_all(self) -> Iterator[av.VideoFrame]:
         done = 0
@@ -313,7 +330,11 @@ class Reader:
 
 def to_array(frame: av.VideoFrame, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
     """uint8 RGB [H,W,3], upright. A reformatter keeps what it has worked out for frames of one kind."""
-    return _upright(frame, reformatter.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
+    rgb = reformatter.reformat(frame, format="rgb24", **ONE_THREAD)
+    (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
+    return _upright(
+        frame, np.ndarray((rgb.height, rgb.width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
+    )
 
 
 def _is_hidden(packet: av.Packet) -> bool:
