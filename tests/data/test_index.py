@@ -69,6 +69,49 @@ def test_paths_start_at_the_index(base):
         assert not videos[2].remote
 
 
+IMPOSSIBLE = (-1, 1.5, 1 << 62, 1 << 64, -(10**30), None, "7", [], True, float("nan"), float("inf"))
+
+
+@pytest.mark.parametrize("number", IMPOSSIBLE)
+@pytest.mark.parametrize("key", ["sizes", "first", "bytes", "offset", "width", "height"])
+def test_a_row_with_an_impossible_number_is_refused(key, number):
+    """Not later, by whatever error reading then ends in."""
+    row = {"path": "a", "bytes": 9, "offset": 0, **describe(replace(_facts([0, 1], [0]), packets=Packets(1, 2, b"")))}
+    (row["packets"] if key in row["packets"] else row)[key] = number
+    if number is None and key in ("bytes", "offset"):  # not known
+        assert VideoList.of_rows([row])[0].facts
+        return
+    with pytest.raises(BadIndex, match=f"{key} ="):
+        VideoList.of_rows([row])[0]
+
+
+def test_a_setup_that_is_no_base64_is_refused():
+    row = {"path": "a", **describe(_facts([0], [0])), "packets": {"sizes": 1, "first": 2, "setup": "!!!!"}}
+    with pytest.raises(BadIndex, match="base64"):
+        VideoList.of_rows([row])[0]
+
+
+@pytest.mark.parametrize("number", [*IMPOSSIBLE, 0])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        lambda n: {"times": [n, [1, 3]] if n not in (-1, 0) else []},
+        lambda n: {"times": [0, [n, 3]]},
+        lambda n: {"times": [0, [n, 1], [1, 2]]},
+        lambda n: {"times": [0, [1, n]], "frames": n + 1 if isinstance(n, int) else n},
+        lambda n: {"times": [0, [1, n], [2, 1]], "frames": n + 2 if isinstance(n, int) else n},
+        lambda n: {"keys": [[n, 1]]},
+        lambda n: {"keys": [[1, n]]},
+        lambda n: {"keys": [[1, n], [2, 1]]},
+    ],
+)
+def test_a_row_with_impossible_times_is_refused(runs, number):
+    """Before memory is taken for them."""
+    row = {"path": "a", **describe(_facts([0, 1, 2, 3], [0])), **runs(number)}
+    with pytest.raises(BadIndex):
+        VideoList.of_rows([row])[0]
+
+
 def test_a_list_of_videos_is_a_sequence():
     names = ["a.mp4", "b, c.mp4", "\udcff.mp4", "a.mp4", "Möwe.mp4"]
     videos = VideoList.of_paths(names)
@@ -98,6 +141,13 @@ def test_what_is_no_index_is_refused(content, told):
     with pytest.raises(BadIndex, match=r"/data/index\.jsonl") as caught:
         parse_index(content, "/data/index.jsonl")
     assert told in str(caught.value)
+
+
+def test_a_video_of_more_frames_than_there_are_is_refused():
+    """Its times would take the memory of the machine."""
+    row = {"path": "a", **describe(_facts([0], [0])), "times": [0, [1, 1 << 24]], "frames": (1 << 24) + 1}
+    with pytest.raises(BadIndex, match="16777217 frames"):
+        VideoList.of_rows([row])[0]
 
 
 @pytest.fixture

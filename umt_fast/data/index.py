@@ -38,6 +38,8 @@ INDEX_NAME = "index.jsonl"
 STATE_NAME = ".prepare"
 """Folder, beside the index, of what `prepare` needs to go on; where there is no index yet, copies are missing."""
 FORMAT = {"format": "umt-fast video index", "version": 1}
+_MOST_FRAMES = 1 << 24
+"""Of a video that an index tells of, six days at 30 a second: what claims more would take the memory of the machine."""
 
 
 class BadIndex(RunError, ValueError):
@@ -230,19 +232,29 @@ def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
         packets = None
         if "packets" in row:
             where = row["packets"]
-            packets = Packets(where["sizes"], where["first"], base64.b64decode(where["setup"]))
-        facts = Facts(row["width"], row["height"], row["fps"], row["codec"], times, keys, packets=packets)
+            setup = base64.b64decode(where["setup"], validate=True)
+            packets = Packets(_whole(where, "sizes"), _whole(where, "first"), setup)
+        width, height = _whole(row, "width"), _whole(row, "height")
+        facts = Facts(width, height, row["fps"], str(row["codec"]), times, keys, packets=packets)
     path, shard = row["path"], row.get("shard")
     return Video(
         path=join(base, path if shard is None else shard),
         member="" if shard is None else path,
-        offset=row.get("offset"),
-        size=row.get("bytes"),
+        offset=None if row.get("offset") is None else _whole(row, "offset"),
+        size=None if row.get("bytes") is None else _whole(row, "bytes"),
         facts=facts,
         label=row.get("label"),
         caption=row.get("caption"),
         read_timeout=read_timeout,
     )
+
+
+def _whole(row: dict[str, Any], key: str) -> int:
+    """A size, or a place in a file."""
+    value = row[key]
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{key} = {value!r} is no whole number from 0 on")
+    return value
 
 
 def _runs(values: np.ndarray) -> Iterator[list[int]]:
@@ -253,8 +265,16 @@ def _runs(values: np.ndarray) -> Iterator[list[int]]:
 
 
 def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
-    if len(runs) == 1 and runs[0][0] > 0:  # as nearly always
-        [[step, count]] = runs
-        return np.arange(first, first + step * count + 1, step)
-    steps = np.repeat(np.array([step for step, _ in runs], np.int64), [count for _, count in runs])
+    """`first` and, ascending, what the runs make of it."""
+    count, last = 1, first
+    for step, times in runs:
+        if not (type(step) is type(times) is int and step > 0 and times > 0):
+            raise ValueError(f"{[step, times]} is not [step, how often]")
+        count += times
+        last += step * times
+    if type(first) is not int or not -(1 << 62) < first <= last < 1 << 62 or count > _MOST_FRAMES:
+        raise ValueError(f"{count} frames from {first} to {last}")
+    if len(runs) == 1:  # as nearly always
+        return np.arange(first, last + 1, runs[0][0])
+    steps = np.repeat(np.array([step for step, _ in runs], np.int64), [times for _, times in runs])
     return first + np.concatenate(([0], np.cumsum(steps)))
