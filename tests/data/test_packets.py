@@ -107,6 +107,28 @@ def test_other_files_are_left_to_the_demuxer(write_video, tmp_path, name, option
     assert find_packets(*_facts(write_video(tmp_path / name, frames=12, options=options))) is None
 
 
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV writes no rotation")
+def test_turned_frames_are_left_to_the_demuxer(write_video, tmp_path):
+    """What turns them is in the container."""
+    source = write_video(tmp_path / "source.mp4", frames=12, options={"bf": "0"}, rotation=90)
+    found = []
+    for keeps in (False, True):
+        path = tmp_path / f"{keeps}.mp4"
+        with av.open(str(source)) as before, av.open(str(path), "w", options={"movflags": "+faststart"}) as after:
+            stream = after.add_stream_from_template(before.streams.video[0])
+            if keeps:
+                stream.set_display_rotation(90)
+            for packet in before.demux(video=0):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    after.mux(packet)
+        with av.open(str(path)) as container:
+            turned = bool(next(container.decode(video=0)).rotation)
+        found.append((turned, find_packets(*_facts(path)) is not None))
+    assert (True, False) in found
+    assert (True, True) not in found
+
+
 def test_packets_with_something_between_them_are_left_to_the_demuxer(write_video, tmp_path):
     path = write_video(tmp_path / "sound.mp4", frames=60, options={"bf": "0"}, audio_seconds=4)
     assert find_packets(*_facts(path)) is None
@@ -149,6 +171,30 @@ def test_a_table_of_other_sizes_is_a_bad_video(copies, number):
         read_frames(video, lambda count: [0, 20], bytes(content))
 
 
+def test_a_table_beyond_a_file_of_unknown_size_is_a_bad_video(copies, tmp_path):
+    """Before memory is taken for what it tells of."""
+    video = replace(copies("h264", 4), size=None, path=str(tmp_path / "a.mp4"))
+    content = bytearray(Path(copies("h264", 4).path).read_bytes())
+    begin = _where(video).sizes
+    content[begin + 4 * 20 : begin + 4 * FRAMES] = b"\xff\xff\xff\xff" * (FRAMES - 20)
+    (tmp_path / "a.mp4").write_bytes(content)
+    for held in (None, bytes(content)):
+        with pytest.raises(BadVideo, match="its frames would end behind its"):
+            read_frames(video, lambda count: [0, count - 1], held)
+
+
+def test_nothing_is_read_from_before_a_video(copies, tmp_path):
+    video = copies("h264", 4)
+    content = Path(video.path).read_bytes()
+    (tmp_path / "two").write_bytes(content * 2)
+    second = replace(video, path=str(tmp_path / "two"), offset=len(content))
+    where = _where(video)
+    before = Packets(where.sizes - len(content), where.first - len(content), where.setup)
+    for held in (None, content):
+        with pytest.raises(BadVideo, match="there are no bytes -"):
+            read_frames(replace(second, facts=replace(video.facts, packets=before)), lambda count: [0], held)
+
+
 @pytest.mark.parametrize("where", [{"sizes": 10**9}, {"first": 10**9}, {"sizes": -5}, {"setup": b"\x01rubbish"}])
 def test_an_index_that_is_wrong_is_a_bad_video(copies, where):
     video = copies("h264", 4)
@@ -160,8 +206,11 @@ def test_an_index_that_is_wrong_is_a_bad_video(copies, where):
 
 def test_a_codec_without_its_decoder_is_left_to_the_demuxer(copies, decode_all, monkeypatch):
     video = copies("h264", 4)
-    monkeypatch.setattr("av.codecs_available", av.codecs_available - {"h264"})
     monkeypatch.setattr(packets, "_open_decoder", None)
+    for codec in ("pcm_s16le", "libx264", ""):  # as nobody's copy is
+        (frame,) = read_frames(replace(video, facts=replace(video.facts, codec=codec)), lambda count: [11])
+        assert np.array_equal(frame, decode_all(video.path)[11])
+    monkeypatch.setattr("av.codecs_available", av.codecs_available - {"h264"})
     (frame,) = read_frames(video, lambda count: [11])
     assert np.array_equal(frame, decode_all(video.path)[11])
     assert find_packets(video, video.facts) is None

@@ -18,9 +18,10 @@ from umt_fast.data import pyav
 from umt_fast.data.demux import decode, demux
 from umt_fast.data.index import Facts, Packets, Video
 from umt_fast.data.pyav import BadVideo
+from umt_fast.data.storage import file_size
 
-_DECODERS = {"av1": "libdav1d"}
-"""FFmpeg's names where they are not the codec's: its own AV1 decoder wants a GPU."""
+_DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
+"""FFmpeg's names of them, by the codecs of copies; its own AV1 decoder wants a GPU."""
 _CHANGED = "it has changed since it was indexed"
 
 
@@ -41,8 +42,9 @@ def iterate_frames(
         content = pyav.fetch(video, content)
         with _bytes_of(video, content) as read:
             reader = _Reader(video.facts, video.facts.packets, read)
-            if video.size is not None and reader.bounds[-1] > video.size:
-                raise BadVideo(f"its frames would end behind its {video.size} bytes: {_CHANGED}")
+            size = file_size(video) if content is None else len(content)
+            if reader.bounds[-1] > size:
+                raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
             for index, frame in reader.read(sorted(places)):
                 yield places[index], frame
 
@@ -52,7 +54,7 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
     """A function that reads bytes `start` to `end` of a video. It raises BadVideo where they are not there."""
 
     def whole(part: bytes, start: int, end: int) -> bytes:
-        if len(part) != end - start:
+        if start < 0 or len(part) != end - start:
             raise BadVideo(f"there are no bytes {start} to {end}: {_CHANGED}")
         return part
 
@@ -111,7 +113,7 @@ def _packet(content: bytes) -> av.Packet:
 
 def _decoder_of(codec: str) -> str | None:
     """FFmpeg's name of it, if it is there."""
-    name = _DECODERS.get(codec, codec)
+    name = _DECODERS.get(codec)
     return name if name in av.codecs_available else None
 
 
@@ -159,5 +161,5 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
 
 def _is_like(one: av.VideoFrame, other: av.VideoFrame) -> bool:
     """Whether frames of a file are alike in all that their RGB depends on."""
-    kinds = [(frame.format.name, frame.colorspace, frame.color_range) for frame in (one, other)]
+    kinds = [(frame.format.name, frame.colorspace, frame.color_range, frame.rotation) for frame in (one, other)]
     return kinds[0] == kinds[1] and np.array_equal(one.to_ndarray(), other.to_ndarray())
