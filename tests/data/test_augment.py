@@ -8,6 +8,7 @@ from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.augment import Cut, View, draw_view
+from umt_fast.data.pyav import BadVideo
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 SIDE = 224
@@ -186,6 +187,13 @@ def test_a_clip_is_its_frames_one_by_one(sizes, flip):
     view = View(40, 5, 60, 50, flip)
     for frame, shown in zip(frames, _cut(frames, view, 48), strict=True):
         assert np.array_equal(_shown(frame, view, 48), shown)
+
+
+def test_a_video_that_shrinks_out_of_the_view_is_bad():
+    cut = Cut(View(40, 5, 60, 50, False), np.zeros((2, 48, 48, 3), np.uint8))
+    cut.add([0], _frame(120, 90))
+    with pytest.raises(BadVideo, match="shrink to 40 x 90"):
+        cut.add([1], _frame(40, 90))
 
 
 def test_a_frame_in_several_places():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from umt_fast.data.pyav import BadVideo
+
 # The 13 corners, in quarters of the slack (x, y): corners and centre, edge middles, quarter points.
 POSITIONS = (
     *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),
@@ -66,14 +68,16 @@ class Cut:
         self._odd: list[tuple[int, np.ndarray]] = []
 
     def add(self, places: list[int], frame: np.ndarray) -> None:
-        """A frame, uint8 [H,W,3], and its places in the clip."""
+        """A frame, uint8 [H,W,3], and its places in the clip. Raises BadVideo where it shows nothing of the view."""
         view = self.view
         part = frame[view.y : view.y + view.height, view.x : view.x + view.width]
         for place in places:
             if part.shape == self._parts.shape[1:]:
                 self._parts[place] = part
-            else:  # the video has changed its size
+            elif part.size:  # the video has changed its size
                 self._odd.append((place, part.copy()))
+            else:
+                raise BadVideo(f"its frames shrink to {frame.shape[1]} x {frame.shape[0]}, of which the crop has none")
 
     def finish(self) -> None:
         """Write the clip, resized bilinearly with antialiasing.
