@@ -21,9 +21,8 @@ from umt_fast.data.storage import file_size, read_video
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
 
-ONE_THREAD = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does. Before PyAV 17
-it was always one, and could not be asked for."""
+ONE_THREAD = {"threads": 1}
+"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
 
 
 class BadVideo(Exception):
