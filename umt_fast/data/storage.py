@@ -69,7 +69,8 @@ def read(path: str, start: int = 0, end: int | None = None, timeout: float = Dat
     def attempt(seconds: float) -> bytes:
         content = _fetch(path, start, end, seconds)
         if end is not None and len(content) != end - start:
-            raise OSError(f"{len(content)} bytes came where {end - start} were asked for")
+            hint = "; does the server answer range requests?" if len(content) > end - start else ""
+            raise OSError(f"{len(content)} bytes came where {end - start} were asked for{hint}")
         return content
 
     return _persist(path, attempt, timeout)
