@@ -6,9 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from umt_fast.data.index import FORMAT, BadIndex, Facts, Packets, VideoList, describe, parse_index, write_index
+from umt_fast.data.index import (
+    FORMAT,
+    BadIndex,
+    BadVideo,
+    Facts,
+    Packets,
+    VideoList,
+    describe,
+    parse_index,
+    write_index,
+)
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pyav import BadVideo, probe, read_frames
+from umt_fast.data.pyav import probe, read_frames
 
 
 def _facts(times: list[int], keys: list[int]) -> Facts:

@@ -12,9 +12,8 @@ import pytest
 
 from umt_fast.data import packets, pyav
 from umt_fast.data.encode import CODECS, Recipe, write_copy
-from umt_fast.data.index import Facts, Packets, Video
+from umt_fast.data.index import BadVideo, Facts, Packets, Video
 from umt_fast.data.packets import find_packets, read_frames
-from umt_fast.data.pyav import BadVideo
 
 FRAMES = 30
 KINDS = [(codec, gop) for codec in CODECS for gop in (1, 4) if gop == 1 or codec != "mjpeg"]

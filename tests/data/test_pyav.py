@@ -12,8 +12,8 @@ import pytest
 
 from umt_fast.data import pyav
 from umt_fast.data.demux import decode
-from umt_fast.data.index import Video
-from umt_fast.data.pyav import BadVideo, read_frames
+from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.pyav import read_frames
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
 OPEN_GOP = {"x264-params": "open-gop=1:bframes=3:scenecut=0"}

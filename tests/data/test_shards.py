@@ -24,10 +24,10 @@ import torch
 
 from umt_fast.config import DataConfig
 from umt_fast.data import storage
-from umt_fast.data.index import VideoList, describe, write_index
+from umt_fast.data.index import BadVideo, VideoList, describe, write_index
 from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
 from umt_fast.data.manifest import ManifestError, read_manifest
-from umt_fast.data.pyav import BadVideo, probe, read_frames
+from umt_fast.data.pyav import probe, read_frames
 from umt_fast.data.stream import ClipStream
 
 COUNT = 7

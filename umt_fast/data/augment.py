@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from umt_fast.data.pyav import BadVideo
+from umt_fast.data.index import BadVideo
 
 # The 13 corners, in quarters of the slack (x, y): corners and centre, edge middles, quarter points.
 POSITIONS = (

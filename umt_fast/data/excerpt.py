@@ -13,8 +13,8 @@ import av
 
 from umt_fast.data import vp9
 from umt_fast.data.demux import demux
-from umt_fast.data.index import Video
-from umt_fast.data.pyav import BadVideo, Reader, opened
+from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.pyav import Reader, opened
 
 _STEP = Fraction(1, 25)
 """Seconds between frames of an excerpt, whose own times nobody asks for."""

@@ -46,6 +46,10 @@ class BadIndex(RunError, ValueError):
     """An index that cannot be used."""
 
 
+class BadVideo(Exception):
+    """A file that gives no clip; the message says why."""
+
+
 @dataclass(frozen=True)
 class Packets:
     """Where a file keeps its frames: a packet each, one behind another in the order they are shown."""

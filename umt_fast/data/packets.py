@@ -16,8 +16,7 @@ import numpy as np
 
 from umt_fast.data import pyav
 from umt_fast.data.demux import decode, demux
-from umt_fast.data.index import Facts, Packets, Video
-from umt_fast.data.pyav import BadVideo
+from umt_fast.data.index import BadVideo, Facts, Packets, Video
 from umt_fast.data.storage import file_size
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}

@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from umt_fast.data.demux import decode, demux
-from umt_fast.data.index import Facts, Video
+from umt_fast.data.index import BadVideo, Facts, Video
 from umt_fast.data.storage import file_size, read_video
 
 # How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
@@ -23,10 +23,6 @@ _SLACK_SHARE = 0.05
 
 ONE_THREAD = {"threads": 1}
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
-
-
-class BadVideo(Exception):
-    """A file that gives no clip; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 from umt_fast.data.copies import Item, Shard
 from umt_fast.data.encode import Recipe, write_copy
-from umt_fast.data.index import Video, describe
-from umt_fast.data.pyav import BadVideo
+from umt_fast.data.index import BadVideo, Video, describe
 from umt_fast.data.shards import Sample, write_shard
 from umt_fast.data.storage import file_size, read_video
 from umt_fast.files import put_in_place
