@@ -180,7 +180,7 @@ def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], N
             for frame in decoder:
                 at = frame.pts
                 if at is not None and at >= times[index]:
-                    then(to_rgb.reformat(frame, format="rgb24", **pyav.ONE_THREAD).to_ndarray())
+                    then(to_rgb.reformat(frame, format="rgb24", threads=pyav.ONE_THREAD).to_ndarray())
                     break
 
 

@@ -197,7 +197,7 @@ def _encode(
             dst_colorspace=Colorspace.ITU601,
             dst_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
             interpolation=_RESIZE,
-            **pyav.ONE_THREAD,
+            threads=pyav.ONE_THREAD,
         )
         # A new frame: the old one's type, captions and display matrix would reach the encoder.
         fresh = av.VideoFrame.from_ndarray(_turn(fitted.to_ndarray(), width, height, turns), format=fitted.format.name)

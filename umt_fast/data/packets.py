@@ -17,7 +17,6 @@ import numpy as np
 from umt_fast.data import pyav
 from umt_fast.data.demux import decode, demux
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
-from umt_fast.data.storage import file_size
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
 """FFmpeg's names of them, by the codecs of copies; its own AV1 decoder wants a GPU."""
@@ -38,10 +37,9 @@ def iterate_frames(
         return
     places = pyav.places_of(choose(video.facts.frames))
     with pyav.as_bad_video():
-        content = pyav.fetch(video, content)
+        content, size = pyav.fetch(video, content)
         with _bytes_of(video, content) as read:
             reader = _Reader(video.facts, video.facts.packets, read)
-            size = file_size(video) if content is None else len(content)
             if reader.bounds[-1] > size:
                 raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
             for index, frame in reader.read(sorted(places)):

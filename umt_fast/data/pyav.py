@@ -21,7 +21,7 @@ from umt_fast.data.storage import file_size, read_video
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
 
-ONE_THREAD = {"threads": 1}
+ONE_THREAD = 1
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
 
 
@@ -108,15 +108,15 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
 @contextlib.contextmanager
 def _container(video: Video, content: bytes | None) -> Iterator[av.container.InputContainer]:
     """The video, open; FFmpeg's and the system's errors become BadVideo."""
-    content = fetch(video, content)
+    content, _ = fetch(video, content)
     with as_bad_video(), _open(video, content) as container:
         if not container.streams.video or container.streams.video[0].codec_context is None:
             raise BadVideo("no video stream that can be decoded")
         yield container
 
 
-def fetch(video: Video, content: bytes | None = None) -> bytes | None:
-    """The bytes of a remote video, if they are not at hand yet. Raises BadVideo where the size is not the index's."""
+def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
+    """A video's bytes, where it is remote or they are at hand, and how many. Raises BadVideo if not the index's."""
     try:
         if content is None and video.remote:
             content = read_video(video)
@@ -127,7 +127,7 @@ def fetch(video: Video, content: bytes | None = None) -> bytes | None:
         raise BadVideo("empty file")
     if video.size is not None and size != video.size:
         raise BadVideo(f"{size} bytes, but the index says {video.size}: it has changed since")
-    return content
+    return content, size
 
 
 @contextlib.contextmanager
@@ -325,7 +325,7 @@ class Reader:
 
 def to_array(frame: av.VideoFrame, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
     """uint8 RGB [H,W,3], upright. A reformatter keeps what it has worked out for frames of one kind."""
-    rgb = reformatter.reformat(frame, format="rgb24", **ONE_THREAD)
+    rgb = reformatter.reformat(frame, format="rgb24", threads=ONE_THREAD)
     (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
     return _upright(
         frame, np.ndarray((rgb.height, rgb.width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
