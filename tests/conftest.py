@@ -105,6 +105,37 @@ def golden_case():
     return load_golden
 
 
+@dataclass
+class Recorded:
+    """Tensors that the published code made, and the settings it made them with."""
+
+    config: dict
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def recorded():
+    """Reads `golden/finetune/NAME.safetensors`; a tensor that equals another is stored once, under `same_as`."""
+
+    def read(name: str) -> Recorded:
+        with safe_open(GOLDEN / "finetune" / f"{name}.safetensors", "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+        tensors |= {key: tensors[other] for key, other in json.loads(metadata.get("same_as", "{}")).items()}
+        return Recorded(json.loads(metadata["config"]), tensors)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def recorded_sampling() -> dict:
+    """Frames, crop boxes, list order and schedules of the published code."""
+    return json.loads((GOLDEN / "finetune" / "golden_sampling.json").read_text())
+
+
 @pytest.fixture(scope="session")
 def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of eight small real videos, H.264 and VP9."""

@@ -3,7 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from umt_fast.data.sampling import epoch_order, sample_rng, segment_frames
+from umt_fast.data.sampling import (
+    Draws,
+    epoch_order,
+    published_dense_validation,
+    sample_rng,
+    segment_frames,
+    test_frames,
+    train_frames,
+    validation_frames,
+)
 
 
 def _draws(num_frames: int, segments: int, count: int) -> np.ndarray:
@@ -89,3 +98,65 @@ def test_epoch_order_mixes():
     orders = np.array([epoch_order(0, epoch, 5) for epoch in range(2000)])
     for place in orders.T:
         assert np.abs(np.bincount(place, minlength=5) - 400).max() < 100
+
+
+RULES = {"sparse": "sparse", "dense": "dense", "ssv2": "segment"}
+
+
+@pytest.mark.parametrize("recorded_as", RULES)
+def test_published_test_and_validation_frames(recorded_sampling, recorded_as):
+    rule = RULES[recorded_as]
+    for row in recorded_sampling[recorded_as]:
+        total, frames, views, rate = (
+            row["total"],
+            row["num_frames"],
+            row["test_num_segment"],
+            row.get("sampling_rate", 1),
+        )
+        assert [test_frames(total, frames, rule, views, view, rate) for view in range(views)] == row["test"], row
+        if rule == "dense":
+            assert published_dense_validation(total, frames, rate) == row["validation"], row
+        else:
+            assert validation_frames(total, frames, rule) == row["validation"], row
+
+
+def test_published_test_frames_of_raw_frames(recorded_sampling):
+    for row in recorded_sampling["raw"]:
+        views = row["test_num_segment"]
+        frames = [test_frames(row["total"], row["num_frames"], "segment", views, view) for view in range(views)]
+        assert [[index + 1 for index in view] for view in frames] == row["test_file_numbers"], row
+
+
+def test_published_training_frames(recorded_sampling):
+    for row in recorded_sampling["train_seeded"]["rows"]:
+        rule, draws = RULES[row["kind"]], Draws.seeded(row["seed"])
+        got = train_frames(row["total"], row["num_frames"], rule, draws, row.get("sampling_rate", 1))
+        assert got == row["frames"], row
+
+
+@pytest.mark.parametrize("rule", ["sparse", "dense", "segment"])
+@pytest.mark.parametrize("rate", [1, 2.5, 4])
+def test_frames_of_every_rule_are_in_the_video(rule, rate):
+    for total in (1, 2, 7, 8, 9, 31, 33, 64, 300):
+        for frames in (1, 4, 8):
+            clips = [
+                test_frames(total, frames, rule, views, view, rate) for views in (1, 2, 3, 5) for view in range(views)
+            ]
+            clips += [train_frames(total, frames, rule, Draws.seeded(seed), rate) for seed in range(5)]
+            clips.append(validation_frames(total, frames, rule, rate))
+            for clip in clips:
+                assert len(clip) == frames
+                assert clip == sorted(clip)
+                assert 0 <= clip[0] <= clip[-1] < total
+
+
+def test_one_dense_view_is_the_middle_clip():
+    assert test_frames(100, 4, "dense", 1, 0, 5) == [40, 45, 50, 55]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0, 8, "sparse", 1, 0), (9, 0, "dense", 1, 0), (9, 8, "sparse", 4, 4), (9, 8, "uniform", 1, 0)]
+)
+def test_refuses_what_cannot_be_sampled(arguments):
+    with pytest.raises(ValueError, match=r"give|is not in 0\.\.3"):
+        test_frames(*arguments)

@@ -1,8 +1,37 @@
-"""Which frames of a video make a clip."""
+"""Which frames of a video make a clip.
+
+Stage 1 draws with `segment_frames`. Fine-tuning has three rules, each for training, validation and multi-view tests,
+as the published data sets define them:
+
+    sparse    one frame from each of F equal parts of the whole video (Kinetics, Moments in Time)
+    dense     F frames at a fixed rate, a clip of F * rate frames (UCF101, HMDB51)
+    segment   one frame from each of F whole-numbered segments (Something-Something V2)
+"""
 
 from __future__ import annotations
 
+import random
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
+import torch
+
+FrameRule = Literal["sparse", "dense", "segment"]
+
+
+@dataclass
+class Draws:
+    """The three sources of random numbers that the published augmentation draws from, one set for each clip."""
+
+    python: random.Random
+    numpy: np.random.RandomState
+    torch: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int) -> Draws:
+        """As after `random.seed(seed)`, `numpy.random.seed(seed)` and `torch.manual_seed(seed)`; seed < 2**32."""
+        return cls(random.Random(seed), np.random.RandomState(seed), torch.Generator().manual_seed(seed))
 
 
 def sample_rng(seed: int, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
@@ -24,3 +53,95 @@ def segment_frames(num_frames: int, segments: int, rng: np.random.Generator) -> 
     if length == 0:
         return [0] * segments
     return [int(i) for i in np.arange(segments) * length + rng.integers(length, size=segments)]
+
+
+def train_frames(total: int, frames: int, rule: FrameRule, draws: Draws, rate: float = 1) -> list[int]:
+    """Frame ids of one training clip of a video of `total` frames. Raises ValueError for sizes below 1.
+
+    A `dense` clip shorter than its span keeps the published spacing, and a `segment` video shorter than `frames`
+    gives its frame 0 every time, as the published code does.
+    """
+    _check(total, frames, rule, rate)
+    if rule == "sparse":
+        length = (total - 1) / frames
+        starts = [round(length * i) for i in range(frames + 1)]
+        return [min(draws.python.randint(starts[i], starts[i + 1]), total - 1) for i in range(frames)]
+    if rule == "segment":
+        length = total // frames
+        if length == 0:
+            return [0] * frames
+        return [int(i) for i in np.arange(frames) * length + draws.numpy.randint(length, size=frames)]
+    span = round(frames * rate)
+    if total <= span:
+        return _short_dense(total, frames, rate)
+    end = draws.numpy.randint(span, total)
+    return _evenly(end - span, end, frames)
+
+
+def validation_frames(total: int, frames: int, rule: FrameRule, rate: float = 1) -> list[int]:
+    """Frame ids of the single view of a video that validation during training looks at.
+
+    The published `dense` clip starts one span too early and wraps round to the video's end, which only its choice of
+    the best checkpoint depends on. Here it is the middle clip; `published_dense_validation` gives theirs.
+    """
+    return (
+        test_frames(total, frames, rule, 2, 1, rate)
+        if rule == "segment"
+        else test_frames(total, frames, rule, 1, 0, rate)
+    )
+
+
+def published_dense_validation(total: int, frames: int, rate: int) -> list[int]:
+    """The published dense validation clip, one span early; ids below 0 count from the end, as their decoder does."""
+    _check(total, frames, "dense", rate)
+    span = frames * rate
+    if total <= span:
+        return _short_dense(total, frames, rate)
+    end = (total - span) // 2
+    return [index % total for index in _evenly(end - span, end, frames)]
+
+
+def test_frames(total: int, frames: int, rule: FrameRule, views: int, view: int, rate: float = 1) -> list[int]:  # noqa: PT028, not a test
+    """Frame ids of time view `view` of `views` of a video of `total` frames, for a test.
+
+    `rate`: frames of the video per frame of a `dense` clip. The published code fails for `dense` with one view, which
+    is the middle clip here, and for `segment` with more than two, for which its raw-frame rule is used. Raises
+    ValueError for a view outside of `views` or sizes below 1.
+    """
+    _check(total, frames, rule, rate)
+    if not 0 <= view < views:
+        raise ValueError(f"view = {view} is not in 0..{views - 1}")
+    if rule == "sparse":
+        length = (total - 1) / frames
+        offset = int(length / (views + 1) * (view + 1))
+        return [min(round(length * i) + offset, total - 1) for i in range(frames)]
+    if rule == "segment":
+        length = total / frames
+        every = sorted(int(length * v / views + length * i) for i in range(frames) for v in range(views))
+        return every[view::views]
+    span = round(frames * rate)
+    start = int(view * max((total - span) / (views - 1), 0)) if views > 1 else max(total - span, 0) // 2
+    ids = [start + int(rate * i) for i in range(frames)]
+    return [index if index < total else max(i for i in ids if i < total) for index in ids]
+
+
+test_frames.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it where it is imported
+
+
+def _check(total: int, frames: int, rule: str, rate: float) -> None:
+    if rule not in ("sparse", "dense", "segment"):
+        raise ValueError(f"rule = {rule!r}: give sparse, dense or segment")
+    if total < 1 or frames < 1 or not rate > 0:
+        raise ValueError(f"total = {total}, frames = {frames}, rate = {rate}: give numbers above 0")
+
+
+def _short_dense(total: int, frames: int, rate: float) -> list[int]:
+    """A video no longer than a dense clip: what fits, spread over all of it, then its last frame."""
+    given = int(total // rate)
+    ids = np.concatenate((np.linspace(0, total, num=given), np.full(frames - given, float(total))))
+    return [int(i) for i in np.clip(ids, 0, total - 1)]
+
+
+def _evenly(start: int, end: int, frames: int) -> list[int]:
+    ids = np.clip(np.linspace(start, end, num=frames), start, end - 1)
+    return [int(i) for i in ids]

@@ -1,0 +1,109 @@
+"""Multi-view tests of a classifier: probabilities of each video, and what they are worth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+Merge = Literal["probabilities", "logits"]
+
+
+def merge_views(
+    logits: Float[Tensor, "r k"],
+    rows: Int[Tensor, " r"],
+    views: Int[Tensor, " r"] | int,
+    merge: Merge = "probabilities",
+) -> Float[Tensor, "videos k"]:
+    """Mean probabilities of each video over its views: softmax in float64, then mean, as published (UMT, 4.2).
+
+    `rows`: the video that each row of logits belongs to; the result has one row for each of them, ascending.
+    `views`: the number of each view, and then the result does not depend on the order of the rows to a bit, and a
+    repeated view counts once (the padding of a distributed sampler); or how many views every video has, which is
+    checked. `merge = "logits"` averages the logits and takes the softmax of that. Raises ValueError.
+    """
+    logits, rows = torch.as_tensor(logits), torch.as_tensor(rows).to("cpu", torch.int64)
+    if logits.dim() != 2 or len(logits) == 0 or rows.shape != logits.shape[:1]:
+        raise ValueError(f"logits {list(logits.shape)} and rows {list(rows.shape)}: give [R,K] and [R] with R > 0")
+    if isinstance(views, int):
+        order = rows.argsort(stable=True)
+    else:
+        numbers = torch.as_tensor(views).to("cpu", torch.int64)
+        if numbers.shape != rows.shape:
+            raise ValueError(f"views {list(numbers.shape)}: give the view of each of the {len(rows)} rows")
+        order = numbers.argsort(stable=True)
+        order = order[rows[order].argsort(stable=True)]
+        pairs = torch.stack((rows[order], numbers[order]))
+        fresh = torch.ones(len(order), dtype=torch.bool)
+        fresh[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(0)
+        order = order[fresh]
+    videos, counts = rows[order].unique_consecutive(return_counts=True)
+    if isinstance(views, int) and bool((counts != views).any()):
+        wrong = int((counts != views).nonzero()[0])
+        raise ValueError(f"video {int(videos[wrong])} has {int(counts[wrong])} views, not {views}")
+    single = logits.detach().to("cpu", torch.float64)[order].numpy()
+    if merge == "probabilities":
+        single = _softmax(single)
+    ends = counts.cumsum(0).tolist()
+    merged = np.stack([part.mean(0) for part in np.split(single, ends[:-1])])
+    return torch.from_numpy(merged if merge == "probabilities" else _softmax(merged))
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """By numpy: torch's float64 exp differs from it in the last bit, and the published code merges with numpy."""
+    exponents = np.exp(logits - logits.max(-1, keepdims=True))
+    return exponents / exponents.sum(-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What predictions of labelled videos are worth, in percent."""
+
+    videos: int
+    top1: float
+    top5: float
+    mean_class: float
+    """Mean over the classes that occur of their top-1."""
+    loss: float
+    """Mean negative log-likelihood of the labels."""
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def score(probabilities: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Scores:
+    """Top-1, top-5, mean per class and negative log-likelihood. Raises ValueError for no video or a label outside."""
+    count, classes = probabilities.shape
+    if count == 0 or labels.shape != (count,):
+        raise ValueError(f"{list(labels.shape)} labels for {count} videos: give one each, and one video or more")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise ValueError(f"labels {int(labels.min())} to {int(labels.max())} for {classes} classes")
+    best = ranked(probabilities, min(5, classes))
+    hit = best == labels[:, None]
+    right = hit[:, 0].double()
+    per_class = torch.zeros(classes, dtype=torch.float64).index_add_(0, labels, right)
+    present = torch.bincount(labels, minlength=classes)
+    of_label = probabilities.gather(1, labels[:, None]).double().clamp_min(torch.finfo(torch.float64).tiny)
+    return Scores(
+        videos=count,
+        top1=100 * float(right.mean()),
+        top5=100 * float(hit.any(1).double().mean()),
+        mean_class=100 * float((per_class / present)[present > 0].mean()),
+        loss=float(-of_label.log().mean()),
+    )
+
+
+def ranked(probabilities: Shaped[Tensor, "n k"], count: int) -> Int[Tensor, "n count"]:
+    """The `count` most probable classes of each row, best first; of equal ones the lower number is first."""
+    return probabilities.argsort(dim=-1, descending=True, stable=True)[:, :count]
+
+
+def confusion(labels: Int[Tensor, " n"], predicted: Int[Tensor, " n"], classes: int) -> Int[Tensor, "k k"]:
+    """How often each label (row) was predicted as each class (column)."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
