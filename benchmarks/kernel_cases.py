@@ -10,7 +10,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from umt_kernels import cls_scores, cosine_alignment_loss, gather_layer_norm, gather_patches, sample_visible
+from umt_kernels import (
+    add_layer_norm,
+    cls_scores,
+    cosine_alignment_loss,
+    gather_layer_norm,
+    gather_patches,
+    sample_visible,
+)
 from umt_kernels.patch_embed import implicit_patch_embed
 
 from benchmarks.gpu_code import Launch, nbytes
@@ -97,6 +104,48 @@ def _layer_norm(m: Shapes) -> _Forms:
             yield f"gather, {ids} ids, {name}", partial(run, (m.batch, tokens), dtype, visible, id_dtype, False, True)
 
 
+def _add_norm(m: Shapes) -> _Forms:
+    """Teacher: every row of a bf16 residual, and the visible rows of the last block. Student: with drop path. Text."""
+
+    def run(
+        rows: tuple[int, int],
+        residual: torch.dtype,
+        branch: torch.dtype,
+        grad: bool,
+        kept: int = 0,
+        drop: bool = False,
+        post_norm: bool = False,
+    ) -> None:
+        x = torch.empty(*rows, m.width, dtype=residual, requires_grad=grad)
+        added = torch.empty(rows[0], kept or rows[1], m.width, dtype=branch, requires_grad=grad)
+        weight, bias = (torch.empty(m.width, requires_grad=grad) for _ in range(2))
+        scale = torch.empty(rows[0]) if drop else None
+        ids = torch.arange(kept).repeat(rows[0], 1) if kept else None
+        outputs = add_layer_norm(
+            x, added, weight, bias, 1e-6, scale=scale, row_ids=ids, out_dtype=branch, post_norm=post_norm
+        )
+        if grad:
+            sum(outputs).backward(torch.empty_like(x))  # type: ignore[union-attr]
+
+    def biased(rows: tuple[int, int]) -> None:
+        x, added = (torch.empty(*rows, m.width, requires_grad=True) for _ in range(2))
+        weight, bias, shift = (torch.empty(m.width, requires_grad=True) for _ in range(3))
+        table, ids = torch.empty(m.tokens, m.width), torch.zeros(rows, dtype=torch.int64)
+        y = add_layer_norm(
+            x, added, weight, bias, 1e-6, branch_bias=shift, scale=torch.empty(rows[0]), position=table,
+            position_ids=ids,
+        )[1]  # fmt: skip
+        y.backward(torch.empty_like(y))
+
+    teacher, student, text, half = (m.images, 1 + m.patches), (m.batch, m.kept), (m.batch, 32), torch.bfloat16
+    yield "teacher, bf16", partial(run, teacher, half, half, False)
+    yield "teacher, last block, bf16", partial(run, teacher, half, half, False, kept=m.num_visible)
+    for name, dtype in DTYPES.items():
+        yield f"student, drop path, fp32+{name}", partial(run, student, torch.float32, dtype, True, drop=True)
+    yield "student, bias, position, fp32", partial(biased, student)
+    yield "text, post-norm, bf16", partial(run, text, half, half, True, post_norm=True)
+
+
 def _cls_scores(m: Shapes) -> _Forms:
     def run(dtype: torch.dtype) -> None:
         images, depth = m.images, m.width // m.heads
@@ -144,6 +193,7 @@ _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
     "patch_embed": _implicit,
     "gather_layer_norm": _layer_norm,
+    "add_layer_norm": _add_norm,
     "cls_scores": _cls_scores,
     "sample_visible": _visible,
     "cosine_alignment_loss": _loss,
@@ -153,6 +203,8 @@ BULK = {
     "gather_patches": ("clip",),
     "gather_layer_norm_forward": ("x",),
     "gather_layer_norm_backward": ("g", "x"),
+    "add_layer_norm_forward": ("residual", "branch"),
+    "add_layer_norm_backward": ("gy", "x"),
     "cosine_alignment_loss": ("x", "t"),
     "cosine_alignment_loss_scale": ("grad",),
 }
@@ -228,6 +280,32 @@ def _norm_backward_traffic(launch: Launch) -> tuple[int, int]:
     return read + rows + zeroes + launch.programs * nbytes(w) + 2 * partial_sums, read + dx + 3 * nbytes(w)
 
 
+def _add_norm_forward_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    rows = a["rows"] * a["width"]
+    read = rows * (a["residual_ptr"].element_size() + a["branch_ptr"].element_size())
+    read += sum(nbytes(a[f"{name}_ptr"]) for name in ("row_ids", "position_ids", "scale"))
+    written = nbytes(a["x_ptr"]) + nbytes(a["y_ptr"])
+    parameters = sum(nbytes(a[f"{name}_ptr"]) for name in ("w", "b", "branch_bias"))
+    table = a["position_ptr"]
+    per_row = 0 if table is None else rows * table.element_size()
+    moved = read + written + nbytes(a["statistics_ptr"]) + launch.programs * parameters + per_row
+    return moved, read + written + parameters + min(per_row, nbytes(table))
+
+
+def _add_norm_backward_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    rows = a["rows"] * a["width"]
+    inputs = [a[f"{name}_ptr"] for name in ("gy", "gx", "x", "branch")]
+    read = rows * sum(x.element_size() for x in inputs if x is not None)
+    read += nbytes(a["row_ids_ptr"]) + nbytes(a["scale_ptr"])
+    written = nbytes(a["dresidual_ptr"]) + nbytes(a["dbranch_ptr"])
+    zeroes = nbytes(a["dresidual_ptr"]) if a["row_ids_ptr"] is not None else 0
+    parameters = nbytes(a["w_ptr"]) + nbytes(a["branch_bias_ptr"])
+    moved = read + written + zeroes + nbytes(a["statistics_ptr"]) + launch.programs * parameters
+    return moved + 2 * nbytes(a["partial_ptr"]), read + written + parameters + 2 * nbytes(a["w_ptr"])
+
+
 def _scores_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     least = nbytes(a["q_ptr"]) + nbytes(a["k_ptr"]) + nbytes(a["scores_ptr"])
@@ -267,6 +345,8 @@ _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "cosine_alignment_loss_scale": _scale_traffic,
     "gather_layer_norm_forward": _norm_forward_traffic,
     "gather_layer_norm_backward": _norm_backward_traffic,
+    "add_layer_norm_forward": _add_norm_forward_traffic,
+    "add_layer_norm_backward": _add_norm_backward_traffic,
     "cls_scores_forward": _scores_traffic,
     "cls_scores_backward": _scores_backward_traffic,
     "sample_visible": _visible_traffic,

@@ -9,7 +9,14 @@ import sys
 import pytest
 import torch
 from torch import Tensor
-from umt_kernels import cls_scores, cosine_alignment_loss, gather_layer_norm, gather_patches, sample_visible
+from umt_kernels import (
+    add_layer_norm,
+    cls_scores,
+    cosine_alignment_loss,
+    gather_layer_norm,
+    gather_patches,
+    sample_visible,
+)
 
 MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13 only
 STRIDE = 2**30 + 64
@@ -72,6 +79,20 @@ def test_gather_layer_norm(device, axis, with_ids):
         given.requires_grad_()
         y = gather_layer_norm(given, weight, weight, 1e-6, row_ids=ids)
         results.append((y, *torch.autograd.grad(y, given, grad)))
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_add_layer_norm(device, axis, with_ids, post_norm):
+    weight, tensors = torch.ones(8, device=device), [randn(device, 3, 3, 8) + i for i in range(3)]
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device) if with_ids else None
+    results = []
+    for residual, branch, grad in (tensors, [far_apart(x, axis) for x in tensors]):
+        given = residual.requires_grad_(), branch.requires_grad_()
+        outputs = add_layer_norm(*given, weight, weight, 1e-6, row_ids=ids, post_norm=post_norm)
+        results.append((*outputs, *torch.autograd.grad(outputs, given, (grad, grad))))
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 

@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from umt_kernels import (
+    add_layer_norm,
     checks,
     cls_scores,
     cosine_alignment_loss,
@@ -43,10 +44,12 @@ def test_which_tensors_take_the_kernels(device, kernels):
 
 
 def test_no_op_falls_back_in_silence(device, needs_kernels, monkeypatch):
-    for name in ("gather_patches", "gather_layer_norm", "cls_scores", "sample_visible", "cosine_alignment_loss"):
+    ops = ("add_layer_norm", "gather_patches", "gather_layer_norm", "cls_scores", "sample_visible")
+    for name in (*ops, "cosine_alignment_loss"):
         monkeypatch.setattr(reference, name, None)
     x = torch.rand(2, 3, 4, device=device)
     gather_patches(torch.zeros(1, 1, 4, 4, 3, dtype=torch.uint8, device=device), 4)
+    add_layer_norm(x, x, x[0, 0], x[0, 0], 1e-6)
     gather_layer_norm(x, x[0, 0], x[0, 0], 1e-6)
     cls_scores(x, x[:, :, None])
     sample_visible(x[0], 2)
@@ -77,6 +80,7 @@ def test_shapes_can_be_asked_for_on_the_meta_device():
     x = torch.empty(2, 5, 4, device="meta")
     ids = torch.empty(2, 3, dtype=torch.int64, device="meta")
     clip = torch.empty(2, 2, 8, 8, 3, dtype=torch.uint8, device="meta")
+    assert [y.shape for y in add_layer_norm(x, x[:, :3], None, None, 1e-6, row_ids=ids)] == 2 * [(2, 3, 4)]
     assert gather_layer_norm(x, x[0, 0], x[0, 0], 1e-6, row_ids=ids).shape == (2, 3, 4)
     assert gather_patches(clip, 4, token_ids=ids).shape == (2, 3, 48)
     assert patch_embed(clip, x.new_empty(6, 3, 1, 4, 4), None, 4, token_ids=ids).shape == (2, 3, 6)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from umt_kernels import (
+    add_layer_norm,
     cls_scores,
     cosine_alignment_loss,
     gather_layer_norm,
@@ -55,6 +56,87 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
             (clip, 4, 1, kept, 0, mean, std, torch.bfloat16),
             (clip, 4, 2, None, 1, mean, std, torch.float32),
             (r(2, 3, 2, 8, 8).transpose(3, 4), 4, 1, kept.int(), 0, mean, std, torch.float32),
+        ],
+        "add_layer_norm": [
+            (
+                r(2, 5, 6, grad=True),
+                r(2, 3, 6, grad=True),
+                r(6, grad=True),
+                r(6, grad=True),
+                1e-6,
+                r(6, grad=True),
+                r(2),
+                rows,
+                r(7, 6),
+                places,
+                torch.bfloat16,
+                False,
+                False,
+            ),
+            (
+                r(2, 5, 6, grad=True),
+                r(2, 5, 6, grad=True),
+                None,
+                None,
+                1e-6,
+                None,
+                None,
+                None,
+                None,
+                None,
+                torch.float32,
+                True,
+                False,
+            ),
+            (
+                r(2, 5, 6, grad=True),
+                r(2, 5, 6, grad=True),
+                r(6, grad=True),
+                r(6, grad=True),
+                1e-6,
+                None,
+                None,
+                None,
+                None,
+                None,
+                torch.float32,
+                False,
+                True,
+            ),
+        ],
+        "add_layer_norm_backward": [
+            (
+                r(2, 3, 6),
+                r(2, 3, 6),
+                r(2, 3, 6),
+                None,
+                r(6),
+                r(6),
+                r(2),
+                rows,
+                r(2, 2, 3),
+                [2, 5, 6],
+                torch.bfloat16,
+                False,
+                False,
+                True,
+            ),
+            (
+                r(2, 5, 6),
+                None,
+                r(2, 5, 6),
+                r(2, 5, 6),
+                None,
+                None,
+                None,
+                None,
+                r(2, 2, 5),
+                [2, 5, 6],
+                torch.float32,
+                True,
+                True,
+                False,
+            ),
         ],
         "gather_layer_norm": [
             (r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), 1e-6, rows, r(7, 6), places),
@@ -115,7 +197,8 @@ def test_opcheck(device, needs_kernels, name):
 
 
 def test_every_custom_op_is_checked():
-    for name in ("gather_patches", "gather_layer_norm", "cls_scores", "sample_visible", "cosine_alignment_loss"):
+    ops = ("add_layer_norm", "gather_patches", "gather_layer_norm", "cls_scores", "sample_visible")
+    for name in (*ops, "cosine_alignment_loss"):
         importlib.import_module(f"umt_kernels.{name}")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("umt_kernels::")}
     assert {name.removeprefix("umt_kernels::") for name in registered} == set(CUSTOM_OPS)
@@ -138,6 +221,37 @@ def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]
                 clip, weight, bias, 4, token_ids=kept, position=position
             ),
             [uint8_clip(device), r(5, 3, 1, 4, 4, grad=True), r(5, grad=True), kept, r(8, 5)],
+        ),
+        "add_layer_norm": (
+            lambda x, branch, weight, bias, shift, scale, rows, table, places: torch.cat(
+                add_layer_norm(
+                    x,
+                    branch,
+                    weight,
+                    bias,
+                    1e-6,
+                    branch_bias=shift,
+                    scale=scale,
+                    row_ids=rows,
+                    position=table,
+                    position_ids=places,
+                )
+            ),
+            [
+                r(2, 5, 6, grad=True),
+                r(2, 3, 6, grad=True),
+                r(6, grad=True),
+                r(6, grad=True),
+                r(6, grad=True),
+                r(2),
+                rows,
+                r(7, 6),
+                places,
+            ],
+        ),
+        "add_layer_norm, post-norm": (
+            lambda x, branch, weight, bias: add_layer_norm(x, branch, weight, bias, 1e-6, post_norm=True)[0],
+            [r(2, 5, 6, grad=True), r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True)],
         ),
         "gather_layer_norm": (
             lambda x, weight, bias, rows, table, places: gather_layer_norm(

@@ -4,6 +4,7 @@ On CUDA tensors every op runs Triton kernels; on others, and for dtypes the kern
 definition in `umt_kernels.reference`, which the kernels are held to.
 """
 
+from umt_kernels.add_layer_norm import add_layer_norm
 from umt_kernels.cls_scores import cls_scores
 from umt_kernels.cosine_alignment_loss import cosine_alignment_loss
 from umt_kernels.gather_layer_norm import gather_layer_norm
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "add_layer_norm",
     "cls_scores",
     "cosine_alignment_loss",
     "gather_layer_norm",

@@ -133,3 +133,42 @@ def cosine_alignment_loss(
         t = t.gather(2, target_ids.long()[None, ..., None].expand(len(t), -1, -1, t.shape[-1]))
     cosine = (F.normalize(y, dim=-1) * F.normalize(t, dim=-1)).sum(dim=-1)
     return (2 - 2 * cosine).mean()
+
+
+@_outside_autocast
+def add_layer_norm(
+    residual: Float[Tensor, "b l d"],
+    branch: Float[Tensor, "b m d"],
+    weight: Float[Tensor, " d"] | None,
+    bias: Float[Tensor, " d"] | None,
+    eps: float,
+    branch_bias: Float[Tensor, " d"] | None,
+    scale: Float[Tensor, " b"] | None,
+    row_ids: Int[Tensor, "b m"] | None,
+    position: Float[Tensor, "n d"] | None,
+    position_ids: Int[Tensor, "b m"] | None,
+    out_dtype: torch.dtype,
+    rms: bool,
+    post_norm: bool,
+) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
+    rows = residual
+    if row_ids is not None:
+        rows = residual.gather(1, row_ids.long()[..., None].expand(-1, -1, residual.shape[-1]))
+    wide = functools.reduce(torch.promote_types, (residual.dtype, branch.dtype, torch.float32))
+    if branch_bias is not None:
+        branch = branch.to(wide) + branch_bias
+    if scale is not None:
+        branch = branch.to(wide) * scale[:, None, None]
+    x = rows.to(wide) + branch
+    if not post_norm:
+        x = x.to(residual.dtype)
+    weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+    if rms:
+        y = F.rms_norm(x.to(wide), x.shape[-1:], weight, eps)
+        y = y if bias is None else y + bias
+    else:
+        y = F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
+    if position is not None:
+        assert position_ids is not None
+        y = y + position[position_ids.long()].to(y.dtype)
+    return (y.to(residual.dtype) if post_norm else x), y.to(out_dtype)

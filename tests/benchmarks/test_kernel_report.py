@@ -23,6 +23,7 @@ pytestmark = [
 FIRST = {
     "gather_patches": "UMT-B/16 student, i64 ids, u8->bf16",
     "gather_layer_norm": "UMT-B/16 student, position, i64, bf16",
+    "add_layer_norm": "UMT-B/16 student, drop path, fp32+bf16",
     "cls_scores": "UMT-B/16 bf16",
     "sample_visible": "UMT-B/16 per frame, fp32",
     "cosine_alignment_loss": "UMT-B/16 norm, grad, i64 ids, bf16",
