@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.phases import Mark, no_mark
 from umt_fast.config import OptimConfig, StudentConfig, TeacherConfig, check_fit
-from umt_fast.models.patches import sinusoid_positions
+from umt_fast.models.positions import sinusoid_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float

@@ -17,14 +17,14 @@ import torch
 from torch import distributed as dist
 
 from benchmarks.phases import wait_for
-from umt_fast import costs
 from umt_fast.config import DataConfig, StudentConfig
-from umt_fast.data.decoder import choose_decoder, open_loader
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import choose_decoder, open_loader
 from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.stream import ClipStream
-from umt_fast.distributed import World
 from umt_fast.errors import RunError
+from umt_fast.run import costs
+from umt_fast.run.world import World
 
 BUCKET = 25 * 2**20
 """Bytes that DDP reduces at once, by default."""

@@ -39,11 +39,11 @@ def stages(folder: Path) -> list[Stage]:
     step_time = (*python, "benchmarks.step_time", "--resume", "--fp8-student", "--models")
     ladder = (folder / "kernels.json").as_posix()
     return [
-        Stage("tests of the models on the GPU", (*pytest, "tests/models", "tests/test_acceleration.py")),
+        Stage("tests of the models on the GPU", (*pytest, "tests/models", "tests/run/test_compute.py")),
         Stage("step time of UMT-B", (*step_time, "umt_b16", "--out", str(folder / "umt_b16"))),
         Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
         Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
-        Stage("memory and low precision", (*pytest, "tests/test_costs.py", "tests/test_low_precision.py")),
+        Stage("memory and low precision", (*pytest, "tests/run/test_costs.py", "tests/run/test_low_precision.py")),
         Stage("losses of the rungs", (*pytest, "tests/benchmarks/test_step_time.py", "-k", "rung_of_a_gpu")),
         Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
         Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),

@@ -45,14 +45,14 @@ from benchmarks.kernels.environment import describe
 from benchmarks.rungs import MODELS
 from umt_fast.arguments import number_above, whole_number_from
 from umt_fast.config import DataConfig
-from umt_fast.data import nvdec, pyav
-from umt_fast.data.dali import Takes
-from umt_fast.data.decoder import choose_decoder, has_dali, open_loader
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import choose_decoder, has_dali, nvdec, open_loader
+from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode.dali import Takes
 from umt_fast.data.index import Video, VideoList
 from umt_fast.data.loader import Loader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.storage import file_size
-from umt_fast.data.stream import ClipStream
 from umt_fast.errors import RunError
 
 FRAMES, SIDE = 8, 224

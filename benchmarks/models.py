@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from umt_fast.masking import count_visible
-from umt_fast.models.patches import bicubic_window
+from umt_fast.models.positions import bicubic_window
 
 MASK_RATIO = 0.8
 """Of a frame's patches or a clip's tokens, the share hidden (UMT, arXiv 2303.16058)."""

@@ -30,12 +30,12 @@ from umt_kernels import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.baseline import BaselineStep, build_baseline
 from benchmarks.phases import Mark, no_mark
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
-from umt_fast.acceleration import compile_models
 from umt_fast.config import STUDENTS, TEACHERS, OptimConfig
-from umt_fast.graph import CapturedStep
-from umt_fast.low_precision import FLOAT8_CAPABILITY, INSTALL, convert_student, quantize_teacher
-from umt_fast.models import attention_choice
-from umt_fast.optim import build_optimizer, clip_gradients
+from umt_fast.run import attention_choice
+from umt_fast.run.compute import compile_models
+from umt_fast.run.cuda_graph import CapturedStep
+from umt_fast.run.low_precision import FLOAT8_CAPABILITY, INSTALL, convert_student, quantize_teacher
+from umt_fast.run.optim import build_optimizer, clip_gradients
 
 MASK_RATIO = 0.8
 OPTIM = OptimConfig(lr=3e-5)

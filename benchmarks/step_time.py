@@ -38,12 +38,13 @@ from benchmarks.beside import Beside
 from benchmarks.kernels.environment import describe, gpu_name
 from benchmarks.phases import PhaseClock, no_mark, wait_for
 from benchmarks.rungs import MODELS, Rung, TimedStep, Work, build, ladder, missing, prepare
-from umt_fast import costs, distributed
 from umt_fast.arguments import whole_number_from
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import read_manifest
-from umt_fast.distributed import World
 from umt_fast.errors import RunError
+from umt_fast.run import costs
+from umt_fast.run import world as processes
+from umt_fast.run.world import World
 
 RESULTS = Path(__file__).parent / "results"
 GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
@@ -289,7 +290,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     if options.videos:
         read_manifest(options.videos)  # a wrong name is told now
     folder.mkdir(parents=True, exist_ok=True)
-    world = distributed.start(options.device)
+    world = processes.start(options.device)
     device, rungs = world.device, choose_rungs(options, world.device)
     models = options.models or (["umt_b16", "umt_l16"] if device.type == "cuda" else ["umt_b16"])
     cases = [(model, batch) for model in models for batch in options.batch or [64 if device.type == "cuda" else 2]]

@@ -20,9 +20,9 @@ from umt_fast.config import (
     load_recipe,
 )
 from umt_fast.masking import count_visible
-from umt_fast.optim import Schedule
+from umt_fast.run.optim import Schedule
 
-RECIPES = Path(__file__).parents[1] / "train" / "recipes"
+RECIPES = Path(__file__).parents[1] / "train" / "recipes" / "pretrain"
 
 PUBLISHED_STUDENT = {"image_size": 224, "patch_size": 16, "tubelet_size": 1, "frames": 8, "align_layers": 6}
 PUBLISHED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from umt_fast.files import escape, read_reasons, unescape, write_reasons
-from umt_fast.logging import RunLog
+from umt_fast.run.log import RunLog
 
 STRANGE = ["a\tb.mp4", "a\nb.mp4", "c\r\n.mp4", "\x1b[31m\x00\x7f\x85.mp4", "a\u2028b\u2029.mp4", "\udcff\udc80.mp4"]
 BACKSLASHES = ["\\", "\\t.mp4", "x$\\foo$.mp4", "\\\\n", "\\x1b", "\\u2028", "a\\\tb"]

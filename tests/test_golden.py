@@ -10,7 +10,7 @@ from torch import Tensor
 import umt_fast
 from umt_fast import checkpoint, masking
 from umt_fast.config import OptimConfig
-from umt_fast.optim import build_optimizer
+from umt_fast.run.optim import build_optimizer
 
 CASES = ["umt_stage1_b16", "umt_stage1_l14_resized"]
 ATOL = 1e-5

@@ -3,8 +3,8 @@
     python -m train.pretrain --recipe umt_b16_k710 --data.train list.csv
     torchrun --nproc-per-node 8 -m train.pretrain --recipe umt_l16_k710 --data.train list.csv
 
---recipe names a file of train/recipes or a TOML file of your own (default umt_b16_k710); every setting of it can be
-overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
+--recipe names a file of train/recipes/pretrain or a TOML file of your own (default umt_b16_k710); every setting of
+it can be overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
-from umt_fast import checkpoint, costs, distributed, masking
-from umt_fast.acceleration import accelerate
+from umt_fast import masking, weights
 from umt_fast.config import Config, ConfigError, load_recipe
-from umt_fast.data.decoder import open_loader
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import open_loader
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.stream import ClipStream
-from umt_fast.distributed import StopSignal, World
 from umt_fast.doctor import PACKAGES, in_use, resolve_precision
 from umt_fast.errors import RunError
-from umt_fast.graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
-from umt_fast.logging import Ledger, NotFinite, RunLog, merge, read_metrics
-from umt_fast.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
+from umt_fast.run import checkpoint, costs
+from umt_fast.run import world as processes
+from umt_fast.run.compute import accelerate
+from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
+from umt_fast.run.folder import hold_folder
+from umt_fast.run.log import Ledger, NotFinite, RunLog, merge, read_metrics
+from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
+from umt_fast.run.stop import StopSignal
+from umt_fast.run.world import World
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 if TYPE_CHECKING:
     from umt_fast.data.loader import Batch
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent / "recipes" / "pretrain"
 WIDEST_RANDOM_TEACHER = 256
 
 
@@ -79,7 +83,7 @@ def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
         torch.manual_seed(config.run.seed)
         teacher = umt_fast.ClipTeacher(config.teacher)
     if config.teacher_weights != "random":
-        checkpoint.load_clip_teacher(teacher, read_weights(config.teacher_weights))
+        weights.load_clip_teacher(teacher, read_weights(config.teacher_weights))
     return teacher.to(world.device).eval()
 
 
@@ -181,7 +185,7 @@ def train(config: Config, world: World) -> Path:
         path = checkpoint.checkpoint_path(folder / "checkpoints", clips_seen)
         if world.main:
             content = {
-                "model": checkpoint.umt_state_dict(student),
+                "model": weights.umt_state_dict(student),
                 "optimizer": optimizer.state_dict(),
                 "rng": states,
                 "config": dataclasses.asdict(config),
@@ -284,7 +288,7 @@ def restore(
         then, now = (_setting(settings, name) for settings in (content["config"], dataclasses.asdict(config)))
         if then != now:
             raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
-    checkpoint.load_umt_student(student, content["model"])
+    weights.load_umt_student(student, content["model"])
     own_keys = ("betas", "eps", "weight_decay", "capturable")
     settings = [{key: group[key] for key in own_keys} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
@@ -314,15 +318,15 @@ def describe(
     """The lines at the top of a run: what is computed, with what, on what."""
     optim = config.optim
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    weights = config.teacher_weights
-    if weights == "random":
-        weights = f"RANDOM weights (seed {config.run.seed}), which teach nothing about videos"
+    named = config.teacher_weights
+    if named == "random":
+        named = f"RANDOM weights (seed {config.run.seed}), which teach nothing about videos"
     used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     return "\n".join(
         (
             f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if autocast else 'float32'}",
             f"student {config.student.width} x {config.student.depth}, {parameters / 1e6:.1f} M parameters; "
-            f"teacher {config.teacher.width} x {config.teacher.depth}, {weights}",
+            f"teacher {config.teacher.width} x {config.teacher.depth}, {named}",
             f"{videos} videos, {optim.epochs} epochs = {schedule.total_steps} steps of "
             f"{world.size} x {optim.batch_size} x {optim.accumulate} clips, peak lr {schedule.peak:.3g}",
         )
@@ -331,7 +335,7 @@ def describe(
 
 def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, log: RunLog) -> None:
     """Leave the pictures of a run."""
-    from umt_fast.pictures import draw_loss_curve, draw_visible
+    from umt_fast.run.pictures import draw_loss_curve, draw_visible
 
     metrics = read_metrics(log.metrics_path)
     draw_loss_curve(metrics, folder / "loss.png")
@@ -350,9 +354,9 @@ def main(arguments: list[str] | None = None) -> None:
         if named.dry_run:
             print(costs.plan(config, config.run.precision != "fp32", named.gpu_memory))
             return
-        world = distributed.start(config.run.device)
+        world = processes.start(config.run.device)
         try:
-            with distributed.hold_folder(Path(config.run.dir) / config.run.name, world):
+            with hold_folder(Path(config.run.dir) / config.run.name, world):
                 train(config, world)
         finally:
             world.close()

@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from umt_fast import checkpoint
     from umt_fast.config import StudentConfig, TeacherConfig
-    from umt_fast.models.student import VideoStudent
-    from umt_fast.models.teacher import ClipTeacher
-    from umt_fast.objective import Alignment, alignment_step
+    from umt_fast.models.clip_vision import ClipTeacher
+    from umt_fast.models.heads import VideoStudent
+    from umt_fast.objectives.alignment import Alignment, alignment_step
 
 __version__ = "0.1.0"
 
 __all__ = ["Alignment", "ClipTeacher", "StudentConfig", "TeacherConfig", "VideoStudent", "alignment_step", "checkpoint"]
 
 _HOME = {
-    "Alignment": "umt_fast.objective",
-    "ClipTeacher": "umt_fast.models.teacher",
+    "Alignment": "umt_fast.objectives.alignment",
+    "ClipTeacher": "umt_fast.models.clip_vision",
     "StudentConfig": "umt_fast.config",
     "TeacherConfig": "umt_fast.config",
-    "VideoStudent": "umt_fast.models.student",
-    "alignment_step": "umt_fast.objective",
+    "VideoStudent": "umt_fast.models.heads",
+    "alignment_step": "umt_fast.objectives.alignment",
 }
 
 

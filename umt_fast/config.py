@@ -30,6 +30,10 @@ TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
 
 
+MLP_RATIO = 4
+"""Width of a hidden layer over the width of its block, in every model here."""
+
+
 class ConfigError(RunError, ValueError):
     """A setting that cannot be, said in one sentence for the person who set it."""
 
@@ -40,8 +44,8 @@ def _divides(owner: str, name: str, value: int, by_name: str, by: int) -> None:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """The video ViT that is trained. Defaults are UMT-B/16."""
+class VitConfig:
+    """Sizes of a video ViT. Defaults are UMT-B/16."""
 
     image_size: int = 224
     """Side of the clip, pixels."""
@@ -54,21 +58,14 @@ class StudentConfig:
     width: int = 768
     depth: int = 12
     heads: int = 12
-    drop_path: float = 0.0
-    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
-    align_layers: int = 6
-    """How many of the last blocks are aligned with the teacher."""
-    target_width: int = 512
-    """Width of the teacher's output."""
+
+    _section = "model"
+    """Name of the section in error messages."""
 
     def __post_init__(self) -> None:
-        _divides("student", "image_size", self.image_size, "patch_size", self.patch_size)
-        _divides("student", "frames", self.frames, "tubelet_size", self.tubelet_size)
-        _divides("student", "width", self.width, "heads", self.heads)
-        if not 1 <= self.align_layers <= self.depth:
-            raise ConfigError(f"student: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
+        _divides(self._section, "image_size", self.image_size, "patch_size", self.patch_size)
+        _divides(self._section, "frames", self.frames, "tubelet_size", self.tubelet_size)
+        _divides(self._section, "width", self.width, "heads", self.heads)
 
     @property
     def grid(self) -> int:
@@ -76,9 +73,40 @@ class StudentConfig:
         return self.image_size // self.patch_size
 
     @property
+    def patches(self) -> int:
+        """Patches of a frame of tokens."""
+        return self.grid**2
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of tokens of a clip."""
+        return self.frames // self.tubelet_size
+
+    @property
     def tokens(self) -> int:
         """Tokens of a clip, visible or not."""
-        return self.frames // self.tubelet_size * self.grid**2
+        return self.token_frames * self.patches
+
+
+@dataclass(frozen=True)
+class StudentConfig(VitConfig):
+    """The video ViT that is trained to give the teacher's features."""
+
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    align_layers: int = 6
+    """How many of the last blocks are aligned with the teacher."""
+    target_width: int = 512
+    """Width of the teacher's output."""
+
+    _section = "student"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.align_layers <= self.depth:
+            raise ConfigError(f"student: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
 
 
 @dataclass(frozen=True)

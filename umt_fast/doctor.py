@@ -63,7 +63,7 @@ def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
     """The parts that a run on `device` takes. Raises MissingDali."""
     from umt_kernels.backend import kernels_on
 
-    from umt_fast.data.decoder import choose_decoder
+    from umt_fast.data.decode import choose_decoder
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return {

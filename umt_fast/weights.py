@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from umt_fast.errors import RunError
+from umt_fast.models.clip_vision import ClipTeacher
+from umt_fast.models.heads import bare_student
 
 TensorDict = dict[str, Tensor]
 
@@ -203,3 +206,43 @@ def inflate(weight: Tensor, frames: int) -> Tensor:
     inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
     inflated[:, :, frames // 2] = weight
     return inflated
+
+
+def umt_state_dict(student: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the student on the CPU under UMT's checkpoint keys. Published files hold them under `model`."""
+    return {key: value.detach().to("cpu", copy=True) for key, value in bare_student(student).state_dict().items()}
+
+
+def load_umt_student(student: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load UMT's checkpoint keys, bare or under `model`. Raises WeightsError naming what is missing or misshapen."""
+    state = state_dict.get("model", state_dict)
+    _load(bare_student(student), {key.removeprefix("module."): value for key, value in state.items()}, "student")
+
+
+def load_clip_teacher(teacher: ClipTeacher, state_dict: Mapping[str, Any]) -> None:
+    """Load a CLIP image tower under OpenAI's, open_clip's, UMT's or Hugging Face's keys.
+
+    Positions of another grid are resampled bicubically and 2-D patch weights inflated in time, as UMT does. Raises
+    WeightsError naming what is missing or misshapen.
+    """
+    state = clip_image_tower(dict(state_dict))
+    if "positional_embedding" in state:
+        state["positional_embedding"] = resample_positions(state["positional_embedding"], teacher.config.grid)
+    if "conv1.weight" in state:
+        state["conv1.weight"] = inflate(state["conv1.weight"], teacher.config.tubelet_size)
+    _load(teacher, state, "teacher")
+
+
+def _load(module: torch.nn.Module, state: Mapping[str, Any], name: str) -> None:
+    own = module.state_dict()
+    problems = [f"missing {key} {list(own[key].shape)}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(state[key].shape)}, this {name} has {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise WeightsError(f"these weights do not fit the {name}: {shown}")
+    module.load_state_dict(state)

@@ -18,7 +18,7 @@ from benchmarks.kernels.case import Case, Run
 from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs
 from benchmarks.models import MASK_RATIO, Shapes
 from umt_fast.masking import count_visible
-from umt_fast.models.patches import bicubic_window, sinusoid_positions
+from umt_fast.models.positions import bicubic_window, sinusoid_positions
 
 IDS = 8
 """Bytes of an id: the models index with int64."""

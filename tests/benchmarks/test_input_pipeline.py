@@ -8,11 +8,11 @@ import torch
 
 from benchmarks import input_pipeline, input_pipeline_report
 from benchmarks.input_pipeline import Files, plan_rows, read_files, soaked
-from umt_fast.data import pyav
-from umt_fast.data.encode import Recipe, write_copy
+from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode.nvdec import Limits
 from umt_fast.data.index import Facts, VideoList
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.nvdec import Limits
+from umt_fast.data.prepare.encode import Recipe, write_copy
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from umt_fast.data.decode.container import probe, read_frames
 from umt_fast.data.index import (
     FORMAT,
     BadIndex,
@@ -18,7 +19,6 @@ from umt_fast.data.index import (
     write_index,
 )
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.pyav import probe, read_frames
 
 
 def _facts(times: list[int], keys: list[int]) -> Facts:
@@ -174,7 +174,7 @@ def indexed(tmp_path, write_video):
 def test_an_indexed_video_gives_the_same_frames(indexed, decode_all, monkeypatch, name):
     (video,) = read_manifest(str(indexed / name))
     expected = decode_all(indexed / "a.mp4")
-    monkeypatch.setattr("umt_fast.data.pyav.Reader._list_packets", None)  # would cost a pass over the file
+    monkeypatch.setattr("umt_fast.data.decode.container.Reader._list_packets", None)  # would cost a pass over the file
     for indices in ([0], [39], [5, 6, 7], [38, 3, 3, 20]):
         frames = read_frames(video, lambda count, indices=indices: indices if count == 40 else [])
         assert all(np.array_equal(frame, expected[index]) for frame, index in zip(frames, indices, strict=True))

@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from umt_fast.config import DataConfig
-from umt_fast.data import pyav
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import container as pyav
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable, WorkerDied
-from umt_fast.data.memory import Buffers
-from umt_fast.data.stream import ClipStream
+from umt_fast.data.shared_memory import Buffers
 from umt_fast.errors import RunError
 
 FRAMES, SIDE = 4, 32

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, doctor, masking
-from umt_fast.acceleration import accelerate
 from umt_fast.config import Config, ConfigError, MaskConfig, OptimConfig, TrainConfig
-from umt_fast.distributed import World
-from umt_fast.models import attention_choice
 from umt_fast.models.attention import LIBRARIES, NAMES, SDPA, Backend, attention, fault, load, self_attention
-from umt_fast.models.attention_choice import Use, choose
+from umt_fast.run import attention_choice
+from umt_fast.run.attention_choice import Use, choose
+from umt_fast.run.compute import accelerate
+from umt_fast.run.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 USE = Use(2, 9, 9, 2, 16, True)

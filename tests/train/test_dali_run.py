@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali")
 
-from umt_fast import checkpoint
+from umt_fast.run import checkpoint
 
 OPTIONS = ("--data.decoder", "dali", "--data.pipelines", "2")
 

@@ -11,7 +11,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
-from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, distributed
+from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent
+from umt_fast.run import world as processes
 
 ROOT = Path(__file__).parents[2]
 MICRO_BATCHES = 2
@@ -34,7 +35,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 def worker(path: str) -> None:
     """One of two processes, each with half the clips in two accumulated micro-batches."""
-    world = distributed.start("cpu")
+    world = processes.start("cpu")
     student, teacher = models()
     model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     clips, visible = inputs()

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from umt_fast import VideoStudent, checkpoint
+from umt_fast import VideoStudent
 from umt_fast.config import load_recipe
-from umt_fast.weights import read_weights
+from umt_fast.run import checkpoint
+from umt_fast.weights import load_umt_student, read_weights
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -45,7 +46,7 @@ def test_a_run_leaves_metrics_pictures_and_a_loadable_checkpoint(trainer):
         assert named in output
     assert [path.name for path in trainer.checkpoints("a")] == [f"clips_{n:010d}.pth" for n in (32, 48, 64)]
     student = VideoStudent(load_recipe(trainer.recipe).student)
-    checkpoint.load_umt_student(student, read_weights(trainer.checkpoints("a")[-1]))
+    load_umt_student(student, read_weights(trainer.checkpoints("a")[-1]))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

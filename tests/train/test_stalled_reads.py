@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from umt_fast import checkpoint
+from umt_fast.run import checkpoint
 
 pytest.importorskip("aiohttp", reason="pip install 'fsspec[http]'")
 
@@ -92,7 +92,7 @@ def test_a_signal_saves_though_no_data_comes(trainer, server, tmp_path, number, 
 def test_ctrl_c_before_the_first_step(server, tmp_path):
     code = (
         "import sys; from umt_fast.config import DataConfig; from umt_fast.data.loader import first_clips; "
-        "from umt_fast.data.manifest import read_manifest; from umt_fast.data.stream import ClipStream; "
+        "from umt_fast.data.manifest import read_manifest; from umt_fast.data.clips import ClipStream; "
         "first_clips(ClipStream(read_manifest(sys.argv[1]), DataConfig(), 4, 32, seed=0))"
     )
     server.silent.set()

@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from umt_fast.config import DataConfig
-from umt_fast.data import packets, pyav
-from umt_fast.data.augment import Cut
+from umt_fast.data.clips import REPLACEMENTS, ClipStream
+from umt_fast.data.crops import Cut
+from umt_fast.data.decode import by_index as packets
+from umt_fast.data.decode import container as pyav
 from umt_fast.data.index import BadIndex, Video
-from umt_fast.data.memory import Buffers, Loan
+from umt_fast.data.shared_memory import Buffers, Loan
 from umt_fast.data.storage import start_reading
-from umt_fast.data.stream import REPLACEMENTS, ClipStream
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:

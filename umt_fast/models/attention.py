@@ -5,7 +5,7 @@
     matmul                                 two matmuls around a softmax: much memory, but on CPUs often the fastest
     flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only when they are asked for
 
-Which is fastest depends on the GPU, the shapes and the versions, so `umt_fast.models.attention_choice` measures.
+Which is fastest depends on the GPU, the shapes and the versions, so `umt_fast.run.attention_choice` measures.
 A backend is looked up before a model is compiled: inside a graph there is nothing left to decide.
 """
 

@@ -1,0 +1,69 @@
+"""Packets and frames that are not read to the end leave nothing behind."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import av
+import pytest
+
+from umt_fast.data.decode import by_index as packets
+from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.excerpt import cut_excerpt
+from umt_fast.data.index import Video
+from umt_fast.data.prepare.encode import Recipe, write_copy
+
+TIMES = 100
+LEFT_BY_PYAV = 128
+"""Bytes, at the least, for each loop that is left early."""
+
+
+class _Heap(ctypes.Structure):
+    """What glibc tells of its heap."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    ] + [("rest", ctypes.c_size_t * 2)]
+
+
+def _allocated() -> int:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Heap
+    return libc.mallinfo2().uordblks
+
+
+def _left_by(call: Callable[[], object]) -> float:
+    """Bytes that each call leaves allocated, once what is made for good at the first ones is there."""
+    for _ in range(TIMES):
+        call()
+    before = _allocated()
+    for _ in range(TIMES):
+        call()
+    return (_allocated() - before) / TIMES
+
+
+def _first_of(loop: Callable, video: Video) -> object:
+    with av.open(video.path) as container:
+        return next(loop(container, container.streams.video[0]))
+
+
+READ = {
+    "a packet": lambda video: _first_of(demux, video),
+    "a frame": lambda video: _first_of(decode, video),
+    "frames": lambda video: pyav.read_frames(video, lambda _count: [0, 5, 9]),
+    "frames of a copy": lambda video: packets.read_frames(video, lambda _count: [0, 5, 9]),
+    "facts": pyav.probe,
+    "an excerpt": lambda video: cut_excerpt(video, lambda _count: [0, 5, 9]),
+}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 tells")
+@pytest.mark.parametrize("what", READ)
+def test_what_is_left_early_is_freed(what, write_video, tmp_path):
+    source = Video(str(write_video(tmp_path / "source.mkv", frames=12)))
+    facts, _seconds = write_copy(source, str(tmp_path / "a.mp4"), Recipe(gop=1))
+    video = Video(str(tmp_path / "a.mp4"), facts=facts)
+    assert _left_by(lambda: READ[what](video)) < LEFT_BY_PYAV / 2

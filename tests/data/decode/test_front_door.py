@@ -1,0 +1,155 @@
+"""Which decoder a run takes; needs neither DALI nor a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast.data import decode as decoder
+from umt_fast.data.decode import MissingDali, choose_decoder, nvdec
+from umt_fast.errors import RunError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+H200 = {name: nvdec.Limits(7, (48, 8192), (16, 8192), 262144) for name in ("h264", "hevc", "vp9")}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend: whether DALI is installed, and what NVDEC takes or why there is none."""
+
+    def pretend(dali: bool, engines: dict[str, nvdec.Limits] | str) -> None:
+        monkeypatch.setattr(decoder, "has_dali", lambda: dali)
+
+        def limits(device: torch.device) -> dict[str, nvdec.Limits]:
+            if isinstance(engines, str):
+                raise nvdec.NoEngine(engines)
+            return engines
+
+        monkeypatch.setattr(nvdec, "limits", limits)
+
+    return pretend
+
+
+def test_auto_takes_dali_where_it_and_an_engine_are(machine):
+    machine(True, H200)
+    choice = choose_decoder("auto", GPU)
+    assert (choice.dali, choice.engines) == (True, H200)
+    assert choice.text == "dali on 7 NVDEC (h264, hevc, vp9; the rest pyav)"
+
+
+@pytest.mark.parametrize(
+    ("dali", "engines", "device", "text"),
+    [
+        (True, "no GPU", CPU, "pyav"),
+        (True, "no libnvcuvid", GPU, "pyav (no libnvcuvid)"),
+        (False, "no libnvcuvid", GPU, "pyav (no libnvcuvid)"),
+        (False, H200, GPU, "pyav (the GPU has 7 NVDEC, but DALI is not installed: pip install 'umt-fast[dali]'"),
+    ],
+)
+def test_auto_takes_pyav_else_and_says_why(machine, dali, engines, device, text):
+    machine(dali, engines)
+    choice = choose_decoder("auto", device)
+    assert not choice.dali
+    assert choice.text.startswith(text)
+
+
+def test_dali_on_the_cpu_is_for_who_asks(machine):
+    machine(True, "no GPU")
+    choice = choose_decoder("dali", CPU)
+    assert (choice.dali, choice.engines) == (True, None)
+    assert choice.text.startswith("dali on the CPU (no GPU)")
+
+
+def test_pyav_asks_for_nothing(machine):
+    machine(True, H200)
+    assert choose_decoder("pyav", GPU) == decoder.Choice(False, None, "pyav")
+
+
+def test_dali_that_is_missing(machine):
+    machine(False, H200)
+    with pytest.raises(MissingDali, match=r"pip install 'umt-fast\[dali\]'.*cuda120"):
+        choose_decoder("dali", GPU)
+    assert issubclass(MissingDali, RunError)
+
+
+@pytest.mark.parametrize("blocked", ["nvidia", "nvidia.dali"])
+def test_dali_is_looked_for_without_being_imported(blocked):
+    code = "import sys; from umt_fast.data import decoder, loader; decoder.has_dali(); import umt_fast.doctor as d\n"
+    code += "d.report(); assert not [m for m in sys.modules if m.startswith('nvidia.dali')]\n"
+    code += f"sys.modules[{blocked!r}] = None; assert not decoder.has_dali(); assert 'decoder' in d.report()"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True)
+
+
+# NVDEC.
+
+
+class _Driver:
+    """libnvcuvid of a GPU with `engines` NVDEC for each codec of `codes`."""
+
+    def __init__(self, codes: dict[int, int], status: int = 0) -> None:
+        self.codes = codes
+        self.status = status
+
+    def cuvidGetDecoderCaps(self, pointer) -> int:
+        caps = pointer._obj
+        assert (caps.chroma, caps.bit_depth_minus_8) == (1, 0)
+        if caps.codec in self.codes:
+            caps.supported, caps.engines = 1, self.codes[caps.codec]
+            caps.min_width, caps.max_width, caps.min_height, caps.max_height = 48, 4096, 16, 2048
+            caps.max_macroblocks = 32768
+        return self.status
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    def install(library: _Driver) -> None:
+        monkeypatch.setattr(nvdec.ctypes, "CDLL", lambda name: library)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.Stream("cpu"))
+
+    return install
+
+
+def test_what_the_driver_says(driver):
+    driver(_Driver({4: 7, 8: 7, 10: 3}))
+    found = nvdec.limits(GPU)
+    assert found["h264"] == nvdec.Limits(7, (48, 4096), (16, 2048), 32768)
+    assert found.keys() == {"h264", "hevc", "vp9"}
+    assert nvdec.count_engines(found) == 7
+
+
+def test_a_driver_that_does_not_count(driver):
+    driver(_Driver({4: 0}))
+    assert nvdec.count_engines(nvdec.limits(GPU)) == 1
+
+
+@pytest.mark.parametrize("library", [_Driver({}), _Driver({4: 7}, status=100)])
+def test_no_engine(driver, library):
+    driver(library)
+    with pytest.raises(nvdec.NoEngine, match="no NVDEC"):
+        nvdec.limits(GPU)
+
+
+def test_no_driver(monkeypatch):
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(nvdec.ctypes, "CDLL", missing)
+    with pytest.raises(nvdec.NoEngine, match="NVIDIA_DRIVER_CAPABILITIES"):
+        nvdec.limits(GPU)
+    with pytest.raises(nvdec.NoEngine, match="no GPU"):
+        nvdec.limits(CPU)
+
+
+def test_the_layout_is_the_drivers():
+    """CUVIDDECODECAPS: offsets of what it answers, and its size."""
+    caps = nvdec._Capabilities
+    assert (caps.supported.offset, caps.engines.offset, caps.max_width.offset) == (24, 25, 28)
+    assert (caps.max_macroblocks.offset, caps.min_width.offset, caps.min_height.offset) == (36, 40, 42)
+    assert ctypes.sizeof(caps) == 88

@@ -1,0 +1,162 @@
+"""Frames of training copies, read without a demuxer: their index says where the packets lie.
+
+Where every frame is a key frame, opening the container, seeking in it and demultiplexing take a quarter of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import av
+import numpy as np
+
+from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.index import BadVideo, Facts, Packets, Video
+
+_DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
+"""FFmpeg's names of them, by the codecs of copies; its own AV1 decoder wants a GPU."""
+_CHANGED = "it has changed since it was indexed"
+
+
+def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
+    """As `pyav.read_frames`, which reads the videos whose packets no index lists. Raises BadVideo."""
+    return pyav.in_order(iterate_frames(video, choose, content))
+
+
+def iterate_frames(
+    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """As `pyav.iterate_frames`, likewise."""
+    if video.facts is None or video.facts.packets is None or _decoder_of(video.facts.codec) is None:
+        yield from pyav.iterate_frames(video, choose, content)
+        return
+    places = pyav.places_of(choose(video.facts.frames))
+    with pyav.as_bad_video():
+        content, size = pyav.fetch(video, content)
+        with _bytes_of(video, content) as read:
+            reader = _Reader(video.facts, video.facts.packets, read)
+            if reader.bounds[-1] > size:
+                raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
+            for index, frame in reader.read(sorted(places)):
+                yield places[index], frame
+
+
+@contextlib.contextmanager
+def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, int], bytes]]:
+    """A function that reads bytes `start` to `end` of a video. It raises BadVideo where they are not there."""
+
+    def whole(part: bytes, start: int, end: int) -> bytes:
+        if start < 0 or len(part) != end - start:
+            raise BadVideo(f"there are no bytes {start} to {end}: {_CHANGED}")
+        return part
+
+    if content is not None:
+        yield lambda start, end: whole(content[start:end], start, end)
+        return
+    with open(video.path, "rb", buffering=0) as file:
+        number, offset = file.fileno(), video.offset or 0
+        yield lambda start, end: whole(os.pread(number, max(end - start, 0), offset + start), start, end)
+
+
+class _Reader:
+    """One video's decoder, and what it is fed with."""
+
+    def __init__(self, facts: Facts, packets: Packets, read: Callable[[int, int], bytes]) -> None:
+        self.facts = facts
+        self.read_bytes = read
+        sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
+        self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
+        self.decoder = _open_decoder(facts.codec, packets.setup)
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
+        to_rgb = av.video.reformatter.VideoReformatter()
+        times, keys = self.facts.times, self.facts.keys
+        begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
+        fed = 0  # frames whose packets the decoder has had, from the key frame before them on
+        for index, begin in zip(indices, begins, strict=True):
+            if fed <= begin:
+                self.decoder.flush_buffers()
+                fed = begin
+            frame = self._decode(fed, index)
+            fed = index + 1
+            if frame is None:
+                raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
+            yield index, pyav.to_array(frame, to_rgb)
+
+    def _decode(self, first: int, last: int) -> av.VideoFrame | None:
+        """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""
+        bounds = self.bounds[first : last + 2].tolist()
+        content = self.read_bytes(bounds[0], bounds[-1])
+        shown: list[av.VideoFrame] = []
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds), first):
+            packet = _packet(content[begin - bounds[0] : end - bounds[0]])
+            packet.pts = number
+            shown = self.decoder.decode(packet)
+        return next((frame for frame in shown if frame.pts == last and not frame.is_corrupt), None)
+
+
+def _packet(content: bytes) -> av.Packet:
+    """A packet with the zeros behind it that decoders read; one made from bytes is these bytes, with none."""
+    packet = av.Packet(len(content))
+    packet.update(content)
+    return packet
+
+
+def _decoder_of(codec: str) -> str | None:
+    """FFmpeg's name of it, if it is there."""
+    name = _DECODERS.get(codec)
+    return name if name in av.codecs_available else None
+
+
+def _open_decoder(codec: str, setup: bytes) -> av.VideoCodecContext:
+    """Of a codec that there is a decoder of."""
+    decoder = av.CodecContext.create(_decoder_of(codec) or codec, "r")
+    assert isinstance(decoder, av.VideoCodecContext)
+    decoder.extradata = setup
+    decoder.thread_count = 1  # the workers are the parallelism
+    return decoder
+
+
+def find_packets(video: Video, facts: Facts) -> Packets | None:
+    """Where the packets of a local video with these facts lie. Raises BadVideo as `pyav.read_frames`.
+
+    None unless they lie one behind another in the order their frames are shown, behind a table of their sizes, and the
+    first decodes without the container to what it decodes to with it.
+    """
+    with pyav.opened(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
+        container, stream = reader.container, reader.stream
+        rows = []
+        for packet in demux(container, stream):
+            if not packet.size:  # the flush at the end
+                continue
+            place = packet.pos or 0
+            rows.append((place, packet.size, packet.pts or 0))
+            if read(place, place + packet.size) != bytes(packet):
+                return None
+        places, sizes, times = np.array(rows, np.int64).T
+        if not np.array_equal(times, facts.times) or np.any(places[1:] != places[:-1] + sizes[:-1]):
+            return None
+        first = int(places[0])
+        table = read(0, first).find(sizes.astype(">u4").tobytes())
+        if table < 0:
+            return None
+        if _decoder_of(facts.codec) is None:
+            return None
+        setup = bytes(stream.codec_context.extradata or b"")
+        shown = _open_decoder(facts.codec, setup).decode(_packet(read(first, first + int(sizes[0]))))
+        container.seek(int(times[0]), stream=stream)
+        expected = next(decode(container, stream))
+        same = len(shown) == 1 and _is_like(shown[0], expected)
+        return Packets(table, first, setup) if same else None
+
+
+def _is_like(one: av.VideoFrame, other: av.VideoFrame) -> bool:
+    """Whether frames of a file are alike in all that their RGB depends on."""
+    kinds = [(frame.format.name, frame.colorspace, frame.color_range, frame.rotation) for frame in (one, other)]
+    return kinds[0] == kinds[1] and np.array_equal(one.to_ndarray(), other.to_ndarray())

@@ -1,0 +1,144 @@
+"""The part of a video file that holds some of its frames, as a file of its own: what DALI is given."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import io
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+
+from umt_fast.data.decode import bitstream as vp9
+from umt_fast.data.decode.container import Reader, opened
+from umt_fast.data.decode.demux import demux
+from umt_fast.data.index import BadVideo, Video
+
+_STEP = Fraction(1, 25)
+"""Seconds between frames of an excerpt, whose own times nobody asks for."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What a decoder needs of a video for some of its frames: their packets and those they build upon."""
+
+    content: bytes
+    """A Matroska file of nothing else, one packet per frame, with times from 0 on."""
+    frames: list[int]
+    """Which frames of that are the wanted ones, as they were asked for."""
+    width: int
+    """Pixels."""
+    height: int
+
+
+def cut_excerpt(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> Excerpt | None:
+    """The part of a video that holds the frames which `choose` wants, as `read_frames` calls it.
+
+    None where packets and shown frames are not the same, as with edit lists, frames are stored turned, change in size
+    or build upon what is before an H.264 key frame, or the first does not decode. Nothing else is decoded, and of a
+    video with facts not even that. Raises BadVideo as `read_frames`, except for what only decoding shows.
+    """
+    with opened(video, content) as reader:
+        try:
+            facts = video.facts or reader.facts()
+        except (BadVideo, av.error.FFmpegError):
+            return None
+        if not facts.plain:
+            return None
+        indices = list(choose(facts.frames))
+        cut = _cut(reader, indices)
+        return cut and Excerpt(*cut, facts.width, facts.height)
+
+
+def _cut(reader: Reader, indices: list[int]) -> tuple[bytes, list[int]] | None:
+    """The packets that frames need, as Matroska, and the numbers of the frames in that. None if sizes change."""
+    wanted = [reader.pts[index] for index in indices]
+    packets = _collect(reader, wanted, seek=True)
+    if not packets.keys() >= set(wanted):  # a seek that lands behind its key frame
+        packets = _collect(reader, wanted, seek=False)
+    times = sorted(packets)
+    for index, time in zip(indices, wanted, strict=True):
+        if time not in packets:
+            raise BadVideo(f"frame {index} of {len(reader.pts)} is not there")
+    if not _keeps_its_format(reader, packets.values()):
+        return None
+    return _mux(reader, packets, times), [bisect.bisect_left(times, time) for time in wanted]
+
+
+def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.Packet]:
+    """By time, in the order of decoding, the packets from the key frames before the given times to those."""
+    waiting: dict[int, set[int]] = {}
+    for time in times:
+        waiting.setdefault(reader.key_of(time), set()).add(time)
+    packets: dict[int, av.Packet] = {}
+    while waiting:
+        start = min(waiting) if seek else min(reader.keys[0], reader.pts[0], 0)
+        reader.container.seek(start, stream=reader.stream)
+        wanted: set[int] = set()
+        first = start
+        for packet in demux(reader.container, reader.stream):
+            if packet.pts is None:
+                continue
+            if packet.pts in waiting:
+                first = first if wanted else packet.pts
+                wanted |= waiting.pop(packet.pts)
+            if wanted and packet.pts >= first:  # what leads a key frame builds upon the group before
+                packets[packet.pts] = packet
+                wanted.discard(packet.pts)
+                if not wanted and (seek or not waiting):
+                    break
+        else:
+            break  # the end of the file
+    return packets
+
+
+def _keeps_its_format(reader: Reader, packets: Collection[av.Packet]) -> bool:
+    """Whether all frames are of the size and pixel format that the file's header names, and H.264's key frames
+    need nothing before them: else what follows one is lost where the group before is cut."""
+    context = reader.stream.codec_context
+    if context.codec.canonical_name == "h264" and not all(_has_idr(one) for one in packets if one.is_keyframe):
+        return False
+    if context.codec.canonical_name == "vp9":  # FFmpeg would decode it
+        try:
+            found = [one for packet in packets for one in vp9.read_formats(bytes(packet))]
+        except ValueError:
+            return False
+        colours = {form for _, _, form in found if len(form) > 1}
+        profiles = {form[0] for _, _, form in found}
+        sizes = {(width, height) for width, height, _ in found}
+        return sizes == {(context.width, context.height)} and len(profiles) == len(colours) == 1
+    before = context.width, context.height, context.pix_fmt
+    context.skip_frame = "ALL"  # the decoder reads headers and goes on
+    for packet in packets:
+        with contextlib.suppress(av.error.FFmpegError):
+            context.decode(packet)
+        if (context.width, context.height, context.pix_fmt) != before:
+            return False
+    return True
+
+
+def _mux(reader: Reader, packets: dict[int, av.Packet], times: list[int]) -> bytes:
+    target = io.BytesIO()
+    with av.open(target, "w", format="matroska", options={"fflags": "bitexact"}) as container:
+        stream = container.add_stream_from_template(reader.stream, opaque=True)
+        ranks = [bisect.bisect_left(times, time) for time in packets]
+        delay = max(number - rank for number, rank in enumerate(ranks))
+        for number, (packet, rank) in enumerate(zip(packets.values(), ranks, strict=True)):
+            packet.stream = stream
+            packet.time_base = _STEP
+            packet.dts, packet.pts, packet.duration = number, rank + delay, 1
+            container.mux(packet)
+    return target.getvalue()
+
+
+def _has_idr(packet: av.Packet) -> bool:
+    """Whether an H.264 packet holds an IDR picture: a unit of type 5, behind a start code or a length of 4 bytes."""
+    data, place, kinds = bytes(packet), 0, set()
+    while place + 4 < len(data):
+        kinds.add(data[place + 4] & 31)
+        place += 4 + int.from_bytes(data[place : place + 4], "big")
+    if place != len(data):  # no lengths
+        kinds = {unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit}
+    return 5 in kinds

@@ -1,0 +1,208 @@
+"""Whether the copies that `prepare` made are whole, what the index says they are, and like their sources."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from umt_fast.config import DataConfig
+from umt_fast.data.decode import by_index as packets
+from umt_fast.data.decode import container as pyav
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
+from umt_fast.data.manifest import ManifestError, read_manifest
+from umt_fast.data.prepare.encode import BadCopy
+from umt_fast.data.prepare.plan import TIME_LIMIT, CannotPrepare, Journal
+from umt_fast.data.prepare.pool import Died, Pool, keep_bars_here
+from umt_fast.data.prepare.work import hash_bytes
+from umt_fast.data.shards import list_shard
+from umt_fast.files import lock_folder
+
+LEAST_PSNR = 20.0
+"""dB, over the compared frames of a video. Copies at the default quality have 26 (test patterns) to 43; other videos
+of the same size 5 to 15."""
+COMPARED = 8
+"""Frames of each video that are compared with the source's."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    checked: int
+    compared: int
+    """Of these, with their sources."""
+    lowest: tuple[float, str] | None
+    """PSNR in dB of the copy least like its source, and its name."""
+    problems: list[tuple[str, str]]
+    """File and what is wrong with it."""
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{file}: {problem}" for file, problem in self.problems]
+        least = f", PSNR {self.lowest[0]:.1f} dB or more ({self.lowest[1]})" if self.lowest else ""
+        lines.append(f"{self.checked} copies decoded, {self.compared} compared with their sources{least}")
+        lines += [self.note] if self.note else []
+        bad = sorted({file for file, _ in self.problems})
+        if bad:
+            some = " ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
+            lines.append(f"{len(bad)} files are not right; rm them ({some}) and run prepare again as before")
+        else:
+            lines.append("all is right")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Task:
+    copy: Video
+    file: str
+    """The copy's, or its shard's."""
+    digest: str
+    source: Video | None
+
+
+def verify(
+    out: str,
+    workers: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    read_timeout: float = DataConfig.read_timeout,
+) -> Verdict:
+    """Decode every copy in the folder `out`, and compare it with what the index says and, if it is there, its source.
+
+    `time_limit`: seconds that one may take, `read_timeout`: within which a source must have come from a URL.
+    Raises CannotPrepare where there are no finished copies, FolderInUse while they are being made.
+    """
+    index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
+    if not index.is_file():
+        raise CannotPrepare(f"{out} has no {INDEX_NAME}: prepare has not finished there")
+    content = index.read_bytes()
+    copies = parse_index(content, str(index))
+    rows = [row for row in content.split(b"\n")[1:] if row.strip()]
+    sources, note = (
+        _find_sources(state, read_timeout) if state.is_dir() else ({}, f"no {STATE_NAME} here: sources are not known")
+    )
+    tasks = {}
+    for copy, row in zip(copies, rows, strict=True):
+        local = os.path.relpath(copy.path, out)
+        tasks[copy.name] = _Task(copy, copy.path, json.loads(row)["sha256"], sources.get(copy.member or local))
+    problems = _check_shards(copies)
+    compared, lowest = 0, None
+    keep_bars_here()
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing is being made
+            held.enter_context(lock_folder(Path(out)))
+        pool = held.enter_context(Pool(_work, workers or len(os.sched_getaffinity(0))))
+        for task in tasks.values():
+            pool.add(task, time_limit=time_limit)
+        for task, outcome in tqdm(pool.results(), total=len(tasks), unit="video", desc="verify"):
+            if isinstance(outcome, Died | str):
+                problems.append((task.file, f"{task.copy.member} {outcome}".strip()))
+            elif outcome is not None:
+                compared += 1
+                lowest = min(lowest or (outcome, task.copy.name), (outcome, task.copy.name))
+    return Verdict(len(tasks), compared, lowest, sorted(problems), note)
+
+
+def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], str]:
+    """The sources that are still there, by their copies' paths; and a note if there are none."""
+    journal = Journal(state / "journal.jsonl")
+    journal.close()
+    settings = json.loads((state / "settings.json").read_bytes())
+    try:
+        listed = read_manifest(settings["SOURCE"], settings["--prefix"], read_timeout)
+        videos = {video.name: video for video in listed}
+    except ManifestError as error:
+        return {}, f"not compared with the sources: {error}"
+    paths = {name: copy["row"]["path"] for name, copy in journal.copies.items()}
+    there = {name for name in paths if name in videos and (is_url(name) or os.path.exists(videos[name].path))}
+    gone = f"{len(paths) - len(there)} sources are gone" if len(there) < len(paths) else ""
+    return {paths[name]: videos[name] for name in there}, gone
+
+
+def _check_shards(copies: Sequence[Video]) -> list[tuple[str, str]]:
+    """Shards whose members are not where the index says."""
+    wanted: dict[str, set[tuple[Any, ...]]] = {}
+    for copy in copies:
+        if copy.offset is not None:
+            wanted.setdefault(copy.path, set()).add((copy.member, copy.offset, copy.size))
+    problems = []
+    for shard, members in wanted.items():
+        try:
+            rows = list_shard(shard, {".mp4"})
+        except OSError as error:
+            problems.append((shard, f"does not read: {error.strerror or error}"))
+            continue
+        if {(row["path"], row["offset"], row["bytes"]) for row in rows} != members:
+            problems.append((shard, "does not hold the videos that the index says"))
+    return problems
+
+
+def _work(task: _Task) -> float | str | None:
+    """PSNR of a good copy, None if there is nothing to compare it with; else what is wrong."""
+    try:
+        return _check(task)
+    except (BadCopy, pyav.BadVideo) as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _check(task: _Task) -> float | None:
+    copy = task.copy
+    try:
+        size, digest = hash_bytes(copy)
+    except OSError as error:
+        raise BadCopy(error.strerror or str(error)) from None
+    if size != copy.size:
+        raise BadCopy(f"has {size} bytes, the index says {copy.size}")
+    if digest != task.digest:
+        raise BadCopy(f"has SHA-256 {digest[:12]}..., the index says {task.digest[:12]}...: its bytes have changed")
+    bare = Video(copy.path, copy.member, copy.offset, copy.size)
+    facts = pyav.probe(bare)
+    assert copy.facts is not None
+    _compare_facts(facts, copy.facts)
+    if copy.facts.packets not in (None, packets.find_packets(bare, facts)):
+        raise BadCopy("its packets do not lie where the index says")
+    for _ in pyav.each_frame(bare):  # raises BadVideo unless every frame decodes
+        pass
+    return None if task.source is None else _psnr(copy, task.source, facts.frames)
+
+
+def _compare_facts(found: Facts, said: Facts) -> None:
+    for name in ("frames", "codec", "width", "height"):
+        if getattr(found, name) != getattr(said, name):
+            raise BadCopy(f"has {name} = {getattr(found, name)}, the index says {getattr(said, name)}")
+    for name in ("times", "keys"):
+        if not np.array_equal(getattr(found, name), getattr(said, name)):
+            raise BadCopy(f"its {name} are not those of the index")
+
+
+def _psnr(copy: Video, source: Video, frames: int) -> float:
+    """Of evenly spaced frames, the source's resized as by another hand than the copy's were."""
+    wanted = sorted({int(place) for place in np.linspace(0, frames - 1, COMPARED)})
+    counts: list[int] = []
+
+    def choose(count: int) -> list[int]:
+        counts.append(count)
+        return wanted if count == frames else []
+
+    try:
+        before = pyav.read_frames(source, choose)
+    except pyav.BadVideo as error:
+        raise BadCopy(f"its source {source.name} does not read any more: {error}") from None
+    if counts[0] != frames:
+        raise BadCopy(f"has {frames} frames, its source {source.name} {counts[0]}")
+    squares = []
+    for old, new in zip(before, packets.read_frames(copy, lambda _count: wanted), strict=True):
+        resized = np.asarray(Image.fromarray(old).resize(new.shape[1::-1], Image.Resampling.BICUBIC))
+        squares.append(np.square(resized.astype(np.float32) - new).mean())
+    psnr = float(10 * np.log10(255**2 / max(float(np.mean(squares)), 1e-2)))
+    if psnr < LEAST_PSNR:
+        raise BadCopy(f"is not like its source {source.name}: PSNR {psnr:.1f} dB, less than {LEAST_PSNR:g}")
+    return psnr

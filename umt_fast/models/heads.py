@@ -1,0 +1,111 @@
+"""Heads on the video ViT, and the models that they make with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from umt_kernels import gather_layer_norm
+
+from umt_fast.config import Recompute, StudentConfig
+from umt_fast.models.attention import Backend
+from umt_fast.models.positions import sinusoid_positions
+from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+
+class NormedTransformer(VideoTransformer):
+    """The video ViT with the final LayerNorm that all aligned layers share."""
+
+    def __init__(self, config: StudentConfig, drop_path: float) -> None:
+        super().__init__(config, drop_path)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+
+
+class AlignmentHead(nn.Module):
+    """Linear into the teacher's output space, and the LayerNorm that the loss applies to it."""
+
+    def __init__(self, width: int, target_width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, target_width)
+        self.norm = nn.LayerNorm(target_width, eps=LAYER_NORM_EPS)
+
+
+class Predictions(NamedTuple):
+    """What the student says of the visible tokens, before each layer's own LayerNorm: the loss takes that in."""
+
+    hidden: Float[Tensor, "k b m c"]
+    weight: Float[Tensor, "k c"]
+    bias: Float[Tensor, "k c"]
+
+    def normed(self) -> Float[Tensor, "k b m c"]:
+        """After the LayerNorm; not L2-normalised."""
+        plain = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:], eps=LAYER_NORM_EPS)
+        return plain * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class VideoStudent(nn.Module):
+    """UMT's pre-training ViT (arXiv 2303.16058); parameter names and initialisation are those of its checkpoints."""
+
+    position: Tensor
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = NormedTransformer(config, config.drop_path)
+        self.clip_decoder = nn.ModuleList(
+            AlignmentHead(config.width, config.target_width) for _ in range(config.align_layers)
+        )
+        # Encoder and decoder use the same fixed table.
+        self.register_buffer("position", sinusoid_positions(config.tokens, config.width), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_attention(self, backend: Backend) -> None:
+        """Use `backend` in every block; before torch.compile, which takes it in."""
+        self.encoder.set_attention(backend)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        self.encoder.set_recompute(recompute)
+
+    def forward(self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "r m"]) -> Predictions:
+        """Predictions for the tokens `token_ids` of each clip, layers from shallow to deep.
+
+        clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]; ids index the flattened (t, h, w) grid. With
+        r = M * B rows of ids, rows M i to M (i + 1) are visible sets of clip i. Raises ValueError for a clip of
+        another size, or a number of rows that is no multiple of the clips.
+        """
+        check_clip(clip, self.config.image_size, self.config.frames)
+        layers = range(self.config.depth - self.config.align_layers, self.config.depth)
+        hidden = self.encoder.hidden_states(clip, self.position, token_ids, layers)
+        norm = self.encoder.norm
+        features = [
+            gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=self.position, position_ids=token_ids)
+            for x in hidden
+        ]
+        heads = [head for head in self.clip_decoder if isinstance(head, AlignmentHead)]
+        return Predictions(
+            torch.stack([head.head(x) for head, x in zip(heads, features, strict=True)]),
+            torch.stack([head.norm.weight for head in heads]),
+            torch.stack([head.norm.bias for head in heads]),
+        )
+
+
+def bare_student(student: nn.Module) -> VideoStudent:
+    """The student inside DDP and torch.compile."""
+    while not isinstance(student, VideoStudent):
+        for name in ("module", "_orig_mod"):
+            if isinstance(inner := getattr(student, name, None), nn.Module):
+                student = inner
+                break
+        else:
+            raise TypeError(f"{type(student).__name__} is not a VideoStudent nor wraps one")
+    return student

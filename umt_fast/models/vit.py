@@ -1,0 +1,160 @@
+"""The video ViT: hidden states of chosen layers for given tokens. Norms, heads and positions are its users'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from umt_kernels import patch_embed
+
+from umt_fast.config import MLP_RATIO, Recompute, VitConfig
+from umt_fast.models.attention import SDPA, Backend, self_attention
+from umt_fast.models.recompute import RUN_BLOCK
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+LAYER_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Self-attention with biases on q and v but not on k."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.backend = SDPA
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        if type(self.qkv) is nn.Linear:
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:  # in float8 the layer multiplies by itself
+            qkv = self.qkv(x)
+            qkv = qkv + bias.to(qkv.dtype)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))
+        return self.proj(self_attention(qkv, self.backend).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, MLP_RATIO * width)
+        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width)
+
+    def _maybe_drop(self, branch: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        """Stochastic depth (arXiv 1603.09382): a sample's branch is dropped whole, the others scaled to make up."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * (torch.rand(len(branch), 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
+
+    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        x = x + self._maybe_drop(self.attn(self.norm1(x)))
+        return x + self._maybe_drop(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Holder of the Conv3d's parameters under their published name; `patch_embed` runs them as a GEMM."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        kernel = (config.tubelet_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(3, config.width, kernel, stride=kernel)
+
+
+class VideoTransformer(nn.Module):
+    """Patch embedding and pre-norm blocks (UMT, arXiv 2303.16058), under their published parameter names."""
+
+    def __init__(self, config: VitConfig, drop_path: float = 0.0) -> None:
+        """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first."""
+        super().__init__()
+        self.image_size = config.image_size
+        self.patch_size = config.patch_size
+        self.patch_embed = PatchEmbed(config)
+        steps = max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, drop_path * index / steps) for index in range(config.depth)
+        )
+        self.run_block = RUN_BLOCK["none"]
+
+    def hidden_states(
+        self,
+        clip: Shaped[Tensor, "b ..."],
+        position: Float[Tensor, "n d"],
+        token_ids: Int[Tensor, "r m"] | None = None,
+        layers: Sequence[int] = (-1,),
+    ) -> list[Float[Tensor, "r m d"]]:
+        """Outputs of the blocks `layers` (negative ones count from the end), in that order, not normalised.
+
+        clip       uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W], any T that the tubelet divides.
+        position   table of the clip's N tokens in (t, h, w) order, added to the embeddings.
+        token_ids  tokens that enter the blocks; None: all. Rows M i to M (i + 1) of r = M * B are sets of clip i.
+
+        Raises ValueError for a clip of another size, a table of another length, or r that is not a multiple of B.
+        """
+        check_clip(clip, self.image_size)
+        conv = self.patch_embed.proj
+        frames = clip.shape[1] if clip.dtype == torch.uint8 else clip.shape[2]
+        tokens = frames // conv.kernel_size[0] * (self.image_size // self.patch_size) ** 2
+        if frames % conv.kernel_size[0]:
+            raise ValueError(f"clip has {frames} frames, which is not a multiple of the tubelet, {conv.kernel_size[0]}")
+        if len(position) != tokens:
+            raise ValueError(f"position has {len(position)} rows, but a clip of {frames} frames has {tokens} tokens")
+        of_clip = None
+        if token_ids is not None:
+            if len(token_ids) % len(clip):
+                raise ValueError(f"token_ids has {len(token_ids)} rows, which is not a multiple of {len(clip)} clips")
+            of_clip = token_ids.view(len(clip), -1)
+        x = patch_embed(clip, conv.weight, conv.bias, self.patch_size, token_ids=of_clip, position=position)
+        if token_ids is not None:
+            x = x.view(*token_ids.shape, -1)
+        depth = len(self.blocks)
+        wanted = [layer % depth for layer in layers]
+        kept = {}
+        for index, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = self.run_block(block, x)
+            if index in wanted:
+                kept[index] = x
+        return [kept[layer] for layer in wanted]
+
+    def set_attention(self, backend: Backend) -> None:
+        """Use `backend` in every block; before torch.compile, which takes it in."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        self.run_block = RUN_BLOCK[recompute]
+
+
+def check_clip(clip: Tensor, side: int, frames: int | None = None) -> None:
+    """Raise unless `clip` is [B,T,side,side,3] uint8 or [B,3,T,side,side] float (with `frames` frames, if given)."""
+    uint8 = clip.dtype == torch.uint8
+    wanted = f"uint8 [B, {frames or 'T'}, {side}, {side}, 3] or float [B, 3, {frames or 'T'}, {side}, {side}]"
+    if clip.dim() != 5 or len(clip) == 0:
+        raise ValueError(f"clip has shape {list(clip.shape)}; give {wanted}")
+    got_frames, height, width, channels = (clip if uint8 else clip.permute(0, 2, 3, 4, 1)).shape[1:]
+    if (height, width, channels) != (side, side, 3) or (frames is not None and got_frames != frames):
+        raise ValueError(f"clip is {clip.dtype} {list(clip.shape)}; give {wanted}")

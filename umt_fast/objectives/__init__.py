@@ -1,0 +1,1 @@
+"""The loss of each job, one file each."""

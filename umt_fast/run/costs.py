@@ -1,0 +1,169 @@
+"""What a step costs by arithmetic: floating-point operations and bytes of memory.
+
+A multiplication with its addition counts as two operations. Only matmuls, convolutions and attention count; the rest
+is under 1% and bound by memory. `torch.utils.flop_counter` agrees with these formulas (tests/run/test_costs.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from umt_fast import masking
+from umt_fast.config import MLP_RATIO, Config, Recompute, StudentConfig, TeacherConfig
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one step, by phase."""
+
+    teacher: int
+    student_forward: int
+    student_backward: int
+
+    @property
+    def total(self) -> int:
+        return self.teacher + self.student_forward + self.student_backward
+
+    def by_phase(self) -> dict[str, int]:
+        return {"teacher": self.teacher, "student forward": self.student_forward, "backward": self.student_backward}
+
+
+def _rows(rows: int, keys: int, width: int) -> int:
+    """A transformer block for `rows` queries over `keys` keys, without the projection of the keys and values."""
+    matmuls = 2 * rows * width * width * (2 + 2 * MLP_RATIO)  # query, output, MLP
+    return matmuls + 4 * rows * keys * width
+
+
+def _block(tokens: int, width: int) -> int:
+    return _rows(tokens, tokens, width) + 2 * tokens * width * 2 * width
+
+
+def _student(config: StudentConfig, seen: int, embedded: int) -> tuple[int, int]:
+    """Forward and backward of one sample; `embedded` tokens go through the patch embedding."""
+    patch = 2 * embedded * config.width * 3 * config.tubelet_size * config.patch_size**2
+    blocks = config.depth * _block(seen, config.width)
+    heads = config.align_layers * 2 * seen * config.width * config.target_width
+    return patch + blocks + heads, patch + 2 * (blocks + heads)  # pixels get no gradient
+
+
+def lean_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int, masks_per_clip: int = 1) -> Flops:
+    """The step as umt_fast makes it: what the method needs and no more. `seen` is the visible tokens of a clip."""
+    frames, patches = student.tokens // student.grid**2, teacher.grid**2
+    rows = seen * masks_per_clip  # of the last block and the projection, over all frames
+    # The folded kernel is as wide as the window of the resize: one or two pixels of halo.
+    window = folded_window(teacher)
+    width, length = teacher.width, patches + 1
+    one = frames * patches * 2 * width * 3 * teacher.tubelet_size * window**2
+    one += frames * (teacher.depth - 1) * _block(length, width)
+    one += frames * (2 * length * width * 2 * width + 2 * width * width + 2 * length * width)  # keys, values; scores
+    one += _rows(rows, length, width)
+    one += teacher.align_layers * 2 * rows * width * teacher.target_width
+    forward, backward = _student(student, seen, seen)
+    return Flops(clips * one, clips * masks_per_clip * forward, clips * masks_per_clip * backward)
+
+
+def published_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int) -> Flops:
+    """The step as published: every token embedded, finished and projected by the teacher, embedded by the student."""
+    frames, patches = student.tokens // student.grid**2, teacher.grid**2
+    width, length = teacher.width, patches + 1
+    one = frames * patches * 2 * width * 3 * teacher.tubelet_size * teacher.patch_size**2
+    one += frames * teacher.depth * _block(length, width)
+    one += teacher.align_layers * frames * patches * 2 * width * teacher.target_width
+    forward, backward = _student(student, seen, student.tokens)
+    return Flops(clips * one, clips * forward, clips * backward)
+
+
+def folded_window(teacher: TeacherConfig) -> int:
+    """Side of the patch kernel on the clip that comes in, pixels."""
+    from umt_fast.models.positions import bicubic_window
+
+    if teacher.clip_patch_size == teacher.patch_size:
+        return teacher.patch_size
+    return bicubic_window(teacher.clip_patch_size, teacher.patch_size)[0].shape[1]
+
+
+def student_parameters(config: StudentConfig) -> int:
+    d, c = config.width, config.target_width
+    block = (4 + 2 * MLP_RATIO) * d * d + 12 * d
+    patch = 3 * config.tubelet_size * config.patch_size**2 * d + d
+    return patch + config.depth * block + 2 * d + config.align_layers * (d * c + 3 * c)
+
+
+def teacher_parameters(config: TeacherConfig) -> int:
+    d = config.width
+    block = (4 + 2 * MLP_RATIO) * d * d + (9 + MLP_RATIO) * d
+    patch = 3 * config.tubelet_size * (config.patch_size**2 + folded_window(config) ** 2) * d
+    return patch + config.depth * block + (config.grid**2 + 6) * d + d * config.target_width
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a step."""
+
+    states: int
+    """Weights, gradients and optimiser: the same for every batch."""
+    per_clip: int
+    """What one more clip adds."""
+
+    def peak(self, clips: int) -> int:
+        return self.states + clips * self.per_clip
+
+    def largest_batch(self, available: int) -> int:
+        return max(0, (available - RESERVED - self.states) // self.per_clip)
+
+
+RESERVED = 2 * GIB
+"""Left free of a GPU for the CUDA context, cuBLAS workspaces and fragmentation."""
+
+KEPT: dict[Recompute, tuple[int, int]] = {"none": (8, 28), "selective": (4, 20), "full": (4, 0)}
+"""Bytes per token and unit of width that a student's block keeps for its backward pass: of float32 whatever the
+precision, and of the run's precision, here 2-byte numbers.
+
+none       two residuals; normalised inputs 2 x 2, qkv 6, attention 2, hidden layer and its GELU 2 x 8
+selective  one residual; the outputs of matmuls and attention: qkv 6, attention 2, its projection 2, fc1 8, fc2 2
+full       one residual
+"""
+
+
+def step_memory(config: Config, bf16: bool) -> Memory:
+    """The peak of a step under `config`: the teacher at its widest, or the student before its backward pass."""
+    student, teacher, masks = config.student, config.teacher, config.train.masks_per_clip
+    frames, patches = student.tokens // student.grid**2, student.grid**2
+    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
+    size = 2 if bf16 else 4
+    # float32 weights, gradients and two moments; autocast's copy of the weights lasts until the backward pass
+    states = student_parameters(student) * (16 + (2 if bf16 else 0)) + teacher_parameters(teacher) * size
+    single, run = KEPT[config.model.recompute]
+    width, out, layers = student.width, student.target_width, student.align_layers
+    block = width * (single + run * size // 2)
+    whole = width * (KEPT["none"][0] + KEPT["none"][1] * size // 2)  # one block computed again, or differentiated
+    pixels = 3 * student.tubelet_size * student.patch_size**2 * size
+    # Of an aligned layer: its normalised output, the head's output and both of the loss's gradients, the target.
+    heads = layers * (2 * width * size + 4 * out * size)
+    of_student = masks * seen * (student.depth * block + whole + pixels + heads)
+    # Outputs of the aligned blocks, the stream before and after, the hidden layer and its gate.
+    rows = frames * (patches + 1)
+    of_teacher = rows * teacher.width * (4 * (teacher.align_layers + 1) + 10 * size)
+    return Memory(states, max(of_student, of_teacher))
+
+
+def plan(config: Config, bf16: bool, gpu_memory: float | None) -> str:
+    """What a step of this run costs, in words, and the batches that fit `gpu_memory` GiB or some known GPUs."""
+    optim, student = config.optim, config.student
+    frames, patches = student.tokens // student.grid**2, student.grid**2
+    seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
+    flops = lean_flops(student, config.teacher, optim.batch_size, seen, config.train.masks_per_clip)
+    memory = step_memory(config, bf16)
+    lines = [
+        f"one forward and backward pass of {optim.batch_size} clips per process, {seen} visible tokens each, "
+        f"{'bf16' if bf16 else 'float32'}, recompute {config.model.recompute}",
+        f"  {flops.total / 1e12:.2f} TFLOP: " + ", ".join(f"{n} {f / 1e12:.2f}" for n, f in flops.by_phase().items()),
+        f"  {memory.peak(optim.batch_size) / GIB:.1f} GiB at the peak, by arithmetic: {memory.states / GIB:.1f} of "
+        f"weights, gradients and optimiser, {memory.per_clip / 2**20:.0f} MiB per clip",
+    ]
+    for size in (24, 40, 80, 141) if gpu_memory is None else (gpu_memory,):
+        batch = memory.largest_batch(int(size * GIB))
+        lines.append(f"  a GPU with {size:g} GiB takes {batch} clips" if batch else f"  {size:g} GiB are too little")
+    return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""The folder of a run, which one run at a time may use."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from umt_fast.config import ConfigError
+from umt_fast.files import FolderInUse, lock_folder
+from umt_fast.run.world import World
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, world: World) -> Iterator[None]:
+    """Make the folder of a run and keep other runs out of it meanwhile.
+
+    Raises ConfigError if another run is in it.
+    """
+    if not world.main:
+        yield
+        return
+    try:
+        with lock_folder(folder):
+            yield
+    except FolderInUse:
+        raise ConfigError(f"another run is using {folder}; stop it, or choose another --run.name") from None

@@ -1,0 +1,159 @@
+"""A teacher that multiplies in int8 or float8, a student that trains in float8, both through torchao, and what that
+costs in accuracy.
+
+The scores decide what the student sees, so the last block's queries, keys and values stay as they are, with the patch
+embedding and the output projection. Everything else of the blocks is quantised: weights once, per output channel,
+activations at every call, per row.
+
+The student's float8 is an experiment: all matmuls of its blocks, forward and backward, with one scale per tensor found
+at every call. Patch embedding, attention, norms and heads stay as they are, and so do the weights and their keys.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umt_fast.config import ConfigError, TeacherPrecision
+from umt_fast.models.clip_vision import Block, ClipTeacher
+from umt_fast.models.heads import VideoStudent
+
+INSTALL = "pip install torchao, which needs torch 2.10 or later"
+FLOAT8_CAPABILITY = (8, 9)
+"""The first compute capability with float8 matmuls."""
+FLOAT8_MULTIPLE = 16
+"""What the sizes of a float8 matmul must be multiples of; the rows of a batch are one, in the weights' gradient."""
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Cosines between a model's outputs in low precision and those before, over all tokens and layers."""
+
+    mean: float
+    lowest_percent: float
+    """The cosine that 1% of the outputs stay below."""
+    median: float
+
+    @staticmethod
+    def between(rounded: Tensor, exact: Tensor) -> Cosines:
+        cosine = F.cosine_similarity(exact.float(), rounded.float(), dim=-1).flatten()
+        low = cosine.kthvalue(max(1, len(cosine) // 100)).values
+        return Cosines(float(cosine.mean()), float(low), float(cosine.median()))
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:.5f}, median {self.median:.5f}, 1% below {self.lowest_percent:.5f}"
+
+
+def check_device(setting: str, precision: TeacherPrecision, device: torch.device) -> None:
+    """Raise ConfigError, naming the setting, unless this device can run a model of that precision."""
+    try:
+        importlib.import_module("torchao")
+    except ImportError as error:
+        raise ConfigError(f"{setting} = {precision} needs torchao ({error}); {INSTALL}") from None
+    if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY):
+        raise ConfigError(f"{setting} = fp8 needs a GPU with float8 matmuls: Ada, Hopper or later")
+
+
+def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
+    """Quantise the matmuls of the blocks in place. Raises ConfigError where torchao or the device cannot."""
+    device = teacher.proj.device
+    check_device("model.teacher_precision", precision, device)
+    blocks = [block for block in teacher.transformer.resblocks if isinstance(block, Block)]
+    for block in blocks:
+        if block is not blocks[-1]:
+            block.attn.in_proj_weight = _quantized(block.attn.in_proj_weight, precision)
+        for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            layer.weight = _quantized(layer.weight, precision)
+
+
+def _quantized(weight: Tensor, precision: TeacherPrecision) -> nn.Parameter:
+    """torchao quantises layers: the weight goes through one."""
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
+    # torchao would also turn on Inductor's long searches, for the student too.
+    if precision == "fp8":
+        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
+    else:
+        quantize_(layer, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return layer.weight
+
+
+def lower_precision(teacher: ClipTeacher, precision: TeacherPrecision, clip: Tensor, least_cosine: float) -> str:
+    """Quantise the teacher and measure the error on `clip` [B,T,H,W,3]. Returns a line that says it.
+
+    Raises ConfigError if the mean cosine is below `least_cosine`.
+    """
+    everything = torch.arange(teacher.config.grid**2, device=clip.device)
+    frames = clip.shape[1] // teacher.config.tubelet_size
+    visible = everything.expand(len(clip), frames, -1)
+    with torch.autocast(clip.device.type, torch.bfloat16):
+        exact = teacher.encode(clip)
+        exact_targets = teacher.targets(exact, visible)
+        quantize_teacher(teacher, precision)
+        rounded = teacher.encode(clip)
+        rounded_targets = teacher.targets(rounded, visible)
+    cosines = Cosines.between(rounded_targets, exact_targets)
+    difference = float((exact.scores - rounded.scores).abs().max() / exact.scores.max())
+    error = (
+        f"cosine of its targets with the exact ones: {cosines}; "
+        f"scores off by up to {100 * difference:.2f}% of the largest"
+    )
+    if not cosines.mean >= least_cosine:
+        raise ConfigError(
+            f"model.teacher_precision = {precision} is refused: {error}; model.least_teacher_cosine is {least_cosine}"
+        )
+    return f"{precision} teacher: {error}"
+
+
+def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool = False) -> None:
+    """Let the matmuls of the student's blocks compute in float8, both ways, on `batch` samples of `seen` tokens.
+
+    Parameters and keys stay as they are. `emulate` rounds to float8 but multiplies in float32, on any device. Raises
+    ConfigError where torchao, the device or a size does not allow it.
+    """
+    if not emulate:
+        check_device("model.student_precision", "fp8", student.position.device)
+    for name, size in (("student.width", student.config.width), ("visible tokens of a batch", batch * seen)):
+        if size % FLOAT8_MULTIPLE:
+            raise ConfigError(f"model.student_precision = fp8: {name} = {size} is no multiple of {FLOAT8_MULTIPLE}")
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    convert_to_float8_training(student.encoder.blocks, config=Float8LinearConfig(emulate=emulate))
+
+
+def lower_student_precision(
+    student: VideoStudent, clip: Tensor, batch: int, seen: int, least_cosine: float, emulate: bool = False
+) -> str:
+    """Convert the student and measure the error of its predictions on `clip` [B,T,H,W,3]. Returns a line that says it.
+
+    Raises ConfigError if the mean cosine is below `least_cosine`.
+    """
+    ids = (torch.arange(seen, device=clip.device) * student.config.tokens // seen).expand(len(clip), -1)
+
+    def predict() -> Tensor:
+        with torch.no_grad(), torch.autocast(clip.device.type, torch.bfloat16):
+            return student(clip, ids).normed()
+
+    training = student.training
+    student.eval()  # dropped paths would differ
+    exact = predict()
+    convert_student(student, batch, seen, emulate)
+    cosines = Cosines.between(predict(), exact)
+    student.train(training)
+    error = f"cosine of its predictions with the exact ones: {cosines}"
+    if not cosines.mean >= least_cosine:
+        raise ConfigError(
+            f"model.student_precision = fp8 is refused: {error}; model.least_student_cosine is {least_cosine}"
+        )
+    return f"fp8 student: {error}"
