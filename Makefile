@@ -14,8 +14,9 @@ endif
 	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo \
 		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
 
+# One thread per process: the processes take all cores between them.
 test: lint ## install what is needed and run every check and test, in plain PyTorch
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # The golden tests with the Triton kernels in Triton's interpreter; then umt-kernels alone, with nothing but torch,
 # triton and what runs the tests, both ways.
@@ -35,6 +36,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-cache
 
 doctor: .venv/.run ## what is installed, in use and missing
 	$(BIN)/python -m umt_fast.doctor
