@@ -1,13 +1,17 @@
-"""Which tokens the student sees.
+"""Masking rules: which tokens the student sees.
 
 A visible set is an integer tensor `[B, G, n]`: n ascending ids in each of G groups that split a clip's tokens evenly
-in time order. Per-frame masking has one group per frame of tokens (ids are patches of that frame); random masking
-has one group, the whole clip. The number of visible tokens is fixed, so every shape of a step is static.
+in time order. A rule either draws per frame of tokens (G = frames, ids are patches of that frame) or over the whole
+clip (G = 1). The number of visible tokens is fixed, so every shape of a step is static.
+
+A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,21 +23,65 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a masking rule needs, over what it counts, and how it draws."""
+
+    needs: Literal["nothing", "scores"]
+    """scores: the teacher's attention to each patch, so the draw waits for the teacher."""
+    counts: Literal["per frame", "per clip"]
+    """Where the number of visible tokens is fixed and rounded."""
+    draw: Callable[[Float[Tensor, "b t p"], int, torch.Generator | None], Int[Tensor, "b g n"]]
+    """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get ones as scores."""
+
+
+def _draw_attention(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
+    return sample_visible(scores.flatten(0, 1), num_visible, generator).long().unflatten(0, scores.shape[:2])
+
+
+def _draw_random(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
+    return sample_visible(scores.flatten(1), num_visible, generator).long()[:, None]
+
+
+def _draw_tube(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
+    one_frame = sample_visible(scores[:, 0].contiguous(), num_visible, generator).long()
+    return one_frame[:, None].expand(-1, scores.shape[1], -1)
+
+
+RULES: dict[Masking, Rule] = {
+    # UMT's semantic masking (arXiv 2303.16058, 3.1): in proportion to the class token's attention, without replacement.
+    "attention": Rule("scores", "per frame", _draw_attention),
+    # Uniform over the tokens of the clip (MAE-ST, arXiv 2205.09113).
+    "random": Rule("nothing", "per clip", _draw_random),
+    # One uniform draw, the same in all frames (VideoMAE, arXiv 2203.12602).
+    "tube": Rule("nothing", "per frame", _draw_tube),
+}
+
+
+def find_rule(name: Masking) -> Rule:
+    """The rule called `name`. Raises ValueError with the names there are."""
+    if name not in RULES:
+        raise ValueError(f"no masking rule {name!r}; choose one of {', '.join(RULES)}")
+    return RULES[name]
+
+
 def count_visible(tokens: int, ratio: float) -> int:
     """Tokens left visible out of `tokens` when the share `ratio` is hidden, rounded as UMT rounds."""
     return tokens - int(tokens * ratio)
 
 
 def count_seen(rule: Masking, frames: int, patches: int, ratio: float) -> int:
-    """Visible tokens of a whole clip of `frames` x `patches` tokens; `random` rounds once, the others per frame."""
-    return count_visible(frames * patches, ratio) if rule == "random" else frames * count_visible(patches, ratio)
+    """Visible tokens of a whole clip of `frames` x `patches` tokens."""
+    if find_rule(rule).counts == "per clip":
+        return count_visible(frames * patches, ratio)
+    return frames * count_visible(patches, ratio)
 
 
 def draw_by_score(
     scores: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b t n"]:
-    """UMT's semantic masking: per frame, patches without replacement in proportion to the teacher's attention."""
-    return sample_visible(scores.flatten(0, 1), num_visible, generator).long().unflatten(0, scores.shape[:2])
+    """Per frame, `num_visible` patches without replacement in proportion to their scores (torch.multinomial's law)."""
+    return _draw_attention(scores, num_visible, generator)
 
 
 def draw_blind(
@@ -45,18 +93,13 @@ def draw_blind(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b g n"] | None:
-    """The visible set of a rule that needs no scores; None for `attention`, which waits for the teacher.
-
-    random  over the whole clip, [B, 1, n];  tube  one draw of a frame, the same in all, [B, T, n].
-    """
-    if rule == "attention":
+    """The visible sets of a rule that needs no scores; None for a rule that waits for the teacher's."""
+    found = find_rule(rule)
+    if found.needs == "scores":
         return None
-    if rule not in ("random", "tube"):
-        raise ValueError(f"no masking rule {rule!r}; there are attention, random and tube")
-    tokens = frames * patches if rule == "random" else patches
-    uniform = torch.ones(batch, tokens, device=device)
-    drawn = sample_visible(uniform, count_visible(tokens, ratio), generator).long()[:, None]
-    return drawn if rule == "random" else drawn.expand(-1, frames, -1)
+    tokens = frames * patches if found.counts == "per clip" else patches
+    ones = torch.ones(batch, frames, patches, device=device)
+    return found.draw(ones, count_visible(tokens, ratio), generator)
 
 
 def token_ids(visible: Int[Tensor, "b g n"], tokens: int) -> Int[Tensor, "b m"]:
