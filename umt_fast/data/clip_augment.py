@@ -1,0 +1,219 @@
+"""Training augmentation of a labelled clip: RandAugment, random resized crop, flip, erasing (UMT's fine-tuning).
+
+`augment_published` repeats the published pipeline draw by draw: RandAugment by PIL on whole frames, then the crop. The
+fast way cuts and resizes first, in the loader, and `augment_batch` does the rest on the device; its operations act on
+224 x 224 pixels in place of whole frames, so a shear or a shift reaches what the crop left out in the published way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from umt_fast.data.sampling import Draws
+from umt_fast.data.views import Box
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, per channel."""
+FILL = 128
+"""What geometric operations show beyond the frame."""
+_HIGHEST = 10.0
+"""Levels run from 0 to this."""
+
+OPERATIONS = (
+    *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
+    *("Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY"),
+)
+_SIGNED = frozenset(OPERATIONS[7:]) | {"Rotate"}
+_ENHANCERS = {name: getattr(ImageEnhance, name) for name in ("Color", "Contrast", "Brightness", "Sharpness")}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Settings of the published fine-tuning: `rand-m7-n4-mstd0.5-inc1` and its crop, flip and erasing."""
+
+    operations: int = 4
+    """RandAugment operations drawn for a clip (arXiv 1909.13719); 0: none."""
+    magnitude: float = 7.0
+    """Mean level of an operation, of 10."""
+    magnitude_std: float = 0.5
+    chance: float = 0.5
+    """Chance that a drawn operation is applied."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Share of the frame's area that the crop has."""
+    crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    """Width by height of the crop."""
+    flip: float = 0.5
+    erase: float = 0.25
+    """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
+
+
+class Operation(NamedTuple):
+    name: str
+    value: float
+    """Degrees, bits, a threshold, a share: what the operation takes. 0 for one that takes nothing."""
+
+
+def draw_operations(settings: Augmentation, draws: Draws) -> list[Operation]:
+    """The operations of one clip. Every number is drawn as the published code does, used or not."""
+    if settings.operations == 0:
+        return []
+    chosen = draws.numpy.choice(len(OPERATIONS), settings.operations)
+    return [op for index in chosen if (op := draw_operation(OPERATIONS[index], settings, draws)) is not None]
+
+
+def draw_operation(name: str, settings: Augmentation, draws: Draws) -> Operation | None:
+    """Its argument, or None where it is skipped."""
+    if settings.chance < 1 and draws.python.random() > settings.chance:
+        return None
+    level = settings.magnitude
+    if settings.magnitude_std > 0:
+        level = draws.python.gauss(level, settings.magnitude_std)
+    share = min(max(level, 0.0), _HIGHEST) / _HIGHEST
+    sign = -1 if name in _SIGNED and draws.python.random() > 0.5 else 1
+    if name == "Rotate":
+        return Operation(name, sign * share * 30)
+    if name == "Posterize":
+        return Operation(name, 4 - int(share * 4))
+    if name == "Solarize":
+        return Operation(name, 256 - int(share * 256))
+    if name == "SolarizeAdd":
+        return Operation(name, int(share * 110))
+    if name in _ENHANCERS:
+        return Operation(name, 1 + sign * share * 0.9)
+    if name.startswith("Shear"):
+        return Operation(name, sign * share * 0.3)
+    if name.startswith("Translate"):
+        return Operation(name, sign * share * 0.45)
+    return Operation(name, 0)
+
+
+def apply_to_image(image: Image.Image, operation: Operation) -> Image.Image:
+    """One RandAugment operation by PIL, bicubic where it moves pixels."""
+    name, value = operation
+    if name in _ENHANCERS:
+        return _ENHANCERS[name](image).enhance(value)
+    if name == "Rotate":
+        return image.rotate(value, Image.Resampling.BICUBIC, fillcolor=(FILL,) * 3)
+    if name.startswith(("Shear", "Translate")):
+        matrix = _matrix(operation, image.width, image.height)
+        affine, cubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+        return image.transform(image.size, affine, matrix, cubic, fillcolor=(FILL,) * 3)
+    if name == "AutoContrast":
+        return ImageOps.autocontrast(image)
+    if name == "Equalize":
+        return ImageOps.equalize(image)
+    if name == "Invert":
+        return ImageOps.invert(image)
+    if name == "Posterize":
+        return ImageOps.posterize(image, int(value))
+    if name == "Solarize":
+        return ImageOps.solarize(image, int(value))
+    added = [min(255, level + int(value)) if level < 128 else level for level in range(256)]
+    return image.point(added * 3)  # SolarizeAdd
+
+
+def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
+    """Two rows that take a place of the output to one of the input, pixels from the top left corner."""
+    name, value = operation
+    if name == "ShearX":
+        return 1, value, 0, 0, 1, 0
+    if name == "ShearY":
+        return 1, 0, 0, value, 1, 0
+    if name == "TranslateX":
+        return 1, 0, value * width, 0, 1, 0
+    if name == "TranslateY":
+        return 1, 0, 0, 0, 1, value * height
+    cosine, sine = math.cos(math.radians(value)), math.sin(math.radians(value))  # Rotate, about the centre
+    x, y = width / 2, height / 2
+    return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
+
+
+def draw_crop(height: int, width: int, settings: Augmentation, draws: Draws) -> Box:
+    """A box of random area and aspect (arXiv 1409.4842); after ten that do not fit, a central one."""
+    low, high = settings.crop_aspect
+    for _ in range(10):
+        area = draws.python.uniform(*settings.crop_area) * height * width
+        aspect = math.exp(draws.python.uniform(math.log(low), math.log(high)))
+        draws.numpy.uniform()  # the published code draws whether to swap the sides, and never does
+        across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < across <= width and 0 < down <= height:
+            top = draws.python.randint(0, height - down)
+            return Box(top, draws.python.randint(0, width - across), down, across)
+    across, down = width, height
+    if width / height < low:
+        down = round(width / low)
+    elif width / height > high:
+        across = round(height * high)
+    return Box((height - down) // 2, (width - across) // 2, down, across)
+
+
+def draw_erased(height: int, width: int, settings: Augmentation, draws: Draws) -> Box | None:
+    """The rectangle of a clip that becomes noise, if one does."""
+    if settings.erase == 0 or draws.python.random() > settings.erase:
+        return None
+    for _ in range(100):
+        area = draws.python.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(draws.python.uniform(math.log(0.3), math.log(1 / 0.3)))
+        down, across = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if across < width and down < height:
+            top = draws.python.randint(0, height - down)
+            return Box(top, draws.python.randint(0, width - across), down, across)
+    return None
+
+
+def normalise(frames: UInt8[np.ndarray, "t h w 3"] | UInt8[Tensor, "t h w 3"]) -> Float[Tensor, "3 t h w"]:
+    """To float32 with ImageNet's mean and deviation."""
+    pixels = torch.as_tensor(frames).float() / 255
+    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(3, 0, 1, 2)
+
+
+def augment_published(
+    frames: UInt8[np.ndarray, "t h w 3"], side: int, settings: Augmentation, draws: Draws
+) -> Float[Tensor, "3 t side side"]:
+    """One training clip of whole frames, draw by draw as published: RandAugment, crop, flip, erasing.
+
+    The result is normalised float32. Call it again with the same draws for another sample of the same frames.
+    """
+    operations = draw_operations(settings, draws)
+    frames = augment_frames(frames, operations)
+    box = draw_crop(frames.shape[1], frames.shape[2], settings, draws)
+    clip = normalise(frames[:, box.top : box.top + box.height, box.left : box.left + box.width])
+    clip = F.interpolate(clip, size=(side, side), mode="bilinear", align_corners=False)
+    if settings.flip > 0 and draws.numpy.uniform() < settings.flip:
+        clip = clip.flip(-1)
+    erased = draw_erased(side, side, settings, draws)
+    if erased is not None:
+        _erase(clip, erased, draws)
+    return clip
+
+
+def augment_frames(frames: UInt8[np.ndarray, "t h w 3"], operations: list[Operation]) -> UInt8[np.ndarray, "t h w 3"]:
+    """The same operations on each frame."""
+    if not operations:
+        return frames
+    augmented = np.empty_like(frames)
+    for frame, out in zip(frames, augmented, strict=True):
+        image = Image.fromarray(frame)
+        for operation in operations:
+            image = apply_to_image(image, operation)
+        out[:] = np.asarray(image)
+    return augmented
+
+
+def _erase(clip: Float[Tensor, "3 t h w"], box: Box, draws: Draws) -> None:
+    """Noise in place, drawn frame after frame."""
+    rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
+    for time in range(clip.shape[1]):
+        noise = torch.empty(3, box.height, box.width).normal_(generator=draws.torch)
+        clip[:, time, rows, columns] = noise.to(clip.device)
