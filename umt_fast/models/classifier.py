@@ -1,0 +1,95 @@
+"""The video ViT with one linear classifier on its pooled tokens (UMT's fine-tuning), and the bare encoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from umt_fast.config import ClassifierConfig, VitConfig
+from umt_fast.models.positions import sinusoid_positions
+from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
+INIT_SCALE = 0.001
+"""Factor of a fresh head's weight and bias, the published default."""
+_BASE_FRAMES = 8
+"""Token frames of the published position table."""
+
+
+def classifier_positions(config: VitConfig) -> Float[Tensor, "n d"]:
+    """The fixed table of the published fine-tuning code: that of 8 x 14 x 14 tokens, resized to the model's.
+
+    Patches of 14 pixels start from 8 x 16 x 16. Space first (bicubic), then time (linear), both without
+    antialiasing. It equals the direct formula of pre-training, `sinusoid_positions`, for the base size alone.
+    """
+    side = 224 // 14 if config.patch_size == 14 else 224 // 16
+    table = sinusoid_positions(_BASE_FRAMES * side**2, config.width)
+    return resize_positions(table, _BASE_FRAMES, config.frames // config.tubelet_size, config.grid)
+
+
+def resize_positions(table: Float[Tensor, "m d"], frames: int, new_frames: int, new_grid: int) -> Float[Tensor, "n d"]:
+    """A table of `frames` square grids as one of `new_frames` grids of `new_grid`: bicubic in space, linear in time.
+
+    Raises ValueError where the rows are not `frames` squares.
+    """
+    grid = round((len(table) / frames) ** 0.5)
+    if frames * grid**2 != len(table):
+        raise ValueError(f"{len(table)} positions are not {frames} square grids")
+    if grid != new_grid:
+        grids = table.view(frames, grid, grid, -1).permute(0, 3, 1, 2)
+        grids = F.interpolate(grids, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+        table = grids.permute(0, 2, 3, 1).flatten(0, 2)
+    if frames != new_frames:
+        places = table.view(frames, new_grid**2, -1).permute(1, 2, 0)
+        places = F.interpolate(places, size=new_frames, mode="linear", align_corners=False)
+        table = places.permute(2, 0, 1).flatten(0, 1)
+    return table.contiguous()
+
+
+class VideoClassifier(VideoTransformer):
+    """UMT's fine-tuned ViT (arXiv 2303.16058, section 4.2): all tokens, pooled, one linear classifier.
+
+    Parameter names are the published ones. Positions get no gradient: `pos_embed` is a parameter, and in the state
+    dict, only where the published code makes it one: if it is learnable, or the clip has other than 8 x 14 x 14 tokens.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, config: ClassifierConfig, init_scale: float = INIT_SCALE) -> None:
+        super().__init__(config, config.drop_path)
+        self.config = config
+        table = classifier_positions(config)[None]
+        if config.learnable_positions:
+            table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
+        base = _BASE_FRAMES * (16 if config.patch_size == 14 else 14) ** 2
+        if config.learnable_positions or config.tokens != base:
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        else:
+            self.register_buffer("pos_embed", table, persistent=False)
+        if config.pool == "mean":
+            self.fc_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        else:
+            self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(config.width, config.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(init_scale)
+
+    def features(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b d"]:
+        """What the head classifies. Raises ValueError for a clip of another size or number of frames."""
+        check_clip(clip, self.config.image_size, self.config.frames)
+        (x,) = self.hidden_states(clip, self.pos_embed[0])
+        return self.fc_norm(x.mean(1)) if self.config.pool == "mean" else self.norm(x[:, 0])
+
+    def forward(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
+        """Logits. clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]."""
+        return self.head(self.features(clip))
