@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
+from umt_fast import ClassifierConfig, ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
@@ -128,6 +128,27 @@ def recorded():
         return Recorded(json.loads(metadata["config"]), tensors)
 
     return read
+
+
+@pytest.fixture(scope="session")
+def classifier_config():
+    """The settings of a recorded classifier as ours."""
+
+    def convert(settings: dict) -> ClassifierConfig:
+        return ClassifierConfig(
+            image_size=settings["img_size"],
+            patch_size=settings["patch_size"],
+            tubelet_size=settings["tubelet_size"],
+            frames=settings["all_frames"],
+            width=settings["embed_dim"],
+            depth=settings["depth"],
+            heads=settings["num_heads"],
+            num_classes=settings["num_classes"],
+            pool="mean" if settings["use_mean_pooling"] else "first",
+            learnable_positions=settings["use_learnable_pos_emb"],
+        )
+
+    return convert
 
 
 @pytest.fixture(scope="session")

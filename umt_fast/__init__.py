@@ -5,20 +5,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from umt_fast import checkpoint
-    from umt_fast.config import StudentConfig, TeacherConfig
+    from umt_fast.config import ClassifierConfig, StudentConfig, TeacherConfig
+    from umt_fast.models.classifier import VideoClassifier
     from umt_fast.models.clip_vision import ClipTeacher
     from umt_fast.models.heads import VideoStudent
     from umt_fast.objectives.alignment import Alignment, alignment_step
 
 __version__ = "0.1.0"
 
-__all__ = ["Alignment", "ClipTeacher", "StudentConfig", "TeacherConfig", "VideoStudent", "alignment_step", "checkpoint"]
+__all__ = [
+    "Alignment",
+    "ClassifierConfig",
+    "ClipTeacher",
+    "StudentConfig",
+    "TeacherConfig",
+    "VideoClassifier",
+    "VideoStudent",
+    "alignment_step",
+    "checkpoint",
+]
 
 _HOME = {
     "Alignment": "umt_fast.objectives.alignment",
+    "ClassifierConfig": "umt_fast.config",
     "ClipTeacher": "umt_fast.models.clip_vision",
     "StudentConfig": "umt_fast.config",
     "TeacherConfig": "umt_fast.config",
+    "VideoClassifier": "umt_fast.models.classifier",
     "VideoStudent": "umt_fast.models.heads",
     "alignment_step": "umt_fast.objectives.alignment",
 }

@@ -110,6 +110,30 @@ class StudentConfig(VitConfig):
 
 
 @dataclass(frozen=True)
+class ClassifierConfig(VitConfig):
+    """The video ViT that classifies pooled tokens, as UMT fine-tunes it."""
+
+    num_classes: int = 400
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    pool: Literal["mean", "first"] = "mean"
+    """What the head sees: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
+    learnable_positions: bool = False
+    """Positions drawn anew in place of the sinusoid table. They get no gradient either, as published."""
+
+    _section = "classifier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes < 1:
+            raise ConfigError(f"classifier: num_classes = {self.num_classes}: must be at least 1")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"classifier: drop_path = {self.drop_path} is not in [0, 1)")
+        if self.pool not in ("mean", "first"):
+            raise ConfigError(f"classifier: pool = {self.pool!r}: give mean or first")
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """The frozen CLIP image ViT. Defaults are CLIP-B/16."""
 

@@ -9,9 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from umt_fast import StudentConfig, VideoStudent
+from umt_fast import StudentConfig, VideoClassifier, VideoStudent
 from umt_fast.config import ConfigError, OptimConfig
-from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from umt_fast.objectives.classification import soft_cross_entropy
+from umt_fast.run.optim import (
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    layer_decay_groups,
+    learning_rate,
+    set_learning_rate,
+)
 
 STUDENT = StudentConfig(image_size=32, frames=2, width=32, depth=2, heads=2, align_layers=2, target_width=16)
 
@@ -176,3 +184,37 @@ def test_the_rate_of_a_captured_step_is_changed_in_place():
         group["capturable"] = False
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_published_schedules(recorded_sampling):
+    for case in recorded_sampling["schedules"]:
+        warmup = case["warmup_steps"] if case["warmup_steps"] > 0 else case["warmup_epochs"] * case["steps_per_epoch"]
+        total = case["epochs"] * case["steps_per_epoch"]
+        rates = [learning_rate(i, total, warmup, case["base"], case["final"], case["start"]) for i in range(total)]
+        assert np.allclose(rates, case["values"], rtol=1e-12, atol=0), case
+
+
+def test_layer_decay_repeats_the_published_steps(recorded, classifier_config):
+    case = recorded("c_layer_decay")
+    settings, tensors = case.config, case.tensors
+    model = VideoClassifier(classifier_config(settings))
+    model.load_state_dict(case.part("init."))
+    groups = layer_decay_groups(model, settings["layer_decay"], settings["weight_decay"])
+    keys = ("lr_scale", "weight_decay", "names")
+    assert [{key: group[key] for key in keys} for group in groups] == settings["groups"]
+    optimizer = torch.optim.AdamW(groups, betas=settings["betas"], eps=settings["eps"], capturable=False)
+    warmup = settings["warmup_epochs"] * settings["steps"] // settings["epochs"]
+    for step in range(settings["steps"]):
+        peak, final, start = (settings[key] for key in ("lr", "min_lr", "warmup_lr"))
+        set_learning_rate(optimizer, learning_rate(step, settings["steps"], warmup, peak, final, start))
+        rates = torch.tensor([group["lr"] for group in optimizer.param_groups])
+        assert torch.allclose(rates, tensors["group_lr"][step].float(), rtol=1e-6, atol=0)
+        optimizer.zero_grad()
+        loss = soft_cross_entropy(model(tensors["videos"][step]), tensors["targets"][step])
+        loss.backward()
+        assert abs(loss - tensors["losses"][step]) < 1e-4
+        assert abs(clip_gradients(model, None) / tensors["grad_norms"][step] - 1) < 1e-4
+        optimizer.step()
+    for key, expected in case.part("final.").items():
+        assert float((model.state_dict()[key] - expected).norm() / expected.norm()) < 1e-4, key
+        assert key == "pos_embed" or not torch.equal(model.state_dict()[key], tensors[f"init.{key}"]), key

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import ClassifierConfig, VitConfig
-from umt_fast.models.positions import sinusoid_positions
+from umt_fast.models.positions import resize_positions, sinusoid_positions
 from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
 
 if TYPE_CHECKING:
@@ -29,26 +28,7 @@ def classifier_positions(config: VitConfig) -> Float[Tensor, "n d"]:
     """
     side = 224 // 14 if config.patch_size == 14 else 224 // 16
     table = sinusoid_positions(_BASE_FRAMES * side**2, config.width)
-    return resize_positions(table, _BASE_FRAMES, config.frames // config.tubelet_size, config.grid)
-
-
-def resize_positions(table: Float[Tensor, "m d"], frames: int, new_frames: int, new_grid: int) -> Float[Tensor, "n d"]:
-    """A table of `frames` square grids as one of `new_frames` grids of `new_grid`: bicubic in space, linear in time.
-
-    Raises ValueError where the rows are not `frames` squares.
-    """
-    grid = round((len(table) / frames) ** 0.5)
-    if frames * grid**2 != len(table):
-        raise ValueError(f"{len(table)} positions are not {frames} square grids")
-    if grid != new_grid:
-        grids = table.view(frames, grid, grid, -1).permute(0, 3, 1, 2)
-        grids = F.interpolate(grids, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
-        table = grids.permute(0, 2, 3, 1).flatten(0, 2)
-    if frames != new_frames:
-        places = table.view(frames, new_grid**2, -1).permute(1, 2, 0)
-        places = F.interpolate(places, size=new_frames, mode="linear", align_corners=False)
-        table = places.permute(2, 0, 1).flatten(0, 1)
-    return table.contiguous()
+    return resize_positions(table, _BASE_FRAMES, config.token_frames, config.grid).contiguous()
 
 
 class VideoClassifier(VideoTransformer):

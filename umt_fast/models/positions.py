@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,34 @@ def sinusoid_positions(tokens: int, width: int) -> Float[Tensor, "tokens width"]
     column = torch.arange(width, dtype=torch.float64)
     angle = torch.arange(tokens, dtype=torch.float64)[:, None] / 10000 ** (2 * (column // 2) / width)
     return torch.where(column % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+def resize_positions(
+    table: Float[Tensor, "m d"], frames: int, new_frames: int, new_grid: int, *, time_first: bool = False
+) -> Float[Tensor, "n d"]:
+    """A table of `frames` square grids as one of `new_frames` grids of `new_grid`: bicubic in space, linear in time.
+
+    The order changes the rounding only. Raises ValueError where the rows are not `frames` square grids.
+    """
+    grid = math.isqrt(len(table) // frames)
+    if frames * grid**2 != len(table):
+        raise ValueError(f"{len(table)} positions are not {frames} square grids")
+    if time_first:
+        table = _resize_time(table, frames, new_frames)
+        frames = new_frames
+    if grid != new_grid:
+        grids = table.view(frames, grid, grid, -1).permute(0, 3, 1, 2)
+        grids = F.interpolate(grids, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
+        table = grids.permute(0, 2, 3, 1).flatten(0, 2)
+    return _resize_time(table, frames, new_frames)
+
+
+def _resize_time(table: Tensor, frames: int, new_frames: int) -> Tensor:
+    if frames == new_frames:
+        return table
+    places = table.view(frames, -1, table.shape[1]).permute(1, 2, 0)
+    places = F.interpolate(places, size=new_frames, mode="linear", align_corners=False)
+    return places.permute(2, 0, 1).flatten(0, 1)
 
 
 def bicubic_window(source: int, target: int) -> tuple[Float[Tensor, "target window"], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +21,47 @@ def build_optimizer(model: nn.Module, config: OptimConfig, capturable: bool = Fa
     )
 
 
+def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups of a model with `blocks`, each with `lr_scale`, in order of first appearance (UMT's fine-tuning).
+
+    With L blocks, block i has the scale layer_decay^(L - i), the patch embedding and positions layer_decay^(L + 1),
+    and what comes after the blocks 1. Weight decay is left out for 1-D parameters, biases and positions. Each group's
+    `names` says whose parameters it holds.
+    """
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    last = len(blocks) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        layer = last
+        if name in _POSITIONS or name.startswith("patch_embed."):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        decayed = parameter.dim() > 1 and not name.endswith(".bias") and name not in _POSITIONS
+        scale = layer_decay ** (last - layer)
+        group = groups.setdefault(
+            (layer, decayed),
+            {"params": [], "names": [], "lr_scale": scale, "weight_decay": weight_decay if decayed else 0.0},
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+_POSITIONS = ("pos_embed", "cls_token", "mask_token")
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next step. A captured step reads it from the device, where it is changed in place."""
     for group in optimizer.param_groups:
         device = group["params"][0].device
         if not group["capturable"]:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         elif isinstance(group["lr"], Tensor) and group["lr"].device == device:
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group.get("lr_scale", 1.0))
         else:
-            group["lr"] = torch.full((), rate, device=device)
+            group["lr"] = torch.full((), rate * group.get("lr_scale", 1.0), device=device)
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
@@ -41,10 +73,15 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
     return norm
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
-    """UMT's schedule: 0 to `peak` in equal parts over the warm-up, then half a cosine to `final`. Counts from 0."""
+def learning_rate(
+    step: int, total_steps: int, warmup_steps: int, peak: float, final: float, start: float = 0.0
+) -> float:
+    """UMT's schedule: `start` to `peak` in equal parts over the warm-up, then half a cosine to `final`.
+
+    Steps count from 0. The warm-up's last step and the first one after it both have `peak`.
+    """
     if step < warmup_steps:
-        return peak * step / max(warmup_steps - 1, 1)
+        return start + (peak - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from umt_fast.data.clip_augment import (
+from umt_fast.data.augment import (
     OPERATIONS,
     Augmentation,
     augment_frames,
