@@ -1,13 +1,16 @@
-"""The student: its size and names, stochastic depth, and what it accepts."""
+"""The video ViT and the student on it: sizes and names, chosen layers, stochastic depth, accepted inputs."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
-from umt_fast.config import STUDENTS
-from umt_fast.models.vit import Block
+from umt_fast.config import STUDENTS, VitConfig
+from umt_fast.models.positions import sinusoid_positions
+from umt_fast.models.vit import Block, VideoTransformer
 
 SMALL = StudentConfig(image_size=32, frames=4, width=32, depth=3, heads=2, align_layers=2, target_width=16)
 
@@ -199,3 +202,58 @@ def test_a_clip_that_does_not_fit_is_named(clip, shape):
 def test_a_clip_of_another_dtype_is_refused():
     with pytest.raises(TypeError, match=r"torch\.int32"):
         small_student()(torch.zeros(2, 3, 4, 32, 32, dtype=torch.int32), torch.zeros(2, 1, dtype=torch.int64))
+
+
+VIT = VitConfig(image_size=32, frames=4, width=32, depth=3, heads=2)
+
+
+def small_vit(seed: int = 0, config: VitConfig = VIT) -> tuple[VideoTransformer, torch.Tensor]:
+    torch.manual_seed(seed)
+    return VideoTransformer(config), sinusoid_positions(config.tokens, config.width)
+
+
+def test_no_ids_means_all_tokens():
+    model, position = small_vit()
+    clip = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+    ids = torch.arange(VIT.tokens).expand(2, -1)
+    (every,), (named,) = model.hidden_states(clip, position), model.hidden_states(clip, position, ids)
+    assert every.shape == (2, VIT.tokens, 32)
+    assert (every - named).abs().max() < 1e-5
+
+
+def test_layers_come_in_the_order_asked_for_and_only_as_deep_as_needed():
+    model, position = small_vit()
+    clip = torch.randn(1, 3, 4, 32, 32)
+    seen = []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda _block, _inputs, _output, index=index: seen.append(index))
+    last, first, second = model.hidden_states(clip, position, layers=(-1, 0, 1))
+    assert torch.equal(model.hidden_states(clip, position, layers=[1])[0], second)
+    assert seen == [0, 1, 2, 0, 1]
+    assert torch.equal(model.blocks[1](first), second)
+    assert torch.equal(model.blocks[2](second), last)
+
+
+@pytest.mark.parametrize(("tubelet", "frames"), [(1, 1), (1, 7), (2, 6)])
+def test_any_number_of_frames_that_the_tubelet_divides(tubelet, frames):
+    model, _ = small_vit(config=VitConfig(32, 16, tubelet, 4, 32, 3, 2))
+    tokens = frames // tubelet * 4
+    clip = torch.randint(0, 256, (1, frames, 32, 32, 3), dtype=torch.uint8)
+    assert model.hidden_states(clip, sinusoid_positions(tokens, 32))[0].shape == (1, tokens, 32)
+
+
+def test_what_does_not_fit_the_encoder_is_named():
+    model, position = small_vit()
+    clip = torch.randn(2, 3, 4, 32, 32)
+    for arguments, words in (
+        ((clip[:, :, :3], position), "position has 16 rows, but a clip of 3 frames has 12 tokens"),
+        ((clip, position, torch.zeros(3, 1, dtype=torch.int64)), "3 rows, which is not a multiple of 2 clips"),
+        ((clip, position, None, (3,)), "layers = [3], but the model has 3 blocks, 0 to 2"),
+        ((clip, position, None, (-4,)), "layers = [-4]"),
+        ((clip, position, None, ()), "layers is empty"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            model.hidden_states(*arguments)
+    tubes, table = small_vit(config=VitConfig(32, 16, 2, 4, 32, 3, 2))
+    with pytest.raises(ValueError, match=r"clip has 3 frames, .* tubelet, 2"):
+        tubes.hidden_states(clip[:, :, :3], table)

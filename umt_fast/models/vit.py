@@ -111,7 +111,8 @@ class VideoTransformer(nn.Module):
         position   table of the clip's N tokens in (t, h, w) order, added to the embeddings.
         token_ids  tokens that enter the blocks; None: all. Rows M i to M (i + 1) of r = M * B are sets of clip i.
 
-        Raises ValueError for a clip of another size, a table of another length, or r that is not a multiple of B.
+        Raises ValueError for a clip of another size, a table of another length, r that is not a multiple of B, or a
+        block that does not exist.
         """
         check_clip(clip, self.image_size)
         conv = self.patch_embed.proj
@@ -129,14 +130,21 @@ class VideoTransformer(nn.Module):
         x = patch_embed(clip, conv.weight, conv.bias, self.patch_size, token_ids=of_clip, position=position)
         if token_ids is not None:
             x = x.view(*token_ids.shape, -1)
-        depth = len(self.blocks)
-        wanted = [layer % depth for layer in layers]
+        wanted = self._layer_indices(layers)
         kept = {}
         for index, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = self.run_block(block, x)
             if index in wanted:
                 kept[index] = x
         return [kept[layer] for layer in wanted]
+
+    def _layer_indices(self, layers: Sequence[int]) -> list[int]:
+        depth = len(self.blocks)
+        if not layers:
+            raise ValueError("layers is empty; name at least one block, -1 for the last")
+        if not all(-depth <= layer < depth for layer in layers):
+            raise ValueError(f"layers = {list(layers)}, but the model has {depth} blocks, 0 to {depth - 1}")
+        return [layer % depth for layer in layers]
 
     def set_attention(self, backend: Backend) -> None:
         """Use `backend` in every block; before torch.compile, which takes it in."""
