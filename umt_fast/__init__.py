@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from umt_fast import checkpoint
     from umt_fast.config import ClassifierConfig, StudentConfig, TeacherConfig
+    from umt_fast.evaluation.features import load_encoder
     from umt_fast.models.classifier import VideoClassifier
     from umt_fast.models.clip_vision import ClipTeacher
+    from umt_fast.models.encoder import VideoEncoder
     from umt_fast.models.heads import VideoStudent
     from umt_fast.objectives.alignment import Alignment, alignment_step
 
@@ -20,9 +22,11 @@ __all__ = [
     "StudentConfig",
     "TeacherConfig",
     "VideoClassifier",
+    "VideoEncoder",
     "VideoStudent",
     "alignment_step",
     "checkpoint",
+    "load_encoder",
 ]
 
 _HOME = {
@@ -32,8 +36,10 @@ _HOME = {
     "StudentConfig": "umt_fast.config",
     "TeacherConfig": "umt_fast.config",
     "VideoClassifier": "umt_fast.models.classifier",
+    "VideoEncoder": "umt_fast.models.encoder",
     "VideoStudent": "umt_fast.models.heads",
     "alignment_step": "umt_fast.objectives.alignment",
+    "load_encoder": "umt_fast.evaluation.features",
 }
 
 

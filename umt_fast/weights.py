@@ -7,10 +7,10 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import bare_student
 from umt_fast.models.positions import resize_positions
 
+T = TypeVar("T")
 TensorDict = dict[str, Tensor]
 
 HOW_TO_GET_CLIP = """Give --teacher-weights one of:
@@ -55,6 +56,21 @@ def read_weights(source: str | Path) -> TensorDict:
     raise WeightsError(f"no weights at {source}: no such file or folder.\n{HOW_TO_GET_CLIP}")
 
 
+def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
+    """As `read_weights`, with the settings that the file holds beside them, by name; {} where there are none.
+
+    They are the `config` of a checkpoint of ours, or the argument object of a published one.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix != ".safetensors" and not _is_torchscript(path):
+        content = _load_content(path)
+        settings = content.get("config", content.get("args")) if isinstance(content, dict) else None
+        if isinstance(settings, argparse.Namespace):
+            settings = vars(settings)
+        return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
+    return read_weights(source), {}
+
+
 def write_weights(path: str | Path, state: TensorDict) -> None:
     """Write tensors as .safetensors, or as .pth under the top key `model`."""
     path = Path(path)
@@ -67,20 +83,37 @@ def write_weights(path: str | Path, state: TensorDict) -> None:
 
 
 def _read_file(path: Path) -> TensorDict:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-            return load_file(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any("/code/" in name for name in archive.namelist()):
-                    return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        # UMT's trainer stores its command line, a Namespace, beside the model.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        return _or_refuse(path, lambda: load_file(path))
+    if _is_torchscript(path):
+        return _or_refuse(path, lambda: dict(torch.jit.load(path, map_location="cpu").state_dict()))
+    return _tensors_of(_load_content(path), path)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def _load_content(path: Path) -> Any:
+    """What a file of PyTorch holds; nothing in it is executed."""
+    # UMT's trainer stores its command line, a Namespace, beside the model.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return _or_refuse(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _or_refuse(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
     except Exception as error:  # every reader has its own; all mean the same to the caller
         raise WeightsError(f"cannot read weights from {path}: {error}") from error
+
+
+def _tensors_of(content: Any, path: Path) -> TensorDict:
     for key in ("model", "state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -315,9 +348,9 @@ def load_classifier(
                 f"the class map names rows {int(rows.min())} to {int(rows.max())} of a head of {len(weight)} classes"
             )
         state = {**state, "head.weight": weight[rows], "head.bias": state["head.bias"][rows]}
-    state = {_without(key, ("backbone.", "encoder.")): value for key, value in state.items()}
+    state = _encoder_names(state)
     if "pos_embed" in state:
-        state["pos_embed"] = _fit_positions(state["pos_embed"], model.config, frames)
+        state["pos_embed"] = fit_positions(state["pos_embed"], model.config, frames)
     own = model.state_dict()
     fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     model.load_state_dict(fits, strict=False)
@@ -333,12 +366,17 @@ def load_classifier(
     )
 
 
-def _without(key: str, prefixes: tuple[str, ...]) -> str:
-    """The key less the first of the prefixes that it has."""
-    for prefix in prefixes:
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key
+def strip_prefixes(state_dict: Mapping[str, Any]) -> TensorDict:
+    """Tensors under the names of the encoder itself: no top key, nothing of DDP, torch.compile or a wrapping model."""
+    return _encoder_names(_unwrapped(state_dict))
+
+
+def _encoder_names(state: TensorDict) -> TensorDict:
+    """Each key less a leading `backbone.`, else a leading `encoder.`."""
+    return {
+        key.removeprefix("backbone." if key.startswith("backbone.") else "encoder."): value
+        for key, value in state.items()
+    }
 
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
@@ -354,8 +392,11 @@ def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
     return tensors
 
 
-def _fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tensor:
-    """Positions [1,M,D] of a file for the model; those that are not whole square grids are left as they are."""
+def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tensor:
+    """Positions [1,M,D] of a file for the model, from `frames` token frames; see `load_classifier`.
+
+    Those that are not whole square grids are left as they are.
+    """
     rows, new_frames = table.shape[1], config.token_frames
     guesses = [frames] if frames is not None else [8 // config.tubelet_size, rows // config.grid**2]
     if frames is None and rows == config.tokens:

@@ -1,0 +1,123 @@
+"""Features of videos: a trained encoder from its file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from umt_fast.config import ClassifierConfig, VitConfig
+from umt_fast.models.classifier import classifier_positions
+from umt_fast.models.encoder import Pool, VideoEncoder
+from umt_fast.models.positions import resize_positions, sinusoid_positions
+from umt_fast.weights import TensorDict, WeightsError, fit_positions, read_model, strip_prefixes
+
+_HEAD_WIDTH = 64
+"""Width of an attention head in every published model."""
+
+
+def load_encoder(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+    device: str | torch.device = "cpu",
+) -> VideoEncoder:
+    """The encoder of a pre-trained or fine-tuned file, ours or a published one, ready to be called on clips.
+
+    `encoder(clip)` gives tokens [B,N,D] after the last norm, `encoder.pooled(clip)` [B,D]. Sizes come from the file's
+    tensors and settings; where it has none, from 8 frames of 224 x 224 and heads of 64 channels. `frames`,
+    `image_size` and `heads` override them; positions are then resampled. Raises WeightsError.
+    """
+    state, settings = read_model(path)
+    return encoder_of(state, settings, str(path), frames, image_size, heads).to(device).eval()
+
+
+def encoder_of(
+    state: TensorDict,
+    settings: dict[str, Any],
+    source: str,
+    frames: int | None = None,
+    image_size: int | None = None,
+    heads: int | None = None,
+) -> VideoEncoder:
+    """`load_encoder` for tensors and settings that were read before; `source` is named in errors."""
+    state = strip_prefixes(state)
+    trained = infer_sizes(state, settings, source, heads)
+    config = VitConfig(
+        image_size=image_size or trained.image_size,
+        patch_size=trained.patch_size,
+        tubelet_size=trained.tubelet_size,
+        frames=frames or trained.frames,
+        width=trained.width,
+        depth=trained.depth,
+        heads=trained.heads,
+    )
+    pool: Pool = "mean" if "fc_norm.weight" in state else "first" if "head.weight" in state else "tokens"
+    norm = "fc_norm" if pool == "mean" else "norm"
+    position = state.get("pos_embed")
+    if position is not None:
+        position = fit_positions(position, config, trained.token_frames)[0]
+    elif pool == "tokens":  # pre-training has the direct formula for its own size
+        table = sinusoid_positions(trained.tokens, trained.width)
+        position = resize_positions(table, trained.token_frames, config.token_frames, config.grid)
+    else:
+        position = classifier_positions(config)
+    if position.shape != (config.tokens, config.width):
+        raise WeightsError(f"{source}: pos_embed has {len(position)} rows, this clip {config.tokens} tokens")
+    encoder = VideoEncoder(config, pool, position.contiguous())
+    own = encoder.state_dict()
+    state = {key.replace(f"{norm}.", "norm.", 1) if key.startswith(f"{norm}.") else key: v for key, v in state.items()}
+    lacking = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+    if lacking:
+        raise WeightsError(f"{source} is not a video encoder: no {lacking[0]} {list(own[lacking[0]].shape)}")
+    encoder.load_state_dict({key: state[key] for key in own})
+    return encoder
+
+
+def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads: int | None = None) -> ClassifierConfig:
+    """The model that a file holds: from its tensors' shapes and, where they do not say, from its settings.
+
+    `state` has no prefixes. Settings are ours (a `classifier` or `student` section) or the published argument object.
+    Raises WeightsError where a size is told by neither.
+    """
+    kernel = state.get("patch_embed.proj.weight")
+    if kernel is None or kernel.dim() != 5:
+        raise WeightsError(f"{source} is not a video encoder: it has no patch_embed.proj.weight [D,3,t,p,p]")
+    width, _, tubelet, patch, _ = kernel.shape
+    depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    ours = settings.get("classifier") or settings.get("student") or {}
+    heads = heads or ours.get("heads") or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
+    if heads is None or depth == 0:
+        raise WeightsError(f"{source}: {depth} blocks of width {width}, and nothing says how many heads; give heads=")
+    frames = ours.get("frames") or settings.get("num_frames")
+    size = ours.get("image_size") or _named_size(settings.get("model")) or settings.get("input_size")
+    table = state.get("pos_embed")
+    if table is not None:
+        frames, size = _from_table(table.shape[1], tubelet, patch, frames, size)
+    classes = len(state["head.weight"]) if "head.weight" in state else 1
+    pool: Literal["mean", "first"] = "mean"
+    if "head.weight" in state and "fc_norm.weight" not in state:
+        pool = "first"
+    return ClassifierConfig(size or 14 * patch, patch, tubelet, frames or 8, width, depth, heads, classes, pool=pool)
+
+
+def _named_size(name: Any) -> int | None:
+    """224 of `vit_base_patch16_224`: the published code builds the size that the model's name says."""
+    last = str(name or "").rpartition("_")[2]
+    return int(last) if last.isdigit() else None
+
+
+def _from_table(rows: int, tubelet: int, patch: int, frames: Any, size: Any) -> tuple[int | None, int | None]:
+    """Frames and image size of a table of `rows` positions; what is known of either settles the other."""
+    if frames and rows % (frames // tubelet) == 0:
+        grid = math.isqrt(rows // (frames // tubelet))
+        if grid**2 * (frames // tubelet) == rows:
+            return frames, grid * patch
+    for grid in ([size // patch] if size else []) + [math.isqrt(rows * tubelet // 8), 14]:
+        if grid and rows % grid**2 == 0:
+            return rows // grid**2 * tubelet, grid * patch
+    return frames, size
