@@ -10,6 +10,7 @@ from umt_kernels.cosine_alignment_loss import cosine_alignment_loss
 from umt_kernels.gather_layer_norm import gather_layer_norm
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
 from umt_kernels.patch_embed import patch_embed
+from umt_kernels.pixel_loss import pixel_loss
 from umt_kernels.sample_visible import sample_visible
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "gather_layer_norm",
     "gather_patches",
     "patch_embed",
+    "pixel_loss",
     "sample_visible",
     "weight_matrix",
 ]

@@ -7,7 +7,7 @@ for float64 inputs, whatever autocast says.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -172,3 +172,53 @@ def add_layer_norm(
         assert position_ids is not None
         y = y + position[position_ids.long()].to(y.dtype)
     return (y.to(residual.dtype) if post_norm else x), y.to(out_dtype)
+
+
+def pixel_targets(
+    clip: Shaped[Tensor, "b ..."],
+    token_ids: Int[Tensor, "b m"],
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: Sequence[float],
+    shift: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "b m f"]:
+    """What `pixel_loss` compares with: pixels in the order (time, row, column, colour), normalised per token."""
+    pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B, T, H, W, 3]
+    cubes = pixels.unfold(1, tubelet_size, tubelet_size).unfold(2, patch_size, patch_size)
+    cubes = cubes.unfold(3, patch_size, patch_size)  # a view [B, t, h, w, 3, u, p, p]
+    height, width = cubes.shape[2:4]
+    ids = token_ids.long()
+    sample = torch.arange(len(clip), device=clip.device)[:, None]
+    rows = cubes[sample, ids // (height * width), ids // width % height, ids % width]  # [B, M, 3, u, p, p]
+    channels = zip(rows.to(dtype).unbind(2), scale, shift, strict=True)
+    rows = torch.stack([x * a + b for x, a, b in channels], dim=-1).flatten(2, 4)  # [B, M, u * p * p, 3]
+    if normalise != "none":
+        over = 2 if normalise == "channel" else (2, 3)
+        variance = rows.var(over, unbiased=True, keepdim=True)
+        rows = rows - rows.mean(over, keepdim=True)
+        rows = rows / ((variance + eps).sqrt() if eps_in_root else variance.sqrt() + eps)
+    return rows.flatten(2)
+
+
+@_outside_autocast
+def pixel_errors(
+    predictions: Float[Tensor, "b m f"],
+    clip: Shaped[Tensor, "b ..."],
+    token_ids: Int[Tensor, "b m"],
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: Sequence[float],
+    shift: Sequence[float],
+) -> Float[Tensor, "b m"]:
+    wide = _wide(predictions)
+    targets = pixel_targets(
+        clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
+    )
+    return (wide - targets).square().mean(-1)

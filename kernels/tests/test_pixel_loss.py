@@ -1,0 +1,143 @@
+"""pixel_loss against targets written out in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from umt_kernels import pixel_loss
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-2  # large enough to be seen
+
+
+def targets(
+    clip: Tensor, ids: Tensor, patch: int, tubelet: int, normalise: str, eps_in_root: bool, scale: float, shift: float
+) -> Tensor:
+    """Token by token and pixel by pixel, float64."""
+    pixels = (clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)).double() * scale + shift
+    height, width = (side // patch for side in pixels.shape[2:4])
+    rows = []
+    for sample, token in itertools.product(range(len(ids)), range(ids.shape[1])):
+        frame, rest = divmod(int(ids[sample, token]), height * width)
+        top, left = rest // width * patch, rest % width * patch
+        cube = pixels[sample, frame * tubelet :, top : top + patch, left : left + patch][:tubelet].reshape(-1, 3)
+        if normalise == "token":
+            cube = cube.reshape(-1, 1)
+        if normalise != "none":
+            centred = cube - cube.mean(0)
+            variance = centred.square().sum(0) / (len(cube) - 1)
+            cube = centred / ((variance + EPS) ** 0.5 if eps_in_root else variance**0.5 + EPS)
+        rows.append(cube.reshape(-1))
+    return torch.stack(rows).view(*ids.shape, -1)
+
+
+def inputs(device: torch.device, uint8: bool, patch: int, tubelet: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(patch)
+    frames, height, width = 3 * tubelet, 2 * patch, 4 * patch
+    if uint8:
+        clip = torch.randint(0, 256, (2, frames, height, width, 3), generator=generator, dtype=torch.uint8)
+    else:
+        clip = torch.randn(2, 3, frames, height, width, generator=generator)
+    ids = torch.stack([torch.randperm(24, generator=generator)[:5] for _ in range(2)])
+    predictions = torch.randn(2, 5, 3 * tubelet * patch**2, generator=generator).to(dtype)
+    return predictions.to(device), clip.to(device), ids.to(device)
+
+
+@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize(("patch", "tubelet"), [(4, 2), (7, 1), (16, 2)])
+@pytest.mark.parametrize(("normalise", "eps_in_root"), [("none", False), ("channel", False), ("token", True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(device, assert_near, uint8, patch, tubelet, normalise, eps_in_root, dtype):
+    predictions, clip, ids = inputs(device, uint8, patch, tubelet, dtype)
+    predictions.requires_grad_()
+    scale, shift = (1 / 255, 0.0) if uint8 else (0.5, 0.25)
+    options = {"normalise": normalise, "eps": EPS, "eps_in_root": eps_in_root}
+    wanted = targets(clip, ids, patch, tubelet, normalise, eps_in_root, scale, shift)
+    errors = (predictions.detach().double() - wanted).square().mean(-1)
+    given = {} if uint8 else {"scale": (scale,) * 3, "shift": (shift,) * 3}
+    rows = pixel_loss(predictions, clip, ids, patch, tubelet, **options, **given, reduction="none")
+    assert rows.dtype == torch.float32
+    assert_near(rows, errors)
+    upstream = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    (grad,) = torch.autograd.grad(rows, predictions, upstream)
+    exact = 2 * (predictions.detach().double() - wanted) * upstream[..., None] / predictions.shape[2]
+    assert grad.dtype == dtype
+    assert_near(grad, exact)
+    assert_near(pixel_loss(predictions, clip, ids, patch, tubelet, **options, **given), errors.mean())
+
+
+def test_weighted_mean_is_over_the_whole_batch(device, assert_near):
+    predictions, clip, ids = inputs(device, True, 4, 2, torch.float32)
+    predictions.requires_grad_()
+    weights = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 1, 1, 0]], device=device)
+    rows = pixel_loss(predictions, clip, ids, 4, reduction="none").detach()
+    loss = pixel_loss(predictions, clip, ids, 4, weights=weights)
+    assert_near(loss.detach(), (rows * weights).sum() / 5)
+    loss.backward()
+    assert torch.equal(predictions.grad.abs().amax(-1) > 0, weights > 0)
+
+
+def test_each_colour_has_its_own_scale_and_shift(device, assert_near):
+    predictions, clip, ids = inputs(device, False, 4, 2, torch.float32)
+    scale, shift = (0.5, 2.0, -1.0), (0.1, 0.2, 0.3)
+    moved = clip * torch.tensor(scale, device=device).view(3, 1, 1, 1) + torch.tensor(shift, device=device).view(
+        3, 1, 1, 1
+    )
+    one = pixel_loss(predictions, clip, ids, 4, normalise="none", scale=scale, shift=shift, reduction="none")
+    two = pixel_loss(predictions, moved, ids, 4, normalise="none", reduction="none")
+    assert_near(one, two.double(), arithmetic=1e-6)
+
+
+def test_views_are_read_as_they_lie(device, spread):
+    predictions, clip, ids = inputs(device, True, 4, 2, torch.float32)
+    plain = pixel_loss(predictions, clip, ids, 4, reduction="none")
+    assert torch.equal(pixel_loss(spread(predictions), spread(clip), spread(ids), 4, reduction="none"), plain)
+    flipped = clip.flip(3)
+    assert not torch.equal(pixel_loss(predictions, flipped, ids, 4, reduction="none"), plain)
+
+
+def test_a_patch_of_one_colour_has_target_zero(device):
+    predictions = torch.ones(1, 1, 96, device=device)
+    clip = torch.full((1, 2, 4, 4, 3), 7, dtype=torch.uint8, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for normalise in ("channel", "token"):
+        assert abs(float(pixel_loss(predictions, clip, ids, 4, normalise=normalise)) - 1) < 0.1
+
+
+def test_statistics_are_float32_under_autocast(device):
+    predictions, clip, ids = inputs(device, True, 4, 2, torch.bfloat16)
+    plain = pixel_loss(predictions, clip, ids, 4)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert torch.equal(pixel_loss(predictions, clip, ids, 4), plain)
+
+
+def test_float64_is_differentiable(device):
+    predictions, clip, ids = inputs(device, True, 2, 1, torch.float64)
+    small = predictions[:1, :2].detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pixel_loss(x, clip[:1], ids[:1, :2], 2, 1), small)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"predictions": torch.zeros(2, 5, 95)}, ValueError, "predictions have shape [2, 5, 95]; give [2, 5, 96]"),
+        ({"token_ids": torch.full((2, 5), 24)}, ValueError, "token_ids[0, 0] = 24, but a clip has 24 tokens"),
+        ({"clip": torch.zeros(2, 6, 8, 16, 3)}, ValueError, "give uint8 [B,T,H,W,3] or float [B,3,T,H,W]"),
+        ({"patch_size": 5}, ValueError, "H = 8, which is not a positive multiple of 5"),
+        ({"normalise": "colour"}, ValueError, "normalise = 'colour'"),
+        ({"reduction": "sum"}, ValueError, "reduction = 'sum'"),
+        ({"weights": torch.ones(2, 4)}, ValueError, "weights [2, 4]"),
+        ({"scale": (1.0, 1.0)}, ValueError, "three numbers each"),
+        ({"eps": -1.0}, ValueError, "eps = -1.0"),
+        ({"predictions": torch.zeros(2, 5, 96, dtype=torch.int64)}, TypeError, "predictions has dtype torch.int64"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, error, words):
+    predictions, clip, ids = inputs(torch.device("cpu"), True, 4, 2, torch.float32)
+    given = {"predictions": predictions, "clip": clip, "token_ids": ids, "patch_size": 4, **change}
+    with pytest.raises(error) as caught:
+        pixel_loss(**given)
+    assert words in str(caught.value)

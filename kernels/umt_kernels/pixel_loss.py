@@ -1,0 +1,326 @@
+"""pixel_loss: mean squared error between predictions and the clip's own pixels, which are never written as targets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from umt_kernels import reference
+from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.checks import check_eps, check_floats, check_ids, check_ints, check_tensors
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+if triton is not None:
+    import triton.language as tl
+
+Normalise = Literal["none", "channel", "token"]
+
+
+def pixel_loss(
+    predictions: Float[Tensor, "b m f"],
+    clip: Shaped[Tensor, "b ..."],
+    token_ids: Int[Tensor, "b m"],
+    patch_size: int,
+    tubelet_size: int = 2,
+    *,
+    normalise: Normalise = "channel",
+    eps: float = 1e-6,
+    eps_in_root: bool = False,
+    scale: tuple[float, float, float] | None = None,
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    weights: Float[Tensor, "b m"] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Float[Tensor, ...]:
+    """Mean squared error of `predictions` against the pixels of the tokens `token_ids` (VideoMAE, arXiv 2203.12602).
+
+    predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
+    clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W]; a target pixel is `clip * scale + shift`, per colour. `scale`
+                 None is 1/255 for uint8 and 1 for float.
+    normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
+                 together (MAE, arXiv 2111.06377); none. The variance is unbiased.
+    eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
+    weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
+    reduction    mean over all rows, or none: the error of each row, [B,M].
+
+    Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
+    TypeError for a dtype that does not.
+    """
+    check_eps(eps)
+    _check(predictions, clip, token_ids, patch_size, tubelet_size, normalise, weights, reduction)
+    clip = clip.detach()
+    if scale is None:
+        scale = (1 / 255,) * 3 if clip.dtype == torch.uint8 else (1.0,) * 3
+    if len(scale) != 3 or len(shift) != 3:
+        raise ValueError(f"scale = {scale} and shift = {shift}; give three numbers each, one per colour")
+    settings = (patch_size, tubelet_size, normalise, eps, eps_in_root)
+    if runs_triton(predictions, clip):
+        errors = _errors(predictions, clip, token_ids, *settings, list(scale), list(shift))
+    else:
+        errors = reference.pixel_errors(predictions, clip, token_ids, *settings, scale, shift)
+    if reduction == "none":
+        return errors
+    if weights is None:
+        return errors.mean()
+    weights = weights.detach().to(errors.dtype)
+    return (errors * weights).sum() / weights.sum()
+
+
+def _check(
+    predictions: Tensor,
+    clip: Tensor,
+    token_ids: Tensor,
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    weights: Tensor | None,
+    reduction: str,
+) -> None:
+    check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
+    check_floats(predictions=predictions, weights=weights)
+    check_ints(patch_size=patch_size, tubelet_size=tubelet_size)
+    if normalise not in ("none", "channel", "token"):
+        raise ValueError(f"normalise = {normalise!r}; give none, channel or token")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction = {reduction!r}; give mean or none")
+    uint8 = clip.dtype == torch.uint8
+    if not uint8:
+        check_floats(clip=clip)
+    layout = "uint8 [B,T,H,W,3] or float [B,3,T,H,W]"
+    if clip.dim() != 5 or clip.shape[4 if uint8 else 1] != 3:
+        raise ValueError(f"clip is {clip.dtype} {list(clip.shape)}; give {layout}")
+    frames, height, width = clip.shape[1:4] if uint8 else clip.shape[2:]
+    for name, size, step in (("T", frames, tubelet_size), ("H", height, patch_size), ("W", width, patch_size)):
+        if step < 1 or size % step or size == 0:
+            raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
+    tokens = frames // tubelet_size * (height // patch_size) * (width // patch_size)
+    check_ids("token_ids", token_ids, clip.shape[0], tokens, "a clip has {} tokens")
+    wanted = [*token_ids.shape, 3 * tubelet_size * patch_size**2]
+    if list(predictions.shape) != wanted:
+        raise ValueError(f"predictions have shape {list(predictions.shape)}; give {wanted}")
+    if token_ids.numel() == 0 and reduction == "mean":
+        raise ValueError(f"token_ids are empty, {list(token_ids.shape)}: a mean over no rows is undefined")
+    if weights is not None and (reduction == "none" or weights.shape != token_ids.shape):
+        raise ValueError(
+            f"weights {list(weights.shape)} with reduction = {reduction!r}; "
+            f"give {list(token_ids.shape)}, and only with reduction = 'mean'"
+        )
+
+
+@torch.library.custom_op("umt_kernels::pixel_errors", mutates_args=())
+@on_its_device
+def _errors(
+    predictions: Tensor,
+    clip: Tensor,
+    token_ids: Tensor,
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: list[float],
+    shift: list[float],
+) -> Tensor:
+    """Mean squared error of each row, float32 [B,M]."""
+    errors = predictions.new_empty(token_ids.shape, dtype=torch.float32)
+    _launch(
+        predictions, clip, token_ids, errors, None, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift
+    )
+    return errors
+
+
+@_errors.register_fake
+def _(predictions, clip, token_ids, *_settings):
+    return predictions.new_empty(token_ids.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("umt_kernels::pixel_errors_backward", mutates_args=())
+@on_its_device
+def _gradient(
+    predictions: Tensor,
+    clip: Tensor,
+    token_ids: Tensor,
+    factors: Tensor,
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: list[float],
+    shift: list[float],
+) -> Tensor:
+    """Gradient for `predictions`, whose rows' errors have the gradients `factors` [B,M].
+
+    The pixels are read again: that moves fewer bytes than keeping the differences would.
+    """
+    grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
+    factors = factors.contiguous()
+    _launch(
+        predictions, clip, token_ids, factors, grad, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift
+    )
+    return grad
+
+
+@_gradient.register_fake
+def _(predictions, clip, token_ids, factors, *_settings):
+    return torch.empty_like(predictions, memory_format=torch.contiguous_format)
+
+
+def _launch(
+    predictions: Tensor,
+    clip: Tensor,
+    token_ids: Tensor,
+    per_row: Tensor,
+    grad: Tensor | None,
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: list[float],
+    shift: list[float],
+) -> None:
+    if token_ids.numel() == 0:
+        return
+    if predictions.stride(2) != 1:
+        predictions = predictions.contiguous()
+    if clip.dtype == torch.uint8:
+        height, width = clip.shape[2:4]
+        stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
+    else:
+        height, width = clip.shape[3:]
+        stride_b, stride_c, stride_t, stride_h, stride_w = clip.stride()
+    _kernel[(token_ids.numel(),)](
+        predictions,
+        clip,
+        token_ids.contiguous(),
+        per_row,
+        grad,
+        token_ids.shape[1],
+        height // patch_size,
+        width // patch_size,
+        *predictions.stride()[:2],
+        stride_b,
+        stride_t,
+        stride_h,
+        stride_w,
+        stride_c,
+        *scale,
+        *shift,
+        eps,
+        NORMALISE=normalise,
+        EPS_IN_ROOT=eps_in_root,
+        BACKWARD=grad is not None,
+        PATCH=patch_size,
+        TUBELET=tubelet_size,
+        **config(patch_size, tubelet_size),
+    )
+
+
+def config(patch_size: int, tubelet_size: int) -> dict[str, int]:
+    """A program holds a whole row, as its statistics need: eight values to a thread keep it in registers."""
+    block = next_power_of_2(3 * tubelet_size * patch_size**2)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
+
+
+def _backward(ctx, grad_errors):
+    predictions, clip, token_ids = ctx.saved_tensors
+    grad = _gradient(predictions, clip, token_ids, grad_errors, *ctx.settings)
+    return (grad, *(None,) * (2 + len(ctx.settings)))
+
+
+_errors.register_autograd(_backward, setup_context=_save)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _kernel(
+        x_ptr,  # predictions [B, M, F]
+        clip_ptr,
+        ids_ptr,  # [B, M]
+        row_ptr,  # [B, M]: errors, written; or their gradients, read
+        dx_ptr,  # [B, M, F], contiguous
+        kept,
+        grid_height,
+        grid_width,
+        x_b,
+        x_m,
+        stride_b,
+        stride_t,
+        stride_h,
+        stride_w,
+        stride_c,
+        scale_r,
+        scale_g,
+        scale_b,
+        shift_r,
+        shift_g,
+        shift_b,
+        eps,
+        NORMALISE: tl.constexpr,
+        EPS_IN_ROOT: tl.constexpr,
+        BACKWARD: tl.constexpr,
+        PATCH: tl.constexpr,
+        TUBELET: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        PIXELS: tl.constexpr = TUBELET * PATCH * PATCH
+        row = tl.program_id(0)
+        sample = (row // kept).to(tl.int64)
+        token = tl.load(ids_ptr + row).to(tl.int32)
+        frame = token // (grid_height * grid_width) * TUBELET
+        top = token // grid_width % grid_height * PATCH
+        left = token % grid_width * PATCH
+
+        column = tl.arange(0, BLOCK)
+        inside = column < 3 * PIXELS
+        colour = column % 3
+        pixel = column // 3
+        time = frame + pixel // (PATCH * PATCH)
+        offset = (
+            sample * stride_b
+            + time.to(tl.int64) * stride_t
+            + (top + pixel // PATCH % PATCH).to(tl.int64) * stride_h
+            + (left + pixel % PATCH).to(tl.int64) * stride_w
+            + colour.to(tl.int64) * stride_c
+        )
+        scale = tl.where(colour == 0, scale_r, tl.where(colour == 1, scale_g, scale_b))
+        shift = tl.where(colour == 0, shift_r, tl.where(colour == 1, shift_g, shift_b))
+        target = tl.load(clip_ptr + offset, mask=inside, other=0).to(tl.float32) * scale + shift
+        if NORMALISE == "token":
+            target = tl.where(inside, target, 0.0)
+            target = tl.where(inside, target - tl.sum(target) / (3 * PIXELS), 0.0)
+            variance = tl.sum(target * target) / (3 * PIXELS - 1)
+            target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
+        if NORMALISE == "channel":
+            of_0 = inside & (colour == 0)
+            of_1 = inside & (colour == 1)
+            of_2 = inside & (colour == 2)
+            mean_0 = tl.sum(tl.where(of_0, target, 0.0)) / PIXELS
+            mean_1 = tl.sum(tl.where(of_1, target, 0.0)) / PIXELS
+            mean_2 = tl.sum(tl.where(of_2, target, 0.0)) / PIXELS
+            target -= tl.where(colour == 0, mean_0, tl.where(colour == 1, mean_1, mean_2))
+            square = target * target
+            var_0 = tl.sum(tl.where(of_0, square, 0.0)) / (PIXELS - 1)
+            var_1 = tl.sum(tl.where(of_1, square, 0.0)) / (PIXELS - 1)
+            var_2 = tl.sum(tl.where(of_2, square, 0.0)) / (PIXELS - 1)
+            variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2))
+            target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
+        place = (row % kept).to(tl.int64)
+        x = tl.load(x_ptr + sample * x_b + place * x_m + column, mask=inside, other=0.0).to(tl.float32)
+        difference = tl.where(inside, x - target, 0.0)
+        if BACKWARD:
+            factor = tl.load(row_ptr + row).to(tl.float32) * (2.0 / (3 * PIXELS))
+            to = row.to(tl.int64) * (3 * PIXELS) + column
+            tl.store(dx_ptr + to, (difference * factor).to(dx_ptr.dtype.element_ty), mask=inside)
+        else:
+            tl.store(row_ptr + row, tl.sum(difference * difference) / (3 * PIXELS))
