@@ -92,7 +92,11 @@ def test_workers_change_nothing(videos, broken, workers):
     listed = [*videos, broken]
     alone = _batches(_stream(listed), batches=5, batch_size=3)
     assert any(batch.bad for batch in alone)
-    _assert_same(_batches(_stream(listed, workers), batches=5, batch_size=3), alone)
+    others = _batches(_stream(listed, workers), batches=5, batch_size=3)
+    _assert_same(others, alone)
+    for batch in (*alone, *others):
+        assert [listed[row] for row in batch.rows] == batch.paths
+    assert [visit for batch in others for visit in batch.visits] == list(range(15))
 
 
 def test_prefetch_changes_nothing(videos):

@@ -7,13 +7,14 @@ num_sample). So clip number i of a run is always the same clip, and a run is res
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.crops import View, draw_view
+from umt_fast.data.crops import Clip, Cut, View, draw_view
 from umt_fast.data.index import VideoList
 from umt_fast.data.sampling import epoch_order, sample_rng, segment_frames
 
@@ -51,6 +52,10 @@ class ClipStream:
                 index = int(rng.integers(len(self.videos)))
             yield index, rng
 
+    def row_of(self, visit: int, failed: int) -> int:
+        """The place in the list of the video that a visit reads after `failed` others could not be."""
+        return next(itertools.islice(self.attempts(visit), failed, None))[0]
+
     def draw_frames(self, count: int, rng: np.random.Generator) -> list[int]:
         """Indices of a clip's frames in a video of `count`. Drawn before the views."""
         return segment_frames(count, self.frames, rng)
@@ -59,6 +64,10 @@ class ClipStream:
         """What each of the visit's clips shows of frames of this size."""
         scales, flip = self.config.crop_scales, self.config.flip
         return [draw_view(width, height, self.side, scales, flip, rng) for _ in range(self.config.crops_per_clip)]
+
+    def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> list[Clip]:
+        """The visit's clips, which will be written to `out` [R,T,H,W,3]; they get frames of this size one by one."""
+        return [Cut(view, clip) for view, clip in zip(self.draw_views(width, height, rng), out, strict=True)]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -52,6 +53,16 @@ def _crop_sizes(base: int, side: int, scales: tuple[float, ...]) -> list[tuple[i
     sizes = [int(base * scale) for scale in scales]
     sizes = [side if abs(size - side) < 3 else size for size in sizes]
     return [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
+
+
+class Clip(Protocol):
+    """A clip in the making."""
+
+    def add(self, places: list[int], frame: np.ndarray) -> None:
+        """A frame, uint8 [H,W,3], and its places in the clip."""
+
+    def finish(self) -> None:
+        """All frames are there: write the clip."""
 
 
 class Cut:

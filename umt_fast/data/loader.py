@@ -25,7 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from umt_fast.config import DataConfig
 from umt_fast.data.clips import REPLACEMENTS, ClipStream
-from umt_fast.data.crops import Cut
+from umt_fast.data.crops import Clip
 from umt_fast.data.decode import by_index as packets
 from umt_fast.data.decode import container as pyav
 from umt_fast.data.index import BadIndex, Video
@@ -69,12 +69,16 @@ class Batch:
     """The video each visit is to."""
     bad: list[tuple[str, str]]
     """Videos that could not be read while making the batch, and why."""
+    visits: list[int]
+    """Their numbers in the run."""
+    rows: list[int]
+    """The place of each visit's video in the list."""
     loan: Loan | None = None
     """In a worker: the buffer that `clip` lies in."""
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         """A worker sends the loan in the place of the clips."""
-        told = self.paths, self.bad
+        told = self.paths, self.bad, self.visits, self.rows
         if self.loan is None:
             return Batch, (self.clip, *told)
         return _claim, (self.loan, tuple(self.clip.shape), *told)
@@ -84,8 +88,8 @@ class Batch:
         return self
 
 
-def _claim(loan: Loan, shape: tuple[int, ...], paths: list[str], bad: list[tuple[str, str]]) -> Batch:
-    return Batch(loan.claim(shape), paths, bad)
+def _claim(loan: Loan, shape: tuple[int, ...], *told: Any) -> Batch:
+    return Batch(loan.claim(shape), *told)
 
 
 def try_candidates(
@@ -118,11 +122,11 @@ def try_candidates(
 
 def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises pyav.BadVideo."""
-    cuts: list[Cut] = []
+    cuts: list[Clip] = []
     for places, frame in packets.iterate_frames(video, lambda count: stream.draw_frames(count, rng), content):
         if not cuts:
             height, width = frame.shape[:2]
-            cuts = list(map(Cut, stream.draw_views(width, height, rng), out))
+            cuts = stream.begin_clips(width, height, rng, out)
         for cut in cuts:
             cut.add(places, frame)
     for cut in cuts:
@@ -175,7 +179,7 @@ class ClipDataset(Dataset[Batch]):
         stream = self.stream
         shape = (len(visits), *stream.clips_shape)
         clips, loan = (self.buffers and self.buffers.take(shape)) or (empty_for_parent(shape), None)
-        batch = Batch(clips.flatten(0, 1), [], [], loan)
+        batch = Batch(clips.flatten(0, 1), [], [], visits, [], loan)
         for visit, content, out in zip(visits, fetch_ahead(stream, visits), clips.numpy(), strict=True):
             name, bad = try_candidates(stream, visit, content, functools.partial(decode, stream, out=out))
             batch.bad += bad
@@ -183,6 +187,7 @@ class ClipDataset(Dataset[Batch]):
                 batch.clip = batch.clip[:0]
                 break
             batch.paths.append(name)
+            batch.rows.append(stream.row_of(visit, len(bad)))
         return batch
 
 

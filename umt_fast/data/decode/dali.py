@@ -326,7 +326,8 @@ class DaliLoader(Loader):
                     made.append(([order.place], clips.unsqueeze(0)))
         paths = [name for name, _ in found if name is not None]
         bad = [one for _, many in found for one in many]
-        return Batch(self._join(plan, made).flatten(0, 1), paths, bad)
+        rows = [self.stream.row_of(visit, len(bad)) for visit, (_, bad) in zip(plan.visits, found, strict=True)]
+        return Batch(self._join(plan, made).flatten(0, 1), paths, bad, plan.visits, rows)
 
     def _decode_alone(
         self, pipeline: DecodingPipeline, order: Order, plan: Plan
