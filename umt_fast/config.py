@@ -134,6 +134,74 @@ class ClassifierConfig(VitConfig):
 
 
 @dataclass(frozen=True)
+class VideoMaeConfig(VitConfig):
+    """VideoMAE (arXiv 2203.12602) and VideoMAE V2 (arXiv 2303.16727). Defaults are ViT-B."""
+
+    tubelet_size: int = 2
+    frames: int = 16
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    mlp_width: int | None = None
+    """Width inside the encoder's MLPs; None: 4 x width. The decoder's is in the same ratio, rounded down."""
+    drop_path: float = 0.0
+    """Stochastic depth of the encoder's last block; it grows linearly from 0 at the first."""
+    normalise_targets: bool = True
+    """Targets of each token have mean 0 and variance 1 per colour; else they are pixels in [0, 1]."""
+
+    _section = "videomae"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _divides(self._section, "decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.decoder_depth < 1:
+            raise ConfigError(f"videomae: decoder_depth = {self.decoder_depth} is not 1 or more")
+        if self.mlp_width is not None and self.mlp_width < 1:
+            raise ConfigError(f"videomae: mlp_width = {self.mlp_width} is not 1 or more")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"videomae: drop_path = {self.drop_path} is not in [0, 1)")
+
+    @property
+    def decoder_mlp_width(self) -> int:
+        if self.mlp_width is None:
+            return MLP_RATIO * self.decoder_width
+        return self.decoder_width * self.mlp_width // self.width
+
+
+@dataclass(frozen=True)
+class MaeStConfig(VitConfig):
+    """MAE-ST (arXiv 2205.09113). Defaults are ViT-L with the published recipe's decoder."""
+
+    tubelet_size: int = 2
+    frames: int = 16
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    decoder_width: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    target_frames: int = 8
+    """Frames of the clip that are predicted, spread evenly with both ends included."""
+    class_token: bool = True
+    separable_positions: bool = True
+    """Learned positions as a sum of one table over space and one over time; else one table of all tokens."""
+    qkv_bias: bool = True
+    normalise_targets: bool = True
+    """Targets of each token have mean 0 and variance 1 over all values; else they are normalised pixels."""
+
+    _section = "mae_st"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _divides(self._section, "decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        _divides(self._section, "target_frames", self.target_frames, "frames of tokens", self.token_frames)
+        if self.target_frames > self.frames:
+            raise ConfigError(f"mae_st: target_frames = {self.target_frames} is more than frames = {self.frames}")
+        if self.decoder_depth < 1:
+            raise ConfigError(f"mae_st: decoder_depth = {self.decoder_depth} is not 1 or more")
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """The frozen CLIP image ViT. Defaults are CLIP-B/16."""
 

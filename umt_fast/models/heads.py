@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from umt_kernels import gather_layer_norm
 
-from umt_fast.config import Recompute, StudentConfig
+from umt_fast.config import Recompute, StudentConfig, VitConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.positions import sinusoid_positions
 from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class NormedTransformer(VideoTransformer):
-    """The video ViT with the final LayerNorm that all aligned layers share."""
+    """The video ViT with a final LayerNorm, under its published name; whoever takes hidden states applies it."""
 
-    def __init__(self, config: StudentConfig, drop_path: float) -> None:
-        super().__init__(config, drop_path)
+    def __init__(self, config: VitConfig, drop_path: float, hidden: int | None = None) -> None:
+        super().__init__(config, drop_path, hidden)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
 
 

@@ -21,7 +21,7 @@ LAYER_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Self-attention with biases on q and v but not on k."""
+    """Self-attention with biases on q and v but not on k, which softmax would cancel."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -43,24 +43,46 @@ class Attention(nn.Module):
         return self.proj(self_attention(qkv, self.backend).flatten(2))
 
 
-class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
+class SeparateAttention(nn.Module):
+    """Self-attention whose q, k and v are layers of their own, as in MAE-ST's checkpoints; still one matmul."""
+
+    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, MLP_RATIO * width)
-        self.fc2 = nn.Linear(MLP_RATIO * width, width)
+        self.heads = heads
+        self.backend = SDPA
+        self.q, self.k, self.v = (nn.Linear(width, width, bias) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+        layers = (self.q, self.k, self.v)
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, self.heads, -1))
+        return self.proj(self_attention(qkv, self.backend).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, drop_path: float) -> None:
+    """Pre-norm transformer block. `hidden` is the width inside its MLP, by default 4 x width."""
+
+    def __init__(
+        self, width: int, heads: int, drop_path: float, hidden: int | None = None, attention: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads) if attention is None else attention
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, hidden or MLP_RATIO * width)
 
     def _maybe_drop(self, branch: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
         """Stochastic depth (arXiv 1603.09382): a sample's branch is dropped whole, the others scaled to make up."""
@@ -86,15 +108,16 @@ class PatchEmbed(nn.Module):
 class VideoTransformer(nn.Module):
     """Patch embedding and pre-norm blocks (UMT, arXiv 2303.16058), under their published parameter names."""
 
-    def __init__(self, config: VitConfig, drop_path: float = 0.0) -> None:
-        """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first."""
+    def __init__(self, config: VitConfig, drop_path: float = 0.0, hidden: int | None = None) -> None:
+        """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first. `hidden` is the
+        width inside the blocks' MLPs, by default 4 x width."""
         super().__init__()
         self.image_size = config.image_size
         self.patch_size = config.patch_size
         self.patch_embed = PatchEmbed(config)
         steps = max(config.depth - 1, 1)
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, drop_path * index / steps) for index in range(config.depth)
+            Block(config.width, config.heads, drop_path * index / steps, hidden) for index in range(config.depth)
         )
         self.run_block = RUN_BLOCK["none"]
 
@@ -149,7 +172,7 @@ class VideoTransformer(nn.Module):
     def set_attention(self, backend: Backend) -> None:
         """Use `backend` in every block; before torch.compile, which takes it in."""
         for module in self.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, (Attention, SeparateAttention)):
                 module.backend = backend
 
     def set_recompute(self, recompute: Recompute) -> None:

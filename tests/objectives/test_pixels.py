@@ -1,0 +1,215 @@
+"""Pixel objectives against recorded numbers of the published VideoMAE, VideoMAE V2 and MAE-ST."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from umt_kernels.reference import pixel_targets
+
+from umt_fast.config import ConfigError, MaeStConfig, VideoMaeConfig
+from umt_fast.models.pixels import MaeSt, VideoMae
+from umt_fast.objectives.pixels import Reconstruction, hidden_ids, mae_st_step, target_frame_ids, videomae_step
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
+IMAGENET_STD, IMAGENET_MEAN = (0.229, 0.224, 0.225), (0.485, 0.456, 0.406)
+
+
+class Recorded:
+    """A recorded case: settings and tensors; wide ones hold only their first 24 columns."""
+
+    def __init__(self, name: str) -> None:
+        with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+            self.settings = json.loads(file.metadata()["config"])
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+    def model(self) -> nn.Module:
+        given = self.settings
+        sizes = {
+            "image_size": given["image"],
+            "patch_size": given["patch"],
+            "frames": given["frames"],
+            "width": given["enc_width"],
+            "depth": given["enc_depth"],
+            "heads": given["enc_heads"],
+            "decoder_width": given["dec_width"],
+            "decoder_depth": given["dec_depth"],
+            "decoder_heads": given["dec_heads"],
+        }
+        if given["kind"] == "mae_st":
+            options = {
+                "tubelet_size": given["t_patch"],
+                "target_frames": given["pred_t_dim"],
+                "class_token": given["cls_embed"],
+                "separable_positions": given["sep_pos_embed"],
+                "qkv_bias": not given["no_qkv_bias"],
+                "normalise_targets": given["norm_pix_loss"],
+            }
+            model: nn.Module = MaeSt(MaeStConfig(**sizes, **options))
+        else:
+            model = VideoMae(VideoMaeConfig(**sizes, tubelet_size=given["tubelet"]))
+        model.load_state_dict(self.part("model."))
+        return model
+
+
+def shown(mask: Tensor) -> Tensor:
+    """A recorded mask, True where left out, as ids [B, n]."""
+    return (~mask).nonzero()[:, 1].view(len(mask), -1)
+
+
+def step(model: nn.Module, clip: Tensor, mask: Tensor, decode_mask: Tensor | None = None) -> Reconstruction:
+    if isinstance(model, MaeSt):
+        return mae_st_step(model, model.config, clip, shown(mask))
+    decoded = None if decode_mask is None else shown(decode_mask)
+    return videomae_step(model, model.config, clip, shown(mask), decoded)
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """1e-4 relative norm; key biases have a gradient of rounding noise, as softmax cancels them."""
+    parameters = dict(model.named_parameters())
+    for name, grad in expected.items():
+        if "attn.k.bias" not in name:
+            assert float((parameters[name].grad - grad).norm() / grad.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["videomae_pretrain", "videomaev2_pretrain", "mae_st_recipe", "mae_st_variant"])
+def test_losses_predictions_and_gradients(name):
+    case = Recorded(name)
+    model, tensors = case.model(), case.tensors
+    out = step(model, tensors["clip"], tensors["mask"], tensors.get("decode_mask"))
+    out.loss.backward()
+    assert abs(float(out.loss.detach() - tensors["loss"])) < 1e-5
+    assert_gradients(model, case.part("grad."))
+    visible = tensors.get("ids_keep", shown(tensors["mask"]))  # MAE-ST's recorded order is that of its draw
+    assert (model.encode(tensors["clip"], visible) - tensors["enc_out"]).abs().max() < 1e-5
+    if "pred" in tensors:
+        every = isinstance(model, MaeSt)
+        predictions = model(tensors["clip"], visible) if every else out.predictions
+        assert (predictions[..., :24] - tensors["pred"]).abs().max() < 1e-5
+
+
+def test_decoder_sees_visible_tokens_first_and_then_mask_tokens():
+    case = Recorded("videomaev2_pretrain")
+    model, tensors = case.model(), case.tensors
+    visible, decoded = shown(tensors["mask"]), shown(tensors["decode_mask"])
+    found = model.decoder_input(model.encode(tensors["clip"], visible), visible, decoded)
+    assert (found - tensors["dec_in"]).abs().max() < 1e-5
+
+
+def test_running_cells_and_uneven_masks_average_over_the_batch():
+    case = Recorded("videomaev2_pretrain")
+    names = {key.rsplit(".", 1)[0] for key in case.tensors if key.startswith("case.")}
+    assert len(names) >= 6
+    for name in sorted(names):
+        model, given = case.model(), case.part(f"{name}.")
+        out = step(model, case.tensors["clip"], given["mask"], given["decode_mask"])
+        out.loss.backward()
+        assert abs(float(out.loss.detach() - given["loss"])) < 1e-5, name
+        norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+        assert float(norm / given["grad_norm"]) == pytest.approx(1, abs=1e-4), name
+
+
+def test_targets_of_videomae():
+    case = Recorded("videomae_pretrain")
+    tensors = case.tensors
+    hidden = hidden_ids(shown(tensors["mask"]), tensors["mask"].shape[1])
+    assert torch.equal(hidden, tensors["mask"].nonzero()[:, 1].view(len(hidden), -1))
+    given = (tensors["clip"], hidden, case.settings["patch"], case.settings["tubelet"])
+    targets = pixel_targets(*given, "channel", 1e-6, False, IMAGENET_STD, IMAGENET_MEAN)
+    assert (targets[..., :24] - tensors["targets"]).abs().max() < 1e-4
+    plain = pixel_targets(*given, "none", 1e-6, False, IMAGENET_STD, IMAGENET_MEAN)
+    assert (plain[:, 0, :24] - tensors["targets_unnormalised_token0"][:, :24]).abs().max() < 1e-5
+
+
+def test_head_leaves_out_tokens_that_are_not_scored():
+    case = Recorded("videomaev2_pretrain")
+    model, tensors = case.model(), case.tensors
+    visible, decoded = shown(tensors["mask"]), shown(tensors["decode_mask"])
+    both = (~tensors["mask"] & ~tensors["decode_mask"]).sum(1)
+    assert len(both.unique()) == 1
+    overlap = int(both[0])
+    assert overlap > 0
+    weighted = videomae_step(model, model.config, tensors["clip"], visible, decoded)
+    lean = videomae_step(model, model.config, tensors["clip"], visible, decoded, overlap)
+    assert lean.predictions.shape[1] == weighted.predictions.shape[1] - overlap
+    assert abs(float(lean.loss.detach() - weighted.loss.detach())) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["videomaev2_adamw5", "mae_st_adamw5"])
+def test_five_steps_of_adamw(name):
+    case = Recorded(name)
+    model, given = case.model(), case.settings
+    no_decay = set(given["no_decay"])
+    parameters = dict(model.named_parameters())
+    groups = [
+        {
+            "params": [parameters[key] for key in parameters if key not in no_decay],
+            "weight_decay": given["weight_decay"],
+        },
+        {"params": [parameters[key] for key in parameters if key in no_decay], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=given["betas"], eps=given["eps"])
+    for number, rate in enumerate(case.tensors["lr"].tolist()):
+        batch = case.part(f"step{number}.")
+        out = step(model, batch["clip"], batch["mask"], batch.get("decode_mask"))
+        out.loss.backward()
+        assert abs(float(out.loss.detach() - case.tensors["losses"][number])) < 1e-5
+        norm = nn.utils.clip_grad_norm_(model.parameters(), given["clip_grad"])
+        assert float(norm / case.tensors["grad_norms"][number]) == pytest.approx(1, abs=1e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in case.part("final.").items():
+        tolerance = 1e-4 if "attn.k.bias" in key else 2e-6  # key biases are driven by rounding noise
+        assert (parameters[key] - value).abs().max() < tolerance, key
+
+
+@pytest.mark.parametrize("name", ["videomae_pretrain", "mae_st_recipe"])
+def test_uint8_clips_and_normalised_ones_agree(name):
+    model = Recorded(name).model()
+    config = model.config
+    pixels = torch.randint(0, 256, (2, config.frames, config.image_size, config.image_size, 3), dtype=torch.uint8)
+    if isinstance(model, MaeSt):
+        clip = ((pixels / 255 - 0.45) / 0.225).permute(0, 4, 1, 2, 3)
+    else:
+        clip = ((pixels / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).permute(0, 4, 1, 2, 3)
+    mask = torch.ones(2, config.tokens, dtype=torch.bool)
+    mask[:, ::5] = False
+    one, two = step(model, pixels, mask), step(model, clip, mask)
+    assert abs(float(one.loss.detach() - two.loss.detach())) < 1e-4
+    assert (one.predictions - two.predictions).abs().max() < 1e-4
+
+
+def test_target_frames_of_the_published_recipe():
+    assert target_frame_ids(16, 8) == [0, 2, 4, 6, 8, 10, 12, 15]
+
+
+def test_sizes_of_the_giant_model():
+    config = VideoMaeConfig(
+        patch_size=14, width=1408, depth=40, heads=16, decoder_width=512, decoder_heads=8, mlp_width=6144
+    )
+    assert (config.tokens, config.decoder_mlp_width) == (2048, 2234)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (VideoMaeConfig, {"decoder_heads": 7}, "decoder_width = 384 is not a positive multiple of decoder_heads = 7"),
+        (VideoMaeConfig, {"decoder_depth": 0}, "decoder_depth = 0"),
+        (VideoMaeConfig, {"drop_path": 1.0}, "drop_path = 1.0"),
+        (MaeStConfig, {"target_frames": 12}, "target_frames = 12"),
+        (MaeStConfig, {"target_frames": 32}, "target_frames = 32 is more than frames = 16"),
+    ],
+)
+def test_settings_that_cannot_be(kind, settings, words):
+    with pytest.raises(ConfigError) as caught:
+        kind(**settings)
+    assert words in str(caught.value)
