@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from umt_fast.data.index import VideoList
+from umt_fast.data.labels import LabelError, read_classes, read_labelled
+from umt_fast.data.manifest import ManifestError
+
+
+@pytest.mark.parametrize(
+    ("content", "paths", "labels", "classes"),
+    [
+        ("a.mp4,1\nb c.mp4,0\n", ["a.mp4", "b c.mp4"], [1, 0], ("0", "1")),
+        ("a.mp4 2\r\n\r\nd/b.mp4 0", ["a.mp4", "d/b.mp4"], [2, 0], ("0", "1", "2")),
+        ("a,b.mp4,run\nc.mp4,arm wrestling", ["a,b.mp4", "c.mp4"], [1, 0], ("arm wrestling", "run")),
+        ('"a, b.mp4",jump\n"c.mp4","run, far"', ["a, b.mp4", "c.mp4"], [0, 1], ("jump", "run, far")),
+        ("\ufeffa.mp4\trun\n", ["a.mp4"], [0], ("run",)),
+        ("https://x/a.mp4,3", ["https://x/a.mp4"], [3], ("0", "1", "2", "3")),
+    ],
+)
+def test_lists(tmp_path: Path, content, paths, labels, classes):
+    listing = tmp_path / "list.csv"
+    listing.write_text(content, "utf-8")
+    found = read_labelled(str(listing), "pre")
+    assert [video.path for video in found.videos] == [p if "://" in p else f"pre/{p}" for p in paths]
+    assert found.labels.tolist() == labels
+    assert found.classes == classes
+
+
+def test_folders_name_the_classes(tmp_path: Path):
+    for name in ("walk/1.mp4", "run/2.mp4", "run/deep/3.webm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = read_labelled(str(tmp_path))
+    assert found.classes == ("run", "walk")
+    assert [found.classes[label] for label in found.labels] == [
+        Path(v.path).relative_to(tmp_path).parts[0] for v in found.videos
+    ]
+    (tmp_path / "4.mp4").write_bytes(b"")
+    with pytest.raises(LabelError, match=r"4\.mp4: no label"):
+        read_labelled(str(tmp_path))
+
+
+def test_known_classes_number_the_names(tmp_path: Path):
+    listing, names = tmp_path / "list.txt", tmp_path / "classes.txt"
+    listing.write_text("a.mp4,run\nb.mp4,walk\n")
+    names.write_text("walk\nrun\nswim\n")
+    classes = read_classes(names)
+    assert read_labelled(str(listing), classes=classes).labels.tolist() == [1, 0]
+    assert read_labelled(str(listing), classes=classes).classes == ("walk", "run", "swim")
+    listing.write_text("a.mp4,2\n")
+    assert read_labelled(str(listing), classes=classes).labels.tolist() == [2]
+    assert len(read_labelled(str(listing), classes=400).classes) == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "classes", "says"),
+    [
+        ("a.mp4,1\nb.mp4,7\n", 5, "line 2: label 7 is not one of 5 classes, 0 to 4"),
+        ("a.mp4,1\n\nb.mp4\n", None, "line 3: no label"),
+        ("a b.mp4\n", None, "line 1: no label"),
+        ("a.mp4,1\nb.mp4,run\n", None, "line 2: label 'run', but line 1 has '1'"),
+        ("a.mp4,run\nb.mp4,hop\n", ("walk", "run"), "line 2: no class 'hop' among the 2 known: walk, run"),
+        ("a.mp4,-1\n", 3, "line 1: label -1 is not one of 3 classes"),
+        ("a.mp4," + "9" * 5000, 3, "is not one of 3 classes"),
+        ("a.mp4,run\nb.mp4,walk\n", 1, "2 class names, but the model has 1 classes"),
+    ],
+)
+def test_wrong_labels_name_file_and_line(tmp_path: Path, content, classes, says):
+    listing = tmp_path / "list.csv"
+    listing.write_text(content)
+    with pytest.raises(LabelError, match=says) as error:
+        read_labelled(str(listing), classes=classes)
+    assert str(listing) in str(error.value)
+
+
+def test_rows_of_an_index_need_labels(tmp_path: Path, monkeypatch):
+    rows = VideoList.of_rows([{"path": "a.mp4", "label": 4}, {"path": "b.mp4"}])
+    monkeypatch.setattr("umt_fast.data.labels.read_manifest", lambda *_: rows)
+    with pytest.raises(LabelError, match=r"x\.tar, row 2: no label"):
+        read_labelled("x.tar")
+
+
+def test_class_files(tmp_path: Path):
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
+    with pytest.raises(LabelError, match="has the class 'a' twice"):
+        read_classes(tmp_path / "twice.txt")
+    with pytest.raises(LabelError, match="cannot read the class file"):
+        read_classes(tmp_path / "none.txt")
+    (tmp_path / "empty.csv").write_text("\n")
+    with pytest.raises(ManifestError, match="is empty"):
+        read_labelled(str(tmp_path / "empty.csv"))

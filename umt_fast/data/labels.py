@@ -1,0 +1,151 @@
+"""Lists of videos with labels: numbers, or names with a class file that numbers them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from umt_fast.config import DataConfig
+from umt_fast.data.index import INDEX_NAME, VideoList, is_url
+from umt_fast.data.manifest import VIDEO_SUFFIXES, ManifestError, read_manifest
+from umt_fast.data.storage import read
+from umt_fast.errors import RunError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+
+class LabelError(RunError, ValueError):
+    """A list whose labels are missing, unknown or out of range."""
+
+
+@dataclass(frozen=True)
+class LabelledVideos:
+    """Videos, and the class of each by number."""
+
+    videos: VideoList
+    labels: Int[np.ndarray, " n"]
+    classes: tuple[str, ...]
+    """Their names; the numbers themselves where the list has numbers and no class file is given."""
+
+
+def read_labelled(
+    source: str,
+    prefix: str = "",
+    classes: Sequence[str] | int | None = None,
+    read_timeout: float = DataConfig.read_timeout,
+) -> LabelledVideos:
+    """What `read_manifest` reads, with a label for every video. It is checked before any video is opened.
+
+    A line of a list is `path,label` or `path label`; in a folder, the subfolder's name is the label. `classes`: the
+    class names in order of their numbers, or how many classes there are; None takes them from the list, names in
+    alphabetical order. Raises LabelError naming file and line, ManifestError where there is nothing to read.
+    """
+    where, videos, labels = _read(source, prefix, read_timeout)
+    videos.read_timeout = read_timeout
+    return LabelledVideos(videos, *_number(source, where, labels, classes))
+
+
+def read_classes(path: str | Path) -> tuple[str, ...]:
+    """The names in a class file, one a line, numbered from 0. Raises LabelError for a name that comes twice."""
+    try:
+        lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabelError(f"cannot read the class file {path}: {error}") from None
+    names = [line.strip() for line in lines if line.strip()]
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None or not names:
+        raise LabelError(
+            f"the class file {path} is empty" if twice is None else f"{path} has the class {twice!r} twice"
+        )
+    return tuple(names)
+
+
+def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], VideoList, list[str]]:
+    """For each video where its label stands, and the label as it stands there."""
+    suffix = posixpath.splitext(source)[1].lower()
+    if not source or suffix in (".tar", ".jsonl", *VIDEO_SUFFIXES) or (is_url(source) and suffix not in _LISTS):
+        return _of_rows(source, read_manifest(source, prefix, read_timeout))
+    path = source if is_url(source) else str(Path(source).expanduser())
+    if os.path.isdir(path):
+        videos = read_manifest(source, prefix, read_timeout)
+        if os.path.exists(os.path.join(path, INDEX_NAME)):
+            return _of_rows(source, videos)
+        places = [os.path.relpath(video.path, path) for video in videos]
+        return places, videos, [place.split(os.sep)[0] if os.sep in place else "" for place in places]
+    try:
+        content = read(path, timeout=read_timeout).decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ManifestError(f"cannot read the list {source}: {error.strerror or error}") from None
+    if "\0" in content:
+        raise ManifestError(f"{source} is not a text list: it holds a zero byte")
+    lines = [(f"line {number}", line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ManifestError(f"the list {source} is empty")
+    parts = [_split(line) for _, line in lines]
+    paths = [path if is_url(path) else os.path.join(prefix, path) for path, _ in parts]
+    return [where for where, _ in lines], VideoList.of_paths(paths), [label for _, label in parts]
+
+
+_LISTS = (".csv", ".txt")
+
+
+def _of_rows(source: str, videos: VideoList) -> tuple[list[str], VideoList, list[str]]:
+    labels = ["" if video.label is None else str(video.label) for video in videos]
+    return [f"row {row + 1}" for row in range(len(videos))], videos, labels
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Path and label of a line; a label that is empty or a video file's name is none."""
+    if '"' in line:
+        fields = next(csv.reader([line]))
+        path, label = (fields[0], fields[-1]) if len(fields) > 1 else (line, "")
+    else:
+        path, _, label = line.rpartition(",") if "," in line else " ".join(line.rsplit(None, 1)).rpartition(" ")
+    if not path or posixpath.splitext(label)[1].lower() in VIDEO_SUFFIXES:
+        return line, ""
+    return path.strip(), label.strip()
+
+
+def _number(
+    source: str, where: list[str], labels: list[str], classes: Sequence[str] | int | None
+) -> tuple[Int[np.ndarray, " n"], tuple[str, ...]]:
+    unlabelled = next((place for place, label in zip(where, labels, strict=True) if not label), None)
+    if unlabelled is not None:
+        raise LabelError(
+            f"{source}, {unlabelled}: no label; give `path,label` or `path label`, or a folder for each class"
+        )
+    numeric = [label.isascii() and label.removeprefix("-").isdigit() for label in labels]
+    names = None if classes is None or isinstance(classes, int) else tuple(classes)
+    if all(numeric):
+        numbers = np.array([int(label[:9]) for label in labels], np.int64)
+        count = int(numbers.max()) + 1 if classes is None else classes if isinstance(classes, int) else len(classes)
+        if numbers.min() < 0 or numbers.max() >= count:
+            first = int(((numbers < 0) | (numbers >= count)).argmax())
+            raise LabelError(
+                f"{source}, {where[first]}: label {labels[first][:20]} is not one of {count} classes, 0 to {count - 1}"
+            )
+        return numbers, names or tuple(map(str, range(count)))
+    if any(numeric) and names is None:
+        odd = numeric.index(not numeric[0])
+        raise LabelError(
+            f"{source}, {where[odd]}: label {labels[odd]!r}, but {where[0]} has {labels[0]!r}: give numbers or names"
+        )
+    if isinstance(classes, int) and len(set(labels)) > classes:
+        raise LabelError(f"{source} has {len(set(labels))} class names, but the model has {classes} classes")
+    names = names or tuple(sorted(set(labels)))
+    number = {name: index for index, name in enumerate(names)}
+    unknown = next((place for place, label in enumerate(labels) if label not in number), None)
+    if unknown is not None:
+        known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise LabelError(
+            f"{source}, {where[unknown]}: no class {labels[unknown]!r} among the {len(names)} known: {known}"
+        )
+    return np.array([number[label] for label in labels], np.int64), names
