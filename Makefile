@@ -27,7 +27,7 @@ test-kernels: .venv/.dev .venv-kernels/.done ## run the Triton kernels in the in
 
 # Decodes on the CPU; a GPU's tests are run by test-gpu, where PY has DALI.
 test-dali: .venv/.dali ## test the DALI loader against PyAV's
-	$(BIN)/python -m pytest tests/data/decode/test_dali.py tests/train/test_dali_run.py
+	$(BIN)/python -m pytest tests/data/test_dali_loader.py tests/train/test_dali_run.py
 
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
 	$(BIN)/python -m benchmarks.kernel_report --gate -q

@@ -18,8 +18,9 @@ from torch import distributed as dist
 
 from benchmarks.phases import wait_for
 from umt_fast.config import DataConfig, StudentConfig
+from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import choose_decoder, open_loader
+from umt_fast.data.decode import choose_decoder
 from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError

@@ -45,11 +45,12 @@ from benchmarks.kernels.environment import describe
 from benchmarks.rungs import MODELS
 from umt_fast.arguments import number_above, whole_number_from
 from umt_fast.config import DataConfig
+from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import choose_decoder, has_dali, nvdec, open_loader
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.decode.dali import Takes
-from umt_fast.data.index import Video, VideoList
+from umt_fast.data.dali_loader import DaliSupport
+from umt_fast.data.decode import choose_decoder, has_dali, nvdec, probe, read_frames
+from umt_fast.data.decode.container import ONE_THREAD, look_up
+from umt_fast.data.index import BadVideo, Video, VideoList
 from umt_fast.data.loader import Loader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.storage import file_size
@@ -97,8 +98,8 @@ def make_originals(sources: VideoList, folder: Path) -> None:
     """Write each source as a 10 s video: played forwards and backwards until it is long enough."""
     for number, source in enumerate(sources):
         try:
-            pictures = pyav.read_frames(source, lambda count: range(min(count, SECONDS * FPS)))
-        except pyav.BadVideo as error:
+            pictures = read_frames(source, lambda count: range(min(count, SECONDS * FPS)))
+        except BadVideo as error:
             _refuse(source, error)
         looped = pictures + pictures[-2:0:-1]
         with av.open(str(folder / f"{number:03d}.mp4"), "w") as container:
@@ -138,8 +139,8 @@ def read_files(name: str, source: Path | str) -> Files:
 def _look_into(video: Video) -> Video:
     """With its facts. Exits where the bare loop could not read it."""
     try:
-        facts = pyav.probe(video)
-    except pyav.BadVideo as error:
+        facts = probe(video)
+    except BadVideo as error:
         _refuse(video, error)
     if not len(facts.keys):
         _refuse(video, "no times to seek by")
@@ -180,7 +181,7 @@ def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], N
             for frame in decoder:
                 at = frame.pts
                 if at is not None and at >= times[index]:
-                    then(to_rgb.reformat(frame, format="rgb24", threads=pyav.ONE_THREAD).to_ndarray())
+                    then(to_rgb.reformat(frame, format="rgb24", threads=ONE_THREAD).to_ndarray())
                     break
 
 
@@ -212,7 +213,7 @@ def _bare_worker(
         index, rng = next(stream.attempts(rank + clips * workers))
         facts = videos[index].facts
         assert facts is not None
-        indices = stream.draw_frames(facts.frames, rng)
+        indices = list(stream.draw_frames(facts.timeline, rng))
         if crop:
             decode_bare(videos[index], indices, Crop(rng))
         else:
@@ -349,7 +350,7 @@ def plan_rows(
     rows = []
     for kept in files:
         rows += [Row(kept.name, decoder, count) for decoder in ("bare", "bare + crop", "pyav") for count in workers]
-        if not has_dali() or any(Takes(engines).refuse(pyav.look_up(video)) for video in kept.known):
+        if not has_dali() or any(DaliSupport(engines).why_not(look_up(video)) for video in kept.known):
             continue
         if engines is None:
             rows += [Row(kept.name, "dali", count) for count in workers]

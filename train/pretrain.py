@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import umt_fast
 from umt_fast import masking, weights
 from umt_fast.config import Config, ConfigError, load_recipe
+from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import open_loader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.doctor import PACKAGES, in_use, resolve_precision
 from umt_fast.errors import RunError

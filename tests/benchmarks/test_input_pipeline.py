@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import input_pipeline, input_pipeline_report
 from benchmarks.input_pipeline import Files, plan_rows, read_files, soaked
-from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.nvdec import Limits
 from umt_fast.data.index import Facts, VideoList
 from umt_fast.data.manifest import read_manifest
@@ -45,7 +45,7 @@ def copy(demo_videos, tmp_path):
 def test_originals_are_what_they_are_called(short, demo_videos, tmp_path):
     source = read_manifest(str(demo_videos))[0]
     input_pipeline.make_originals(VideoList.of_paths([source.path]), tmp_path)
-    facts = pyav.probe(read_manifest(str(tmp_path))[0])
+    facts = probe(read_manifest(str(tmp_path))[0])
     assert (facts.frames, facts.width, facts.height, facts.fps, facts.codec) == (30, 340, 256, 30, "h264")
     assert len(facts.keys) == 2
 
@@ -69,7 +69,7 @@ def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
     indices = [0, 3, 9, 17, 18, 19, 20, count - 1]
     found: list[np.ndarray] = []
     input_pipeline.decode_bare(video, indices, found.append)
-    for one, two in zip(found, pyav.read_frames(video, lambda _count: indices), strict=True):
+    for one, two in zip(found, read_frames(video, lambda _count: indices), strict=True):
         assert np.array_equal(one, two)
     crop = input_pipeline.Crop(np.random.default_rng(0))
     for picture in found:

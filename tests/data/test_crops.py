@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from umt_fast.config import DataConfig
-from umt_fast.data.crops import Cut, View, draw_view
+from umt_fast.data.crops import Crop, View, draw_view
 from umt_fast.data.index import BadVideo
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -132,7 +132,7 @@ def _frame(width: int, height: int) -> np.ndarray:
 
 def _cut(frames: list[np.ndarray], view: View, side: int) -> np.ndarray:
     out = np.full((len(frames), side, side, 3), 77, np.uint8)
-    cut = Cut(view, out)
+    cut = Crop(view, out)
     for place, frame in enumerate(frames):
         cut.add([place], frame)
     cut.finish()
@@ -190,7 +190,7 @@ def test_a_clip_is_its_frames_one_by_one(sizes, flip):
 
 
 def test_a_video_that_shrinks_out_of_the_view_is_bad():
-    cut = Cut(View(40, 5, 60, 50, False), np.zeros((2, 48, 48, 3), np.uint8))
+    cut = Crop(View(40, 5, 60, 50, False), np.zeros((2, 48, 48, 3), np.uint8))
     cut.add([0], _frame(120, 90))
     with pytest.raises(BadVideo, match="shrink to 40 x 90"):
         cut.add([1], _frame(40, 90))
@@ -200,7 +200,7 @@ def test_a_frame_in_several_places():
     frames = [_frame(120, 90), _frame(120, 90)[::-1]]
     view = View(3, 4, 70, 60, False)
     out = np.zeros((4, 48, 48, 3), np.uint8)
-    cut = Cut(view, out)
+    cut = Crop(view, out)
     cut.add([0, 3], frames[0])
     cut.add([2, 1], frames[1])
     cut.finish()

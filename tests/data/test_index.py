@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from umt_fast.data.decode.container import probe, read_frames
+from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.index import (
     FORMAT,
     BadIndex,

@@ -13,17 +13,18 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from umt_fast.config import DataConfig
+from umt_fast.data import loader as loading
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import container as pyav
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable, WorkerDied
-from umt_fast.data.shared_memory import Buffers
+from umt_fast.data.shared_memory import BufferPool
 from umt_fast.errors import RunError
 
 FRAMES, SIDE = 4, 32
@@ -202,7 +203,7 @@ def test_a_short_video_gives_copies_of_its_first_frame(tmp_path, write_video, de
 
 
 def test_a_turned_video(tmp_path, write_video):
-    if not hasattr(pyav.av.VideoStream, "set_display_rotation"):
+    if not hasattr(av.VideoStream, "set_display_rotation"):
         pytest.skip("this PyAV writes no rotation")
     path = write_video(tmp_path / "turned.mp4", frames=8, size=(64, 48), rotation=90)
     (batch,) = _batches(_stream([str(path)]), batches=1, batch_size=4)
@@ -294,15 +295,15 @@ def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
             assert after.bad[0] == (str(last), "empty file")
 
 
-def test_a_decoders_surprise_is_reported_too(videos, monkeypatch):
-    iterate_frames = pyav.iterate_frames
+def test_an_unexpected_error_of_a_decoder_is_reported_too(videos, monkeypatch):
+    open_video = loading.open_video
 
-    def iterate(video, *arguments):
+    def fail(video, content):
         if video.path == videos[0]:
             raise AttributeError("no such thing")
-        return iterate_frames(video, *arguments)
+        return open_video(video, content)
 
-    monkeypatch.setattr(pyav, "iterate_frames", iterate)
+    monkeypatch.setattr(loading, "open_video", fail)
     batches = _batches(_stream(videos), batches=COUNT, batch_size=1)
     bad = {bad for batch in batches for bad in batch.bad}
     assert bad == {(videos[0], "AttributeError: no such thing")}
@@ -461,23 +462,23 @@ def test_a_pinned_batch_gives_its_memory_back(videos, monkeypatch):
 
 def test_a_copy_in_a_forked_process_gives_nothing_back():
     """One that is dropped there: here the memory may still be in use."""
-    buffers = Buffers(1, 1, 10)
-    _, loan = buffers.take((10,))
-    clip = loan.claim((10,))
+    buffers = BufferPool(1, 1, 10)
+    _, lease = buffers.lease((10,), np.dtype(np.uint8))
+    clip = lease.open((10,), np.dtype(np.uint8))
     child = os.fork()
     if not child:
         del clip
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert buffers.take((10,)) is None
+    assert buffers.lease((10,), np.dtype(np.uint8)) is None
     del clip
-    assert buffers.take((10,)) is not None
+    assert buffers.lease((10,), np.dtype(np.uint8)) is not None
 
 
 def test_more_memory_than_there_is_is_done_without():
     """The loader goes on with fresh memory."""
-    assert Buffers.for_workers(1 << 10, 1 << 10, 1 << 36) is None
-    assert Buffers.for_workers(0, 4, 10) is None
+    assert BufferPool.for_workers(1 << 10, 1 << 10, 1 << 36) is None
+    assert BufferPool.for_workers(0, 4, 10) is None
 
 
 def test_a_small_dev_shm_is_told(videos, monkeypatch):

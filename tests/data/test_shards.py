@@ -25,7 +25,7 @@ import torch
 from umt_fast.config import DataConfig
 from umt_fast.data import storage
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode.container import probe, read_frames
+from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.index import BadVideo, VideoList, describe, write_index
 from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
 from umt_fast.data.manifest import ManifestError, read_manifest

@@ -1,25 +1,43 @@
-"""Which clips a run sees, in what order: the same whatever decodes them, on whatever number of ranks and workers.
+"""Which clips a run sees and in what order: the same for every decoder and any number of ranks and workers.
 
-A run visits videos one after another. Visit number v belongs to epoch v // n of a list of n videos, each epoch in its
-own random order, and gives `crops_per_clip` clips: the same frames, cropped and flipped anew (the published
-num_sample). So clip number i of a run is always the same clip, and a run is resumed at its clip.
+A run visits videos one after another. Visit number v belongs to epoch v // n of a list of n videos, and each epoch has
+its own random order. A visit gives several clips of the same frames, cropped and flipped anew (the published
+num_sample). So clip number i of a run is always the same clip, and a run can resume at any clip.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.crops import Clip, Cut, View, draw_view
+from umt_fast.data.crops import Clip, Crop, View, draw_view
 from umt_fast.data.index import VideoList
-from umt_fast.data.sampling import epoch_order, sample_rng, segment_frames
+from umt_fast.data.sampling import FrameSampling, Timeline, epoch_order, sample_rng, segment_frames
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 REPLACEMENTS = 20
-"""Other videos tried in the place of one that cannot be read."""
+"""How many other videos are tried in place of an unreadable one."""
+
+
+class ClipTransform(Protocol):
+    """Makes the clips of a visit from its frames, in a worker process: an augmentation, or the views of a test."""
+
+    clips: int
+    """How many clips it makes of one visit."""
+    shape: tuple[int, ...]
+    """Of one clip."""
+    dtype: np.dtype
+    """Of the clips, e.g. `np.dtype(np.float32)`."""
+
+    def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
+        """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order the frame sampling asked for;
+        they may differ in size, and a frame asked for twice is the same array, so it must not be written to."""
 
 
 @dataclass
@@ -29,47 +47,78 @@ class ClipStream:
     videos: VideoList
     config: DataConfig
     frames: int
-    """Per clip."""
+    """Frames of a clip."""
     side: int
-    """Of a clip, pixels."""
+    """Height and width of a clip, pixels."""
     seed: int
+    sampling: FrameSampling | None = None
+    """Which frames a visit decodes; None: one from each of `frames` equal parts (TSN)."""
+    transform: ClipTransform | None = None
+    """Makes the clips; None: `config.crops_per_clip` multi-scale crops with flips, uint8 [T,side,side,3]."""
+    shuffle: bool = True
+    """False: every epoch follows the list, as an evaluation does."""
+    replace: bool = True
+    """Whether another video takes the place of an unreadable one. False: its clips are missing from the batch."""
 
     def __post_init__(self) -> None:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property
-    def clips_shape(self) -> tuple[int, int, int, int, int]:
-        """Of the clips of one visit: [R,T,H,W,3]."""
-        return self.config.crops_per_clip, self.frames, self.side, self.side, 3
+    def clips_per_visit(self) -> int:
+        return self.config.crops_per_clip if self.transform is None else self.transform.clips
+
+    @property
+    def clips_shape(self) -> tuple[int, ...]:
+        """Of the clips of one visit: [R,T,H,W,3], or what the transform makes."""
+        shape = (self.frames, self.side, self.side, 3) if self.transform is None else self.transform.shape
+        return self.clips_per_visit, *shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8) if self.transform is None else self.transform.dtype
 
     def attempts(self, visit: int) -> Iterator[tuple[int, np.random.Generator]]:
-        """The video's place in the list and the source of what is drawn for it; then those tried in its place."""
+        """The video's row in the list and the visit's random generator; then the replacements, each with its own."""
         epoch, place = divmod(visit, len(self.videos))
-        first = index = int(self._epoch_order(epoch)[place])
-        for attempt in range(1 + REPLACEMENTS):
+        first = index = int(self._epoch_order(epoch)[place]) if self.shuffle else place
+        for attempt in range(1 + (REPLACEMENTS if self.replace else 0)):
             rng = sample_rng(self.seed, epoch, first, attempt)
             if attempt:
                 index = int(rng.integers(len(self.videos)))
             yield index, rng
 
-    def row_of(self, visit: int, failed: int) -> int:
-        """The place in the list of the video that a visit reads after `failed` others could not be."""
-        return next(itertools.islice(self.attempts(visit), failed, None))[0]
-
-    def draw_frames(self, count: int, rng: np.random.Generator) -> list[int]:
-        """Indices of a clip's frames in a video of `count`. Drawn before the views."""
-        return segment_frames(count, self.frames, rng)
+    def draw_frames(self, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
+        """Indices of a visit's frames. They are drawn before the views."""
+        if self.sampling is not None:
+            return self.sampling(timeline, rng)
+        return segment_frames(timeline.num_frames, self.frames, rng)
 
     def draw_views(self, width: int, height: int, rng: np.random.Generator) -> list[View]:
-        """What each of the visit's clips shows of frames of this size."""
+        """The crop of each of the visit's clips, from frames of this size."""
         scales, flip = self.config.crop_scales, self.config.flip
         return [draw_view(width, height, self.side, scales, flip, rng) for _ in range(self.config.crops_per_clip)]
 
-    def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> list[Clip]:
+    def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> Sequence[Clip]:
         """The visit's clips, which will be written to `out` [R,T,H,W,3]; they get frames of this size one by one."""
-        return [Cut(view, clip) for view, clip in zip(self.draw_views(width, height, rng), out, strict=True)]
+        if self.transform is not None:
+            return [_TransformedClips(self.transform, rng, out)]
+        return [Crop(view, clip) for view, clip in zip(self.draw_views(width, height, rng), out, strict=True)]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, len(self.videos)))
         return self._order[1]
+
+
+class _TransformedClips:
+    """All clips of a visit; the frames are kept until the last one is decoded."""
+
+    def __init__(self, transform: ClipTransform, rng: np.random.Generator, out: np.ndarray) -> None:
+        self._transform, self._rng, self._out = transform, rng, out
+        self._frames: dict[int, np.ndarray] = {}
+
+    def add(self, places: list[int], frame: np.ndarray) -> None:
+        self._frames.update(dict.fromkeys(places, frame))
+
+    def finish(self) -> None:
+        self._transform([self._frames[place] for place in range(len(self._frames))], self._out, self._rng)

@@ -32,6 +32,7 @@ from typing import Any, overload
 import numpy as np
 
 from umt_fast.config import DataConfig
+from umt_fast.data.sampling import Timeline
 from umt_fast.errors import RunError
 
 INDEX_NAME = "index.jsonl"
@@ -83,6 +84,16 @@ class Facts:
     @property
     def frames(self) -> int:
         return len(self.times)
+
+    @property
+    def timeline(self) -> Timeline:
+        return Timeline(self.times, self._tick)
+
+    def _tick(self) -> float:
+        """An index does not say how long a tick is, but its average frame rate does, for copies exactly."""
+        steps = np.diff(self.times)
+        ticks = int(steps.sum() + np.median(steps)) if len(steps) else 1
+        return self.frames / (ticks * (self.fps or 25.0))
 
 
 @dataclass(frozen=True)

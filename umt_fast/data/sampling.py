@@ -10,14 +10,50 @@ as the published data sets define them:
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 FrameRule = Literal["sparse", "dense", "segment"]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When the frames of a video are shown."""
+
+    times: Sequence[int] | np.ndarray
+    """Of each frame, ascending, in ticks."""
+    tick: Callable[[], float]
+    """Seconds; measured when first needed."""
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    @functools.cached_property
+    def seconds(self) -> Float[np.ndarray, " n"]:
+        """Of each frame, after the first."""
+        times = np.asarray(self.times, np.float64)
+        return (times - times[0]) * self.tick()
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, on average; 25 for a single frame."""
+        return (self.num_frames - 1) / float(self.seconds[-1]) if self.num_frames > 1 else 25.0
+
+
+class FrameSampling(Protocol):
+    """Chooses the frames of a visit: their indices, from 0, in any order and with repeats."""
+
+    def __call__(self, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]: ...
 
 
 @dataclass

@@ -1,11 +1,12 @@
-"""Memory that workers share with the training process and write anew, batch after batch.
+"""Memory that workers share with the training process and overwrite batch after batch.
 
-Fresh shared memory costs a page fault per 4 KB, half a millisecond per clip: a tenth of what decoding one takes.
+Fresh shared memory costs a page fault per 4 KB, half a millisecond per clip: a tenth of the time to decode one.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import multiprocessing
 import os
@@ -18,65 +19,68 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 _numbers = itertools.count()
-_known: weakref.WeakValueDictionary[int, Buffers] = weakref.WeakValueDictionary()
-"""Where the training process finds what a loan is of."""
+_pools: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()
+"""All pools by number, so that the training process can look up a lease."""
 
 
 @dataclass(frozen=True)
-class Loan:
-    """One of the buffers, in a few bytes: what a worker sends."""
+class Lease:
+    """The right to use one buffer. A worker sends it in place of the buffer's content."""
 
-    buffers: int
-    place: int
+    pool: int
+    buffer: int
 
-    def claim(self, shape: tuple[int, ...]) -> Tensor:
+    def open(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
         """In the training process: the buffer, which is free again once no tensor or array shares its memory."""
-        return _known[self.buffers].claim(self.place, shape)
+        return _pools[self.pool].open(self.buffer, shape, dtype)
 
 
-class Buffers:
-    """Some buffers for each of the workers that are forked from here. A worker takes, this process gives back."""
+class BufferPool:
+    """Buffers for the workers that are forked from this process. A worker leases one, this process frees it."""
 
-    def __init__(self, workers: int, each: int, size: int) -> None:
-        """`each` of `size` bytes per worker; none is more than an address before it is first written to."""
+    def __init__(self, workers: int, per_worker: int, size: int) -> None:
+        """`per_worker` buffers of `size` bytes each; they use no memory before they are first written to."""
         size += -size % mmap.PAGESIZE
-        # Not by a name in /dev/shm, which is small in many containers.
-        self._memory = np.frombuffer(mmap.mmap(-1, workers * each * size), np.uint8).reshape(workers * each, size)
-        self._taken = np.frombuffer(mmap.mmap(-1, workers * each), np.uint8)
-        self._each = each
+        # Anonymous memory, not a file in /dev/shm, which is small in many containers.
+        self._memory = np.frombuffer(mmap.mmap(-1, workers * per_worker * size), np.uint8)
+        self._memory = self._memory.reshape(workers * per_worker, size)
+        self._leased = np.frombuffer(mmap.mmap(-1, workers * per_worker), np.uint8)
+        self._per_worker = per_worker
         self._number = next(_numbers)
-        _known[self._number] = self
+        _pools[self._number] = self
 
     @classmethod
-    def for_workers(cls, workers: int, each: int, size: int) -> Buffers | None:
-        """None where workers do not inherit this process's memory, or the system does not promise so much."""
+    def for_workers(cls, workers: int, per_worker: int, size: int) -> BufferPool | None:
+        """None where workers do not inherit this process's memory, or the system refuses that much."""
         if not workers or multiprocessing.get_start_method() != "fork":
             return None
         try:
-            return cls(workers, each, size)
+            return cls(workers, per_worker, size)
         except OSError:
             return None
 
-    def take(self, shape: tuple[int, ...]) -> tuple[Tensor, Loan] | None:
-        """In a worker: uint8 memory of one of its buffers and what to send for it. None while all are in use."""
+    def lease(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Lease] | None:
+        """In a worker: one of its buffers and what to send for it. None while all are in use, or if it is too small."""
+        if math.prod(shape) * dtype.itemsize > self._memory.shape[1]:
+            return None
         worker = get_worker_info()
-        first = worker.id * self._each if worker else 0
-        free = np.flatnonzero(self._taken[first : first + self._each] == 0)
+        first = worker.id * self._per_worker if worker else 0
+        free = np.flatnonzero(self._leased[first : first + self._per_worker] == 0)
         if not len(free):
             return None
-        place = first + int(free[0])
-        self._taken[place] = 1
-        return torch.from_numpy(self._part(place, shape)), Loan(self._number, place)
+        buffer = first + int(free[0])
+        self._leased[buffer] = 1
+        return self._array(buffer, shape, dtype), Lease(self._number, buffer)
 
-    def claim(self, place: int, shape: tuple[int, ...]) -> Tensor:
-        part = self._part(place, shape)  # every tensor made of it, however indirectly, keeps this array
-        weakref.finalize(part, _give_back, self._taken, place, os.getpid()).atexit = False
-        return torch.from_numpy(part)
+    def open(self, buffer: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        array = self._array(buffer, shape, dtype)  # every tensor made of it, however indirectly, keeps this array
+        weakref.finalize(array, _free, self._leased, buffer, os.getpid()).atexit = False
+        return torch.from_numpy(array)
 
-    def _part(self, place: int, shape: tuple[int, ...]) -> np.ndarray:
-        return np.ndarray(shape, np.uint8, self._memory[place])
+    def _array(self, buffer: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.ndarray(shape, dtype, self._memory[buffer])
 
 
-def _give_back(taken: np.ndarray, place: int, claimed_by: int) -> None:
-    if os.getpid() == claimed_by:  # what a process forked since lets go, this one may still hold
-        taken[place] = 0
+def _free(leased: np.ndarray, buffer: int, opened_by: int) -> None:
+    if os.getpid() == opened_by:  # a process forked since may drop its copy while this one still holds the buffer
+        leased[buffer] = 0

@@ -10,9 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from umt_fast.data.decode import by_index as packets
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.decode.by_index import find_packets, read_frames
+from umt_fast.data.decode import by_index, probe, read_frames
+from umt_fast.data.decode.by_index import find_packets
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
 from umt_fast.data.prepare.encode import CODECS, Recipe, write_copy
 
@@ -74,9 +73,9 @@ def test_frames_are_those_of_the_container(copies, tmp_path, codec, gop, held, d
 def test_only_what_a_frame_needs_is_read_and_decoded(copies, monkeypatch):
     video = copies("h264", 4)
     read, decoded = [], []
-    pread, packet = packets.os.pread, packets._packet
-    monkeypatch.setattr(packets.os, "pread", lambda file, count, at: read.append(count) or pread(file, count, at))
-    monkeypatch.setattr(packets, "_packet", lambda content: decoded.append(len(content)) or packet(content))
+    pread, packet = by_index.os.pread, by_index._packet
+    monkeypatch.setattr(by_index.os, "pread", lambda file, count, at: read.append(count) or pread(file, count, at))
+    monkeypatch.setattr(by_index, "_packet", lambda content: decoded.append(len(content)) or packet(content))
     read_frames(video, lambda count: [5, 6, 17])
     assert len(decoded) == 5  # 4, 5 and 6; 16 and 17
     assert read == [4 * FRAMES, decoded[0] + decoded[1], decoded[2], decoded[3] + decoded[4]]
@@ -90,9 +89,14 @@ def test_a_video_of_which_no_packets_are_known_is_left_to_the_demuxer(copies, de
         assert np.array_equal(frame, expected)
 
 
+def _without_packets(video: Video) -> Video:
+    assert video.facts is not None
+    return replace(video, facts=replace(video.facts, packets=None))
+
+
 def _facts(path: Path) -> tuple[Video, Facts]:
     video = Video(str(path))
-    return video, pyav.probe(video)
+    return video, probe(video)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_an_index_that_is_wrong_is_a_bad_video(copies, where):
 
 def test_a_codec_without_its_decoder_is_left_to_the_demuxer(copies, decode_all, monkeypatch):
     video = copies("h264", 4)
-    monkeypatch.setattr(packets, "_open_decoder", None)
+    monkeypatch.setattr(by_index, "_open_decoder", None)
     for codec in ("pcm_s16le", "libx264", ""):  # as nobody's copy is
         (frame,) = read_frames(replace(video, facts=replace(video.facts, codec=codec)), lambda count: [11])
         assert np.array_equal(frame, decode_all(video.path)[11])
@@ -230,9 +234,9 @@ def test_damage_reads_as_it_does_by_the_container(copies, codec, gop):
             content[at : at + len(part)] = rng.bytes(len(part))
         indices = sorted(rng.choice(FRAMES, 8, replace=False).tolist())
         found: list[list[np.ndarray] | None] = []
-        for read in (read_frames, pyav.read_frames):
+        for opened in (video, _without_packets(video)):
             try:
-                found.append(read(video, lambda count, indices=indices: indices, bytes(content)))
+                found.append(read_frames(opened, lambda count, indices=indices: indices, bytes(content)))
             except BadVideo:
                 found.append(None)
         one, other = found

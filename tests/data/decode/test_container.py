@@ -10,8 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.decode.container import read_frames
+from umt_fast.data.decode import container, read_frames
 from umt_fast.data.decode.demux import decode
 from umt_fast.data.index import BadVideo, Video
 
@@ -227,7 +226,7 @@ def count_decoded(monkeypatch) -> Callable[[Path, list[int]], int]:
                 yield frame
 
         with monkeypatch.context() as patch:
-            patch.setattr(pyav, "decode", counted)
+            patch.setattr(container, "decode", counted)
             _read(path, indices)
         assert len(decoded) >= len(set(indices))  # else the count misses how frames are decoded now
         return len(decoded)
@@ -277,13 +276,13 @@ def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
 
 def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
-    to_array = pyav.to_array
+    to_array = container.to_array
 
     def convert(frame, reformatter):
         converted.append(frame.pts)
         return to_array(frame, reformatter)
 
-    monkeypatch.setattr(pyav, "to_array", convert)
+    monkeypatch.setattr(container, "to_array", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])
     assert len(converted) == 3
 

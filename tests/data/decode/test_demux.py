@@ -8,8 +8,7 @@ from collections.abc import Callable
 import av
 import pytest
 
-from umt_fast.data.decode import by_index as packets
-from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.excerpt import cut_excerpt
 from umt_fast.data.index import Video
@@ -53,9 +52,9 @@ def _first_of(loop: Callable, video: Video) -> object:
 READ = {
     "a packet": lambda video: _first_of(demux, video),
     "a frame": lambda video: _first_of(decode, video),
-    "frames": lambda video: pyav.read_frames(video, lambda _count: [0, 5, 9]),
-    "frames of a copy": lambda video: packets.read_frames(video, lambda _count: [0, 5, 9]),
-    "facts": pyav.probe,
+    "frames": lambda video: read_frames(video, lambda _count: [0, 5, 9]),
+    "frames of a copy": lambda video: read_frames(video, lambda _count: [0, 5, 9]),
+    "facts": probe,
     "an excerpt": lambda video: cut_excerpt(video, lambda _count: [0, 5, 9]),
 }
 

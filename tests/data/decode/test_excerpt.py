@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from umt_fast.data.decode import bitstream as vp9
-from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.excerpt import Excerpt, cut_excerpt
-from umt_fast.data.index import Video, VideoList
+from umt_fast.data.index import BadVideo, Video, VideoList
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
 ALT_REF = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4", "b": "200k"}
@@ -68,7 +68,7 @@ def _decode(excerpt: Excerpt) -> list[np.ndarray | None]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_frames_are_those_asked_for(sample, kind, indexed):
     video = _video(sample(kind))
-    facts = pyav.probe(video)
+    facts = probe(video)
     if indexed:
         video = dataclasses.replace(video, facts=facts)
     rng = np.random.default_rng(0)
@@ -79,7 +79,7 @@ def test_its_frames_are_those_asked_for(sample, kind, indexed):
         frames = _decode(excerpt)
         assert all(frame is not None for frame in frames)  # DALI pairs what NVDEC gives with packets by their order
         assert (excerpt.width, excerpt.height) == (facts.width, facts.height)
-        wanted = pyav.read_frames(video, lambda count, indices=indices: indices)
+        wanted = read_frames(video, lambda count, indices=indices: indices)
         for number, frame in zip(excerpt.frames, wanted, strict=True):
             assert np.array_equal(frames[number], frame), indices
 
@@ -116,7 +116,7 @@ def test_h264_whose_key_frames_are_none_has_none(write_video, tmp_path):
 
 
 def test_a_video_that_is_not_there(tmp_path):
-    with pytest.raises(pyav.BadVideo, match="No such file"):
+    with pytest.raises(BadVideo, match="No such file"):
         cut_excerpt(_video(tmp_path / "none.mp4"), lambda count: [0])
 
 

@@ -80,8 +80,10 @@ def test_dali_that_is_missing(machine):
 
 @pytest.mark.parametrize("blocked", ["nvidia", "nvidia.dali"])
 def test_dali_is_looked_for_without_being_imported(blocked):
-    code = "import sys; from umt_fast.data import decoder, loader; decoder.has_dali(); import umt_fast.doctor as d\n"
-    code += "d.report(); assert not [m for m in sys.modules if m.startswith('nvidia.dali')]\n"
+    code = "import sys; from umt_fast.data import decode as decoder, loader; decoder.has_dali()\n"
+    code += (
+        "import umt_fast.doctor as d; d.report(); assert not [m for m in sys.modules if m.startswith('nvidia.dali')]\n"
+    )
     code += f"sys.modules[{blocked!r}] = None; assert not decoder.has_dali(); assert 'decoder' in d.report()"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=True)
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from umt_fast.config import ConfigError
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.index import Facts, Video
+from umt_fast.data.decode import probe, read_frames
+from umt_fast.data.index import BadVideo, Facts, Video
 from umt_fast.data.prepare import encode
 from umt_fast.data.prepare.encode import CODECS, BadCopy, Recipe, copy_size, write_copy
 
@@ -24,7 +24,7 @@ def _quiet(monkeypatch):
 
 
 def _read_all(path: Path) -> np.ndarray:
-    return np.stack(pyav.read_frames(Video(str(path)), range))
+    return np.stack(read_frames(Video(str(path)), range))
 
 
 def _psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -70,7 +70,7 @@ def uneven(tmp_path_factory, write_video):
 )
 def test_a_copy_has_the_frames_at_their_times_and_the_key_frames_asked_for(uneven, tmp_path, codec, gop):
     path, facts = _copy(uneven, Recipe(codec, gop=gop, quality=5 if codec == "mjpeg" else 16), tmp_path / "copy.mp4")
-    source = pyav.probe(Video(str(uneven)))
+    source = probe(Video(str(uneven)))
     assert facts.codec == codec
     assert facts.plain
     assert (facts.width, facts.height) == (96, 80)
@@ -101,7 +101,7 @@ def test_a_random_frame_needs_no_other_gop(uneven, tmp_path):
         if not 8 <= number < 12:
             data[place + 5 : place + size] = bytes(size - 5)
     path.write_bytes(data)
-    after = pyav.read_frames(Video(str(path)), lambda _count: [8, 9, 10, 11])
+    after = read_frames(Video(str(path)), lambda _count: [8, 9, 10, 11])
     assert np.array_equal(np.stack(after), before[8:12])
 
 
@@ -181,7 +181,7 @@ def test_frames_are_resized_smoothly(tmp_path):
 
 def test_a_file_without_times_gets_even_ones(write_video, tmp_path):
     source = write_video(tmp_path / "b.avi", frames=10, fps=10, options={"bf": "3"})
-    assert not len(pyav.probe(Video(str(source))).keys)
+    assert not len(probe(Video(str(source))).keys)
     path, _facts = _copy(source, Recipe("h264", quality=5))
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -207,7 +207,7 @@ def test_damage_in_the_middle_is_a_bad_video(write_video, tmp_path):
     for place, size in spans[18:22]:
         data[place : place + size] = np.random.default_rng(0).bytes(size)
     source.write_bytes(data)
-    with pytest.raises(pyav.BadVideo, match=r"frame \d+ of 40 does not decode|not readable"):
+    with pytest.raises(BadVideo, match=r"frame \d+ of 40 does not decode|not readable"):
         _copy(source, Recipe())
 
 

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 
 from umt_fast.config import ConfigError
-from umt_fast.data.decode import by_index as packets
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.index import BadIndex, Video
+from umt_fast.data.decode import read_frames
+from umt_fast.data.index import BadIndex, BadVideo, Video
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.prepare import __main__ as prepare
 from umt_fast.data.prepare import encode, verify
@@ -117,9 +116,9 @@ def test_the_trainer_reads_the_copies_through_the_index(source, unbroken):
         assert len(videos) == 8
         for video, name in zip(videos, ("a/0.mp4", "b/1.mkv", "a/2.avi"), strict=False):
             original = good[str(source.parent / name)]
-            before = pyav.read_frames(original, lambda count: [0, 3, count - 1])
+            before = read_frames(original, lambda count: [0, 3, count - 1])
             assert video.facts.packets is not None
-            after = packets.read_frames(video, lambda count: [0, 3, count - 1])
+            after = read_frames(video, lambda count: [0, 3, count - 1])
             small = [frame[::3, ::3][:15, :20].astype(float) for frame in (*before, *after)]
             assert np.corrcoef([small[0].ravel(), small[2].ravel()])[0, 1] < 0.9  # else any frame would do
             assert [frame.shape for frame in after] == [(32, 42, 3)] * 3
@@ -230,7 +229,7 @@ def test_a_name_that_is_no_text(write_video, tmp_path):
     report = prepare.prepare(Settings(str(tmp_path / "source"), str(tmp_path / "out"), FAST, workers=1))
     assert report.copies == 1
     (video,) = read_manifest(str(tmp_path / "out"))
-    assert len(pyav.read_frames(video, lambda count: [count - 1])) == 1
+    assert len(read_frames(video, lambda count: [count - 1])) == 1
 
 
 # Interruptions.
@@ -532,7 +531,7 @@ def test_a_video_that_never_ends_is_one_failure(source, unbroken, tmp_path, monk
 def test_a_mended_input_is_taken_up(source, unbroken, tmp_path, monkeypatch, per_shard):
     def refuse(video, *rest):
         if video.path.endswith(("2.avi", "6.mp4")):
-            raise pyav.BadVideo("not yet")
+            raise BadVideo("not yet")
         return encode.write_copy(video, *rest)
 
     settings = _settings(source, tmp_path / "out", per_shard=per_shard)

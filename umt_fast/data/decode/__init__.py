@@ -1,23 +1,80 @@
-"""Which decoder a run takes, and its loader."""
+"""The front door of decoding: frames of any video by index, and which decoder a run uses."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from umt_fast.config import Decoder
 from umt_fast.data.decode import nvdec
+from umt_fast.data.index import Facts, Video
+from umt_fast.data.sampling import Timeline
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
-    from umt_fast.data.clips import ClipStream
-    from umt_fast.data.loader import Loader
+    from jaxtyping import UInt8
 
 INSTALL = "pip install 'umt-fast[dali]' (for CUDA 12: pip install nvidia-dali-cuda120)"
+
+
+class Reader(Protocol):
+    """An open video."""
+
+    @property
+    def timeline(self) -> Timeline: ...
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+        """The frames at ascending `indices`, one by one, RGB and upright. Raises BadVideo."""
+        ...
+
+
+@contextlib.contextmanager
+def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
+    """Open a video to read frames by index; `content`: the file's bytes, where the caller has them.
+
+    Only what is needed is decoded: from the key frame before each wanted frame to that frame.
+
+    Raises BadVideo for a file that is missing, empty, truncated, not a video, does not decode at a wanted frame, or
+    is not the one that the index describes.
+    """
+    from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
+
+    opened = by_index.opened if by_index.can_read(video) else container.opened
+    with opened(video, content) as reader:
+        yield reader
+
+
+def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[int], UInt8[np.ndarray, "h w 3"]]]:
+    """The frames at `indices`, in any order and with repeats, as they are decoded: each with its places in that."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    for index, frame in reader.read(sorted(places)):
+        yield places[index], frame
+
+
+def read_frames(
+    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """Frames of a video. `choose` gets the number of frames and returns the wanted indices, from 0, in any order and
+    with repeats; an index asked for twice is the same array. Raises BadVideo as `open_video`."""
+    with open_video(video, content) as reader:
+        indices = choose(reader.timeline.num_frames)
+        found = {place: frame for places, frame in read_places(reader, indices) for place in places}
+    return [found[place] for place in range(len(found))]
+
+
+def probe(video: Video, content: bytes | None = None) -> Facts:
+    """What an index holds of a video: its packets are listed and its first frame decoded. Raises BadVideo."""
+    from umt_fast.data.decode import container
+
+    return container.probe(video, content)
 
 
 class MissingDali(RunError):
@@ -30,7 +87,7 @@ class Choice:
 
     dali: bool
     engines: dict[str, nvdec.Limits] | None
-    """What NVDEC takes; None on the CPU."""
+    """What NVDEC supports; None on the CPU."""
     text: str
     """For the lines at the start of a run."""
 
@@ -59,16 +116,3 @@ def has_dali() -> bool:
         return importlib.util.find_spec("nvidia.dali") is not None
     except (ImportError, ValueError):  # no package `nvidia`; blocked in sys.modules
         return False
-
-
-def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
-    """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `loader.Prepared`."""
-    choice = choose_decoder(stream.config.decoder, device)
-    pinned = device.type == "cuda"
-    if not choice.dali:
-        from umt_fast.data.loader import ClipLoader  # PyAV; doctor reports where it is missing
-
-        return ClipLoader(stream, pin_memory=pinned, **options)
-    from umt_fast.data.decode.dali import DaliLoader
-
-    return DaliLoader(stream, device, choice.engines, say=say, pin_memory=pinned, **options)

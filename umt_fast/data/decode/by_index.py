@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import av
 import numpy as np
 
-from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode.container import as_bad_video, fetch, to_array
+from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
 
@@ -23,27 +24,23 @@ _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1":
 _CHANGED = "it has changed since it was indexed"
 
 
-def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
-    """As `pyav.read_frames`, which reads the videos whose packets no index lists. Raises BadVideo."""
-    return pyav.in_order(iterate_frames(video, choose, content))
+def can_read(video: Video) -> bool:
+    """Whether the index lists the video's packets and FFmpeg can decode its codec."""
+    return video.facts is not None and video.facts.packets is not None and _decoder_of(video.facts.codec) is not None
 
 
-def iterate_frames(
-    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """As `pyav.iterate_frames`, likewise."""
-    if video.facts is None or video.facts.packets is None or _decoder_of(video.facts.codec) is None:
-        yield from pyav.iterate_frames(video, choose, content)
-        return
-    places = pyav.places_of(choose(video.facts.frames))
-    with pyav.as_bad_video():
-        content, size = pyav.fetch(video, content)
-        with _bytes_of(video, content) as read:
-            reader = _Reader(video.facts, video.facts.packets, read)
-            if reader.bounds[-1] > size:
-                raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
-            for index, frame in reader.read(sorted(places)):
-                yield places[index], frame
+@contextlib.contextmanager
+def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
+    """A reader of a video that `can_read` accepts. Raises BadVideo."""
+    assert video.facts is not None
+    assert video.facts.packets is not None
+    content, size = fetch(video, content)
+    with _bytes_of(video, content) as read:
+        with as_bad_video():
+            reader = Reader(video.facts, video.facts.packets, read)
+        if reader.bounds[-1] > size:
+            raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
+        yield reader
 
 
 @contextlib.contextmanager
@@ -58,16 +55,19 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
     if content is not None:
         yield lambda start, end: whole(content[start:end], start, end)
         return
-    with open(video.path, "rb", buffering=0) as file:
+    with as_bad_video():
+        file = open(video.path, "rb", buffering=0)  # noqa: SIM115, closed below
+    with file:
         number, offset = file.fileno(), video.offset or 0
         yield lambda start, end: whole(os.pread(number, max(end - start, 0), offset + start), start, end)
 
 
-class _Reader:
-    """One video's decoder, and what it is fed with."""
+class Reader:
+    """A video's decoder and the places of its packets."""
 
     def __init__(self, facts: Facts, packets: Packets, read: Callable[[int, int], bytes]) -> None:
         self.facts = facts
+        self.timeline = facts.timeline
         self.read_bytes = read
         sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
         self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
@@ -83,11 +83,13 @@ class _Reader:
             if fed <= begin:
                 self.decoder.flush_buffers()
                 fed = begin
-            frame = self._decode(fed, index)
+            with as_bad_video():
+                frame = self._decode(fed, index)
+                if frame is None:
+                    raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
+                picture = to_array(frame, to_rgb)
             fed = index + 1
-            if frame is None:
-                raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
-            yield index, pyav.to_array(frame, to_rgb)
+            yield index, picture
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
         """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""
@@ -115,7 +117,7 @@ def _decoder_of(codec: str) -> str | None:
 
 
 def _open_decoder(codec: str, setup: bytes) -> av.VideoCodecContext:
-    """Of a codec that there is a decoder of."""
+    """Open a decoder for a codec that FFmpeg can decode."""
     decoder = av.CodecContext.create(_decoder_of(codec) or codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = setup
@@ -124,12 +126,12 @@ def _open_decoder(codec: str, setup: bytes) -> av.VideoCodecContext:
 
 
 def find_packets(video: Video, facts: Facts) -> Packets | None:
-    """Where the packets of a local video with these facts lie. Raises BadVideo as `pyav.read_frames`.
+    """Where the packets of a local video with these facts lie. Raises BadVideo as `read_frames`.
 
     None unless they lie one behind another in the order their frames are shown, behind a table of their sizes, and the
     first decodes without the container to what it decodes to with it.
     """
-    with pyav.opened(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
+    with in_container(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
         container, stream = reader.container, reader.stream
         rows = []
         for packet in demux(container, stream):

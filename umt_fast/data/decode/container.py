@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import av
@@ -15,6 +16,7 @@ import numpy as np
 
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.index import BadVideo, Facts, Video
+from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import file_size, read_video
 
 # How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
@@ -39,50 +41,14 @@ class Storage:
     height: int
 
 
-def read_frames(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> list[np.ndarray]:
-    """Frames of a video, as uint8 RGB [H,W,3], upright.
-
-    `choose` gets the number of frames and returns the wanted indices, in presentation order from 0, in any order and
-    with repeats; an index asked for twice is the same array. Only what is needed is decoded: from the key frame
-    before each wanted frame to that frame. `content`: the file's bytes, where they are at hand.
-
-    Raises BadVideo for a file that is missing, empty, truncated, no video, does not decode at a wanted frame, or is
-    not the one that the index describes.
-    """
-    return in_order(iterate_frames(video, choose, content))
-
-
-def iterate_frames(
-    video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
-) -> Iterator[tuple[list[int], np.ndarray]]:
-    """As `read_frames`, one by one as they are decoded: each with its places in what `choose` returned."""
-    with opened(video, content) as reader:
-        places = places_of(choose(len(reader.pts)))
-        for index, frame in reader.read(sorted(places)):
-            yield places[index], frame
-
-
-def places_of(indices: Sequence[int]) -> dict[int, list[int]]:
-    places: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
-        places.setdefault(index, []).append(place)
-    return places
-
-
-def in_order(frames: Iterable[tuple[list[int], np.ndarray]]) -> list[np.ndarray]:
-    """Frames by their places."""
-    found = {place: frame for places, frame in frames for place in places}
-    return [found[place] for place in range(len(found))]
-
-
 def probe(video: Video, content: bytes | None = None) -> Facts:
-    """What the file holds: its packets are listed, and its first frame decoded. Raises BadVideo as `read_frames`."""
+    """List the packets and decode the first frame. Raises BadVideo as `decode.open_video`."""
     with opened(video, content) as reader:
         return reader.facts()
 
 
 def look_up(video: Video, content: bytes | None = None) -> Storage:
-    """What the header says; no packet is listed. Raises BadVideo as `read_frames`."""
+    """Read the header; no packet is listed. Raises BadVideo as `decode.open_video`."""
     with _container(video, content) as container:
         context = container.streams.video[0].codec_context
         pixels = context.format.name if context.format else ""
@@ -91,9 +57,9 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
 
 
 def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
-    """Every frame that `read_frames` counts, in its order, decoded in one pass, as it is stored (not yet turned).
+    """Every frame in order of presentation, decoded in one pass, as it is stored (not yet turned).
 
-    Raises BadVideo as `read_frames`, at the first frame that does not decode.
+    Raises BadVideo as `decode.open_video`, at the first frame that does not decode.
     """
     with opened(video, content) as reader:
         yield from reader.read_all()
@@ -101,27 +67,32 @@ def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoF
 
 @contextlib.contextmanager
 def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
+    """A reader of any file that FFmpeg can demultiplex. Raises BadVideo."""
     with _container(video, content) as container:
-        yield Reader(container, video.facts, lambda: _open(video, content))
+        with as_bad_video():
+            reader = Reader(container, video.facts, lambda: _open(video, content))
+        yield reader
 
 
 @contextlib.contextmanager
 def _container(video: Video, content: bytes | None) -> Iterator[av.container.InputContainer]:
-    """The video, open; FFmpeg's and the system's errors become BadVideo."""
     content, _ = fetch(video, content)
-    with as_bad_video(), _open(video, content) as container:
+    with as_bad_video():
+        container = _open(video, content)
+    with container:
         if not container.streams.video or container.streams.video[0].codec_context is None:
             raise BadVideo("no video stream that can be decoded")
         yield container
 
 
 def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
-    """A video's bytes, where it is remote or they are at hand, and how many. Raises BadVideo if not the index's."""
+    """The video's bytes, if it is remote or they are given, and their number. Raises BadVideo if the index says
+    another."""
     try:
         if content is None and video.remote:
             content = read_video(video)
         size = file_size(video) if content is None else len(content)
-    except (OSError, ValueError) as error:  # ValueError: no possible name
+    except (OSError, ValueError) as error:  # ValueError: not a possible file name
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
     if size == 0:
         raise BadVideo("empty file")
@@ -132,7 +103,7 @@ def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
 
 @contextlib.contextmanager
 def as_bad_video() -> Iterator[None]:
-    """FFmpeg's and the system's errors become BadVideo."""
+    """Turn errors of FFmpeg and the system into BadVideo."""
     try:
         yield
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
@@ -144,7 +115,7 @@ def as_bad_video() -> Iterator[None]:
 def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
     if content is not None:
         return av.open(io.BytesIO(content), "r")
-    path = "file:" + video.path  # else FFmpeg takes what is before a colon in a name for a protocol
+    path = "file:" + video.path  # otherwise FFmpeg reads what precedes a colon in a name as a protocol
     if video.offset is not None:
         path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
     return av.open(path, "r")
@@ -160,6 +131,7 @@ class Reader:
         reopen: Callable[[], av.container.InputContainer],
     ) -> None:
         self.container = container
+        self.indexed = facts
         self.reopen = reopen
         self.seeks = True
         self.stream = container.streams.video[0]
@@ -195,7 +167,19 @@ class Reader:
         self.plain = self.timed and packets == len(times)
         self._refuse_truncated(packets, known)
 
+    @functools.cached_property
+    def timeline(self) -> Timeline:
+        if self.indexed is not None:
+            return self.indexed.timeline
+        tick = float(self.stream.time_base or 0) if self.timed else 1 / (self._rate() or 25)
+        return Timeline(self.pts, lambda: tick)
+
+    def _rate(self) -> float:
+        return float(self.stream.average_rate or 0)
+
+    @as_bad_video()
     def facts(self) -> Facts:
+        """What an index holds of this video. Raises BadVideo."""
         self.container.seek(min(self.keys[0], self.pts[0], 0) if self.timed else 0, stream=self.stream)
         first = next(decode(self.container, self.stream), None)
         if first is None:
@@ -204,7 +188,7 @@ class Reader:
         return Facts(
             width=width,
             height=height,
-            fps=float(self.stream.average_rate or 0),
+            fps=self._rate(),
             codec=self.stream.codec_context.codec.canonical_name,
             times=np.array(self.pts, np.int64),
             keys=np.array(self.keys if self.timed else [], np.int64),
@@ -249,10 +233,11 @@ class Reader:
         return None
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """The frames at ascending `indices`, one by one."""
+        """The frames at ascending `indices`, one by one. Raises BadVideo."""
         frames = self._by_time(indices) if self.timed else self._by_count(indices)
         for index in indices:
-            found = next(frames, None)
+            with as_bad_video():
+                found = next(frames, None)
             if found is None or found[0] != index:
                 raise BadVideo(f"frame {index} of {len(self.pts)} does not decode")
             yield found
@@ -306,6 +291,16 @@ class Reader:
                     break
 
     def read_all(self) -> Iterator[av.VideoFrame]:
+        """Every frame, as it is stored. Raises BadVideo."""
+        frames = self._all()
+        while True:
+            with as_bad_video():
+                frame = next(frames, None)
+            if frame is None:
+                return
+            yield frame
+
+    def _all(self) -> Iterator[av.VideoFrame]:
         done = 0
         with self.reopen() as container:
             stream = container.streams.video[0]

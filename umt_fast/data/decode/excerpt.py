@@ -1,4 +1,4 @@
-"""The part of a video file that holds some of its frames, as a file of its own: what DALI is given."""
+"""Excerpts for DALI: the packets that some frames of a video need, as a file of their own."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from fractions import Fraction
 
 import av
 
-from umt_fast.data.decode import bitstream as vp9
-from umt_fast.data.decode.container import Reader, opened
+from umt_fast.data.decode.bitstream import read_formats
+from umt_fast.data.decode.container import Reader, as_bad_video, opened
 from umt_fast.data.decode.demux import demux
 from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.sampling import Timeline
 
 _STEP = Fraction(1, 25)
-"""Seconds between frames of an excerpt, whose own times nobody asks for."""
+"""Seconds between frames of an excerpt; nobody reads its times."""
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """What a decoder needs of a video for some of its frames: their packets and those they build upon."""
+    """The packets of some frames of a video and of those they refer to."""
 
     content: bytes
-    """A Matroska file of nothing else, one packet per frame, with times from 0 on."""
+    """A Matroska file of these alone, one packet per frame, with times from 0 on."""
     frames: list[int]
-    """Which frames of that are the wanted ones, as they were asked for."""
+    """The wanted frames' numbers in that, in the order they were asked for."""
     width: int
     """Pixels."""
     height: int
 
 
-def cut_excerpt(video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None) -> Excerpt | None:
-    """The part of a video that holds the frames which `choose` wants, as `read_frames` calls it.
+def cut_excerpt(
+    video: Video, choose: Callable[[Timeline], Sequence[int]], content: bytes | None = None
+) -> Excerpt | None:
+    """The part of a video that holds the frames which `choose` returns, by index, in any order and with repeats.
 
     None where packets and shown frames are not the same, as with edit lists, frames are stored turned, change in size
-    or build upon what is before an H.264 key frame, or the first does not decode. Nothing else is decoded, and of a
-    video with facts not even that. Raises BadVideo as `read_frames`, except for what only decoding shows.
+    or refer to frames before an H.264 key frame, or the first does not decode. Nothing else is decoded, and of a
+    video with facts not even that. Raises BadVideo as `decode.open_video`, except for what only decoding shows.
     """
-    with opened(video, content) as reader:
+    with opened(video, content) as reader, as_bad_video():
         try:
             facts = video.facts or reader.facts()
         except (BadVideo, av.error.FFmpegError):
             return None
         if not facts.plain:
             return None
-        indices = list(choose(facts.frames))
+        indices = list(choose(reader.timeline))
         cut = _cut(reader, indices)
         return cut and Excerpt(*cut, facts.width, facts.height)
 
@@ -102,7 +105,7 @@ def _keeps_its_format(reader: Reader, packets: Collection[av.Packet]) -> bool:
         return False
     if context.codec.canonical_name == "vp9":  # FFmpeg would decode it
         try:
-            found = [one for packet in packets for one in vp9.read_formats(bytes(packet))]
+            found = [one for packet in packets for one in read_formats(bytes(packet))]
         except ValueError:
             return False
         colours = {form for _, _, form in found if len(form) > 1}

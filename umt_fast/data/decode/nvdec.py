@@ -1,4 +1,4 @@
-"""Which videos the decoding engines (NVDEC) of a GPU take, and how many engines there are."""
+"""Which videos the decoding engines (NVDEC) of a GPU support, and how many engines there are."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _CHROMA_420 = 1
 
 
 class NoEngine(Exception):
-    """There is no NVDEC to use; the message says why."""
+    """There is no usable NVDEC; the message says why."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engines take of one codec, in 8-bit 4:2:0."""
+    """What the engines support of one codec, in 8-bit 4:2:0."""
 
     engines: int
-    """How many take it."""
+    """How many support it."""
     width: tuple[int, int]
     """Smallest and largest, pixels."""
     height: tuple[int, int]
     macroblocks: int
     """Blocks of 256 pixels in a frame, at most."""
 
-    def take(self, width: int, height: int) -> bool:
+    def fit(self, width: int, height: int) -> bool:
         inside = self.width[0] <= width <= self.width[1] and self.height[0] <= height <= self.height[1]
         return inside and width * height <= self.macroblocks * 256
 
@@ -59,7 +59,7 @@ class _Capabilities(ctypes.Structure):
 
 
 def limits(device: torch.device) -> dict[str, Limits]:
-    """By codec, what the engines of a GPU take. Raises NoEngine if there are none, or the driver hides them."""
+    """By codec, what the engines of a GPU support. Raises NoEngine if there are none or the driver hides them."""
     if device.type != "cuda":
         raise NoEngine("no GPU")
     try:
@@ -69,14 +69,14 @@ def limits(device: torch.device) -> dict[str, Limits]:
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the driver answers for the current context, so there must be one
         found = {name: _ask(library, code) for name, code in CODECS.items()}
-    taken = {name: answer for name, answer in found.items() if answer is not None}
-    if not taken:
+    supported = {name: answer for name, answer in found.items() if answer is not None}
+    if not supported:
         raise NoEngine("the GPU has no NVDEC")
-    return taken
+    return supported
 
 
-def count_engines(taken: dict[str, Limits]) -> int:
-    return max(limit.engines for limit in taken.values())
+def count_engines(supported: dict[str, Limits]) -> int:
+    return max(limit.engines for limit in supported.values())
 
 
 def _ask(library: ctypes.CDLL, codec: int) -> Limits | None:

@@ -11,9 +11,10 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 
 from umt_fast.config import ConfigError
-from umt_fast.data.decode import container as pyav
+from umt_fast.data.decode import probe
 from umt_fast.data.decode.by_index import find_packets
-from umt_fast.data.index import Facts, Video
+from umt_fast.data.decode.container import ONE_THREAD, each_frame
+from umt_fast.data.index import BadVideo, Facts, Video
 
 
 class BadCopy(Exception):
@@ -123,8 +124,8 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     asked for, FFmpegError or OSError where it cannot encode or write.
     """
     recipe = recipe.resolved()
-    facts = pyav.probe(video, content)
-    frames = pyav.each_frame(video, content)
+    facts = probe(video, content)
+    frames = each_frame(video, content)
     first = next(frames)
     base, ticks = _clock(facts, first.time_base or Fraction(1))
     durations = np.diff(ticks)
@@ -197,7 +198,7 @@ def _encode(
             dst_colorspace=Colorspace.ITU601,
             dst_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
             interpolation=_RESIZE,
-            threads=pyav.ONE_THREAD,
+            threads=ONE_THREAD,
         )
         # A new frame: the old one's type, captions and display matrix would reach the encoder.
         fresh = av.VideoFrame.from_ndarray(_turn(fitted.to_ndarray(), width, height, turns), format=fitted.format.name)
@@ -219,9 +220,9 @@ def _turn(planes: np.ndarray, width: int, height: int, turns: int) -> np.ndarray
 def _check(target: str, ticks: np.ndarray, recipe: Recipe, size: tuple[int, int]) -> Facts:
     """The facts of a copy. Raises BadCopy unless they are as asked."""
     try:
-        copy = pyav.probe(Video(target))
+        copy = probe(Video(target))
         packets = find_packets(Video(target), copy)
-    except pyav.BadVideo as error:
+    except BadVideo as error:
         raise BadCopy(f"the copy does not read: {error}") from None
     if copy.frames != len(ticks):
         raise BadCopy(f"the copy has {copy.frames} frames of {len(ticks)}")

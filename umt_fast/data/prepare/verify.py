@@ -15,9 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from umt_fast.config import DataConfig
-from umt_fast.data.decode import by_index as packets
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, Facts, Video, is_url, parse_index
+from umt_fast.data.decode import probe, read_frames
+from umt_fast.data.decode.by_index import find_packets
+from umt_fast.data.decode.container import each_frame
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, BadVideo, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.prepare.encode import BadCopy
 from umt_fast.data.prepare.plan import TIME_LIMIT, CannotPrepare, Journal
@@ -147,7 +148,7 @@ def _work(task: _Task) -> float | str | None:
     """PSNR of a good copy, None if there is nothing to compare it with; else what is wrong."""
     try:
         return _check(task)
-    except (BadCopy, pyav.BadVideo) as error:
+    except (BadCopy, BadVideo) as error:
         return str(error)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -164,12 +165,12 @@ def _check(task: _Task) -> float | None:
     if digest != task.digest:
         raise BadCopy(f"has SHA-256 {digest[:12]}..., the index says {task.digest[:12]}...: its bytes have changed")
     bare = Video(copy.path, copy.member, copy.offset, copy.size)
-    facts = pyav.probe(bare)
+    facts = probe(bare)
     assert copy.facts is not None
     _compare_facts(facts, copy.facts)
-    if copy.facts.packets not in (None, packets.find_packets(bare, facts)):
+    if copy.facts.packets not in (None, find_packets(bare, facts)):
         raise BadCopy("its packets do not lie where the index says")
-    for _ in pyav.each_frame(bare):  # raises BadVideo unless every frame decodes
+    for _ in each_frame(bare):  # raises BadVideo unless every frame decodes
         pass
     return None if task.source is None else _psnr(copy, task.source, facts.frames)
 
@@ -193,13 +194,13 @@ def _psnr(copy: Video, source: Video, frames: int) -> float:
         return wanted if count == frames else []
 
     try:
-        before = pyav.read_frames(source, choose)
-    except pyav.BadVideo as error:
+        before = read_frames(source, choose)
+    except BadVideo as error:
         raise BadCopy(f"its source {source.name} does not read any more: {error}") from None
     if counts[0] != frames:
         raise BadCopy(f"has {frames} frames, its source {source.name} {counts[0]}")
     squares = []
-    for old, new in zip(before, packets.read_frames(copy, lambda _count: wanted), strict=True):
+    for old, new in zip(before, read_frames(copy, lambda _count: wanted), strict=True):
         resized = np.asarray(Image.fromarray(old).resize(new.shape[1::-1], Image.Resampling.BICUBIC))
         squares.append(np.square(resized.astype(np.float32) - new).mean())
     psnr = float(10 * np.log10(255**2 / max(float(np.mean(squares)), 1e-2)))

@@ -23,13 +23,14 @@ import torch
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali")
 
 from umt_fast.config import DataConfig
+from umt_fast.data import dali_loader as dali
 from umt_fast.data import synthetic
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.crops import Cut, View
-from umt_fast.data.decode import choose_decoder, dali, nvdec
-from umt_fast.data.decode import container as pyav
-from umt_fast.data.decode.dali import DaliLoader, Plan, PlanDataset, Takes
-from umt_fast.data.decode.dali_pipeline import DecodeFailed, DecodingPipeline, Order, to_rgb
+from umt_fast.data.crops import Crop, View
+from umt_fast.data.dali_loader import BatchPlan, BatchPlanDataset, DaliLoader, DaliSupport
+from umt_fast.data.decode import choose_decoder, nvdec, probe
+from umt_fast.data.decode.container import Storage
+from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest, to_rgb
 from umt_fast.data.index import VideoList, describe
 from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
 
@@ -149,7 +150,7 @@ def _assert_alike(made: list[Batch], expected: list[Batch], luma: float = 2.0) -
 def _whole(path: Path, frames: list[int], side: int = 48) -> torch.Tensor:
     """Frames of a square video of this side, which DALI need not resize: uint8 [T,side,side,3]."""
     content = np.fromfile(path, np.uint8)
-    order = Order(0, "", content, frames, [View(0, 0, side, side, False)], bt709=False)
+    order = VisitRequest(0, "", content, frames, [View(0, 0, side, side, False)], bt709=False)
     return DecodingPipeline(_stream([], side=side), CPU, 1, 1).decode(order)[0]
 
 
@@ -210,7 +211,7 @@ def test_where_ffmpeg_converts_exactly_too_the_pictures_are_equal(sample, decode
     frames = np.stack(decode_all(path))
     height, width = frames.shape[1:3]
     stream = _stream([], side=height)
-    order = Order(0, "", np.fromfile(path, np.uint8), [0, 59], [View(0, 0, height, height, False)], bt709=False)
+    order = VisitRequest(0, "", np.fromfile(path, np.uint8), [0, 59], [View(0, 0, height, height, False)], bt709=False)
     made = DecodingPipeline(stream, CPU, 1, 1).decode(order)[0].numpy()
     assert np.array_equal(made, frames[[0, 59], :, : min(width, height)])
 
@@ -240,7 +241,7 @@ def test_colours(tmp_path, codec, matrix, full_range):
     (expected,), (made,) = (by(stream, batches=1, batch_size=2) for by in (_by_pyav, _by_dali))
     inner = [batch.clip[:, :, 8:-8, 8:-8].float() for batch in (expected, made)]
     assert (inner[0] - inner[1]).abs().mean() < 2
-    (order,) = PlanDataset(stream, Takes())[[0]].take_orders()
+    (order,) = BatchPlanDataset(stream, DaliSupport())[[0]].requests_with_content()
     assert order.bt709 == (codec == "libvpx-vp9" and matrix == 1)
     if order.bt709:  # that the matrix is needed
         order.bt709 = False
@@ -256,11 +257,11 @@ def test_crop_resize_and_flip_are_those_of_a_cut(sample, decode_all, view, flip)
     """But for the outermost rows and columns of what is made smaller, to 1 of 255 (from 4:4:4, decoded to the bit)."""
     path = sample("vp9_444.webm")
     shown = View(*view, flip)
-    order = Order(0, "", np.fromfile(path, np.uint8), [3, 40], [shown], bt709=False)
+    order = VisitRequest(0, "", np.fromfile(path, np.uint8), [3, 40], [shown], bt709=False)
     made = DecodingPipeline(_stream([]), CPU, 1, 1).decode(order)[0].numpy().astype(int)
     frames = decode_all(path)
     expected = np.empty((2, SIDE, SIDE, 3), np.uint8)
-    cut = Cut(shown, expected)
+    cut = Crop(shown, expected)
     cut.add([0], frames[3])
     cut.add([1], frames[40])
     cut.finish()
@@ -343,7 +344,7 @@ def test_shards(mixed, tmp_path):
         for number, member in enumerate(tar):
             row = {"path": member.name, "shard": "s.tar", "offset": member.offset_data, "bytes": member.size}
             (video,) = VideoList.of_paths([mixed[number]])
-            rows.append(row | (describe(pyav.probe(video)) if number % 2 else {}))
+            rows.append(row | (describe(probe(video)) if number % 2 else {}))
     in_shards = _by_dali(_stream(VideoList.of_rows(rows, str(tmp_path))), batches=4, batch_size=4)
     files = _by_dali(_stream(mixed), batches=4, batch_size=4)
     assert all(torch.equal(one.clip, other.clip) for one, other in zip(in_shards, files, strict=True))
@@ -468,7 +469,7 @@ def test_bad_videos_are_replaced_and_reported_as_with_pyav(mixed, bad_videos):
 
 
 def test_a_video_of_an_index_that_has_changed_is_bad(mixed, tmp_path):
-    row = describe(pyav.probe(VideoList.of_paths(mixed)[0])) | {"path": mixed[0], "bytes": 99}
+    row = describe(probe(VideoList.of_paths(mixed)[0])) | {"path": mixed[0], "bytes": 99}
     stream = _stream(VideoList.of_rows([row, {"path": mixed[2]}]))
     made, expected = (by(stream, batches=2, batch_size=1) for by in (_by_dali, _by_pyav))
     _assert_alike(made, expected)
@@ -518,49 +519,49 @@ def test_nothing_readable(tmp_path, workers):
 def test_a_codec_of_other_frames_is_left_to_pyav(mixed, monkeypatch):
     """On a GPU the first videos are compared; here the comparison is run on the CPU, once with a fault."""
     with DaliLoader(_stream(mixed), CPU, None, start=0, batches=1, batch_size=1, say=print) as loader:
-        assert loader._find_wrong(Takes(), range(8)) == frozenset()
+        assert loader._find_wrong(DaliSupport(), range(8)) == frozenset()
         decode = DecodingPipeline.decode
 
-        def late(pipeline: DecodingPipeline, order: Order) -> torch.Tensor:
+        def late(pipeline: DecodingPipeline, order: VisitRequest) -> torch.Tensor:
             if order.codec == "vp9":
                 order.frames = [max(index - 1, 0) for index in order.frames]
             return decode(pipeline, order)
 
         monkeypatch.setattr(DecodingPipeline, "decode", late)
-        assert loader._find_wrong(Takes(), range(8)) == {"vp9"}
-    takes = Takes(distrusted=frozenset(("vp9",)))
-    assert "other frames" in takes.refuse(_stored("vp9"))
+        assert loader._find_wrong(DaliSupport(), range(8)) == {"vp9"}
+    takes = DaliSupport(distrusted=frozenset(("vp9",)))
+    assert "other frames" in takes.why_not(_stored("vp9"))
 
 
 # What goes to whom.
 
 
-def _stored(codec: str, pixels: str = "yuv420p", matrix: int = 2, size: tuple[int, int] = (64, 48)) -> pyav.Storage:
-    return pyav.Storage(codec, pixels, matrix, *size)
+def _stored(codec: str, pixels: str = "yuv420p", matrix: int = 2, size: tuple[int, int] = (64, 48)) -> Storage:
+    return Storage(codec, pixels, matrix, *size)
 
 
 def test_what_the_cpu_takes():
-    takes = Takes()
-    assert takes.refuse(_stored("vp9")) is None
-    assert takes.refuse(_stored("vp9", size=(49, 37))) is None
-    assert takes.refuse(_stored("h264")) == "h264"
-    assert takes.refuse(_stored("vp9", "yuv420p10le")) == "vp9 in yuv420p10le"
-    assert takes.refuse(_stored("vp9", matrix=9)) == "vp9 in colour space 9"
-    assert takes.refuse(_stored("mjpeg", "yuvj422p", 9)) is None
+    takes = DaliSupport()
+    assert takes.why_not(_stored("vp9")) is None
+    assert takes.why_not(_stored("vp9", size=(49, 37))) is None
+    assert takes.why_not(_stored("h264")) == "h264"
+    assert takes.why_not(_stored("vp9", "yuv420p10le")) == "vp9 in yuv420p10le"
+    assert takes.why_not(_stored("vp9", matrix=9)) == "vp9 in colour space 9"
+    assert takes.why_not(_stored("mjpeg", "yuvj422p", 9)) is None
 
 
 def test_what_a_gpu_takes():
-    takes = Takes({"h264": nvdec.Limits(7, (48, 4096), (16, 4096), 65536)})
-    assert takes.refuse(_stored("h264", matrix=1)) is None
-    assert takes.refuse(_stored("vp9")) == "vp9"
-    assert takes.refuse(_stored("h264", "yuv422p")) == "h264 in yuv422p"
-    assert takes.refuse(_stored("h264", "yuv420p10le")) == "h264 in yuv420p10le"
-    assert takes.refuse(_stored("h264", size=(4096, 4096))) is None
+    takes = DaliSupport({"h264": nvdec.Limits(7, (48, 4096), (16, 4096), 65536)})
+    assert takes.why_not(_stored("h264", matrix=1)) is None
+    assert takes.why_not(_stored("vp9")) == "vp9"
+    assert takes.why_not(_stored("h264", "yuv422p")) == "h264 in yuv422p"
+    assert takes.why_not(_stored("h264", "yuv420p10le")) == "h264 in yuv420p10le"
+    assert takes.why_not(_stored("h264", size=(4096, 4096))) is None
     for size in ((47, 48), (46, 48), (48, 14), (48, 47), (4098, 64)):
-        assert "size" in (takes.refuse(_stored("h264", size=size)) or "")
-    narrow = Takes({"h264": nvdec.Limits(1, (48, 4096), (16, 4096), 8160)})
-    assert narrow.refuse(_stored("h264", size=(1920, 1088))) is None
-    assert narrow.refuse(_stored("h264", size=(1920, 1090))) is not None
+        assert "size" in (takes.why_not(_stored("h264", size=size)) or "")
+    narrow = DaliSupport({"h264": nvdec.Limits(1, (48, 4096), (16, 4096), 8160)})
+    assert narrow.why_not(_stored("h264", size=(1920, 1088))) is None
+    assert narrow.why_not(_stored("h264", size=(1920, 1090))) is not None
 
 
 def test_the_choice_without_a_gpu():
@@ -596,7 +597,7 @@ HOLES = """
 import ctypes, sys
 import torch
 from umt_fast.config import DataConfig
-from umt_fast.data.decode.dali import DaliLoader
+from umt_fast.data.dali_loader import DaliLoader
 from umt_fast.data.index import VideoList
 from umt_fast.data.clips import ClipStream
 
@@ -680,8 +681,8 @@ def test_the_end(mixed):
 
 
 def test_a_plan_holds_each_visit_once(mixed):
-    plan: Plan = PlanDataset(_stream(mixed, crops_per_clip=3), Takes())[list(range(8))]
-    orders = plan.take_orders()
+    plan: BatchPlan = BatchPlanDataset(_stream(mixed, crops_per_clip=3), DaliSupport())[list(range(8))]
+    orders = plan.requests_with_content()
     assert sorted([order.place for order in orders] + plan.places) == list(range(8))
     assert plan.reasons == {"h264": 2}
     assert all(len(order.views) == 3 for order in orders)

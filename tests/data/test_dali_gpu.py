@@ -12,8 +12,8 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from umt_fast.config import DataConfig
 from umt_fast.data.clips import ClipStream
+from umt_fast.data.dali_loader import DaliLoader
 from umt_fast.data.decode import nvdec
-from umt_fast.data.decode.dali import DaliLoader
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import Batch, ClipLoader
 
