@@ -24,7 +24,11 @@ os.environ["UMT_FAST_CACHE"] = _cache.name
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
-READ_VIDEOS = (TESTS / "data", TESTS / "benchmarks" / "test_input_pipeline.py")
+READ_VIDEOS = (
+    TESTS / "data",
+    TESTS / "benchmarks" / "test_input_pipeline.py",
+    TESTS / "evaluation" / "test_classification.py",
+)
 
 
 def has_pyav() -> bool:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from umt_fast.config import DataConfig
+from umt_fast.data.index import VideoList
+from umt_fast.data.loader import NothingReadable
+from umt_fast.evaluation.views import Views, iterate_views
+from umt_fast.run.world import World
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -107,3 +114,62 @@ def ranked(probabilities: Shaped[Tensor, "n k"], count: int) -> Int[Tensor, "n c
 def confusion(labels: Int[Tensor, " n"], predicted: Int[Tensor, " n"], classes: int) -> Int[Tensor, "k k"]:
     """How often each label (row) was predicted as each class (column)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+@dataclass
+class Predictions:
+    """What a model says of a list's videos."""
+
+    rows: Int[Tensor, " n"]
+    """The place in the list of each video that was read, ascending."""
+    probabilities: Float[Tensor, "n k"]
+    bad: list[tuple[int, str, str]]
+    """Row, name and reason of each video that could not be read: it has no prediction."""
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    videos: VideoList,
+    views: Views,
+    config: DataConfig,
+    world: World,
+    *,
+    clips_per_pass: int = 16,
+    bf16: bool = False,
+    merge: Merge = "probabilities",
+    say: Callable[[int, int], None] = lambda done, total: None,
+) -> Predictions:
+    """Predictions of a list by all processes together; every rank returns all of them.
+
+    Every forward pass has the same number of clips and the same clips in it whatever the number of processes, so the
+    result does not depend on it to a bit. `say` gets the videos done by this rank and its total.
+    """
+    group = max(clips_per_pass // views.count, 1)
+    training = model.training
+    model.eval()
+    rows, merged, bad, done = [], [], [], 0
+    share = len(range(world.rank * group, len(videos), world.size * group)) * group
+    pinned = world.device.type == "cuda"
+    for batch in iterate_views(videos, views, config, group, world.rank, world.size, pinned):
+        clips = batch.clips.flatten(0, 1).to(world.device, non_blocking=True)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            logits = torch.cat([model(part).float() for part in clips.split(clips_per_pass)])
+        if batch.rows:
+            single = logits.view(len(batch.clips), views.count, -1)[batch.places].flatten(0, 1)
+            rows += batch.rows
+            of_video = torch.tensor(batch.rows).repeat_interleave(views.count)
+            merged.append(merge_views(single, of_video, views.count, merge))
+        bad += batch.bad
+        done += group
+        say(min(done, share), share)
+    model.train(training)
+    gathered = world.gather((rows, torch.cat(merged) if merged else None, bad))
+    found = torch.tensor([row for rows, _, _ in gathered for row in rows], dtype=torch.int64)
+    parts = [part for _, part, _ in gathered if part is not None]
+    every_bad = sorted(one for _, _, bad in gathered for one in bad)
+    if not parts:
+        _, name, reason = every_bad[0]
+        raise NothingReadable(f"none of the {len(videos)} videos could be read; the first, {name}: {reason}")
+    order = found.argsort()
+    return Predictions(found[order], torch.cat(parts)[order], every_bad)
