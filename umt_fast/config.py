@@ -20,7 +20,7 @@ else:
 
 from umt_fast.errors import RunError
 
-Masking = Literal["attention", "random", "tube"]
+Masking = Literal["attention", "random", "tube", "mae_st", "frame"]
 Precision = Literal["auto", "bf16", "fp32"]
 Decoder = Literal["auto", "dali", "pyav"]
 TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"]

@@ -137,3 +137,22 @@ def test_bad_visible_sets_are_named(visible, error, words):
         masking.check_visible(visible, 1, 2, 16)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_mae_st_rounds_down():
+    assert masking.count_seen("random", 8, 196, 0.9) == 157
+    assert masking.count_seen("mae_st", 8, 196, 0.9) == 156
+    assert masking.draw_blind("mae_st", 2, 8, 196, 0.9, CPU, generator()).shape == (2, 1, 156)
+
+
+def test_frame_hides_whole_frames():
+    visible = masking.draw_blind("frame", 256, 8, 196, 0.75, CPU, generator())
+    assert visible.shape == (256, 1, 392)
+    frames = visible[:, 0] // 196
+    assert all(len(row.unique()) == 2 for row in frames)
+    shares = torch.stack([(frames == t).any(1).float().mean() for t in range(8)])
+    assert (shares - 0.25).abs().max() < 0.1
+    trimmed = masking.draw_blind("frame", 4, 8, 196, 0.9, CPU, generator())
+    assert trimmed.shape == (4, 1, 157)
+    assert all(len(row.unique()) == 1 for row in trimmed[:, 0] // 196)
+    assert len(trimmed[:, 0].remainder(196).unique(dim=0)) == 4

@@ -4,7 +4,9 @@ A visible set is an integer tensor `[B, G, n]`: n ascending ids in each of G gro
 in time order. A rule either draws per frame of tokens (G = frames, ids are patches of that frame) or over the whole
 clip (G = 1). The number of visible tokens is fixed, so every shape of a step is static.
 
-A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking`.
+A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking`. Rules that need more than the
+teacher's scores (flow, motion, text, regions) are functions in `umt_fast.masking.guided`; the draws of the published
+codes from a NumPy seed are in `umt_fast.masking.published`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class Rule:
     """scores: the teacher's attention to each patch, so the draw waits for the teacher."""
     counts: Literal["per frame", "per clip"]
     """Where the number of visible tokens is fixed and rounded."""
+    count: Callable[[int, float], int]
+    """(tokens, hidden share) -> visible tokens. The published codes round differently."""
     draw: Callable[[Float[Tensor, "b t p"], int, torch.Generator | None], Int[Tensor, "b g n"]]
     """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get ones as scores."""
 
@@ -48,13 +52,34 @@ def _draw_tube(scores: Tensor, num_visible: int, generator: torch.Generator | No
     return one_frame[:, None].expand(-1, scores.shape[1], -1)
 
 
+def _draw_frames(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
+    batch, frames, patches = scores.shape
+    slots = -(-num_visible // patches)
+    order = torch.rand(batch, frames, device=scores.device, generator=generator).argsort(1).argsort(1)
+    in_kept_slot = (order < slots).to(scores.dtype)[..., None].expand_as(scores)
+    return _draw_random(in_kept_slot.contiguous(), num_visible, generator)  # score 0 comes after all others
+
+
+def count_visible(tokens: int, ratio: float) -> int:
+    """Tokens left visible out of `tokens` when the share `ratio` is hidden, rounded as UMT and VideoMAE round."""
+    return tokens - int(tokens * ratio)
+
+
+def _count_rounded_down(tokens: int, ratio: float) -> int:
+    return int(tokens * (1 - ratio))
+
+
 RULES: dict[Masking, Rule] = {
     # UMT's semantic masking (arXiv 2303.16058, 3.1): in proportion to the class token's attention, without replacement.
-    "attention": Rule("scores", "per frame", _draw_attention),
-    # Uniform over the tokens of the clip (MAE-ST, arXiv 2205.09113).
-    "random": Rule("nothing", "per clip", _draw_random),
+    "attention": Rule("scores", "per frame", count_visible, _draw_attention),
+    # Uniform over the tokens of the clip.
+    "random": Rule("nothing", "per clip", count_visible, _draw_random),
     # One uniform draw, the same in all frames (VideoMAE, arXiv 2203.12602).
-    "tube": Rule("nothing", "per frame", _draw_tube),
+    "tube": Rule("nothing", "per frame", count_visible, _draw_tube),
+    # As random, with one token less where the share is not exact (MAE-ST, arXiv 2205.09113).
+    "mae_st": Rule("nothing", "per clip", _count_rounded_down, _draw_random),
+    # Whole frames of tokens are hidden; of the others tokens are left out at random until the count is exact.
+    "frame": Rule("nothing", "per clip", count_visible, _draw_frames),
 }
 
 
@@ -65,16 +90,12 @@ def find_rule(name: Masking) -> Rule:
     return RULES[name]
 
 
-def count_visible(tokens: int, ratio: float) -> int:
-    """Tokens left visible out of `tokens` when the share `ratio` is hidden, rounded as UMT rounds."""
-    return tokens - int(tokens * ratio)
-
-
 def count_seen(rule: Masking, frames: int, patches: int, ratio: float) -> int:
     """Visible tokens of a whole clip of `frames` x `patches` tokens."""
-    if find_rule(rule).counts == "per clip":
-        return count_visible(frames * patches, ratio)
-    return frames * count_visible(patches, ratio)
+    found = find_rule(rule)
+    if found.counts == "per clip":
+        return found.count(frames * patches, ratio)
+    return frames * found.count(patches, ratio)
 
 
 def draw_by_score(
@@ -99,7 +120,7 @@ def draw_blind(
         return None
     tokens = frames * patches if found.counts == "per clip" else patches
     ones = torch.ones(batch, frames, patches, device=device)
-    return found.draw(ones, count_visible(tokens, ratio), generator)
+    return found.draw(ones, found.count(tokens, ratio), generator)
 
 
 def token_ids(visible: Int[Tensor, "b g n"], tokens: int) -> Int[Tensor, "b m"]:

@@ -1,0 +1,79 @@
+"""Rules that look at the clip, against recorded draws where there are any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from umt_fast.masking import guided
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
+
+
+def read(name: str) -> tuple[dict, dict[str, Tensor]]:
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def left(mask: Tensor) -> Tensor:
+    return (~mask).nonzero()[:, 1].view(len(mask), -1)
+
+
+def test_redundancy_removing_as_recorded():
+    settings, recorded = read("everest_masks")
+    visible, decoded = guided.redundancy_removing(
+        recorded["tokens"], settings["slots"], recorded["noise"], settings["candidate_ratio"], settings["mask_ratio"]
+    )
+    assert torch.equal(visible[:, 0], left(recorded["input_mask"]))
+    assert torch.equal(decoded, left(recorded["target_mask"]))
+    with pytest.raises(ValueError, match=r"noise has shape \[2, 20\]; give \[2, 21\]"):
+        guided.redundancy_removing(recorded["tokens"], 8, recorded["noise"][:, :20])
+
+
+def test_flow_scores_as_recorded():
+    settings, recorded = read("mgmae_masks")
+    flows = {tuple(pair): recorded[f"flow.{pair[0]}.{pair[1]}"] for pair in settings["calls"]}
+    scores = guided.flow_scores(recorded["init"], flows, settings["frames"], settings["patch"], settings["tubelet"])
+    assert (scores - recorded["scores"]).abs().max() < 1e-3 * recorded["scores"].abs().max()
+    visible = guided.highest(scores, settings["n_visible_per_slot"])
+    ids = (visible + torch.arange(scores.shape[1])[:, None] * scores.shape[2]).flatten(1)
+    assert torch.equal(ids, left(recorded["mask"]))
+
+
+def test_gaussian_map_peaks_at_its_patches():
+    field = guided.gaussian_map(torch.tensor([[0, 5], [10, 10]]), 3, 4, 8)
+    assert field.shape == (2, 1, 24, 32)
+    assert field[0, 0, 4, 4] == 1
+    assert field[0, 0, 12, 12] == 1
+    assert field[1, 0, 20, 20] == 1
+    # one patch away along one axis: exp(-1)
+    assert abs(float(field[1, 0, 12, 20]) - 0.36788) < 1e-4
+
+
+def test_motion_and_text_hide_the_highest():
+    motion = torch.tensor([[[0.0, 5.0, 1.0, 3.0]]])
+    assert guided.motion_visible(motion, 2).tolist() == [[[0, 2]]]
+    text = torch.tensor([[1.0, 0.0]])
+    patches = torch.tensor([[[[0.0, 2.0], [3.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]]])
+    assert guided.text_visible(patches, text, 2).tolist() == [[[0, 3]]]
+    with pytest.raises(ValueError, match="num_visible = 5, but a frame has 4 patches"):
+        guided.motion_visible(motion, 5)
+
+
+def test_regions_are_shown_in_order_until_enough_is_visible():
+    regions = torch.full((1, 2, 8, 8), 2)
+    regions[:, :, :4] = 0  # upper half: background
+    regions[:, :, 4:, :4] = 1
+    visible = guided.region_visible(regions, (0, 1, 2), 2, 4, generator=torch.Generator().manual_seed(0))
+    assert visible.shape == (1, 1, 4)
+    assert (visible % 16 < 8).all()  # background alone is enough
+    regions[:, 0] = 2  # no background: the next label there is comes
+    wanted = guided.region_visible(regions, (0, 2), 2, 24, generator=torch.Generator().manual_seed(0))
+    assert set(wanted.flatten().tolist()) == {*range(16), *range(16, 24)}
+    nothing = guided.region_visible(torch.full((1, 1, 8, 8), 9), (0, 1), 2, 16)
+    assert nothing.flatten().tolist() == list(range(16))
