@@ -28,6 +28,7 @@ Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "fla
 Recompute = Literal["none", "selective", "full"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
+GatherGradient = Literal["published", "true"]
 
 
 MLP_RATIO = 4
@@ -41,6 +42,18 @@ class ConfigError(RunError, ValueError):
 def _divides(owner: str, name: str, value: int, by_name: str, by: int) -> None:
     if by < 1 or value < 1 or value % by:
         raise ConfigError(f"{owner}: {name} = {value} is not a positive multiple of {by_name} = {by}")
+
+
+def _aligned(owner: str, depth: int, layers: int, interval: float) -> tuple[int, ...]:
+    """Indices of the aligned blocks, ascending: depth - 1 - int(i * interval), as UMT counts. Raises ConfigError."""
+    if not 1 <= layers <= depth:
+        raise ConfigError(f"{owner}: align_layers = {layers} is not in 1..depth = {depth}")
+    blocks = tuple(depth - 1 - int(i * interval) for i in range(layers))[::-1]
+    if interval <= 0 or blocks[0] < 0 or len(set(blocks)) < layers:
+        raise ConfigError(
+            f"{owner}: align_interval = {interval} does not give {layers} different blocks of {depth}; use 1"
+        )
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -98,15 +111,21 @@ class StudentConfig(VitConfig):
     """How many of the last blocks are aligned with the teacher."""
     target_width: int = 512
     """Width of the teacher's output."""
+    align_interval: float = 1.0
+    """Blocks from one aligned block to the next, counted back from the last (stage 2's clip_student_return_interval)."""
 
     _section = "student"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.align_layers <= self.depth:
-            raise ConfigError(f"student: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
+        _aligned("student", self.depth, self.align_layers, self.align_interval)
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
+
+    @property
+    def aligned_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that are aligned, ascending."""
+        return _aligned("student", self.depth, self.align_layers, self.align_interval)
 
 
 @dataclass(frozen=True)
@@ -220,15 +239,21 @@ class TeacherConfig:
     """Width of the output."""
     align_layers: int = 6
     """How many of the last blocks give targets."""
+    align_interval: float = 1.0
+    """Blocks from one of these to the next, counted back from the last (stage 2's clip_return_interval)."""
 
     def __post_init__(self) -> None:
         _divides("teacher", "image_size", self.image_size, "patch_size", self.patch_size)
         _divides("teacher", "input_size", self.clip_size, "the patches along a side", self.grid)
         _divides("teacher", "width", self.width, "heads", self.heads)
-        if not 1 <= self.align_layers <= self.depth:
-            raise ConfigError(f"teacher: align_layers = {self.align_layers} is not in 1..depth = {self.depth}")
+        _aligned("teacher", self.depth, self.align_layers, self.align_interval)
         if self.tubelet_size < 1:
             raise ConfigError(f"teacher: tubelet_size = {self.tubelet_size} is not 1 or more")
+
+    @property
+    def aligned_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that give targets, ascending."""
+        return _aligned("teacher", self.depth, self.align_layers, self.align_interval)
 
     @property
     def grid(self) -> int:
@@ -258,6 +283,105 @@ def check_fit(student: StudentConfig, teacher: TeacherConfig) -> None:
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise ConfigError(f"student and teacher differ in {name}: {ours} against {theirs}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder of stage 2. Defaults are bert-base-uncased with three fusion layers."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    fusion_layer: int = 9
+    """First layer that also looks at the video."""
+    vocab_size: int = 30522
+    max_positions: int = 512
+    mlp_width: int = 3072
+    dropout: float = 0.0
+    """Of hidden states and attention, in training; BERT's own is 0.1."""
+    pad_id: int = 0
+    cls_id: int = 101
+    sep_id: int = 102
+    mask_id: int = 103
+
+    def __post_init__(self) -> None:
+        _divides("text", "width", self.width, "heads", self.heads)
+        if not 0 <= self.fusion_layer < self.depth:
+            raise ConfigError(f"text: fusion_layer = {self.fusion_layer} is not in 0..depth - 1 = {self.depth - 1}")
+        for name in ("vocab_size", "max_positions", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"text: {name} = {getattr(self, name)} is not 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"text: dropout = {self.dropout} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class VideoTextConfig:
+    """The model of stage 2: a video encoder, its teacher, a text encoder and the space where both meet."""
+
+    vision: StudentConfig = field(default_factory=StudentConfig)
+    """`frames` is the number of a video; an image is a clip of one frame."""
+    teacher: TeacherConfig | None = field(default_factory=TeacherConfig)
+    """None: no alignment, so no mask either, as in fine-tuning."""
+    text: TextConfig = field(default_factory=TextConfig)
+    joint_width: int = 512
+    temperature: float = 0.07
+    """What similarities are divided by, at the start; it is learned."""
+    language_head: bool | None = None
+    """Whether the text encoder can fill in masked words. None: if there is a teacher, as in the published files."""
+    align_eps: float = 1e-5
+    """Epsilon of the alignment heads' LayerNorm: 1e-5 as published for stage 2, where stage 1 has 1e-6."""
+    position_frames: int | None = None
+    """Frames of the position table; another number of frames interpolates it in time. None: one table of any length."""
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            check_fit(self.vision, self.teacher)
+        if self.vision.tubelet_size != 1:
+            raise ConfigError(f"vision: tubelet_size = {self.vision.tubelet_size}, but an image has one frame; use 1")
+        if self.joint_width < 1:
+            raise ConfigError(f"joint_width = {self.joint_width} is not 1 or more")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature} is not above 0")
+        if not 0 < self.align_eps < math.inf:
+            raise ConfigError(f"align_eps = {self.align_eps} is not above 0")
+        if self.position_frames is not None and self.position_frames < 1:
+            raise ConfigError(f"position_frames = {self.position_frames} is not 1 or more")
+
+    @property
+    def has_language_head(self) -> bool:
+        return self.teacher is not None if self.language_head is None else self.language_head
+
+
+@dataclass(frozen=True)
+class VideoTextObjective:
+    """What a step of stage 2 minimises. Defaults are those of the published pre-training."""
+
+    uta: float = 1.0
+    """Weight of the alignment with the teacher; 0 leaves it, the teacher and the mask out."""
+    vtc: float = 1.0
+    """Weight of the contrast."""
+    vtm: float = 1.0
+    """Weight of the matching."""
+    mlm: float = 1.0
+    """Weight of the masked words."""
+    video_mask_ratio: float = 0.8
+    """Share of a video's patches that are hidden."""
+    image_mask_ratio: float = 0.5
+    mlm_probability: float = 0.5
+    """Share of the words that are to be predicted."""
+    gather_gradient: GatherGradient = "published"
+    """published: VTC gives the encoders 1 / ranks of its gradient, as the published gather does; true: all of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("uta", "vtc", "vtm", "mlm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"objective: {name} = {getattr(self, name)} is not a number of 0 or more")
+        for name in ("video_mask_ratio", "image_mask_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"objective: {name} = {getattr(self, name)} is not in [0, 1)")
+        if not 0 < self.mlm_probability <= 1:
+            raise ConfigError(f"objective: mlm_probability = {self.mlm_probability} is not in (0, 1]")
 
 
 STUDENTS = {

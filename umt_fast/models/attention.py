@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,21 @@ class Backend:
 
 
 def attention(
-    q: Float[Tensor, "b l h d"], k: Float[Tensor, "b s h d"], v: Float[Tensor, "b s h d"], backend: Backend
+    q: Float[Tensor, "b l h d"],
+    k: Float[Tensor, "b s h d"],
+    v: Float[Tensor, "b s h d"],
+    backend: Backend,
+    mask: Bool[Tensor, "b 1 q s"] | None = None,
+    dropout: float = 0.0,
 ) -> Float[Tensor, "b l h d"]:
-    """softmax(q k^T / sqrt(d)) v, every query over every key."""
-    return backend.attend(q, k, v)
+    """softmax(q k^T / sqrt(d)) v, every query over every key, or over those that `mask` has True for.
+
+    `dropout` is the share of the softmax that is set to 0, the rest scaled to make up. Not every library knows masks
+    and dropout, and texts, which need them, are short: such a call goes to torch's own pick, or to `matmul`.
+    """
+    if mask is None and dropout == 0:
+        return backend.attend(q, k, v)
+    return (_matmul if backend.name == "matmul" else _sdpa)(q, k, v, mask, dropout)
 
 
 def self_attention(qkv: Float[Tensor, "b l 3 h d"], backend: Backend) -> Float[Tensor, "b l h d"]:
@@ -50,15 +61,17 @@ def self_attention(qkv: Float[Tensor, "b l 3 h d"], backend: Backend) -> Float[T
     return backend.attend_packed(qkv)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
-
-
-def _matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (weights.softmax(dim=-1) @ v).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2)
+
+
+def _matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0) @ v).transpose(1, 2)
 
 
 def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -220,7 +220,7 @@ class ClipTeacher(nn.Module):
         aligned = []
         for index, block in enumerate(blocks[:-1]):
             x = block(x)
-            if index >= config.depth - config.align_layers:
+            if index in config.aligned_blocks:
                 aligned.append(x)
         last = blocks[-1]
         assert isinstance(last, Block)

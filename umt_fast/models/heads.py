@@ -29,10 +29,10 @@ class NormedTransformer(VideoTransformer):
 class AlignmentHead(nn.Module):
     """Linear into the teacher's output space, and the LayerNorm that the loss applies to it."""
 
-    def __init__(self, width: int, target_width: int) -> None:
+    def __init__(self, width: int, target_width: int, eps: float = LAYER_NORM_EPS) -> None:
         super().__init__()
         self.head = nn.Linear(width, target_width)
-        self.norm = nn.LayerNorm(target_width, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(target_width, eps=eps)
 
 
 class Predictions(NamedTuple):
@@ -42,9 +42,9 @@ class Predictions(NamedTuple):
     weight: Float[Tensor, "k c"]
     bias: Float[Tensor, "k c"]
 
-    def normed(self) -> Float[Tensor, "k b m c"]:
+    def normed(self, eps: float = LAYER_NORM_EPS) -> Float[Tensor, "k b m c"]:
         """After the LayerNorm; not L2-normalised."""
-        plain = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:], eps=LAYER_NORM_EPS)
+        plain = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:], eps=eps)
         return plain * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -84,8 +84,7 @@ class VideoStudent(nn.Module):
         another size, or a number of rows that is no multiple of the clips.
         """
         check_clip(clip, self.config.image_size, self.config.frames)
-        layers = range(self.config.depth - self.config.align_layers, self.config.depth)
-        hidden = self.encoder.hidden_states(clip, self.position, token_ids, layers)
+        hidden = self.encoder.hidden_states(clip, self.position, token_ids, self.config.aligned_blocks)
         norm = self.encoder.norm
         features = [
             gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=self.position, position_ids=token_ids)

@@ -48,6 +48,19 @@ def _resize_time(table: Tensor, frames: int, new_frames: int) -> Tensor:
     return places.permute(2, 0, 1).flatten(0, 1)
 
 
+def video_positions(
+    frames: int, patches: int, width: int, table_frames: int | None = None
+) -> Float[Tensor, "tokens width"]:
+    """Positions of a clip of `frames` x `patches` tokens.
+
+    With `table_frames` the table is made for that many frames and interpolated linearly in time, patch by patch, as
+    stage 2's ckpt_num_frame does (corners not aligned); it is never interpolated in space.
+    """
+    if table_frames is None or table_frames == frames:
+        return sinusoid_positions(frames * patches, width)
+    return _resize_time(sinusoid_positions(table_frames * patches, width), table_frames, frames)
+
+
 def bicubic_window(source: int, target: int) -> tuple[Float[Tensor, "target window"], int]:
     """The piece of a bicubic resize that makes one patch: `target` pixels out of `source` and a halo on each side.
 

@@ -1,0 +1,77 @@
+"""Answers to questions about videos, chosen from a list (UMT, arXiv 2303.16058, 4.3; ALBEF, arXiv 2107.07651)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from umt_fast.models.text import Context, Pairing, cut_padding
+from umt_fast.models.video_text import VideoQaModel, sequence_losses
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+PUBLISHED_K = 128
+FirstToken = Literal["twice", "once"]
+
+
+@dataclass
+class Ranked:
+    """The candidates of each question, best first."""
+
+    answers: Int[Tensor, "b k"]
+    """Places in the list of answers."""
+    probabilities: Float[Tensor, "b k"]
+    """Among the candidates; they sum to 1."""
+
+
+@torch.no_grad()
+def rank_answers(
+    model: VideoQaModel,
+    clip: Shaped[Tensor, "b ..."],
+    question_ids: Int[Tensor, "b l"],
+    question_mask: Int[Tensor, "b l"],
+    answer_ids: Int[Tensor, "n a"],
+    answer_mask: Int[Tensor, "n a"],
+    k: int = PUBLISHED_K,
+    first_token: FirstToken = "twice",
+) -> Ranked:
+    """Rank a list of n answers for each question, all tokenised as in training (`[CLS] words [SEP]`).
+
+    The k answers with the likeliest first word are scored in full; a list shorter than k is scored whole, where the
+    published code stops. `first_token`: the published score counts the likelihood of the first word twice, once by
+    itself and once within the answer; "once" is the likelihood of the answer.
+    """
+    if first_token not in ("twice", "once"):
+        raise ValueError(f"first_token = {first_token!r}; give twice or once")
+    training = model.training
+    model.eval()
+    try:
+        states = model.encode(clip, question_ids, question_mask)
+        seen = question_mask.bool()[:, None, None]
+        begin = answer_ids[:1, :1].expand(len(states), -1)
+        logits = model.decode(begin, torch.ones_like(begin), Context(states, mask=seen))[:, 0].float()
+        first = logits.softmax(dim=1)[:, answer_ids[:, 1]]
+        k = min(k, len(answer_ids))
+        likely, candidates = first.topk(k, dim=1)
+        rows = candidates.flatten()
+        ids, mask = cut_padding(answer_ids[rows], answer_mask[rows])
+        logits = model.decode(ids, mask, Context(states, Pairing(((None, k),)), seen))
+        scores = -sequence_losses(logits, ids, mask).view(-1, k)
+    finally:
+        model.train(training)
+    if first_token == "twice":
+        scores = likely.log() + scores
+    probabilities, order = scores.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    return Ranked(candidates.gather(1, order), probabilities)
+
+
+def accuracy(predicted: Mapping[str, str], right: Mapping[str, str]) -> float:
+    """Share in percent of the questions, by id, whose predicted answer is the right string; a missing one is wrong."""
+    if not right:
+        raise ValueError("there are no questions with a right answer to compare with")
+    return 100 * sum(predicted.get(question) == answer for question, answer in right.items()) / len(right)

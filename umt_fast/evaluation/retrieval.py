@@ -1,0 +1,247 @@
+"""Text-to-video and video-to-text retrieval: coarse scores, re-ranked scores, recalls (UMT, arXiv 2303.16058, 4.3).
+
+The coarse score of a video and a text is their similarity in the joint space. The k best of each row and column are
+scored again by the fusion layers. A pair that is among the best both ways is computed once, and keys and values of a
+video are projected once for all of its texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from umt_fast.models.text import Context, Pairing, cut_padding
+from umt_fast.models.video_text import VideoTextModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+NOT_RANKED = -100.0
+"""Re-ranked score of a pair that is not among the k best, as published."""
+RECALLS = (1, 5, 10)
+PUBLISHED_K = 128
+TEXTS_AT_ONCE = 256
+"""Texts per call, both in the text pass and of one video in the fusion layers."""
+
+
+@dataclass
+class Embedded:
+    """Videos (of this rank) and texts (all) before the fusion layers; tensors lie on the CPU."""
+
+    tokens: Float[Tensor, "v m d"]
+    video: Float[Tensor, "v e"]
+    hidden: Float[Tensor, "n l h"]
+    attention_mask: Int[Tensor, "n l"]
+    text: Float[Tensor, "n e"]
+
+
+@dataclass
+class Retrieval:
+    """Scores of all videos and texts, and the recalls in percent under their published names.
+
+    `txt_r5` says how often a video finds one of its texts among the first 5, `img_r5` a text its video; `r_mean` is
+    the mean of the six. The published tables are of `recalls`.
+    """
+
+    coarse_v2t: Float[Tensor, "v n"]
+    coarse_t2v: Float[Tensor, "n v"]
+    rerank_v2t: Float[Tensor, "v n"]
+    rerank_t2v: Float[Tensor, "n v"]
+    recalls: dict[str, float]
+    """By the re-ranked scores."""
+    coarse_recalls: dict[str, float]
+
+
+def evaluate(
+    model: VideoTextModel,
+    clips: Shaped[Tensor, "v ..."] | Iterable[Shaped[Tensor, "b ..."]],
+    input_ids: Int[Tensor, "n l"],
+    attention_mask: Int[Tensor, "n l"],
+    texts_of_videos: Sequence[Sequence[int]],
+    k: int = PUBLISHED_K,
+    group: Any = None,
+) -> Retrieval:
+    """Score `clips` against texts, both ways, without a mask and in evaluation mode.
+
+    clips            all of them, or batches in order: uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W].
+    texts_of_videos  for each video the numbers of its texts; several videos may share a text.
+    k                candidates that are scored again, at most as many as there are.
+
+    In several processes each gets the clips of its own part of the videos, the parts one behind another in the order
+    of the ranks, and all texts; the result is the same on all ranks, and the same as in one process.
+    """
+    with torch.no_grad(), _evaluating(model):
+        embedded = embed(model, clips, input_ids, attention_mask)
+        return score(model, embedded, texts_of_videos, k, group)
+
+
+def embed(
+    model: VideoTextModel,
+    clips: Shaped[Tensor, "v ..."] | Iterable[Shaped[Tensor, "b ..."]],
+    input_ids: Int[Tensor, "n l"],
+    attention_mask: Int[Tensor, "n l"],
+    videos_at_once: int = 16,
+) -> Embedded:
+    """What `score` needs, made batch by batch and kept on the CPU."""
+    device = model.temp.device
+    batches = clips.split(videos_at_once) if isinstance(clips, Tensor) else clips
+    seen = [[x.cpu() for x in model.embed_video(clip.to(device, non_blocking=True))] for clip in batches]
+    input_ids, attention_mask = cut_padding(input_ids.cpu(), attention_mask.cpu())
+    read = []
+    for ids, mask in zip(input_ids.split(TEXTS_AT_ONCE), attention_mask.split(TEXTS_AT_ONCE), strict=True):
+        read.append([x.cpu() for x in model.embed_text(ids.to(device), mask.to(device))])
+    if not seen or not read:
+        raise ValueError(f"{len(seen)} batches of videos and {len(input_ids)} texts; retrieval needs some of both")
+    tokens, video = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    hidden, text = (torch.cat(parts) for parts in zip(*read, strict=True))
+    return Embedded(tokens, video, hidden, attention_mask, text)
+
+
+def score(
+    model: VideoTextModel,
+    embedded: Embedded,
+    texts_of_videos: Sequence[Sequence[int]],
+    k: int = PUBLISHED_K,
+    group: Any = None,
+) -> Retrieval:
+    """Both matrices and the recalls of embedded videos and texts."""
+    parts = _gather(embedded.video, group)
+    video = torch.cat(parts)
+    videos, texts = len(video), len(embedded.text)
+    if len(texts_of_videos) != videos:
+        raise ValueError(f"texts_of_videos has {len(texts_of_videos)} rows, but there are {videos} videos")
+    check_answers(texts_of_videos, texts)
+    coarse = video @ embedded.text.T
+    best_v2t = _best(coarse, k)
+    best_t2v = _best(coarse.T, k)
+    first = sum(len(part) for part in parts[: _rank(group)])
+    own = slice(first, first + len(embedded.video))
+    pairs = torch.cat(_gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
+    v2t = torch.where(best_v2t, pairs, NOT_RANKED)
+    t2v = torch.where(best_t2v, pairs.T, NOT_RANKED)
+    return Retrieval(
+        coarse,
+        coarse.T,
+        v2t,
+        t2v,
+        recalls(v2t, t2v, texts_of_videos),
+        recalls(coarse, coarse.T, texts_of_videos),
+    )
+
+
+def match_pairs(
+    model: VideoTextModel, embedded: Embedded, wanted: Shaped[Tensor, "v n"], texts_at_once: int = TEXTS_AT_ONCE
+) -> Float[Tensor, "v n"]:
+    """Logit of "match" of the wanted pairs of this rank's videos and all texts; 0 elsewhere."""
+    device = model.temp.device
+    hidden, mask = embedded.hidden.to(device), embedded.attention_mask
+    logits = torch.zeros(wanted.shape)
+    for number, row in enumerate(wanted):
+        tokens = embedded.tokens[number][None].to(device, non_blocking=True)
+        for texts in row.nonzero()[:, 0].split(texts_at_once):
+            _, kept = cut_padding(mask[texts], mask[texts])
+            states = hidden[texts.to(device), : kept.shape[1]]
+            context = Context(tokens, Pairing(((None, len(texts)),)))
+            logits[number, texts] = model.match(states, kept.to(device), context)[:, 1].cpu()
+    return logits
+
+
+def recalls(
+    v2t: Float[Tensor, "v n"], t2v: Float[Tensor, "n v"], texts_of_videos: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Recalls at 1, 5 and 10 in percent, rounded to 2 decimals, of the best-ranked right answer. Both ways."""
+    relevant = torch.zeros(v2t.shape, dtype=torch.bool)
+    for number, texts in enumerate(texts_of_videos):
+        relevant[number, list(texts)] = True
+    result = {}
+    means = []
+    for name, ranks in (("txt", best_ranks(v2t, relevant)), ("img", best_ranks(t2v, relevant.T))):
+        shares = [100 * float((ranks < n).double().mean()) for n in RECALLS]
+        result |= {f"{name}_r{n}": round(share, 2) for n, share in zip(RECALLS, shares, strict=True)}
+        means.append(sum(shares) / len(shares))
+        result[f"{name}_r_mean"] = round(means[-1], 2)
+    return result | {"r_mean": round(sum(means) / 2, 2)}
+
+
+def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) -> Int[Tensor, "r"]:
+    """For each row the place, from 0 on, of the first relevant column in falling order; equal scores keep theirs."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    return relevant.gather(1, order).int().argmax(dim=1)
+
+
+def check_answers(texts_of_videos: Sequence[Sequence[int]], texts: int) -> None:
+    """Raise ValueError unless every video has a text, every text a video, and all are there."""
+    found: set[int] = set()
+    for video, numbers in enumerate(texts_of_videos):
+        if not numbers:
+            raise ValueError(f"texts_of_videos[{video}] is empty: video {video} has no text to find")
+        wrong = [number for number in numbers if not 0 <= number < texts]
+        if wrong:
+            raise ValueError(f"texts_of_videos[{video}] has text {wrong[0]}, but there are {texts} texts")
+        found.update(numbers)
+    if len(found) < texts:
+        lost = min(set(range(texts)) - found)
+        raise ValueError(f"text {lost} belongs to no video of texts_of_videos")
+
+
+@torch.no_grad()
+def multiple_choice(
+    model: VideoTextModel,
+    clip: Shaped[Tensor, "b ..."],
+    input_ids: Int[Tensor, "r l"],
+    attention_mask: Int[Tensor, "r l"],
+    match_share: float = 0.7,
+) -> Float[Tensor, "b o"]:
+    """Score of each option of each video, r = b * o rows of text, those of a video next to each other (MSRVTT-MC).
+
+    As published: 0.7 times the probability of a match plus 0.3 times the softmax, over the options, of the similarity
+    over the learned temperature.
+    """
+    if len(input_ids) % len(clip):
+        raise ValueError(f"{len(input_ids)} options are not a multiple of {len(clip)} videos")
+    options = len(input_ids) // len(clip)
+    with _evaluating(model):
+        tokens, video = model.embed_video(clip)
+        hidden, text = model.embed_text(input_ids, attention_mask)
+        logits = model.match(hidden, attention_mask, Context(tokens, Pairing(((None, options),))))
+    matches = logits.softmax(dim=1)[:, 1].view(len(clip), options)
+    similar = torch.einsum("be,boe->bo", video, text.view(len(clip), options, -1)) / model.temp
+    return match_share * matches + (1 - match_share) * similar.softmax(dim=1)
+
+
+def _best(scores: Float[Tensor, "r c"], k: int) -> Shaped[Tensor, "r c"]:
+    """True at the k highest of each row."""
+    chosen = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+class _evaluating:
+    """Evaluation mode, and the mode from before afterwards."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._was = self._model.training
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._was)
+
+
+def _gather(own: Tensor, group: Any) -> list[Tensor]:
+    """`own` of every rank, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return [own]
+    every: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(every, own, group=group)
+    return every
+
+
+def _rank(group: Any) -> int:
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,234 @@
+"""The models of stage 2 (UMT, arXiv 2303.16058, section 3.2): video and text, and question answering.
+
+Parameters are named and ordered as in the published files; `umt_fast.weights` reads and writes those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from umt_kernels import gather_layer_norm
+
+from umt_fast.config import Recompute, TextConfig, VideoTextConfig
+from umt_fast.models.attention import Backend
+from umt_fast.models.clip_vision import ClipTeacher
+from umt_fast.models.heads import AlignmentHead, NormedTransformer, Predictions
+from umt_fast.models.positions import video_positions
+from umt_fast.models.text import Bert, BertWithHead, Context, causal_mask, padding_mask
+from umt_fast.models.vit import LAYER_NORM_EPS, check_clip
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+T = TypeVar("T")
+
+
+@dataclass
+class Seen:
+    """What the video encoder makes of a batch of clips."""
+
+    tokens: Float[Tensor, "b m d"]
+    """The visible tokens after the last norm: what texts look at."""
+    pooled: Float[Tensor, "b f d"]
+    """Their mean, normed again: of each frame, or f = 1 of all visible tokens where some are hidden."""
+    predictions: Predictions | None = None
+    """Of the teacher's outputs at the visible tokens."""
+
+
+class VisionEncoder(nn.Module):
+    """Stage 1's student with any number of frames, pooling and, with a teacher, alignment heads."""
+
+    position: Tensor
+    image_position: Tensor
+
+    def __init__(self, config: VideoTextConfig, pools: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        vision = config.vision
+        self.encoder = NormedTransformer(vision, vision.drop_path)
+        self.pool_norm = nn.LayerNorm(vision.width, eps=LAYER_NORM_EPS) if pools else None
+        layers = 0 if config.teacher is None else vision.align_layers
+        self.clip_decoder = nn.ModuleList(
+            AlignmentHead(vision.width, vision.target_width, config.align_eps) for _ in range(layers)
+        )
+        patches = vision.grid**2
+        table = video_positions(vision.frames, patches, vision.width, config.position_frames)
+        self.register_buffer("position", table, persistent=False)
+        self.register_buffer("image_position", video_positions(1, patches, vision.width), persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "b m"] | None = None, aligned: bool = False
+    ) -> Seen:
+        """clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W] with T = 1 or the configured number of frames.
+
+        token_ids are the visible tokens, in the flattened (t, h, w) grid; None: all. Raises ValueError.
+        """
+        vision, encoder = self.config.vision, self.encoder
+        frames = clip.shape[1] if clip.dtype == torch.uint8 else clip.shape[2]
+        frames = 1 if frames == 1 else vision.frames
+        check_clip(clip, vision.image_size, frames)
+        position = self.image_position if frames == 1 else self.position
+        norm = encoder.norm
+        if not aligned:
+            hidden = encoder.hidden_states(clip, position, token_ids)
+        else:
+            hidden = encoder.hidden_states(clip, position, token_ids, layers=vision.aligned_blocks)
+        tokens = norm(hidden[-1])
+        groups = 1 if token_ids is not None else frames
+        predictions = self._predict(hidden, position, token_ids) if aligned else None
+        if self.pool_norm is None:
+            return Seen(tokens, tokens.new_empty(len(clip), 0, vision.width), predictions)
+        pooled = self.pool_norm(tokens.unflatten(1, (groups, -1)).mean(dim=2))
+        return Seen(tokens, pooled, predictions)
+
+    def _predict(self, hidden: list[Tensor], position: Tensor, token_ids: Tensor | None) -> Predictions:
+        norm = self.encoder.norm
+        if token_ids is None:
+            token_ids = torch.arange(len(position), device=position.device).expand(len(hidden[0]), -1)
+        features = [
+            gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=position, position_ids=token_ids)
+            for x in hidden
+        ]
+        heads = [head for head in self.clip_decoder if isinstance(head, AlignmentHead)]
+        return Predictions(
+            torch.stack([head.head(x) for head, x in zip(heads, features, strict=True)]),
+            torch.stack([head.norm.weight for head in heads]),
+            torch.stack([head.norm.bias for head in heads]),
+        )
+
+
+class _VideoAndText(nn.Module):
+    """What both models share."""
+
+    config: VideoTextConfig
+    vision_encoder: VisionEncoder
+
+    def set_attention(self, vision: Backend, text: Backend) -> None:
+        """Backends of the video encoder and of cross-attention; before torch.compile, which bakes them in."""
+        self.vision_encoder.encoder.set_attention(vision)
+        for module in self.modules():
+            if isinstance(module, Bert):
+                module.set_attention(text)
+
+    def set_recompute(self, vision: Recompute, text: Recompute) -> None:
+        """What the backward pass computes again instead of keeping it; before torch.compile."""
+        self.vision_encoder.encoder.set_recompute(vision)
+        for module in self.modules():
+            if isinstance(module, Bert):
+                module.set_recompute(text)
+
+    def forward(self, step: Callable[[nn.Module], T]) -> T:
+        """`step(self)`: what a wrapper (DDP) must see as one call of the model goes through here."""
+        return step(self)
+
+
+class VideoTextModel(_VideoAndText):
+    """Video encoder, text encoder, their projections, the match head and the temperature.
+
+    With a teacher it is the model of pre-training; without, that of retrieval, which has no alignment heads and, unless
+    asked for, no language head. A new teacher is random; `umt_fast.checkpoint.load_clip_teacher` gives it weights.
+    """
+
+    def __init__(self, config: VideoTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision, text = config.vision, config.text
+        self.temp = nn.Parameter(torch.tensor(config.temperature))
+        self.clip_teacher = None if config.teacher is None else ClipTeacher(config.teacher)
+        self.vision_encoder = VisionEncoder(config)
+        kind = BertWithHead if config.has_language_head else Bert
+        self.text_encoder = kind(text, vision.width)
+        self.vision_proj = nn.Linear(vision.width, config.joint_width)
+        self.text_proj = nn.Linear(text.width, config.joint_width)
+        self.itm_head = nn.Linear(text.width, 2)
+
+    @property
+    def bert(self) -> Bert:
+        encoder = self.text_encoder
+        return encoder.bert if isinstance(encoder, BertWithHead) else encoder
+
+    def embed_video(self, clip: Shaped[Tensor, "b ..."]) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b e"]]:
+        """Tokens of unmasked clips, and the mean over frames of their normalised projections."""
+        seen = self.vision_encoder(clip)
+        return seen.tokens, F.normalize(self.vision_proj(seen.pooled).float(), dim=-1).mean(dim=1)
+
+    def embed_text(
+        self, input_ids: Int[Tensor, "r l"], attention_mask: Int[Tensor, "r l"]
+    ) -> tuple[Float[Tensor, "r l h"], Float[Tensor, "r e"]]:
+        """Hidden states below the fusion layers, and normalised projections."""
+        hidden = self.bert.text(input_ids, padding_mask(attention_mask))
+        return hidden, F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)
+
+    def match(
+        self, hidden: Float[Tensor, "r l h"], attention_mask: Int[Tensor, "r l"], context: Context
+    ) -> Float[Tensor, "r 2"]:
+        """Logits of (no match, match) for pairs of texts, as `embed_text` gives them, and videos."""
+        fused = self.bert.fuse(hidden, padding_mask(attention_mask), context)
+        return self.itm_head(fused[:, 0]).float()
+
+
+class VideoQaModel(_VideoAndText):
+    """Video encoder, a question encoder that looks at the video, and a decoder of the answer that looks at both.
+
+    The decoder has as many layers as the text encoder has fusion layers. Its keys and values come from the question's
+    states but, as published, expect the width of the video: both must be equal.
+    """
+
+    def __init__(self, config: VideoTextConfig) -> None:
+        super().__init__()
+        vision, text = config.vision, config.text
+        if vision.width != text.width:
+            raise ValueError(f"vision.width = {vision.width} and text.width = {text.width} must be equal to answer")
+        self.config = config = replace(config, teacher=None)
+        self.vision_encoder = VisionEncoder(config, pools=False)
+        self.text_encoder = Bert(text, vision.width)
+        self.text_decoder = BertWithHead(decoder_config(text), vision.width)
+
+    def encode(
+        self, clip: Shaped[Tensor, "b ..."], question_ids: Int[Tensor, "b l"], question_mask: Int[Tensor, "b l"]
+    ) -> Float[Tensor, "b l h"]:
+        """States of the questions after looking at their videos."""
+        tokens = self.vision_encoder(clip).tokens
+        return self.text_encoder(question_ids, padding_mask(question_mask), Context(tokens))
+
+    def decode(
+        self, answer_ids: Int[Tensor, "r l"], answer_mask: Int[Tensor, "r l"], context: Context
+    ) -> Float[Tensor, "r l w"]:
+        """Logits of the word after each word of the answers."""
+        hidden = self.text_decoder.bert(answer_ids, causal_mask(answer_mask), context)
+        return self.text_decoder.logits(hidden)
+
+
+def decoder_config(text: TextConfig) -> TextConfig:
+    """The answer decoder: as many layers as there are fusion layers, all of them with cross-attention."""
+    return replace(text, depth=text.depth - text.fusion_layer, fusion_layer=0)
+
+
+def bare_video_text(model: nn.Module) -> VideoTextModel:
+    """The model inside DDP and torch.compile."""
+    while not isinstance(model, VideoTextModel):
+        for name in ("module", "_orig_mod"):
+            if isinstance(inner := getattr(model, name, None), nn.Module):
+                model = inner
+                break
+        else:
+            raise TypeError(f"{type(model).__name__} is not a VideoTextModel nor wraps one")
+    return model
+
+
+def sequence_losses(
+    logits: Float[Tensor, "r l w"], ids: Int[Tensor, "r l"], mask: Int[Tensor, "r l"]
+) -> Float[Tensor, "r"]:
+    """Negative log-likelihood of each text after its first token, summed over its tokens, in float32."""
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses.view(len(ids), -1) * mask[:, 1:]).sum(dim=1)

@@ -1,0 +1,295 @@
+"""Stage 2 of Unmasked Teacher as one call: alignment, contrast, matching and masked words (arXiv 2303.16058, 3.2).
+
+    UTA  the visible video tokens aligned with the teacher's, as in stage 1
+    VTC  contrast of the pooled video with the text over the batches of all ranks
+    VTM  does the text match the video? three pairs a sample, two of them with a drawn negative
+    MLM  hidden words filled in from the rest of the text and the video
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from umt_kernels import cosine_alignment_loss
+
+from umt_fast import masking
+from umt_fast.config import TextConfig, VideoTextObjective
+from umt_fast.models.text import Context, Pairing, cut_padding, padding_mask
+from umt_fast.models.video_text import VideoTextModel, bare_video_text
+from umt_fast.objectives.contrast import contrastive_loss, unit_mean
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+TEMPERATURES = (0.001, 0.5)
+"""The temperature is clamped to these at the start of every step, as published."""
+IGNORED = -100
+"""Label of a token that is not to be predicted."""
+PUBLISHED = VideoTextObjective()
+
+
+@dataclass
+class Draws:
+    """What is drawn at random in a step, in this order. In `video_text_step` what is given is not drawn."""
+
+    visible: Int[Tensor, "b t n"] | None = None
+    """Ascending ids of the visible patches of each frame. None in the result of a model without a teacher."""
+    negative_videos: Int[Tensor, "b"] | None = None
+    """For each text a video of the batch that it does not match."""
+    negative_texts: Int[Tensor, "b"] | None = None
+    """For each video a text of the batch that it does not match."""
+    mlm_input_ids: Int[Tensor, "b l"] | None = None
+    """The texts with words hidden."""
+    mlm_labels: Int[Tensor, "b l"] | None = None
+    """The hidden words; -100 at all other tokens."""
+
+
+@dataclass
+class VideoText:
+    """The losses of a step; those that the model or a weight of 0 leaves out are 0."""
+
+    uta: Float[Tensor, ""]
+    vtc: Float[Tensor, ""]
+    vtm: Float[Tensor, ""]
+    mlm: Float[Tensor, ""]
+    total: Float[Tensor, ""]
+    """Their weighted sum; its gradient is the step's."""
+    draws: Draws
+
+
+def video_text_step(
+    model: torch.nn.Module,
+    clip: Shaped[Tensor, "b ..."],
+    input_ids: Int[Tensor, "b l"],
+    attention_mask: Int[Tensor, "b l"],
+    idx: Int[Tensor, "b"],
+    draws: Draws | None = None,
+    objective: VideoTextObjective = PUBLISHED,
+    generator: torch.Generator | None = None,
+) -> VideoText:
+    """Forward pass of stage 2. `out.total.backward()` is the rest.
+
+    clip            uint8 [B,T,H,W,3], or float [B,3,T,H,W] already normalised; T = 1 is an image.
+    input_ids       the texts, padded; attention_mask is 1 at their tokens, 0 at the padding. On the CPU, padding that
+                    no text of the batch needs is cut off first, which changes no result.
+    idx             samples with equal numbers match each other: not negatives in VTM, positives in VTC.
+    generator       source of the visible set and the negatives, on the clip's device; words are drawn by the CPU's
+                    default generator.
+
+    `model` is a VideoTextModel, bare or wrapped (DDP). Fine-tuning is the same step by a model without teacher and
+    language head: UTA and MLM are 0, and videos are pooled frame by frame. Where a process group is initialised, VTC
+    is over the batches of all ranks, which must be of one size. Raises ValueError for tensors that do not fit, and
+    for a batch in which a sample has no negative.
+    """
+    own = bare_video_text(model)
+    _check(clip, input_ids, attention_mask, idx)
+    draws = Draws() if draws is None else replace(draws)
+    input_ids, attention_mask, draws = _cut(input_ids, attention_mask, draws)
+    if objective.vtm > 0 and (draws.negative_videos is None or draws.negative_texts is None):
+        check_negatives(idx)
+    if own.config.has_language_head and objective.mlm > 0 and draws.mlm_labels is None:
+        draws.mlm_input_ids, draws.mlm_labels = mask_words(input_ids, own.config.text, objective.mlm_probability)
+    return model(functools.partial(_step, clip, input_ids, attention_mask, idx, draws, objective, generator))
+
+
+def _step(
+    clip: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    idx: Tensor,
+    draws: Draws,
+    objective: VideoTextObjective,
+    generator: torch.Generator | None,
+    model: VideoTextModel,
+) -> VideoText:
+    device, batch = clip.device, len(clip)
+    with torch.no_grad():
+        model.temp.clamp_(*TEMPERATURES)
+    zero = torch.zeros((), device=device)
+    uta = mlm = vtm = zero
+
+    aligns = model.clip_teacher is not None and objective.uta > 0
+    targets, token_ids = None, None
+    if aligns:
+        targets, draws.visible = _targets(model, clip, draws.visible, objective, generator)
+        frames, patches = draws.visible.shape[1], model.config.vision.grid**2
+        token_ids = masking.token_ids(draws.visible, frames * patches)
+    seen = model.vision_encoder(clip, token_ids, aligned=aligns)
+    if aligns:
+        predictions = seen.predictions
+        uta = cosine_alignment_loss(
+            predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=model.config.align_eps
+        )
+
+    # One pass for the texts and, behind them, the same texts with words hidden.
+    fills = draws.mlm_labels is not None and model.config.has_language_head and objective.mlm > 0
+    ids = [input_ids, draws.mlm_input_ids] if fills else [input_ids]
+    mask = padding_mask(attention_mask)
+    mask = None if mask is None else mask.to(device)
+    both = torch.cat(ids).to(device, non_blocking=True)
+    hidden = model.bert.text(both, None if mask is None else mask.repeat(len(ids), 1, 1, 1))
+    texts = hidden[:batch]
+
+    video, text = unit_mean(model.vision_proj(seen.pooled)), unit_mean(model.text_proj(texts[:, :1]))
+    idx = idx.to(device, non_blocking=True)
+    vtc = zero
+    if objective.vtc > 0:
+        vtc = contrastive_loss(video, text, model.temp, idx, objective.gather_gradient)
+
+    # The pairs of VTM and of MLM go through the fusion layers in one call: (video, text), (video, negative text) and
+    # (video, text with words hidden) share the keys and values of the video; (negative video, text) picks its own.
+    rows: list[Tensor] = []
+    segments: list[tuple[Tensor | None, int]] = []
+    masks: list[Tensor] = []
+    if objective.vtm > 0:
+        with torch.no_grad():
+            similarity = video.float() @ text.float().T / model.temp
+            if draws.negative_videos is None:
+                draws.negative_videos = draw_negatives(similarity.T, idx, generator)
+            if draws.negative_texts is None:
+                draws.negative_texts = draw_negatives(similarity, idx, generator)
+        video_ids, text_ids = draws.negative_videos.to(device).long(), draws.negative_texts.to(device).long()
+        rows += [texts, texts[text_ids]]
+        masks += [] if mask is None else [mask, mask[text_ids]]
+    if fills:
+        rows.append(hidden[batch:])
+        masks += [] if mask is None else [mask]
+    if not rows:
+        return _sum(uta, vtc, vtm, mlm, draws, objective)
+    own = len(rows)
+    fused_in = torch.stack(rows, dim=1).flatten(0, 1)  # the texts of one video stand next to each other
+    fused_mask = torch.stack(masks, dim=1).flatten(0, 1) if masks else None
+    segments.append((None, own))
+    if objective.vtm > 0:
+        fused_in = torch.cat((fused_in, texts))
+        fused_mask = None if fused_mask is None or mask is None else torch.cat((fused_mask, mask))
+        segments.append((video_ids, 1))
+    fused = model.bert.fuse(fused_in, fused_mask, Context(seen.tokens, Pairing(tuple(segments))))
+    of_video = fused[: own * batch].unflatten(0, (batch, own))
+
+    if objective.vtm > 0:
+        first = torch.cat((of_video[:, 0, 0], fused[own * batch :, 0], of_video[:, 1, 0]))
+        matches = torch.cat((torch.ones(batch), torch.zeros(2 * batch))).long().to(device, non_blocking=True)
+        vtm = F.cross_entropy(model.itm_head(first).float(), matches)
+    if fills:
+        mlm = _fill_in(model, of_video[:, -1], draws.mlm_labels)
+    return _sum(uta, vtc, vtm, mlm, draws, objective)
+
+
+def _sum(uta: Tensor, vtc: Tensor, vtm: Tensor, mlm: Tensor, draws: Draws, weights: VideoTextObjective) -> VideoText:
+    total = weights.uta * uta + weights.vtc * vtc + weights.vtm * vtm + weights.mlm * mlm
+    return VideoText(uta, vtc, vtm, mlm, total, draws)
+
+
+@torch.no_grad()
+def _targets(
+    model: VideoTextModel,
+    clip: Tensor,
+    visible: Tensor | None,
+    objective: VideoTextObjective,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, "k b m c"], Int[Tensor, "b t n"]]:
+    """The teacher's outputs at the visible patches, which are drawn from its attention if they are not given."""
+    teacher = model.clip_teacher
+    assert teacher is not None
+    state = teacher.encode(clip)
+    batch, frames, patches = state.scores.shape
+    if visible is None:
+        ratio = objective.image_mask_ratio if frames == 1 else objective.video_mask_ratio
+        visible = masking.draw_by_score(state.scores, masking.count_visible(patches, ratio), generator)
+    else:
+        masking.check_visible(visible, batch, frames, patches)
+        visible = visible.to(clip.device).long().sort(dim=-1).values
+    return teacher.targets(state, visible), visible
+
+
+def draw_negatives(
+    similarity: Float[Tensor, "a b"], idx: Int[Tensor, "b"], generator: torch.Generator | None = None
+) -> Int[Tensor, "a"]:
+    """For each row one column that does not match it, in proportion to the softmax of the row (hard negatives).
+
+    The published code takes the softmax first and sets matches to 0 after it; a row whose softmax is all on the match
+    then stops the run. Here matches are left out before, which is the same law, and such a row draws among the rest.
+    """
+    weights = negative_weights(similarity, idx)
+    return torch.multinomial(weights.nan_to_num(1.0), 1, generator=generator)[:, 0]
+
+
+def negative_weights(similarity: Float[Tensor, "a b"], idx: Int[Tensor, "b"]) -> Float[Tensor, "a b"]:
+    """Probability of each column to be drawn as a negative of each row; 0 where their numbers are equal."""
+    matches = idx[:, None] == idx[None, :]
+    return similarity.float().masked_fill(matches, -torch.inf).softmax(dim=1)
+
+
+def check_negatives(idx: Int[Tensor, "b"]) -> None:
+    """Raise ValueError if all samples have one number: none has a negative. Looks at tensors on the CPU only."""
+    if len(idx) < 2:
+        raise ValueError("a batch of one sample has no negatives: VTM needs at least 2 with different idx")
+    if idx.device.type == "cpu" and bool((idx == idx[0]).all()):
+        raise ValueError(
+            f"all {len(idx)} samples of the batch have idx = {int(idx[0])}, so none has a negative for VTM; "
+            f"shuffle the data, or use a larger batch"
+        )
+
+
+def mask_words(
+    input_ids: Int[Tensor, "b l"], config: TextConfig, probability: float
+) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+    """Texts with words hidden, and the labels: BERT's rule (arXiv 1810.04805, 3.1) at `probability`, as published.
+
+    All tokens but padding and [CLS] may be chosen. Of the chosen, 80% become [MASK], half of the others any word of
+    the vocabulary, the rest stay. All draws are made on the CPU.
+    """
+    limit = max(config.pad_id, config.cls_id, config.mask_id)
+    if limit >= config.vocab_size:
+        raise ValueError(
+            f"a special token has id {limit}, but vocab_size = {config.vocab_size}; "
+            "set pad_id, cls_id and mask_id of TextConfig to those of the vocabulary"
+        )
+    ids = input_ids.cpu()
+    select, replaced, other = (torch.full(ids.shape, p).bernoulli().bool() for p in (probability, 0.8, 0.5))
+    words = torch.randint(config.vocab_size, ids.shape)
+    hidden, labels = apply_words(ids, select, replaced, other, words, config)
+    return hidden.to(input_ids.device), labels.to(input_ids.device)
+
+
+def apply_words(
+    ids: Int[Tensor, "b l"], select: Tensor, replaced: Tensor, other: Tensor, words: Tensor, config: TextConfig
+) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+    """The rule of `mask_words`, given its draws."""
+    chosen = select & (ids != config.pad_id) & (ids != config.cls_id)
+    hidden = torch.where(chosen & replaced, config.mask_id, ids)
+    hidden = torch.where(chosen & ~replaced & other, words, hidden)
+    return hidden, torch.where(chosen, ids, IGNORED)
+
+
+def _fill_in(model: VideoTextModel, hidden: Float[Tensor, "b l h"], labels: Int[Tensor, "b l"]) -> Float[Tensor, ""]:
+    """Cross-entropy of the hidden words. Only their tokens go through the head; 0 if there is none."""
+    places = (labels.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU if the labels are: nothing waits for the GPU
+    wanted = labels.flatten()[places].to(hidden.device, non_blocking=True)
+    logits = model.text_encoder.logits(hidden.flatten(0, 1)[places.to(hidden.device, non_blocking=True)])
+    return F.cross_entropy(logits.float(), wanted, reduction="sum") / max(len(places), 1)
+
+
+def _cut(input_ids: Tensor, attention_mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Draws]:
+    ids, mask = cut_padding(input_ids, attention_mask)
+    length = ids.shape[1]
+    if draws.mlm_input_ids is not None and draws.mlm_labels is not None:
+        draws = replace(draws, mlm_input_ids=draws.mlm_input_ids[:, :length], mlm_labels=draws.mlm_labels[:, :length])
+    return ids, mask, draws
+
+
+def _check(clip: Tensor, input_ids: Tensor, attention_mask: Tensor, idx: Tensor) -> None:
+    batch = len(clip)
+    if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape or len(input_ids) != batch:
+        raise ValueError(
+            f"input_ids {list(input_ids.shape)} and attention_mask {list(attention_mask.shape)}: "
+            f"give both as [{batch}, L], a row for each of the {batch} clips"
+        )
+    if idx.shape != (batch,):
+        raise ValueError(f"idx has shape {list(idx.shape)}; give [{batch}], a number for each clip")
