@@ -112,6 +112,7 @@ class _VideoAndText(nn.Module):
 
     config: VideoTextConfig
     vision_encoder: VisionEncoder
+    clip_teacher: ClipTeacher | None
 
     def set_attention(self, vision: Backend, text: Backend) -> None:
         """Backends of the video encoder and of cross-attention; before torch.compile, which bakes them in."""
@@ -190,6 +191,7 @@ class VideoQaModel(_VideoAndText):
         if vision.width != text.width:
             raise ValueError(f"vision.width = {vision.width} and text.width = {text.width} must be equal to answer")
         self.config = config = replace(config, teacher=None)
+        self.clip_teacher = None
         self.vision_encoder = VisionEncoder(config, pools=False)
         self.text_encoder = Bert(text, vision.width)
         self.text_decoder = BertWithHead(decoder_config(text), vision.width)
@@ -214,15 +216,15 @@ def decoder_config(text: TextConfig) -> TextConfig:
     return replace(text, depth=text.depth - text.fusion_layer, fusion_layer=0)
 
 
-def bare_video_text(model: nn.Module) -> VideoTextModel:
+def bare_video_text(model: nn.Module) -> VideoTextModel | VideoQaModel:
     """The model inside DDP and torch.compile."""
-    while not isinstance(model, VideoTextModel):
+    while not isinstance(model, VideoTextModel | VideoQaModel):
         for name in ("module", "_orig_mod"):
             if isinstance(inner := getattr(model, name, None), nn.Module):
                 model = inner
                 break
         else:
-            raise TypeError(f"{type(model).__name__} is not a VideoTextModel nor wraps one")
+            raise TypeError(f"{type(model).__name__} is not a VideoTextModel or VideoQaModel, nor wraps one")
     return model
 
 

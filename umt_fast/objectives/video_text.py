@@ -87,6 +87,8 @@ def video_text_step(
     for a batch in which a sample has no negative.
     """
     own = bare_video_text(model)
+    if not isinstance(own, VideoTextModel):
+        raise TypeError(f"{type(own).__name__} answers questions; its step is `answering_loss`")
     _check(clip, input_ids, attention_mask, idx)
     draws = Draws() if draws is None else replace(draws)
     input_ids, attention_mask, draws = _cut(input_ids, attention_mask, draws)
