@@ -112,7 +112,7 @@ class StudentConfig(VitConfig):
     target_width: int = 512
     """Width of the teacher's output."""
     align_interval: float = 1.0
-    """Blocks from one aligned block to the next, counted back from the last (stage 2's clip_student_return_interval)."""
+    """Blocks from one aligned block to the next, counted back from the last (clip_student_return_interval)."""
 
     _section = "student"
 

@@ -430,7 +430,7 @@ def video_text_state_dict(model: nn.Module) -> TensorDict:
 
 
 def load_video_text(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Load published stage-2 or fine-tuned keys, bare or under `model`; a VideoQaModel starts from stage 2 as published.
+    """Load published stage-2 or fine-tuned keys, bare or under `model`; questions start as published.
 
     The text encoder's `bert.` comes and goes as the model needs it, and the answer decoder of a model that has none in
     the file is made of the fusion layers. Returns the keys that have no place in the model: the teacher, alignment
@@ -469,7 +469,11 @@ def load_video_text(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str
         unwanted += ("text_encoder.cls.",)
     state |= {key: source[key] for key in left if not key.startswith(unwanted)}
     _load(own, state, "video-text model")
-    return [key for key in given if key not in used and (key in left or key.startswith(unwanted))]
+    head = "text_encoder.cls.predictions."
+    copied = {f"{head}decoder.weight", f"{head}decoder.bias"} if f"{head}bias" in used else set()
+    return [
+        key for key in given if key in left or (key not in source and key not in copied and key.startswith(unwanted))
+    ]
 
 
 def load_stage1(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import stage2_cases as stage2
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import stage2  # noqa: E402
-
-from umt_fast import VideoTextModel, video_text_step, weights  # noqa: E402
-from umt_fast.config import VideoTextObjective  # noqa: E402
-from umt_fast.models.text import ONE_TO_ONE, Context, padding_mask  # noqa: E402
-from umt_fast.objectives.contrast import contrastive_loss, unit_mean  # noqa: E402
-from umt_fast.objectives.video_text import (  # noqa: E402
+from umt_fast import VideoTextModel, video_text_step, weights
+from umt_fast.config import OptimConfig, VideoTextObjective
+from umt_fast.models.text import ONE_TO_ONE, Context, padding_mask
+from umt_fast.objectives.contrast import contrastive_loss, unit_mean
+from umt_fast.objectives.video_text import (
     IGNORED,
     Draws,
     apply_words,
@@ -25,7 +21,7 @@ from umt_fast.objectives.video_text import (  # noqa: E402
     mask_words,
     negative_weights,
 )
-from umt_fast.run.optim import build_optimizer, floored_cosine  # noqa: E402
+from umt_fast.run.optim import build_optimizer, floored_cosine
 
 LOSSES = ("uta", "vtc", "vtm", "mlm")
 
@@ -71,7 +67,7 @@ def test_five_steps_of_video_and_image_follow_the_published_trajectory():
     case = stage2.read("c_trajectory")
     model = model_of(case)
     settings = case.config["optimizer"]
-    optim = OPTIM(lr=settings["lr"], betas=tuple(settings["opt_betas"]), weight_decay=settings["weight_decay"])
+    optim = OptimConfig(lr=settings["lr"], betas=tuple(settings["opt_betas"]), weight_decay=settings["weight_decay"])
     optimizer = build_optimizer(model, optim, decay_scalars=True)
     groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
     own = dict(model.named_parameters())
@@ -213,7 +209,7 @@ def test_negatives_follow_the_softmax_and_are_never_matches():
 
 def test_words_are_hidden_by_the_published_shares():
     config = stage2.SMALL.text
-    ids, mask = stage2.some_texts(4000)
+    ids, _ = stage2.some_texts(4000)
     hidden, labels = mask_words(ids, config, 0.5)
     chosen = labels != IGNORED
     maskable = (ids != config.pad_id) & (ids != config.cls_id)

@@ -158,7 +158,7 @@ def recalls(
     relevant = torch.zeros(v2t.shape, dtype=torch.bool)
     for number, texts in enumerate(texts_of_videos):
         relevant[number, list(texts)] = True
-    result = {}
+    result: dict[str, float] = {}
     means = []
     for name, ranks in (("txt", best_ranks(v2t, relevant)), ("img", best_ranks(t2v, relevant.T))):
         shares = [100 * float((ranks < n).double().mean()) for n in RECALLS]
@@ -168,7 +168,7 @@ def recalls(
     return result | {"r_mean": round(sum(means) / 2, 2)}
 
 
-def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) -> Int[Tensor, "r"]:
+def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) -> Int[Tensor, " r"]:
     """For each row the place, from 0 on, of the first relevant column in falling order; equal scores keep theirs."""
     order = scores.argsort(dim=1, descending=True, stable=True)
     return relevant.gather(1, order).int().argmax(dim=1)

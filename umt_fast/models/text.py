@@ -7,7 +7,7 @@ are projected once, however many texts are paired with it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ class Pairing:
     video of `ids`, or with each of all videos in their order if `ids` is None.
     """
 
-    segments: tuple[tuple[Int[Tensor, "v"] | None, int], ...] = ((None, 1),)
+    segments: tuple[tuple[Int[Tensor, " v"] | None, int], ...] = ((None, 1),)
 
     def rows(self, videos: int) -> int:
         """How many rows of text fit `videos` videos."""
@@ -133,7 +133,12 @@ class TextAttention(nn.Module):
         """`mask` is of self-attention, True where a token may be looked at; with a context it is not used."""
         dropout = self.dropout if self.training else 0.0
         source = x if context is None else context.states
-        q, k, v = (self._heads(y) for y in (self.self.query(x), self.self.key(source), self.self.value(source)))
+        key = self.self.key
+        # A key's bias adds the same to all scores of a query, so its gradient is 0. What rounding makes of that is
+        # noise, which AdamW would scale up to steps of the whole learning rate.
+        bias = key.bias.detach() + 0 * key.bias
+        keys = F.linear(source, key.weight, bias)
+        q, k, v = (self._heads(y) for y in (self.self.query(x), keys, self.self.value(source)))
         if context is None:
             out = attention(q, k, v, self.backend, mask, dropout)
         else:
@@ -199,7 +204,7 @@ class Bert(nn.Module):
         """What the backward pass computes again instead of keeping it; before torch.compile."""
         self.run_block = RUN_BLOCK[recompute]
 
-    def _run(self, layers: Sequence[nn.Module], x: Tensor, mask: Tensor | None, context: Context | None) -> Tensor:
+    def _run(self, layers: Iterable[nn.Module], x: Tensor, mask: Tensor | None, context: Context | None) -> Tensor:
         for layer in layers:
             x = self.run_block(functools.partial(layer, mask=mask, context=context), x)  # type: ignore[arg-type]
         return x
@@ -239,9 +244,7 @@ class Predictions(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = Transform(config)
 
-    def forward(
-        self, hidden: Float[Tensor, "... h"], word_embeddings: Float[Tensor, "w h"]
-    ) -> Float[Tensor, "... w"]:
+    def forward(self, hidden: Float[Tensor, "... h"], word_embeddings: Float[Tensor, "w h"]) -> Float[Tensor, "... w"]:
         hidden = self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))
         return F.linear(hidden, word_embeddings, self.bias)
 

@@ -230,7 +230,7 @@ def bare_video_text(model: nn.Module) -> VideoTextModel | VideoQaModel:
 
 def sequence_losses(
     logits: Float[Tensor, "r l w"], ids: Int[Tensor, "r l"], mask: Int[Tensor, "r l"]
-) -> Float[Tensor, "r"]:
+) -> Float[Tensor, " r"]:
     """Negative log-likelihood of each text after its first token, summed over its tokens, in float32."""
     losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses.view(len(ids), -1) * mask[:, 1:]).sum(dim=1)

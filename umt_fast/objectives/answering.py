@@ -22,8 +22,8 @@ def answering_loss(
     question_mask: Int[Tensor, "b l"],
     answer_ids: Int[Tensor, "n a"],
     answer_mask: Int[Tensor, "n a"],
-    answers_per_question: Int[Tensor, "b"],
-    weights: Float[Tensor, "n"],
+    answers_per_question: Int[Tensor, " b"],
+    weights: Float[Tensor, " n"],
 ) -> Float[Tensor, ""]:
     """Weighted negative log-likelihood of the answers, summed over words and answers, per question.
 

@@ -1,4 +1,4 @@
-"""Video-text contrast over the batches of all ranks, in memory that does not grow with the square of the global batch."""
+"""Video-text contrast over the batches of all ranks. Its memory does not grow with the square of the global batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def contrastive_loss(
     video: Float[Tensor, "b e"],
     text: Float[Tensor, "b e"],
     temperature: Float[Tensor, ""],
-    idx: Int[Tensor, "b"],
+    idx: Int[Tensor, " b"],
     gradient: GatherGradient = "published",
     group: Any = None,
 ) -> Float[Tensor, ""]:
@@ -92,7 +92,7 @@ def _chunks(rows: int, columns: int) -> range:
     return range(0, rows, max(MOST_SIMILARITIES // columns, 1))
 
 
-def _log_norms(mine: Tensor, others: Tensor, scale: Tensor) -> Float[Tensor, "b"]:
+def _log_norms(mine: Tensor, others: Tensor, scale: Tensor) -> Float[Tensor, " b"]:
     """log of the sum of exp(similarity) over all of `others`, for each of `mine`."""
     chunks = _chunks(len(mine), len(others))
     return torch.cat([((mine[i : i + chunks.step] * scale) @ others.T).logsumexp(dim=1) for i in chunks])

@@ -1,9 +1,9 @@
 """Stage 2 of Unmasked Teacher as one call: alignment, contrast, matching and masked words (arXiv 2303.16058, 3.2).
 
-    UTA  the visible video tokens aligned with the teacher's, as in stage 1
-    VTC  contrast of the pooled video with the text over the batches of all ranks
-    VTM  does the text match the video? three pairs a sample, two of them with a drawn negative
-    MLM  hidden words filled in from the rest of the text and the video
+UTA  the visible video tokens aligned with the teacher's, as in stage 1
+VTC  contrast of the pooled video with the text over the batches of all ranks
+VTM  does the text match the video? three pairs a sample, two of them with a drawn negative
+MLM  hidden words filled in from the rest of the text and the video
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from umt_kernels import cosine_alignment_loss
 
 from umt_fast import masking
 from umt_fast.config import TextConfig, VideoTextObjective
-from umt_fast.models.text import Context, Pairing, cut_padding, padding_mask
+from umt_fast.models.text import BertWithHead, Context, Pairing, cut_padding, padding_mask
 from umt_fast.models.video_text import VideoTextModel, bare_video_text
 from umt_fast.objectives.contrast import contrastive_loss, unit_mean
 
@@ -39,9 +39,9 @@ class Draws:
 
     visible: Int[Tensor, "b t n"] | None = None
     """Ascending ids of the visible patches of each frame. None in the result of a model without a teacher."""
-    negative_videos: Int[Tensor, "b"] | None = None
+    negative_videos: Int[Tensor, " b"] | None = None
     """For each text a video of the batch that it does not match."""
-    negative_texts: Int[Tensor, "b"] | None = None
+    negative_texts: Int[Tensor, " b"] | None = None
     """For each video a text of the batch that it does not match."""
     mlm_input_ids: Int[Tensor, "b l"] | None = None
     """The texts with words hidden."""
@@ -67,7 +67,7 @@ def video_text_step(
     clip: Shaped[Tensor, "b ..."],
     input_ids: Int[Tensor, "b l"],
     attention_mask: Int[Tensor, "b l"],
-    idx: Int[Tensor, "b"],
+    idx: Int[Tensor, " b"],
     draws: Draws | None = None,
     objective: VideoTextObjective = PUBLISHED,
     generator: torch.Generator | None = None,
@@ -123,14 +123,16 @@ def _step(
         token_ids = masking.token_ids(draws.visible, frames * patches)
     seen = model.vision_encoder(clip, token_ids, aligned=aligns)
     if aligns:
+        assert targets is not None and seen.predictions is not None
         predictions = seen.predictions
         uta = cosine_alignment_loss(
             predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=model.config.align_eps
         )
 
     # One pass for the texts and, behind them, the same texts with words hidden.
-    fills = draws.mlm_labels is not None and model.config.has_language_head and objective.mlm > 0
-    ids = [input_ids, draws.mlm_input_ids] if fills else [input_ids]
+    words, labels = draws.mlm_input_ids, draws.mlm_labels
+    fills = words is not None and labels is not None and model.config.has_language_head and objective.mlm > 0
+    ids = [input_ids, words] if fills and words is not None else [input_ids]
     mask = padding_mask(attention_mask)
     mask = None if mask is None else mask.to(device)
     both = torch.cat(ids).to(device, non_blocking=True)
@@ -179,7 +181,8 @@ def _step(
         matches = torch.cat((torch.ones(batch), torch.zeros(2 * batch))).long().to(device, non_blocking=True)
         vtm = F.cross_entropy(model.itm_head(first).float(), matches)
     if fills:
-        mlm = _fill_in(model, of_video[:, -1], draws.mlm_labels)
+        assert labels is not None
+        mlm = _fill_in(model, of_video[:, -1], labels)
     return _sum(uta, vtc, vtm, mlm, draws, objective)
 
 
@@ -211,8 +214,8 @@ def _targets(
 
 
 def draw_negatives(
-    similarity: Float[Tensor, "a b"], idx: Int[Tensor, "b"], generator: torch.Generator | None = None
-) -> Int[Tensor, "a"]:
+    similarity: Float[Tensor, "a b"], idx: Int[Tensor, " b"], generator: torch.Generator | None = None
+) -> Int[Tensor, " a"]:
     """For each row one column that does not match it, in proportion to the softmax of the row (hard negatives).
 
     The published code takes the softmax first and sets matches to 0 after it; a row whose softmax is all on the match
@@ -222,13 +225,13 @@ def draw_negatives(
     return torch.multinomial(weights.nan_to_num(1.0), 1, generator=generator)[:, 0]
 
 
-def negative_weights(similarity: Float[Tensor, "a b"], idx: Int[Tensor, "b"]) -> Float[Tensor, "a b"]:
+def negative_weights(similarity: Float[Tensor, "a b"], idx: Int[Tensor, " b"]) -> Float[Tensor, "a b"]:
     """Probability of each column to be drawn as a negative of each row; 0 where their numbers are equal."""
     matches = idx[:, None] == idx[None, :]
     return similarity.float().masked_fill(matches, -torch.inf).softmax(dim=1)
 
 
-def check_negatives(idx: Int[Tensor, "b"]) -> None:
+def check_negatives(idx: Int[Tensor, " b"]) -> None:
     """Raise ValueError if all samples have one number: none has a negative. Looks at tensors on the CPU only."""
     if len(idx) < 2:
         raise ValueError("a batch of one sample has no negatives: VTM needs at least 2 with different idx")
@@ -274,6 +277,7 @@ def _fill_in(model: VideoTextModel, hidden: Float[Tensor, "b l h"], labels: Int[
     """Cross-entropy of the hidden words. Only their tokens go through the head; 0 if there is none."""
     places = (labels.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU if the labels are: nothing waits for the GPU
     wanted = labels.flatten()[places].to(hidden.device, non_blocking=True)
+    assert isinstance(model.text_encoder, BertWithHead)
     logits = model.text_encoder.logits(hidden.flatten(0, 1)[places.to(hidden.device, non_blocking=True)])
     return F.cross_entropy(logits.float(), wanted, reduction="sum") / max(len(places), 1)
 

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from umt_fast.config import ConfigError, OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, capturable: bool = False) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay on biases and 1-D parameters. `capturable` for a step that is a CUDA graph."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]  # every bias is 1-D
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, capturable: bool = False, decay_scalars: bool = False
+) -> torch.optim.AdamW:
+    """Fused AdamW; no weight decay on biases and 1-D parameters. `capturable` for a step that is a CUDA graph.
+
+    `decay_scalars` decays parameters without a dimension too, as the published stage 2 does with its temperature.
+    """
+    exempt = (1,) if decay_scalars else (0, 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() not in exempt]
+    plain = [p for p in trained if p.dim() in exempt]  # every bias is 1-D
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True, capturable=capturable
@@ -84,6 +91,14 @@ def learning_rate(
         return start + (peak - start) * step / max(warmup_steps - 1, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def floored_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, floor: float = 0.01) -> float:
+    """Stage 2's schedule: linear warm-up from 0, then a cosine to 0, nowhere below `floor` times `peak`. From 0 on."""
+    if step < warmup_steps:
+        return peak * max(floor, step / max(warmup_steps, 1))
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * max(floor, 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
 class Schedule:

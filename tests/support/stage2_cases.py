@@ -19,7 +19,7 @@ from torch import Tensor
 from umt_fast.config import StudentConfig, TeacherConfig, TextConfig, VideoTextConfig
 from umt_fast.objectives.video_text import Draws
 
-GOLDEN = Path(__file__).parent / "golden" / "stage2"
+GOLDEN = Path(__file__).parents[1] / "golden" / "stage2"
 WHOLE = os.environ.get("UMT_FAST_GOLDEN_STAGE2", "")
 whole = pytest.mark.skipif(not WHOLE, reason="needs the whole recorded files: UMT_FAST_GOLDEN_STAGE2=FOLDER")
 
