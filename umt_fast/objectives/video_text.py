@@ -123,7 +123,8 @@ def _step(
         token_ids = masking.token_ids(draws.visible, frames * patches)
     seen = model.vision_encoder(clip, token_ids, aligned=aligns)
     if aligns:
-        assert targets is not None and seen.predictions is not None
+        assert targets is not None
+        assert seen.predictions is not None
         predictions = seen.predictions
         uta = cosine_alignment_loss(
             predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=model.config.align_eps
