@@ -13,7 +13,7 @@ import torch
 from umt_fast import ClassifierConfig, VideoClassifier
 from umt_fast.config import DataConfig
 from umt_fast.data import sampling
-from umt_fast.data.decode import by_index
+from umt_fast.data.decode import read_frames
 from umt_fast.data.index import VideoList
 from umt_fast.data.labels import LabelledVideos, read_labelled
 from umt_fast.data.loader import NothingReadable
@@ -145,7 +145,7 @@ def test_predictions_are_those_of_views_decoded_one_by_one(listed, model):
     video = listed.videos[4]
     single = []
     for time in range(2):
-        frames = by_index.read_frames(video, lambda n, t=time: sampling.test_frames(n, FRAMES, "sparse", 2, t))
+        frames = read_frames(video, lambda n, t=time: sampling.test_frames(n, FRAMES, "sparse", 2, t))
         size = resized_size(*frames[0].shape[:2], SIDE)
         for box in crop_boxes(*size, SIDE, 3):
             single.append(torch.from_numpy(np.stack([resize_bilinear(frame, *size, box) for frame in frames])))

@@ -28,12 +28,17 @@ REPLACEMENTS = 20
 class ClipTransform(Protocol):
     """Makes the clips of a visit from its frames, in a worker process: an augmentation, or the views of a test."""
 
-    clips: int
-    """How many clips it makes of one visit."""
-    shape: tuple[int, ...]
-    """Of one clip."""
-    dtype: np.dtype
-    """Of the clips, e.g. `np.dtype(np.float32)`."""
+    @property
+    def clips(self) -> int:
+        """How many clips it makes of one visit."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one clip."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the clips, e.g. `np.dtype(np.float32)`."""
 
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
         """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order the frame sampling asked for;

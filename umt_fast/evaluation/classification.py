@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from umt_fast.config import DataConfig
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import NothingReadable
-from umt_fast.evaluation.views import Views, iterate_views
+from umt_fast.data.loader import ClipLoader, NothingReadable
+from umt_fast.evaluation.views import Views, view_stream
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
@@ -143,26 +143,39 @@ def predict(
     """Predictions of a list by all processes together; every rank returns all of them.
 
     Every forward pass has the same number of clips and the same clips in it whatever the number of processes, so the
-    result does not depend on it to a bit. `say` gets the videos done by this rank and its total.
+    result does not depend on it to a bit. `say` gets the batches done by this rank and their number.
     """
-    group = max(clips_per_pass // views.count, 1)
+    count, group = views.clips, max(clips_per_pass // views.clips, 1)
+    groups = -(-len(videos) // group)
+    own = range(world.rank, groups, world.size)
     training = model.training
     model.eval()
-    rows, merged, bad, done = [], [], [], 0
-    share = len(range(world.rank * group, len(videos), world.size * group)) * group
-    pinned = world.device.type == "cuda"
-    for batch in iterate_views(videos, views, config, group, world.rank, world.size, pinned):
-        clips = batch.clips.flatten(0, 1).to(world.device, non_blocking=True)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            logits = torch.cat([model(part).float() for part in clips.split(clips_per_pass)])
-        if batch.rows:
-            single = logits.view(len(batch.clips), views.count, -1)[batch.places].flatten(0, 1)
-            rows += batch.rows
-            of_video = torch.tensor(batch.rows).repeat_interleave(views.count)
-            merged.append(merge_views(single, of_video, views.count, merge))
-        bad += batch.bad
-        done += group
-        say(min(done, share), share)
+    rows: list[int] = []
+    merged: list[Tensor] = []
+    bad: list[tuple[int, str, str]] = []
+    loader = ClipLoader(
+        view_stream(videos, views, config),
+        start=0,
+        end=len(videos),
+        batches=len(own),
+        batch_size=group * count,
+        rank=world.rank,
+        world_size=world.size,
+        pin_memory=world.device.type == "cuda",
+    )
+    with loader:
+        for done, (number, batch) in enumerate(zip(own, loader, strict=True), 1):
+            wanted = range(number * group, min((number + 1) * group, len(videos)))
+            missing = (row for row in wanted if row not in batch.rows)
+            bad += [(row, name, reason) for row, (name, reason) in zip(missing, batch.bad, strict=True)]
+            if batch.rows:
+                of_clip = torch.tensor(batch.rows).repeat_interleave(count)
+                logits = _forward(
+                    model, batch.clip.to(world.device, non_blocking=True), group * count, clips_per_pass, bf16
+                )
+                merged.append(merge_views(logits, of_clip, count, merge))
+                rows += batch.rows
+            say(done, len(own))
     model.train(training)
     gathered = world.gather((rows, torch.cat(merged) if merged else None, bad))
     found = torch.tensor([row for rows, _, _ in gathered for row in rows], dtype=torch.int64)
@@ -173,3 +186,11 @@ def predict(
         raise NothingReadable(f"none of the {len(videos)} videos could be read; the first, {name}: {reason}")
     order = found.argsort()
     return Predictions(found[order], torch.cat(parts)[order], every_bad)
+
+
+def _forward(model: nn.Module, clips: Tensor, size: int, clips_per_pass: int, bf16: bool) -> Float[Tensor, "r k"]:
+    """Logits (float32) of clips, in passes over `size` clips: what is missing of them is zeros."""
+    full = clips.new_zeros(size, *clips.shape[1:])
+    full[: len(clips)] = clips
+    with torch.autocast(clips.device.type, torch.bfloat16, enabled=bf16):
+        return torch.cat([model(part).float() for part in full.split(clips_per_pass)])[: len(clips)]

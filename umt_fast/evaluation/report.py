@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.data.decode import by_index
+from umt_fast.data.decode import read_frames
 from umt_fast.data.index import BadVideo
 from umt_fast.data.labels import LabelledVideos
 from umt_fast.evaluation.classification import Predictions, Scores, confusion, ranked, score
@@ -107,7 +107,7 @@ def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: Labell
     for axes, place in zip(every, places, strict=False):
         video = listed.videos[int(found.rows[place])]
         try:
-            axes.imshow(by_index.read_frames(video, lambda total: [total // 2])[0])
+            axes.imshow(read_frames(video, lambda total: [total // 2])[0])
         except (BadVideo, OSError):  # it was read a moment ago
             axes.text(0.5, 0.5, "cannot be read any more", ha="center")
         guess = int(said[place, 0])
