@@ -139,6 +139,9 @@ class ClassifierConfig(VitConfig):
     """What the head sees: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
     learnable_positions: bool = False
     """Positions drawn anew in place of the sinusoid table. They get no gradient either, as published."""
+    positions: Literal["resized", "direct"] = "resized"
+    """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: the table of the model's
+    own number of tokens (VideoMAE)."""
 
     _section = "classifier"
 

@@ -383,7 +383,7 @@ def _encoder_names(state: TensorDict) -> TensorDict:
 def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
     """The tensors, from under a top key, without the prefixes of DDP and torch.compile."""
     state: Any = state_dict
-    for key in ("model", "module", "state_dict"):
+    for key in ("model", "module", "state_dict", "model_state"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}

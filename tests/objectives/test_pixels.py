@@ -11,27 +11,46 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from umt_kernels.reference import pixel_targets
 
-from umt_fast.config import ConfigError, MaeStConfig, VideoMaeConfig
-from umt_fast.models.pixels import MaeSt, VideoMae
-from umt_fast.objectives.pixels import Reconstruction, hidden_ids, mae_st_step, target_frame_ids, videomae_step
+from umt_fast.config import ClassifierConfig, ConfigError, MaeStConfig, VideoMaeConfig
+from umt_fast.models.classifier import VideoClassifier
+from umt_fast.models.pixels import MAE_ST_MEAN, MAE_ST_STD, MaeSt, MaeStClassifier, VideoMae
+from umt_fast.models.token_sampler import AdaMae
+from umt_fast.objectives.pixels import (
+    Reconstruction,
+    adamae_step,
+    hidden_ids,
+    mae_st_step,
+    target_frame_ids,
+    videomae_step,
+)
+from umt_fast.weights import load_classifier
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
-IMAGENET_STD, IMAGENET_MEAN = (0.229, 0.224, 0.225), (0.485, 0.456, 0.406)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 
 class Recorded:
-    """A recorded case: settings and tensors; wide ones hold only their first 24 columns."""
+    """A recorded case: settings and tensors. Wide tensors hold their first 24 columns; clips are stored as bytes."""
 
     def __init__(self, name: str) -> None:
         with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-            self.settings = json.loads(file.metadata()["config"])
+            metadata = file.metadata()
+            self.settings = json.loads(metadata["config"])
             self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+        self.tensors |= {key: self.tensors[other] for key, other in json.loads(metadata.get("same_as", "{}")).items()}
+        mae_st = self.settings["kind"].startswith("mae_st")
+        mean, std = (torch.tensor(x).view(3, 1, 1, 1) for x in ((MAE_ST_MEAN, MAE_ST_STD) if mae_st else IMAGENET))
+        for key, value in self.tensors.items():
+            if value.dtype == torch.uint8:
+                self.tensors[key] = (value / 255 - mean) / std
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 
     def model(self) -> nn.Module:
         given = self.settings
+        load = "finetune-load" in given["kind"]
         sizes = {
             "image_size": given["image"],
             "patch_size": given["patch"],
@@ -43,7 +62,7 @@ class Recorded:
             "decoder_depth": given["dec_depth"],
             "decoder_heads": given["dec_heads"],
         }
-        if given["kind"] == "mae_st":
+        if given["kind"].startswith("mae_st"):
             options = {
                 "tubelet_size": given["t_patch"],
                 "target_frames": given["pred_t_dim"],
@@ -52,9 +71,13 @@ class Recorded:
                 "qkv_bias": not given["no_qkv_bias"],
                 "normalise_targets": given["norm_pix_loss"],
             }
-            model: nn.Module = MaeSt(MaeStConfig(**sizes, **options))
+            config = MaeStConfig(**sizes, **options)
+            model: nn.Module = MaeStClassifier(config, given["num_classes"]) if load else MaeSt(config)
         else:
-            model = VideoMae(VideoMaeConfig(**sizes, tubelet_size=given["tubelet"]))
+            kind = {"adamae": AdaMae}.get(given["kind"], VideoMae)
+            model = kind(VideoMaeConfig(**sizes, tubelet_size=given["tubelet"]))
+        if load:
+            return model
         model.load_state_dict(self.part("model."))
         return model
 
@@ -170,6 +193,49 @@ def test_five_steps_of_adamw(name):
     for key, value in case.part("final.").items():
         tolerance = 1e-4 if "attn.k.bias" in key else 2e-6  # key biases are driven by rounding noise
         assert (parameters[key] - value).abs().max() < tolerance, key
+
+
+def test_sampling_network_of_adamae():
+    case = Recorded("adamae")
+    model, tensors = case.model().eval(), case.tensors  # evaluation: recorded without dropout
+    out = adamae_step(model, tensors["clip"], case.settings["n_visible"], tensors["visible"])
+    out.loss.backward()
+    assert (out.probabilities - tensors["probs"]).abs().max() < 1e-6
+    assert torch.equal(out.visible, tensors["visible"].sort(1).values)
+    assert (out.predictions[..., :24] - tensors["pred"]).abs().max() < 1e-5
+    for name in ("loss", "reconstruction", "sampling"):
+        recorded = tensors["loss" if name == "loss" else f"loss_{name}"]
+        assert abs(float(getattr(out, name).detach() - recorded)) < 1e-5 * float(recorded.abs())
+    noise = ("get_token_probs.1.bias", "get_token_probs.0.mlp.fc2.bias")  # softmax cancels them
+    assert_gradients(model, {key: grad for key, grad in case.part("grad.").items() if not key.endswith(noise)})
+    drawn = adamae_step(model, tensors["clip"], 16, generator=torch.Generator().manual_seed(0))
+    assert drawn.visible.shape == (2, 16)
+    assert all(len(row.unique()) == 16 for row in drawn.visible)
+
+
+@pytest.mark.parametrize("name", ["videomae_finetune_load", "videomaev2_finetune_load", "mae_st_finetune_load"])
+def test_pretrained_files_load_into_classifiers(name):
+    case = Recorded(name)
+    given, tensors = case.settings, case.tensors
+    result = case.part("result.")
+    if name == "mae_st_finetune_load":
+        model = case.model()
+    else:
+        sizes = (given["image"], given["patch"], given["tubelet"], given["frames"])
+        config = ClassifierConfig(
+            *sizes, given["enc_width"], given["enc_depth"], given["enc_heads"], given["num_classes"], positions="direct"
+        )
+        model = VideoClassifier(config)
+    fresh = {key: result[key] for key in given["left_at_init"]}  # what the recorder left as it was built
+    if "head_reinit" in given:
+        fresh["head.weight"] = result["head.weight"]
+    model.load_state_dict(fresh, strict=False)
+    report = load_classifier(model, {given["top_key"]: case.part("source.")})
+    assert set(report.missing) == set(fresh)
+    state = model.state_dict()
+    assert set(state) == set(result)
+    assert all(torch.equal(state[key], result[key]) for key in result)
+    assert (model.eval()(tensors["clip"]) - tensors["logits"]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["videomae_pretrain", "mae_st_recipe"])

@@ -51,7 +51,8 @@ def redundancy_removing(
 ) -> tuple[Int[Tensor, "b 1 v"], Int[Tensor, "b m"]]:
     """EVEREST (arXiv 2211.10636): only tokens that differ from the frame before are seen or decoded.
 
-    tokens  embedded patches without positions; noise: uniform, one value per candidate, c = int((1 - candidate_ratio) n).
+    tokens  embedded patches without positions.
+    noise   uniform, one value for each of the c = int((1 - candidate_ratio) n) candidates.
     Returns the visible ids and the ids to decode, both ascending. Their union are the c most different tokens.
     """
     _batch, count, _ = tokens.shape

@@ -43,11 +43,12 @@ class VideoClassifier(VideoTransformer):
     def __init__(self, config: ClassifierConfig, init_scale: float = INIT_SCALE) -> None:
         super().__init__(config, config.drop_path)
         self.config = config
-        table = classifier_positions(config)[None]
+        direct = config.positions == "direct"
+        table = (sinusoid_positions(config.tokens, config.width) if direct else classifier_positions(config))[None]
         if config.learnable_positions:
             table = nn.init.trunc_normal_(torch.empty_like(table), std=0.02)
         base = _BASE_FRAMES * (16 if config.patch_size == 14 else 14) ** 2
-        if config.learnable_positions or config.tokens != base:
+        if config.learnable_positions or (config.tokens != base and not direct):
             self.pos_embed = nn.Parameter(table, requires_grad=False)
         else:
             self.register_buffer("pos_embed", table, persistent=False)

@@ -133,27 +133,18 @@ class VideoMae(MaskedAutoencoder):
         return self.decoder.head(self.decoder.norm(x))
 
 
-class MaeSt(MaskedAutoencoder):
-    """MAE-ST (arXiv 2205.09113) under its published parameter names: learned positions, decoder in id order."""
+class MaeStEncoder(MaskedAutoencoder):
+    """The encoder of MAE-ST (arXiv 2205.09113) under its published flat parameter names, with learned positions."""
 
     def __init__(self, config: MaeStConfig) -> None:
         super().__init__()
         self.config = config
-        width, decoder_width = config.width, config.decoder_width
         self.patch_embed = PatchEmbed(config)
-        self.blocks = self._blocks(config.depth, width, config.heads)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.decoder_embed = nn.Linear(width, decoder_width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self._add_positions("", width)
-        self._add_positions("decoder_", decoder_width)
-        self.decoder_blocks = self._blocks(config.decoder_depth, decoder_width, config.decoder_heads)
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=LAYER_NORM_EPS)
-        frames_per_token = config.target_frames // config.token_frames
-        self.decoder_pred = nn.Linear(decoder_width, 3 * frames_per_token * config.patch_size**2)
-        self._init_weights()
+        self.blocks = self._make_blocks(config.depth, config.width, config.heads)
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self._add_positions("", config.width)
 
-    def _blocks(self, depth: int, width: int, heads: int) -> nn.ModuleList:
+    def _make_blocks(self, depth: int, width: int, heads: int) -> nn.ModuleList:
         bias = self.config.qkv_bias
         return nn.ModuleList(
             Block(width, heads, 0.0, attention=SeparateAttention(width, heads, bias)) for _ in range(depth)
@@ -178,7 +169,6 @@ class MaeSt(MaskedAutoencoder):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.normal_(self.mask_token, std=0.02)
         for name, parameter in self.named_parameters():
             if "pos_embed" in name or name == "cls_token":
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -199,21 +189,43 @@ class MaeSt(MaskedAutoencoder):
             return table, None
         return table, getattr(self, f"{prefix}cls_token") + class_position
 
-    def encode(self, clip: Shaped[Tensor, "b ..."], visible: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        """The visible tokens after the encoder's last norm, without the class token."""
+    def last_block(
+        self, clip: Shaped[Tensor, "b ..."], visible: Int[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        """Outputs of the last block at the tokens `visible` (all if None), the class token first if there is one."""
         check_clip(clip, self.config.image_size, self.config.frames)
         conv = self.patch_embed.proj
         x = patch_embed(
             clip, conv.weight, conv.bias, self.config.patch_size, token_ids=visible, mean=MAE_ST_MEAN, std=MAE_ST_STD
         )
         table, class_token = self.positions()
-        x = x + table[visible].to(x.dtype)
+        x = x + (table if visible is None else table[visible]).to(x.dtype)
         if class_token is not None:
             x = torch.cat((class_token.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
         for block in self.blocks:
             x = self.run_block(block, x)
-        x = self.norm(x)
-        return x if class_token is None else x[:, 1:]
+        return x
+
+
+class MaeSt(MaeStEncoder):
+    """MAE-ST's autoencoder: the decoder works on all tokens, in the order of their ids."""
+
+    def __init__(self, config: MaeStConfig) -> None:
+        super().__init__(config)
+        width = config.decoder_width
+        self.decoder_embed = nn.Linear(config.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self._add_positions("decoder_", width)
+        self.decoder_blocks = self._make_blocks(config.decoder_depth, width, config.decoder_heads)
+        self.decoder_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        frames_per_token = config.target_frames // config.token_frames
+        self.decoder_pred = nn.Linear(width, 3 * frames_per_token * config.patch_size**2)
+        self._init_weights()
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def encode(self, clip: Shaped[Tensor, "b ..."], visible: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        """The visible tokens after the encoder's last norm, without the class token."""
+        return self.norm(self.last_block(clip, visible))[:, int(self.config.class_token) :]
 
     def forward(
         self, clip: Shaped[Tensor, "b ..."], visible: Int[Tensor, "b n"], scored: Int[Tensor, "b s"] | None = None
@@ -231,8 +243,23 @@ class MaeSt(MaskedAutoencoder):
             x = torch.cat((class_token.expand(len(x), -1, -1).to(x.dtype), x), dim=1)
         for block in self.decoder_blocks:
             x = self.run_block(block, x)
-        if class_token is not None:
-            x = x[:, 1:]
+        x = x[:, int(self.config.class_token) :]
         if scored is not None:
             x = take_rows(x, scored)
         return self.decoder_pred(self.decoder_norm(x))
+
+
+class MaeStClassifier(MaeStEncoder):
+    """MAE-ST's fine-tuned model: the mean of all tokens but the class token, the encoder's norm, one linear layer."""
+
+    def __init__(self, config: MaeStConfig, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(config.width, num_classes)
+        self._init_weights()
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
+        """Logits. clip as for `MaeSt`."""
+        x = self.last_block(clip)[:, int(self.config.class_token) :]
+        return self.head(self.dropout(self.norm(x.mean(1))))

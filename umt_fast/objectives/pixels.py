@@ -11,6 +11,7 @@ from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, pixel_loss
 
 from umt_fast.config import MaeStConfig, VideoMaeConfig
 from umt_fast.models.pixels import MAE_ST_MEAN, MAE_ST_STD
+from umt_fast.models.token_sampler import AdaMae
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -115,3 +116,57 @@ def mae_st_step(
         shift=shift,
     )
     return Reconstruction(loss, predictions, scored)
+
+
+SAMPLING_WEIGHT = 1e-4
+"""Weight of AdaMAE's sampling loss."""
+
+
+@dataclass
+class AdaptiveReconstruction(Reconstruction):
+    """What a step of AdaMAE found. `loss` is the sum of both losses."""
+
+    reconstruction: Float[Tensor, ""]
+    sampling: Float[Tensor, ""]
+    probabilities: Float[Tensor, "b n"]
+    visible: Int[Tensor, "b v"]
+
+
+def adamae_step(
+    model: AdaMae,
+    clip: Shaped[Tensor, "b ..."],
+    num_visible: int,
+    visible: Int[Tensor, "b v"] | None = None,
+    generator: torch.Generator | None = None,
+) -> AdaptiveReconstruction:
+    """Forward pass of AdaMAE (arXiv 2211.09120): tokens drawn from a learned distribution, which learns from the error.
+
+    The sampler's loss is minus the mean of log p * error over hidden tokens, errors held fixed, so that a token that
+    was hidden and hard to predict becomes likelier to be seen. A given `visible` is used in place of a draw.
+    """
+    config = model.config
+    embedded = model.embed(clip)
+    p = model.probabilities(embedded)
+    if visible is None:
+        visible = torch.multinomial(p.detach(), num_visible, generator=generator)
+    visible = visible.sort(dim=1).values
+    hidden = hidden_ids(visible, config.tokens)
+    predictions = model.predict(embedded, visible, hidden)
+    uint8 = clip.dtype == torch.uint8
+    errors = pixel_loss(
+        predictions,
+        clip,
+        hidden,
+        config.patch_size,
+        config.tubelet_size,
+        normalise="channel" if config.normalise_targets else "none",
+        eps=EPS,
+        scale=None if uint8 else IMAGENET_STD,
+        shift=(0.0, 0.0, 0.0) if uint8 else IMAGENET_MEAN,
+        reduction="none",
+    )
+    eps = torch.finfo(p.dtype).eps
+    log_p = (p / p.sum(-1, keepdim=True)).clamp(eps, 1 - eps).log().gather(1, hidden)
+    reconstruction = errors.mean()
+    sampling = -SAMPLING_WEIGHT * (log_p * errors.detach()).mean()
+    return AdaptiveReconstruction(reconstruction + sampling, predictions, hidden, reconstruction, sampling, p, visible)

@@ -1,0 +1,86 @@
+"""AdaMAE (arXiv 2211.09120): a small network that learns which tokens the encoder should see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from umt_kernels import patch_embed
+
+from umt_fast.config import VideoMaeConfig
+from umt_fast.models.attention import SDPA, self_attention
+from umt_fast.models.pixels import VideoMae, take_rows
+from umt_fast.models.vit import Mlp, check_clip
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+SAMPLER_HEADS = 8
+SAMPLER_DROPOUT = 0.1
+
+
+class _SamplerAttention(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        qkv = self.qkv(x).unflatten(-1, (3, SAMPLER_HEADS, -1))
+        return self.dropout(self.proj(self_attention(qkv, SDPA).flatten(2)))
+
+
+class _SamplerBlock(nn.Module):
+    """A block as the published code builds it: PyTorch's default LayerNorm eps, no biases on q and v, dropout."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = _SamplerAttention(width, dropout)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class AdaMae(VideoMae):
+    """VideoMAE whose visible tokens are drawn from a learned distribution, under AdaMAE's published parameter names."""
+
+    def __init__(self, config: VideoMaeConfig, dropout: float = SAMPLER_DROPOUT) -> None:
+        super().__init__(config)
+        self.encoder.pos_embed_probs = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.encoder.get_token_probs = nn.Sequential(_SamplerBlock(config.width, dropout), nn.Linear(config.width, 1))
+        for module in self.encoder.get_token_probs.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b n d"]:
+        """All patches, embedded, without positions: the sampler and the encoder both read them."""
+        check_clip(clip, self.config.image_size, self.config.frames)
+        conv = self.encoder.patch_embed.proj
+        return patch_embed(clip, conv.weight, conv.bias, self.config.patch_size)
+
+    def probabilities(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
+        """Chance of each token to be drawn first; a clip's sum to 1."""
+        scores = self.encoder.get_token_probs(embedded + self.encoder.pos_embed_probs.to(embedded.dtype))
+        return F.softmax(scores[..., 0].float().nan_to_num(), dim=-1)
+
+    def predict(
+        self, embedded: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b s"]
+    ) -> Float[Tensor, "b s f"]:
+        """Predicted pixels of the hidden tokens from the visible ones."""
+        x = take_rows(embedded + self.position.to(embedded.dtype), visible)
+        for block in self.encoder.blocks:
+            x = self.encoder.run_block(block, x)
+        x = self.decoder_input(self.encoder.norm(x), visible, hidden)
+        for block in self.decoder.blocks:
+            x = self.decoder.run_block(block, x)
+        return self.decoder.head(self.decoder.norm(x[:, visible.shape[1] :]))
