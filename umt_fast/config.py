@@ -224,6 +224,74 @@ class MaeStConfig(VitConfig):
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation of labelled clips: RandAugment, random resized crop, flip, erasing. Defaults are UMT's."""
+
+    mode: Literal["published", "fast", "none"] = "published"
+    """published: draw by draw as the published code, by Pillow on whole frames. fast: crop first, the rest on the
+    device. none: crop and flip alone."""
+    operations: int = 4
+    """RandAugment operations drawn for a clip (arXiv 1909.13719); 0: none."""
+    magnitude: float = 7.0
+    """Mean level of an operation, of 10."""
+    magnitude_std: float = 0.5
+    chance: float = 0.5
+    """Chance that a drawn operation is applied."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the frame's area that the crop has."""
+    crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest width by height of the crop."""
+    flip: float = 0.5
+    """Chance of a horizontal flip; 0 where left and right matter, as in Something-Something."""
+    erase: float = 0.25
+    """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
+
+    def __post_init__(self) -> None:
+        if self.operations < 0 or not 0 <= self.magnitude <= 10 or not 0 <= self.magnitude_std <= 10:
+            raise ConfigError(
+                f"augment: operations = {self.operations}, magnitude = {self.magnitude}, magnitude_std = "
+                f"{self.magnitude_std}: must be at least 0, and the latter two at most 10"
+            )
+        for name, share in (("chance", self.chance), ("flip", self.flip), ("erase", self.erase)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"augment.{name} = {share}: must be in [0, 1]")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ConfigError(f"augment.crop_area = {self.crop_area}: must ascend in (0, 1]")
+        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < math.inf:
+            raise ConfigError(f"augment.crop_aspect = {self.crop_aspect}: must ascend from above 0")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """How the clips of a batch are mixed, and their targets smoothed; the defaults are UMT's."""
+
+    mixup: float = 0.8
+    """Alpha of the Beta distribution that mixup's share is drawn from (arXiv 1710.09412); 0: no mixup."""
+    cutmix: float = 1.0
+    """Likewise for cutmix (arXiv 1905.04899)."""
+    probability: float = 1.0
+    """Chance that a batch, or with `elem` a clip, is mixed at all."""
+    switch: float = 0.5
+    """Chance of cutmix where both are on."""
+    mode: Literal["batch", "elem"] = "batch"
+    """One share for the whole batch, or one for each clip."""
+    smoothing: float = 0.1
+    """Share of a target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("probability", "switch", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be at least 0")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
 class TeacherConfig:
     """The frozen CLIP image ViT. Defaults are CLIP-B/16."""
 

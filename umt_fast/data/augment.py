@@ -1,8 +1,7 @@
 """Training augmentation of a labelled clip: RandAugment, random resized crop, flip, erasing (UMT's fine-tuning).
 
-`augment_published` repeats the published pipeline draw by draw: RandAugment by PIL on whole frames, then the crop. The
-fast way cuts and resizes first, in the loader, and `augment_batch` does the rest on the device; its operations act on
-224 x 224 pixels in place of whole frames, so a shear or a shift reaches what the crop left out in the published way.
+This is the published pipeline, repeated draw by draw: RandAugment by Pillow on whole frames, then the crop. The fast
+one is in `fast_augment`.
 """
 
 from __future__ import annotations
@@ -17,11 +16,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from umt_fast.data.sampling import Draws
+from umt_fast.config import AugmentConfig
+from umt_fast.data.index import BadVideo
+from umt_fast.data.sampling import Draws, FrameRule, Timeline, train_frames
 from umt_fast.data.views import Box
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
+    from jaxtyping import Float, Float32, UInt8
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, per channel."""
@@ -38,33 +39,13 @@ _SIGNED = frozenset(OPERATIONS[7:]) | {"Rotate"}
 _ENHANCERS = {name: getattr(ImageEnhance, name) for name in ("Color", "Contrast", "Brightness", "Sharpness")}
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """Settings of the published fine-tuning: `rand-m7-n4-mstd0.5-inc1` and its crop, flip and erasing."""
-
-    operations: int = 4
-    """RandAugment operations drawn for a clip (arXiv 1909.13719); 0: none."""
-    magnitude: float = 7.0
-    """Mean level of an operation, of 10."""
-    magnitude_std: float = 0.5
-    chance: float = 0.5
-    """Chance that a drawn operation is applied."""
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Share of the frame's area that the crop has."""
-    crop_aspect: tuple[float, float] = (0.75, 1.3333)
-    """Width by height of the crop."""
-    flip: float = 0.5
-    erase: float = 0.25
-    """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
-
-
 class Operation(NamedTuple):
     name: str
     value: float
     """Degrees, bits, a threshold, a share: what the operation takes. 0 for one that takes nothing."""
 
 
-def draw_operations(settings: Augmentation, draws: Draws) -> list[Operation]:
+def draw_operations(settings: AugmentConfig, draws: Draws) -> list[Operation]:
     """The operations of one clip. Every number is drawn as the published code does, used or not."""
     if settings.operations == 0:
         return []
@@ -72,7 +53,7 @@ def draw_operations(settings: Augmentation, draws: Draws) -> list[Operation]:
     return [op for index in chosen if (op := draw_operation(OPERATIONS[index], settings, draws)) is not None]
 
 
-def draw_operation(name: str, settings: Augmentation, draws: Draws) -> Operation | None:
+def draw_operation(name: str, settings: AugmentConfig, draws: Draws) -> Operation | None:
     """Its argument, or None where it is skipped."""
     if settings.chance < 1 and draws.python.random() > settings.chance:
         return None
@@ -84,7 +65,7 @@ def draw_operation(name: str, settings: Augmentation, draws: Draws) -> Operation
     if name == "Rotate":
         return Operation(name, sign * share * 30)
     if name == "Posterize":
-        return Operation(name, 4 - int(share * 4))
+        return Operation(name, max(4 - int(share * 4), 1))  # at level 10 the published one keeps none
     if name == "Solarize":
         return Operation(name, 256 - int(share * 256))
     if name == "SolarizeAdd":
@@ -106,7 +87,7 @@ def apply_to_image(image: Image.Image, operation: Operation) -> Image.Image:
     if name == "Rotate":
         return image.rotate(value, Image.Resampling.BICUBIC, fillcolor=(FILL,) * 3)
     if name.startswith(("Shear", "Translate")):
-        matrix = _matrix(operation, image.width, image.height)
+        matrix = inverse_affine(operation, image.width, image.height)
         affine, cubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
         return image.transform(image.size, affine, matrix, cubic, fillcolor=(FILL,) * 3)
     if name == "AutoContrast":
@@ -123,7 +104,7 @@ def apply_to_image(image: Image.Image, operation: Operation) -> Image.Image:
     return image.point(added * 3)  # SolarizeAdd
 
 
-def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
+def inverse_affine(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
     """Two rows that take a place of the output to one of the input, pixels from the top left corner."""
     name, value = operation
     if name == "ShearX":
@@ -139,7 +120,7 @@ def _matrix(operation: Operation, width: int, height: int) -> tuple[float, float
     return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
 
 
-def draw_crop(height: int, width: int, settings: Augmentation, draws: Draws) -> Box:
+def draw_crop(height: int, width: int, settings: AugmentConfig, draws: Draws) -> Box:
     """A box of random area and aspect (arXiv 1409.4842); after ten that do not fit, a central one."""
     low, high = settings.crop_aspect
     for _ in range(10):
@@ -158,7 +139,7 @@ def draw_crop(height: int, width: int, settings: Augmentation, draws: Draws) -> 
     return Box((height - down) // 2, (width - across) // 2, down, across)
 
 
-def draw_erased(height: int, width: int, settings: Augmentation, draws: Draws) -> Box | None:
+def draw_erased(height: int, width: int, settings: AugmentConfig, draws: Draws) -> Box | None:
     """The rectangle of a clip that becomes noise, if one does."""
     if settings.erase == 0 or draws.python.random() > settings.erase:
         return None
@@ -179,7 +160,7 @@ def normalise(frames: UInt8[np.ndarray, "t h w 3"] | UInt8[Tensor, "t h w 3"]) -
 
 
 def augment_published(
-    frames: UInt8[np.ndarray, "t h w 3"], side: int, settings: Augmentation, draws: Draws
+    frames: UInt8[np.ndarray, "t h w 3"], side: int, settings: AugmentConfig, draws: Draws
 ) -> Float[Tensor, "3 t side side"]:
     """One training clip of whole frames, draw by draw as published: RandAugment, crop, flip, erasing.
 
@@ -194,7 +175,7 @@ def augment_published(
         clip = clip.flip(-1)
     erased = draw_erased(side, side, settings, draws)
     if erased is not None:
-        _erase(clip, erased, draws)
+        erase(clip, erased, draws)
     return clip
 
 
@@ -211,9 +192,58 @@ def augment_frames(frames: UInt8[np.ndarray, "t h w 3"], operations: list[Operat
     return augmented
 
 
-def _erase(clip: Float[Tensor, "3 t h w"], box: Box, draws: Draws) -> None:
+def erase(clip: Float[Tensor, "3 t h w"], box: Box, draws: Draws) -> None:
     """Noise in place, drawn frame after frame."""
     rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
     for time in range(clip.shape[1]):
         noise = torch.empty(3, box.height, box.width).normal_(generator=draws.torch)
         clip[:, time, rows, columns] = noise.to(clip.device)
+
+
+@dataclass(frozen=True)
+class TrainSampling:
+    """Frames of a training clip by one of the rules of fine-tuning; the sampling of a `ClipStream`."""
+
+    frames: int
+    rule: FrameRule = "sparse"
+    rate: float = 1
+    """Frames of the video per frame of a `dense` clip."""
+    fps: float | None = None
+    """Frames of a `dense` clip per second, in place of `rate`."""
+
+    def __call__(self, timeline: Timeline, rng: np.random.Generator) -> list[int]:
+        rate = self.rate if self.fps is None else timeline.fps / self.fps
+        return train_frames(timeline.num_frames, self.frames, self.rule, Draws.seeded(int(rng.integers(2**32))), rate)
+
+
+@dataclass(frozen=True)
+class PublishedAugment:
+    """`augment_published`, `clips` times on the same frames; the transform of a `ClipStream`."""
+
+    frames: int
+    side: int
+    clips: int
+    settings: AugmentConfig
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one clip, normalised."""
+        return 3, self.frames, self.side, self.side
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def __call__(
+        self,
+        frames: list[UInt8[np.ndarray, "h w 3"]],
+        out: Float32[np.ndarray, "r 3 t side side"],
+        rng: np.random.Generator,
+    ) -> None:
+        """Raises BadVideo where the frames differ in size."""
+        if len({frame.shape for frame in frames}) > 1:
+            raise BadVideo("its frames change in size, which the published augmentation cannot crop alike")
+        draws = Draws.seeded(int(rng.integers(2**32)))
+        stacked = np.stack(frames)
+        for clip in out:
+            clip[:] = augment_published(stacked, self.side, self.settings, draws).numpy()

@@ -3,56 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from umt_fast.config import MixConfig
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How the clips of a batch are mixed; the defaults are the published ones."""
-
-    mixup: float = 0.8
-    """Alpha of the Beta distribution that mixup's share is drawn from (arXiv 1710.09412); 0: no mixup."""
-    cutmix: float = 1.0
-    """Likewise for cutmix (arXiv 1905.04899)."""
-    probability: float = 1.0
-    """Chance that a batch, or with `elem` a clip, is mixed at all."""
-    switch: float = 0.5
-    """Chance of cutmix where both are on."""
-    mode: Literal["batch", "elem"] = "batch"
-    """One share for the whole batch, or one for each clip."""
-
-    @property
-    def on(self) -> bool:
-        return self.mixup > 0 or self.cutmix > 0
 
 
 def mix(
     clips: Float[Tensor, "b c t h w"],
     labels: Int[Tensor, " b"],
     classes: int,
-    smoothing: float,
-    mixing: Mixing,
+    mixing: MixConfig,
     rng: np.random.RandomState,
 ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b k"]]:
     """Mixed clips and their targets; clip i is mixed with clip B - 1 - i. The input stays as it is.
 
     Numbers are drawn from `rng` in the published order. Raises ValueError for an odd number of clips.
     """
-    if not mixing.on:
-        return clips, soft_targets(labels, classes, smoothing)
+    if not mixing.mixes:
+        return clips, soft_targets(labels, classes, mixing.smoothing)
     if len(clips) % 2:
         raise ValueError(f"{len(clips)} clips in a batch: mixup and cutmix need an even number")
     if mixing.mode == "elem":
-        return _mix_each(clips, labels, classes, smoothing, mixing, rng)
+        return _mix_each(clips, labels, classes, mixing, rng)
     share, cuts = 1.0, False
     if rng.rand() < mixing.probability:
         cuts = rng.rand() < mixing.switch if mixing.mixup > 0 and mixing.cutmix > 0 else mixing.cutmix > 0
@@ -66,11 +46,11 @@ def mix(
         mixed[..., rows, columns] = clips.flip(0)[..., rows, columns]
     else:
         mixed = clips * share + clips.flip(0) * (1 - share)
-    return mixed, soft_targets(labels, classes, smoothing, share)
+    return mixed, soft_targets(labels, classes, mixing.smoothing, share)
 
 
 def _mix_each(
-    clips: Tensor, labels: Tensor, classes: int, smoothing: float, mixing: Mixing, rng: np.random.RandomState
+    clips: Tensor, labels: Tensor, classes: int, mixing: MixConfig, rng: np.random.RandomState
 ) -> tuple[Tensor, Tensor]:
     count = len(clips)
     cuts = np.full(count, mixing.cutmix > 0)
@@ -91,7 +71,7 @@ def _mix_each(
             mixed[index][..., rows, columns] = other[..., rows, columns]
         else:
             mixed[index] = clips[index] * float(share) + other * float(1 - share)
-    return mixed, soft_targets(labels, classes, smoothing, torch.from_numpy(shares).to(clips.device)[:, None])
+    return mixed, soft_targets(labels, classes, mixing.smoothing, torch.from_numpy(shares).to(clips.device)[:, None])
 
 
 def _draw_cut(clips: Tensor, share: float, rng: np.random.RandomState) -> tuple[slice, slice, float]:
