@@ -1,10 +1,16 @@
-"""Lists of files with strange names."""
+"""Locked folders, and lists of files with strange names."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import signal
+import time
+
 import pytest
 
-from umt_fast.files import escape, read_reasons, unescape, write_reasons
+from umt_fast.files import FolderInUse, escape, lock_folder, read_reasons, unescape, write_reasons
 from umt_fast.run.log import RunLog
 
 STRANGE = ["a\tb.mp4", "a\nb.mp4", "c\r\n.mp4", "\x1b[31m\x00\x7f\x85.mp4", "a\u2028b\u2029.mp4", "\udcff\udc80.mp4"]
@@ -47,3 +53,42 @@ def test_a_resumed_run_knows_its_bad_files(tmp_path, capsys):
         log.close()
     assert read_reasons((tmp_path / "bad_files.txt").read_bytes()) == {**dict(bad), "other": "empty"}
     assert "\x1b" not in capsys.readouterr().out
+
+
+def _hold_in_a_process(folder, seconds: float) -> int:
+    """A process that locks `folder` and has a child of its own, as a run with workers has."""
+    process = os.fork()
+    if process:
+        return process
+    with lock_folder(folder):
+        if not os.fork():
+            time.sleep(seconds)
+            os._exit(0)
+        (folder / "held").touch()
+        time.sleep(seconds)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("missing", [None, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_lock_ends_with_its_process_and_needs_no_flock(tmp_path, monkeypatch, capfd, missing):
+    """Children of the killed process do not keep the lock."""
+
+    def fail(*_arguments):
+        raise OSError(missing, os.strerror(missing))
+
+    if missing is not None:
+        monkeypatch.setattr(fcntl, "flock", fail)
+    folder = tmp_path / "run"
+    with lock_folder(folder), pytest.raises(FolderInUse, match=f"another process is using {folder}"):
+        lock_folder(folder).__enter__()
+    process = _hold_in_a_process(folder, 20)
+    while not (folder / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(FolderInUse):
+        lock_folder(folder).__enter__()
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    with lock_folder(folder):
+        pass
+    notes = capfd.readouterr().err
+    assert (f"the file system of {folder} has no flock" in notes) == (missing is not None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import re
-import time
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from umt_fast.errors import RunError
 
@@ -17,24 +19,39 @@ class FolderInUse(RunError):
     """A folder that another process has locked."""
 
 
+LOCK_NAMES = (".lock", ".lock.owner")
+_NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_SECOND_ATTEMPT = 0.2
+"""Seconds; the first attempt only removes the file of an owner that is dead."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
-    """Make `folder` and keep others that lock it out meanwhile; the lock goes with the process.
+    """Make `folder` and lock it against other processes. The lock ends with the process that holds it.
 
-    Raises FolderInUse if another has it and keeps it for `patience` seconds.
+    On a file system without `flock` a file `.lock.owner` with the process number takes its place, and a note says so:
+    another machine cannot see whether that process still runs. Raises FolderInUse if another process keeps the lock
+    for `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        until = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise FolderInUse(f"another process is using {folder}") from None
-                time.sleep(0.05)
+    lock: BaseFileLock = FileLock(folder / LOCK_NAMES[0], patience, fallback_to_soft=False)
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            owner = folder / LOCK_NAMES[1]
+            note = f"note: the file system of {folder} has no flock; should a run on another machine be killed, "
+            print(f"{note}remove {owner}", file=sys.stderr)
+            lock = SoftFileLock(owner, max(patience, _SECOND_ATTEMPT))
+            lock.acquire()
+    except Timeout:
+        raise FolderInUse(f"another process is using {folder}") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def put_in_place(aside: Path, path: Path) -> None:

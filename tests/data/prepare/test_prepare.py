@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 
 from umt_fast.config import ConfigError
+from umt_fast.data import prepare as preparing
 from umt_fast.data.decode import read_frames
 from umt_fast.data.index import BadIndex, BadVideo, Video
 from umt_fast.data.manifest import read_manifest
-from umt_fast.data.prepare import __main__ as prepare
-from umt_fast.data.prepare import encode, verify
-from umt_fast.data.prepare import plan as copies
+from umt_fast.data.prepare import Settings, encode, journal, prepare, verify
 from umt_fast.data.prepare import work as tasks
-from umt_fast.data.prepare.__main__ import Settings
+from umt_fast.data.prepare.__main__ import main
 from umt_fast.data.prepare.encode import Recipe
-from umt_fast.data.prepare.plan import CannotPrepare, Journal
-from umt_fast.data.prepare.pool import Died, Overdue, Pool
+from umt_fast.data.prepare.journal import Journal
+from umt_fast.data.prepare.plan import CannotPrepare, _copy_paths
+from umt_fast.data.prepare.work import Died, Workers
 from umt_fast.files import FolderInUse, lock_folder, read_reasons
 
 ROOT = Path(__file__).parents[3]
@@ -81,7 +81,7 @@ def unbroken(source, tmp_path_factory):
     made = {}
     for per_shard in (None, 3):
         out = tmp_path_factory.mktemp("unbroken") / "out"
-        made[per_shard] = (out, prepare.prepare(_settings(source, out, per_shard=per_shard)))
+        made[per_shard] = (out, prepare(_settings(source, out, per_shard=per_shard)))
     return made
 
 
@@ -192,23 +192,23 @@ def test_files_and_shards_hold_the_same_copies(unbroken):
 
 
 def test_the_same_bytes_with_another_number_of_processes(source, unbroken, tmp_path):
-    prepare.prepare(_settings(source, tmp_path / "out", workers=3, per_shard=3))
+    prepare(_settings(source, tmp_path / "out", workers=3, per_shard=3))
     assert _tree(tmp_path / "out") == _tree(unbroken[3][0])
 
 
 def test_shards_and_indices_can_be_sources(unbroken, tmp_path):
     for number, source in enumerate((unbroken[3][0], unbroken[None][0] / "index.jsonl")):
-        report = prepare.prepare(Settings(str(source), str(tmp_path / str(number)), Recipe("mjpeg"), workers=2))
+        report = prepare(Settings(str(source), str(tmp_path / str(number)), Recipe("mjpeg"), workers=2))
         assert (report.copies, report.failures) == (7, {})
         assert [row["label"] for row in _rows(tmp_path / str(number))] == [0, 1, 2, 3, 4, 5, 6, 8]
 
 
 def test_names_that_would_collide():
     paths = ["x/a.avi", "x/a.mkv", "x/b.mp4", "x/b.mov", "y/a.avi", "c"]
-    found = copies._copy_paths(paths)
+    found = _copy_paths(paths)
     assert found == ["x/a.avi.mp4", "x/a.mkv.mp4", "x/b.mp4", "x/b.mov.mp4", "y/a.mp4", "c.mp4"]
-    assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mp4"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
-    assert copies._copy_paths(["a.avi", "a.mp4", "a.avi.mkv"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
+    assert _copy_paths(["a.avi", "a.mp4", "a.avi.mp4"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
+    assert _copy_paths(["a.avi", "a.mp4", "a.avi.mkv"]) == ["a.avi.mp4.mp4", "a.mp4", "a.avi.mp4"]
 
 
 def test_a_failed_name_of_several_lines(tmp_path):
@@ -216,7 +216,7 @@ def test_a_failed_name_of_several_lines(tmp_path):
     name = tmp_path / "source" / "a\tb\nc.mp4"
     name.touch()
     with pytest.raises(CannotPrepare, match=r"none of the 1 videos"):
-        prepare.prepare(Settings(str(name.parent), str(tmp_path / "out"), FAST, workers=1))
+        prepare(Settings(str(name.parent), str(tmp_path / "out"), FAST, workers=1))
     content = (tmp_path / "out" / "failed.txt").read_bytes()
     assert content.endswith(b"/a\\tb\\nc.mp4\tempty file\n")
     assert read_reasons(content) == {str(name): "empty file"}
@@ -226,7 +226,7 @@ def test_a_name_that_is_no_text(write_video, tmp_path):
     (tmp_path / "source").mkdir()
     write_video(tmp_path / "source" / "a.mp4", frames=4)
     os.rename(tmp_path / "source" / "a.mp4", os.fsencode(tmp_path) + b"/source/caf\xe9 1, take 2.mp4")
-    report = prepare.prepare(Settings(str(tmp_path / "source"), str(tmp_path / "out"), FAST, workers=1))
+    report = prepare(Settings(str(tmp_path / "source"), str(tmp_path / "out"), FAST, workers=1))
     assert report.copies == 1
     (video,) = read_manifest(str(tmp_path / "out"))
     assert len(read_frames(video, lambda count: [count - 1])) == 1
@@ -265,7 +265,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(source, unbroken,
     rng = np.random.default_rng(per_shard or 0)
     midway = 0
     for _ in range(8):
-        process = _in_a_process(lambda: prepare.prepare(settings))
+        process = _in_a_process(lambda: prepare(settings))
         time.sleep(rng.uniform(0.05, 0.35))
         process.kill()
         process.join()
@@ -273,7 +273,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(source, unbroken,
         midway += not finished and any((tmp_path / "out").rglob("*.mp4"))
         if finished:
             break
-    report = prepare.prepare(settings)
+    report = prepare(settings)
     assert report.copies == 7
     assert _tree(tmp_path / "out") == expected
     assert midway, "no kill came in the middle"
@@ -298,10 +298,10 @@ class _Killing:
 @pytest.mark.parametrize(
     ("module", "name", "numbers"),
     [
-        (copies.os, "fsync", (0, 3, 9)),  # of the journal, so that a record is there, or its file alone
-        (prepare, "write_whole", (0, 1, 2)),  # settings, failures, index
-        (prepare.os, "unlink", (0, 1, 3)),  # copies that are in a shard by now
-        (prepare.shutil, "rmtree", (0, 1)),
+        (journal.os, "fsync", (0, 3, 9)),  # of the journal, so that a record is there, or its file alone
+        (preparing, "write_whole", (0, 1, 2)),  # settings, failures, index
+        (preparing.os, "unlink", (0, 1, 3)),  # copies that are in a shard by now
+        (preparing.shutil, "rmtree", (0, 1)),
     ],
 )
 @pytest.mark.parametrize("after", [False, True])
@@ -317,33 +317,33 @@ def test_killed_between_two_steps(source, unbroken, tmp_path, monkeypatch, modul
             killing = _Killing(function, number, after)
             patched = lambda *args, **kwargs: (killing if os.getpid() == main else function)(*args, **kwargs)  # noqa: E731
             monkeypatch.setattr(module, name, patched)
-            prepare.prepare(settings)
+            prepare(settings)
 
         process = _in_a_process(run)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        prepare.prepare(settings)
+        prepare(settings)
         assert _tree(out) == expected
 
 
 def test_a_half_written_journal_line_is_ignored(source, unbroken, tmp_path):
     settings = _settings(source, tmp_path / "out")
-    prepare.prepare(settings)
+    prepare(settings)
     journal = tmp_path / "out" / ".prepare" / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
-    report = prepare.prepare(settings)
+    report = prepare(settings)
     assert report.fresh == 4
     assert _tree(tmp_path / "out") == _tree(unbroken[None][0])
 
 
 def test_leftovers_of_a_killed_run_go(source, unbroken, tmp_path):
     settings = _settings(source, tmp_path / "out")
-    prepare.prepare(settings)
+    prepare(settings)
     aside = tmp_path / "out" / ".prepare" / "aside"
     aside.mkdir()
     (aside / "3.mp4").write_bytes(b"half a video")
-    prepare.prepare(settings)
+    prepare(settings)
     assert _tree(tmp_path / "out") == _tree(unbroken[None][0])
 
 
@@ -373,7 +373,7 @@ def test_a_signal_stops_it_soon_and_says_how_to_go_on(source, tmp_path, write_vi
 
 def test_workers_end_when_their_parent_is_killed(source, tmp_path):
     out = tmp_path / "out"
-    process = _in_a_process(lambda: prepare.prepare(_settings(source, out)))
+    process = _in_a_process(lambda: prepare(_settings(source, out)))
     while not (out / ".prepare" / "aside").exists():
         time.sleep(0.01)
     time.sleep(0.1)
@@ -389,47 +389,47 @@ def test_workers_end_when_their_parent_is_killed(source, tmp_path):
 def test_other_options_are_refused_by_name(source, unbroken):
     out, _report = unbroken[None]
     with pytest.raises(CannotPrepare, match=r"--gop was 4, now 2.*--quality was 22, now 30.*another OUT"):
-        prepare.prepare(_settings(source, out, recipe=Recipe("h264", 32, 2, 30)))
+        prepare(_settings(source, out, recipe=Recipe("h264", 32, 2, 30)))
     with pytest.raises(CannotPrepare, match="--per-shard was None, now 3"):
-        prepare.prepare(_settings(source, out, per_shard=3))
+        prepare(_settings(source, out, per_shard=3))
 
 
 def test_another_source_is_refused(source, unbroken, tmp_path):
     out, _report = unbroken[None]
     (tmp_path / "other.csv").write_text(source.read_text())
     with pytest.raises(CannotPrepare, match=r"SOURCE was .*train.csv, now .*other.csv"):
-        prepare.prepare(_settings(tmp_path / "other.csv", out, prefix=str(source.parent)))
+        prepare(_settings(tmp_path / "other.csv", out, prefix=str(source.parent)))
 
 
 def test_only_one_process_at_a_time(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "_LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(preparing, "_LOCK_PATIENCE", 0.1)
     with lock_folder(tmp_path / "out"), pytest.raises(FolderInUse, match="another process is using"):
-        prepare.prepare(_settings(source, tmp_path / "out"))
+        prepare(_settings(source, tmp_path / "out"))
 
 
 def test_a_folder_with_other_files_is_refused(source, tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(CannotPrepare, match="other files"):
-        prepare.prepare(_settings(source, tmp_path))
+        prepare(_settings(source, tmp_path))
 
 
 @pytest.mark.parametrize("out", ["", "copies", "a/b"])
 def test_out_within_source_is_refused(source, out):
     with pytest.raises(CannotPrepare, match="lies in SOURCE"):
-        prepare.prepare(Settings(str(source.parent), str(source.parent / out)))
+        prepare(Settings(str(source.parent), str(source.parent / out)))
 
 
 def test_out_that_is_a_file(source, tmp_path):
     (tmp_path / "out").touch()
     with pytest.raises(CannotPrepare, match="is a file; give a folder"):
-        prepare.prepare(_settings(source, tmp_path / "out"))
+        prepare(_settings(source, tmp_path / "out"))
 
 
 def test_nothing_readable(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.mp4").touch()
     with pytest.raises(CannotPrepare, match=r"none of the 1 videos.*failed.txt"):
-        prepare.prepare(Settings(str(tmp_path / "source"), str(tmp_path / "out"), workers=1))
+        prepare(Settings(str(tmp_path / "source"), str(tmp_path / "out"), workers=1))
     assert "empty file" in (tmp_path / "out" / "failed.txt").read_text()
 
 
@@ -443,11 +443,12 @@ def test_nothing_readable(tmp_path):
         ["s", "o", "--time-limit", "0"],
         ["s", "o", "--time-limit", "long"],
         ["s", "o", "--read-timeout", "nan"],
+        ["s", "o", "--gop", "9"],
     ],
 )
 def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        prepare.main(arguments)
+        main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
 
@@ -455,9 +456,7 @@ def test_usage(arguments, capsys):
 def test_errors_have_no_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit, match="error: cannot read the list"):
-        prepare.main([str(tmp_path / "none.csv"), str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="error: --gop 9"):
-        prepare.main([str(tmp_path), str(tmp_path / "out"), "--gop", "9"])
+        main([str(tmp_path / "none.csv"), str(tmp_path / "out")])
 
 
 # What goes wrong on the way.
@@ -473,8 +472,8 @@ def test_a_full_disk_ends_it_with_what_is_done_kept(source, unbroken, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(tasks, function, _full)
         with pytest.raises(CannotPrepare, match=r"No space left on device\. \d+ of 11 .* the same command again"):
-            prepare.prepare(settings)
-    prepare.prepare(settings)
+            prepare(settings)
+    prepare(settings)
     assert _tree(tmp_path / "out") == _tree(unbroken[3][0])
 
 
@@ -485,7 +484,7 @@ def test_a_full_disk_that_ffmpeg_does_not_tell(source, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "write_copy", write)
     monkeypatch.setattr(tasks, "_NEARLY_FULL", 1 << 60)
     with pytest.raises(CannotPrepare, match="no space left"):
-        prepare.prepare(_settings(source, tmp_path / "out"))
+        prepare(_settings(source, tmp_path / "out"))
 
 
 def test_a_video_that_kills_its_worker_is_one_failure(source, unbroken, tmp_path, monkeypatch):
@@ -498,11 +497,11 @@ def test_a_video_that_kills_its_worker_is_one_failure(source, unbroken, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "write_copy", crash)
-        report = prepare.prepare(_settings(source, tmp_path / "out"))
+        report = prepare(_settings(source, tmp_path / "out"))
     (reason,) = [reason for name, reason in report.failures.items() if name.endswith("3.mp4")]
     assert "SIGKILL, 2 times; is there memory enough?" in reason
     assert report.copies == 6
-    assert prepare.prepare(_settings(source, tmp_path / "out")).copies == 7  # tried again
+    assert prepare(_settings(source, tmp_path / "out")).copies == 7  # tried again
     assert _tree(tmp_path / "out") == _tree(unbroken[None][0])
 
 
@@ -518,17 +517,17 @@ def test_a_video_that_never_ends_is_one_failure(source, unbroken, tmp_path, monk
     settings = _settings(source, tmp_path / "out", per_shard=per_shard)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "write_copy", spin)
-        report = prepare.prepare(dataclasses.replace(settings, time_limit=5.0))
+        report = prepare(dataclasses.replace(settings, time_limit=5.0))
     (reason,) = [reason for name, reason in report.failures.items() if name.endswith("3.mp4")]
-    assert reason == "not through after 5 seconds; it is damaged, or wants a longer --time-limit"
+    assert reason == "not done after 5 seconds; damaged, or in need of a longer --time-limit"
     assert report.copies == 6
     assert multiprocessing.active_children() == []
-    assert prepare.prepare(settings).copies == 7  # tried again
+    assert prepare(settings).copies == 7  # tried again
     assert _tree(tmp_path / "out") == _tree(unbroken[per_shard][0])
 
 
 @pytest.mark.parametrize("per_shard", [None, 3])
-def test_a_mended_input_is_taken_up(source, unbroken, tmp_path, monkeypatch, per_shard):
+def test_a_repaired_input_is_copied(source, unbroken, tmp_path, monkeypatch, per_shard):
     def refuse(video, *rest):
         if video.path.endswith(("2.avi", "6.mp4")):
             raise BadVideo("not yet")
@@ -537,8 +536,8 @@ def test_a_mended_input_is_taken_up(source, unbroken, tmp_path, monkeypatch, per
     settings = _settings(source, tmp_path / "out", per_shard=per_shard)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "write_copy", refuse)
-        assert prepare.prepare(settings).copies == 5
-    prepare.prepare(settings)
+        assert prepare(settings).copies == 5
+    prepare(settings)
     assert _tree(tmp_path / "out") == _tree(unbroken[per_shard][0])
 
 
@@ -547,7 +546,7 @@ def test_a_list_may_grow(source, unbroken, tmp_path):
     lines = source.read_text().splitlines(keepends=True)
     for part in (lines[:6], lines):
         listing.write_text("".join(part))
-        report = prepare.prepare(_settings(listing, tmp_path / "out", prefix=str(source.parent), per_shard=3))
+        report = prepare(_settings(listing, tmp_path / "out", prefix=str(source.parent), per_shard=3))
     assert report.copies == 7
     found, expected = (_tree(out) for out in (tmp_path / "out", unbroken[3][0]))
     del found[".prepare/settings.json"], expected[".prepare/settings.json"]
@@ -565,7 +564,7 @@ def _square_or_die(number: int) -> int:
 
 
 def test_pool_survives_its_workers():
-    with Pool(_square_or_die, 2) as pool:
+    with Workers(_square_or_die, 2) as pool:
         for number in range(6):
             pool.add(number)
         outcomes = {}
@@ -586,7 +585,7 @@ def _sleep(seconds: float) -> float:
 
 def test_pool_kills_what_is_overdue():
     begun = time.monotonic()
-    with Pool(_sleep, 2) as pool:
+    with Workers(_sleep, 2) as pool:
         pool.add(60, time_limit=0.5)
         for seconds in (0.01, 0.02, 0.03):
             pool.add(seconds, time_limit=30)
@@ -594,8 +593,8 @@ def test_pool_kills_what_is_overdue():
         outcomes = dict(pool.results())
     assert time.monotonic() - begun < 30
     overdue = outcomes.pop(60)
-    assert isinstance(overdue, Overdue)
-    assert str(overdue) == "not through after 0.5 seconds; it is damaged, or wants a longer --time-limit"
+    assert isinstance(overdue, Died)
+    assert str(overdue) == "not done after 0.5 seconds; damaged, or in need of a longer --time-limit"
     assert outcomes == {seconds: seconds for seconds in (0.01, 0.02, 0.03, 0.6)}
 
 
@@ -605,7 +604,7 @@ def test_pool_kills_what_is_overdue():
 @pytest.fixture
 def made(source, tmp_path):
     def make(per_shard: int | None = None) -> Path:
-        prepare.prepare(_settings(source, tmp_path / "made", per_shard=per_shard))
+        prepare(_settings(source, tmp_path / "made", per_shard=per_shard))
         return tmp_path / "made"
 
     return make
@@ -638,9 +637,9 @@ def test_verify_finds_a_flipped_bit(source, made, per_shard):
     problems = _bad(out)
     assert set(problems) == {file}
     assert "its bytes have changed" in problems[file]
-    os.unlink(out / file)  # the mend that it names
+    os.unlink(out / file)  # the repair that it names
     assert file in _bad(out)
-    prepare.prepare(_settings(source, out, per_shard=per_shard))
+    prepare(_settings(source, out, per_shard=per_shard))
     assert _bad(out) == {}
 
 
@@ -695,7 +694,7 @@ def test_verify_finds_an_index_of_other_times(made):
     problems = _bad(out)
     assert problems == {
         "a/0.mp4": "its keys are not those of the index",
-        "a/2.mp4": "its packets do not lie where the index says",
+        "a/2.mp4": "its packets are not at the offsets of the index",
     }
 
 
@@ -708,7 +707,7 @@ def test_a_damaged_row_of_an_index_is_told(made, tmp_path):
         with pytest.raises(BadIndex, match="row 3 is no row"):
             verify.verify(str(out), 1)
         with pytest.raises(BadIndex, match="row 3 is no row"):
-            prepare.prepare(Settings(str(out), str(tmp_path / "again"), FAST, workers=1))
+            prepare(Settings(str(out), str(tmp_path / "again"), FAST, workers=1))
 
 
 def test_verify_without_sources(source, made):
@@ -724,15 +723,15 @@ def test_verify_command(made, capsys, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     out = made()
     with pytest.raises(SystemExit) as caught:
-        prepare.main(["--verify", str(out), "--workers", "1"])
+        main(["--verify", str(out), "--workers", "1"])
     assert caught.value.code == 0
     os.unlink(out / "a/0.mp4")
     with pytest.raises(SystemExit) as caught:
-        prepare.main(["--verify", str(out)])
+        main(["--verify", str(out)])
     assert caught.value.code == 1
     assert f"rm them ({out / 'a/0.mp4'}) and run prepare again" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"has no index\.jsonl"):
-        prepare.main(["--verify", str(out / "b")])
+        main(["--verify", str(out / "b")])
 
 
 def test_journal_order(tmp_path):

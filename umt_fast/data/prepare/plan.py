@@ -1,4 +1,4 @@
-"""What `prepare` is to make and what is made already: the plan, and the journal that a killed run leaves."""
+"""The plan of `prepare`: which copies to make, under which names, in which shards."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import hashlib
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from umt_fast.data.index import Video, is_url
 from umt_fast.errors import RunError
-from umt_fast.files import write_whole
-
-TIME_LIMIT = 3600.0
-"""Seconds that one video may take: for films too, on a slow core."""
 
 
 class CannotPrepare(RunError):
-    """Copies that cannot be made here, or not as asked."""
+    """Copies that cannot be made here, or not with these settings."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Item:
     number: int
     video: Video
     path: str
-    """Of the copy, relative to the folder of copies; its name in the shard, if it goes into one."""
+    """Of the copy, relative to the folder of copies, or its name in the shard."""
 
     @property
     def name(self) -> str:
@@ -40,9 +35,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the source's list: a video, which other lines may name too, and what it says of it."""
+    """One line of the source's list: the video, which other lines may name too, its label and caption."""
 
     item: int
+    """Number of the item."""
     label: int | None
     caption: str | None
 
@@ -52,11 +48,11 @@ class Shard:
     name: str
     items: Sequence[Item]
     lines: Sequence[Line]
-    """Of each item, the first."""
+    """The first line of each item."""
 
     @property
     def digest(self) -> str:
-        """Of all that decides what is in it."""
+        """Of everything that decides the shard's content."""
         content = [
             (item.name, item.path, line.label, line.caption) for item, line in zip(self.items, self.lines, strict=True)
         ]
@@ -66,14 +62,14 @@ class Shard:
 @dataclass(frozen=True)
 class Plan:
     base: str
-    """Folder that the copies' paths are relative to; of the sources."""
+    """Folder of the sources to which the copies' paths are relative."""
     items: list[Item]
     lines: list[Line]
     shards: list[Shard] = field(default_factory=list)
 
 
 def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Plan:
-    """A copy for each different video: a tree like the sources', or numbered in shards of `per_shard`."""
+    """One copy of each distinct video: in a tree like the sources', or numbered in shards of `per_shard`."""
     numbers: dict[str, int] = {}
     distinct: list[Video] = []
     lines = []
@@ -100,7 +96,7 @@ def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Pl
 
 
 def _read_caption(video: Video) -> str | None:
-    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, if there is one, as WebDataset has it."""
+    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, if there is one, as in WebDataset."""
     if video.remote or video.offset is not None:
         return None
     try:
@@ -111,13 +107,13 @@ def _read_caption(video: Video) -> str | None:
 
 
 def _place(video: Video) -> str:
-    """An absolute path for what may be a URL or lie in a shard."""
+    """An absolute path for a file, a URL or a member of a shard."""
     name = "/" + video.name.replace("://", "/") if is_url(video.path) else os.path.abspath(video.name)
     return posixpath.normpath(name)
 
 
 def _copy_paths(paths: list[str]) -> list[str]:
-    """`a/b.avi` becomes `a/b.mp4`, or `a/b.avi.mp4` where another video is or becomes `a/b.mp4`, and so on."""
+    """`a/b.avi` becomes `a/b.mp4`, or `a/b.avi.mp4` if another video is or becomes `a/b.mp4`, and so on."""
     wanted = [os.path.splitext(path)[0] + ".mp4" for path in paths]
     counts = collections.Counter(wanted)
     given = set(paths)
@@ -131,52 +127,3 @@ def _copy_paths(paths: list[str]) -> list[str]:
             taken.add(copy)
         found.append(copy)
     return found
-
-
-class Journal:
-    """The copies and shards that are complete, a line each, written once the file is in its place."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.copies: dict[str, dict[str, Any]] = {}
-        """By the source's name: the index row, and the source's bytes and seconds."""
-        self.shards: dict[str, dict[str, Any]] = {}
-        """By file name: its size and digest, where each video begins in it, and which videos had failed."""
-        content = path.read_bytes() if path.exists() else b""
-        for line in content.split(b"\n")[:-1]:  # behind the last line feed is what a killed run did not finish
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                break
-        self._file: BinaryIO | None = None
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, kind: str, name: str, content: dict[str, Any] | None) -> None:
-        """Note a complete copy or shard; None: it is to be made anew."""
-        if self._file is None:
-            self.compact()  # an unfinished line goes
-            self._file = open(self._path, "ab")  # noqa: SIM115, closed by close()
-        record = {"kind": kind, "name": name, "content": content}
-        self._take(record)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _take(self, record: dict[str, Any]) -> None:
-        known = {"copy": self.copies, "shard": self.shards}[record["kind"]]
-        if record["content"] is None:
-            known.pop(record["name"], None)
-        else:
-            known[record["name"]] = record["content"]
-
-    def compact(self, order: Iterable[str] = ()) -> None:
-        """Write it anew, the copies named in `order` first: the same bytes however often the run was interrupted."""
-        ranks = {name: rank for rank, name in enumerate(order)}
-        lines = []
-        for kind, known in (("copy", self.copies), ("shard", self.shards)):
-            for name in sorted(known, key=lambda name: (ranks.get(name, len(ranks)), name)):
-                lines.append(json.dumps({"kind": kind, "name": name, "content": known[name]}).encode() + b"\n")
-        write_whole(self._path, b"".join(lines))

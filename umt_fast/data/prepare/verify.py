@@ -1,4 +1,4 @@
-"""Whether the copies that `prepare` made are whole, what the index says they are, and like their sources."""
+"""Check copies that `prepare` made: they decode, match the index and look like their sources."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from umt_fast.data.decode.container import each_frame
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, BadVideo, Facts, Video, is_url, parse_index
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.prepare.encode import BadCopy
-from umt_fast.data.prepare.plan import TIME_LIMIT, CannotPrepare, Journal
-from umt_fast.data.prepare.pool import Died, Pool, keep_bars_here
-from umt_fast.data.prepare.work import hash_bytes
+from umt_fast.data.prepare.journal import Journal
+from umt_fast.data.prepare.plan import CannotPrepare
+from umt_fast.data.prepare.work import TIME_LIMIT, Died, Workers, hash_bytes
 from umt_fast.data.shards import list_shard
 from umt_fast.files import lock_folder
 
 LEAST_PSNR = 20.0
-"""dB, over the compared frames of a video. Copies at the default quality have 26 (test patterns) to 43; other videos
+"""dB, over the compared frames of a video. Copies at the default quality reach 26 (test patterns) to 43, other videos
 of the same size 5 to 15."""
 COMPARED = 8
 """Frames of each video that are compared with the source's."""
@@ -38,11 +38,11 @@ COMPARED = 8
 class Verdict:
     checked: int
     compared: int
-    """Of these, with their sources."""
+    """How many of them with their sources."""
     lowest: tuple[float, str] | None
-    """PSNR in dB of the copy least like its source, and its name."""
+    """The lowest PSNR of a copy against its source, dB, and its name."""
     problems: list[tuple[str, str]]
-    """File and what is wrong with it."""
+    """Files, and what is wrong with them."""
     note: str = ""
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Verdict:
 class _Task:
     copy: Video
     file: str
-    """The copy's, or its shard's."""
+    """Of the copy, or of its shard."""
     digest: str
     source: Video | None
 
@@ -76,8 +76,8 @@ def verify(
 ) -> Verdict:
     """Decode every copy in the folder `out`, and compare it with what the index says and, if it is there, its source.
 
-    `time_limit`: seconds that one may take, `read_timeout`: within which a source must have come from a URL.
-    Raises CannotPrepare where there are no finished copies, FolderInUse while they are being made.
+    `time_limit`: seconds that one copy may take; `read_timeout`: seconds within which a source must have come from
+    a URL. Raises CannotPrepare if there are no finished copies, FolderInUse while they are being made.
     """
     index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
     if not index.is_file():
@@ -94,11 +94,10 @@ def verify(
         tasks[copy.name] = _Task(copy, copy.path, json.loads(row)["sha256"], sources.get(copy.member or local))
     problems = _check_shards(copies)
     compared, lowest = 0, None
-    keep_bars_here()
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # where nothing can be written, nothing is being made
+        with contextlib.suppress(OSError):  # a folder that cannot be written to needs no lock
             held.enter_context(lock_folder(Path(out)))
-        pool = held.enter_context(Pool(_work, workers or len(os.sched_getaffinity(0))))
+        pool = held.enter_context(Workers(_work, workers or len(os.sched_getaffinity(0))))
         for task in tasks.values():
             pool.add(task, time_limit=time_limit)
         for task, outcome in tqdm(pool.results(), total=len(tasks), unit="video", desc="verify"):
@@ -111,7 +110,7 @@ def verify(
 
 
 def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], str]:
-    """The sources that are still there, by their copies' paths; and a note if there are none."""
+    """The sources that still exist, by their copies' paths; and a note about those that do not."""
     journal = Journal(state / "journal.jsonl")
     journal.close()
     settings = json.loads((state / "settings.json").read_bytes())
@@ -127,7 +126,7 @@ def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], s
 
 
 def _check_shards(copies: Sequence[Video]) -> list[tuple[str, str]]:
-    """Shards whose members are not where the index says."""
+    """Shards whose members are not at the offsets of the index."""
     wanted: dict[str, set[tuple[Any, ...]]] = {}
     for copy in copies:
         if copy.offset is not None:
@@ -140,12 +139,12 @@ def _check_shards(copies: Sequence[Video]) -> list[tuple[str, str]]:
             problems.append((shard, f"does not read: {error.strerror or error}"))
             continue
         if {(row["path"], row["offset"], row["bytes"]) for row in rows} != members:
-            problems.append((shard, "does not hold the videos that the index says"))
+            problems.append((shard, "does not hold the videos of the index"))
     return problems
 
 
 def _work(task: _Task) -> float | str | None:
-    """PSNR of a good copy, None if there is nothing to compare it with; else what is wrong."""
+    """PSNR of a good copy, None if it has no source to compare with; or what is wrong."""
     try:
         return _check(task)
     except (BadCopy, BadVideo) as error:
@@ -169,23 +168,23 @@ def _check(task: _Task) -> float | None:
     assert copy.facts is not None
     _compare_facts(facts, copy.facts)
     if copy.facts.packets not in (None, find_packets(bare, facts)):
-        raise BadCopy("its packets do not lie where the index says")
+        raise BadCopy("its packets are not at the offsets of the index")
     for _ in each_frame(bare):  # raises BadVideo unless every frame decodes
         pass
     return None if task.source is None else _psnr(copy, task.source, facts.frames)
 
 
-def _compare_facts(found: Facts, said: Facts) -> None:
+def _compare_facts(found: Facts, indexed: Facts) -> None:
     for name in ("frames", "codec", "width", "height"):
-        if getattr(found, name) != getattr(said, name):
-            raise BadCopy(f"has {name} = {getattr(found, name)}, the index says {getattr(said, name)}")
+        if getattr(found, name) != getattr(indexed, name):
+            raise BadCopy(f"has {name} = {getattr(found, name)}, the index says {getattr(indexed, name)}")
     for name in ("times", "keys"):
-        if not np.array_equal(getattr(found, name), getattr(said, name)):
+        if not np.array_equal(getattr(found, name), getattr(indexed, name)):
             raise BadCopy(f"its {name} are not those of the index")
 
 
 def _psnr(copy: Video, source: Video, frames: int) -> float:
-    """Of evenly spaced frames, the source's resized as by another hand than the copy's were."""
+    """PSNR over evenly spaced frames; the source is resized by Pillow, not by FFmpeg as the copy was."""
     wanted = sorted({int(place) for place in np.linspace(0, frames - 1, COMPARED)})
     counts: list[int] = []
 
@@ -196,7 +195,7 @@ def _psnr(copy: Video, source: Video, frames: int) -> float:
     try:
         before = read_frames(source, choose)
     except BadVideo as error:
-        raise BadCopy(f"its source {source.name} does not read any more: {error}") from None
+        raise BadCopy(f"its source {source.name} cannot be read any more: {error}") from None
     if counts[0] != frames:
         raise BadCopy(f"has {frames} frames, its source {source.name} {counts[0]}")
     squares = []

@@ -1,14 +1,25 @@
-"""What the worker processes of `prepare` do: copy a video, pack copies into a shard."""
+"""What the worker processes of `prepare` do, copy a video or pack copies into a shard, and how they are run."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
 import hashlib
+import multiprocessing
 import os
 import shutil
-from dataclasses import dataclass
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+from tqdm import tqdm
 
 from umt_fast.data.index import BadVideo, Video, describe
 from umt_fast.data.prepare.encode import Recipe, write_copy
@@ -17,29 +28,34 @@ from umt_fast.data.shards import Sample, write_shard
 from umt_fast.data.storage import file_size, read_video
 from umt_fast.files import put_in_place
 
+TIME_LIMIT = 3600.0
+"""Seconds that one video may take: enough for films on a slow core."""
+ATTEMPTS = 2
+"""How many workers a task may kill before it counts as failed. The out-of-memory killer picks its victim at random, so
+one death proves nothing."""
 _NEARLY_FULL = 1 << 20  # bytes
 _NOT_THE_VIDEOS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 @dataclass(frozen=True)
 class CopyTask:
-    """A video to copy: written aside, then put in place."""
+    """A video to copy: written under a temporary name, then moved to `target`."""
 
     item: Item
-    aside: str
+    temporary: str
     target: str
     recipe: Recipe
 
 
 @dataclass(frozen=True)
 class PackTask:
-    """Copies to put into a shard, likewise."""
+    """Copies to pack into a shard, likewise."""
 
     shard: Shard
     samples: list[Sample]
     names: list[str]
-    """Of the sources that the samples are of."""
-    aside: str
+    """Names of the sources of the samples."""
+    temporary: str
     target: str
 
 
@@ -49,12 +65,12 @@ class Failed:
 
     reason: str
     hopeless: bool = False
-    """The others would fail too."""
+    """Whether the other tasks would fail too."""
 
 
-def work(task: CopyTask | PackTask) -> dict[str, Any] | Failed:
-    """Do a task, in a process of its own. Returns the journal's record of the file that was made."""
-    os.environ["SVT_LOG"] = "1"  # errors alone; it writes to the terminal by itself
+def run_task(task: CopyTask | PackTask) -> dict[str, Any] | Failed:
+    """Do a task in a worker process. Returns the journal's record of the new file."""
+    os.environ["SVT_LOG"] = "1"  # errors only; SVT-AV1 writes to the terminal by itself
     try:
         return _make_shard(task) if isinstance(task, PackTask) else _make_copy(task)
     except BadVideo as error:
@@ -62,10 +78,10 @@ def work(task: CopyTask | PackTask) -> dict[str, Any] | Failed:
     except OSError as error:
         return Failed(error.strerror or str(error), hopeless=error.errno in _NOT_THE_VIDEOS_FAULT)
     except Exception as error:
-        full = shutil.disk_usage(os.path.dirname(task.aside)).free < _NEARLY_FULL
+        full = shutil.disk_usage(os.path.dirname(task.temporary)).free < _NEARLY_FULL
         return Failed("no space left" if full else f"{type(error).__name__}: {error}", hopeless=full)
     finally:
-        Path(task.aside).unlink(missing_ok=True)
+        Path(task.temporary).unlink(missing_ok=True)
 
 
 def _make_copy(task: CopyTask) -> dict[str, Any]:
@@ -75,19 +91,19 @@ def _make_copy(task: CopyTask) -> dict[str, Any]:
         source_bytes = file_size(video) if content is None else len(content)
     except (OSError, ValueError) as error:
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
-    facts, seconds = write_copy(video, task.aside, task.recipe, content)
-    size, digest = hash_bytes(Video(task.aside))
+    facts, seconds = write_copy(video, task.temporary, task.recipe, content)
+    size, digest = hash_bytes(Video(task.temporary))
     target = Path(task.target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    put_in_place(Path(task.aside), target)
+    put_in_place(Path(task.temporary), target)
     row = {"path": task.item.path, "bytes": size, "sha256": digest, **describe(facts)}
     return {"row": row, "source_bytes": source_bytes, "seconds": seconds}
 
 
 def _make_shard(task: PackTask) -> dict[str, Any]:
-    offsets = write_shard(task.aside, task.samples)
-    size = os.path.getsize(task.aside)
-    put_in_place(Path(task.aside), Path(task.target))
+    offsets = write_shard(task.temporary, task.samples)
+    size = os.path.getsize(task.temporary)
+    put_in_place(Path(task.temporary), Path(task.target))
     return {"bytes": size, "offsets": dict(zip(task.names, offsets, strict=True))}
 
 
@@ -101,3 +117,95 @@ def hash_bytes(video: Video) -> tuple[int, str]:
             digest.update(block)
             left -= len(block)
     return size, digest.hexdigest()
+
+
+class Died(Exception):
+    """The workers that did a task were killed, crashed or took too long; the message says which."""
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    task: Any
+    time_limit: float | None
+    deaths: int = 0
+    """Of workers that did this task."""
+
+
+class Workers:
+    """Runs `function(task)` for each added task in one of `size` processes. Use as a context manager.
+
+    pebble's pool knows each worker's task, so the death of a worker costs its task only. Workers ignore Ctrl-C and end
+    with this process. `function` should not raise.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], size: int) -> None:
+        self._function = function
+        self._size = size
+        self._waiting: deque[_Assignment] = deque()
+        self._running: dict[Future[Any], _Assignment] = {}
+        self._pool = self._new_pool()
+        # tqdm would start a thread and a lock that forked workers inherit, which a killed one could keep
+        tqdm.monitor_interval = 0
+        tqdm.set_lock(threading.RLock())
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+    def add(self, task: Any, first: bool = False, time_limit: float | None = None) -> None:
+        """Queue a task, in front of the others if `first`. After `time_limit` seconds its worker is killed."""
+        (self._waiting.appendleft if first else self._waiting.append)(_Assignment(task, time_limit))
+
+    def results(self) -> Iterator[tuple[Any, Any]]:
+        """Each task and what `function` returned, as they finish; Died for a task that killed its workers.
+
+        Tasks may be added meanwhile.
+        """
+        while self._waiting or self._running:
+            while self._waiting and len(self._running) < self._size:
+                given = self._waiting.popleft()
+                self._running[self._pool.schedule(self._function, (given.task,), timeout=given.time_limit)] = given
+            done, _ = concurrent.futures.wait(self._running, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                given = self._running.pop(future)
+                outcome = self._outcome(future, given)
+                if outcome is not None:
+                    yield given.task, outcome[0]
+
+    def _outcome(self, future: Future[Any], given: _Assignment) -> tuple[Any] | None:
+        """What became of a task, in a tuple; None if it is tried again."""
+        try:
+            return (future.result(),)
+        except concurrent.futures.TimeoutError:
+            return (Died(f"not done after {given.time_limit:g} seconds; damaged, or in need of a longer --time-limit"),)
+        except ProcessExpired as error:
+            code = error.exitcode or 0
+            ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        except BrokenProcessPool:  # a worker died that had no task
+            ending = "an unknown cause"
+            if not self._pool.active:
+                self.__exit__()
+                self._pool = self._new_pool()
+        if given.deaths + 1 < ATTEMPTS:
+            self._waiting.appendleft(replace(given, deaths=given.deaths + 1))
+            return None
+        return (Died(f"its worker process ended by {ending}, {ATTEMPTS} times; is there memory enough?"),)
+
+    def _new_pool(self) -> ProcessPool:
+        return ProcessPool(self._size, initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

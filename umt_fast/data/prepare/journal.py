@@ -1,0 +1,60 @@
+"""The journal of `prepare`: what is already made, so that a killed run can go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from umt_fast.files import write_whole
+
+
+class Journal:
+    """The complete copies and shards, one line each, written after the file is in place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.copies: dict[str, dict[str, Any]] = {}
+        """By the source's name: the index row, and the source's bytes and seconds."""
+        self.shards: dict[str, dict[str, Any]] = {}
+        """By file name: its size and digest, and the offset of each video."""
+        content = path.read_bytes() if path.exists() else b""
+        for line in content.split(b"\n")[:-1]:  # after the last line feed there may be half a line
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                break
+        self._file: BinaryIO | None = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, kind: str, name: str, content: dict[str, Any] | None) -> None:
+        """Record a complete copy or shard; None: it has to be made again."""
+        if self._file is None:
+            self.compact()  # drops half a line
+            self._file = open(self._path, "ab")  # noqa: SIM115, closed by close()
+        record = {"kind": kind, "name": name, "content": content}
+        self._apply(record)
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _apply(self, record: dict[str, Any]) -> None:
+        known = {"copy": self.copies, "shard": self.shards}[record["kind"]]
+        if record["content"] is None:
+            known.pop(record["name"], None)
+        else:
+            known[record["name"]] = record["content"]
+
+    def compact(self, order: Iterable[str] = ()) -> None:
+        """Rewrite the file, the copies named in `order` first: the same bytes however often the run was interrupted."""
+        ranks = {name: rank for rank, name in enumerate(order)}
+        lines = []
+        for kind, known in (("copy", self.copies), ("shard", self.shards)):
+            for name in sorted(known, key=lambda name: (ranks.get(name, len(ranks)), name)):
+                lines.append(json.dumps({"kind": kind, "name": name, "content": known[name]}).encode() + b"\n")
+        write_whole(self._path, b"".join(lines))
