@@ -34,6 +34,15 @@ def take_rows(x: Float[Tensor, "b l d"], ids: Int[Tensor, "b m"]) -> Float[Tenso
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def init_linear(module: nn.Module) -> None:
+    """Xavier's weights and zero biases for every linear layer."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
 class MaskedAutoencoder(nn.Module):
     """What both families share: every block by the same attention backend and recomputed in the same way."""
 
@@ -87,12 +96,8 @@ class VideoMae(MaskedAutoencoder):
         self.register_buffer("position", sinusoid_positions(config.tokens, config.width), persistent=False)
         decoder_position = sinusoid_positions(config.tokens, config.decoder_width)
         self.register_buffer("decoder_position", decoder_position, persistent=False)
-        for part in (self.encoder, self.decoder):  # encoder_to_decoder keeps torch's default, as published
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        init_linear(self.encoder)
+        init_linear(self.decoder)  # encoder_to_decoder keeps torch's default, as published
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def encode(self, clip: Shaped[Tensor, "b ..."], visible: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
@@ -163,11 +168,7 @@ class MaeStEncoder(MaskedAutoencoder):
             setattr(self, f"{prefix}pos_embed", nn.Parameter(torch.zeros(1, config.tokens + extra, width)))
 
     def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         for name, parameter in self.named_parameters():
             if "pos_embed" in name or name == "cls_token":

@@ -11,7 +11,8 @@ from umt_kernels import patch_embed
 
 from umt_fast.config import VideoMaeConfig
 from umt_fast.models.attention import SDPA, self_attention
-from umt_fast.models.pixels import VideoMae, take_rows
+from umt_fast.models.heads import NormedTransformer
+from umt_fast.models.pixels import VideoMae, init_linear, take_rows
 from umt_fast.models.vit import Mlp, check_clip
 
 if TYPE_CHECKING:
@@ -49,29 +50,35 @@ class _SamplerBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+class SamplingTransformer(NormedTransformer):
+    """The encoder with the network that scores its tokens, under AdaMAE's published names."""
+
+    def __init__(self, config: VideoMaeConfig, dropout: float) -> None:
+        super().__init__(config, config.drop_path, config.mlp_width)
+        self.pos_embed_probs = nn.Parameter(torch.zeros(1, config.tokens, config.width))
+        self.get_token_probs = nn.Sequential(_SamplerBlock(config.width, dropout), nn.Linear(config.width, 1))
+
+    def probabilities(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
+        """Chance of each token to be drawn first; a clip's sum to 1."""
+        scores = self.get_token_probs(embedded + self.pos_embed_probs.to(embedded.dtype))
+        return F.softmax(scores[..., 0].float().nan_to_num(), dim=-1)
+
+
 class AdaMae(VideoMae):
-    """VideoMAE whose visible tokens are drawn from a learned distribution, under AdaMAE's published parameter names."""
+    """VideoMAE whose visible tokens are drawn from a learned distribution (arXiv 2211.09120)."""
+
+    encoder: SamplingTransformer
 
     def __init__(self, config: VideoMaeConfig, dropout: float = SAMPLER_DROPOUT) -> None:
         super().__init__(config)
-        self.encoder.pos_embed_probs = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.encoder.get_token_probs = nn.Sequential(_SamplerBlock(config.width, dropout), nn.Linear(config.width, 1))
-        for module in self.encoder.get_token_probs.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.encoder = SamplingTransformer(config, dropout)
+        init_linear(self.encoder)
 
     def embed(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b n d"]:
         """All patches, embedded, without positions: the sampler and the encoder both read them."""
         check_clip(clip, self.config.image_size, self.config.frames)
         conv = self.encoder.patch_embed.proj
         return patch_embed(clip, conv.weight, conv.bias, self.config.patch_size)
-
-    def probabilities(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
-        """Chance of each token to be drawn first; a clip's sum to 1."""
-        scores = self.encoder.get_token_probs(embedded + self.encoder.pos_embed_probs.to(embedded.dtype))
-        return F.softmax(scores[..., 0].float().nan_to_num(), dim=-1)
 
     def predict(
         self, embedded: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b s"]

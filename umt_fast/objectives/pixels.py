@@ -146,7 +146,7 @@ def adamae_step(
     """
     config = model.config
     embedded = model.embed(clip)
-    p = model.probabilities(embedded)
+    p = model.encoder.probabilities(embedded)
     if visible is None:
         visible = torch.multinomial(p.detach(), num_visible, generator=generator)
     visible = visible.sort(dim=1).values
