@@ -167,6 +167,13 @@ class VideoList(Sequence[Video]):
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # an IndexError would end a loop
             raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row as in an index, with a path of its own instead of one relative to the index."""
+        for number in range(len(self)):
+            row = json.loads(self._row(number))
+            place = "path" if row.get("shard") is None else "shard"
+            yield {**row, place: join(self._base, row[place])}
+
     def count_distinct(self) -> int:
         """How many different videos the list names."""
         return len({self._row(index) for index in range(len(self))})

@@ -82,7 +82,7 @@ def _folder(path: Path) -> VideoList:
 
 
 def _shards(pattern: str, read_timeout: float) -> VideoList:
-    shards = list(_expand(pattern))
+    shards = list(expand_shards(pattern))
     rows: list[dict[str, Any]] = []
     for shard in shards:
         try:
@@ -94,14 +94,14 @@ def _shards(pattern: str, read_timeout: float) -> VideoList:
     return VideoList.of_rows(rows)
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand_shards(pattern: str) -> Iterator[str]:
     """`a-{08..11}.tar` as a-08.tar, a-09.tar, a-10.tar, a-11.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if found is None:
         yield pattern
         return
     for number in range(int(found[1]), int(found[2]) + 1):
-        yield from _expand(f"{pattern[: found.start()]}{number:0{len(found[1])}d}{pattern[found.end() :]}")
+        yield from expand_shards(f"{pattern[: found.start()]}{number:0{len(found[1])}d}{pattern[found.end() :]}")
 
 
 def _list(content: bytes, source: str, prefix: str) -> VideoList:

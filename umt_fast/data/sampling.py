@@ -91,6 +91,46 @@ def segment_frames(num_frames: int, segments: int, rng: np.random.Generator) -> 
     return [int(i) for i in np.arange(segments) * length + rng.integers(length, size=segments)]
 
 
+def interval_frames(total: int, frames: int, rng: np.random.Generator, last: bool = False) -> list[int]:
+    """One random frame from each of `frames` equal intervals of whole numbers (stage 2 in training).
+
+    As published the last frame of an interval is never drawn, and a video with an interval of one frame gives
+    min(frames, total) distinct random frames instead; `last` draws from whole intervals. A video shorter than `frames`
+    repeats its last frame.
+    """
+    edges = _edges(total, frames)
+    lengths = np.diff(edges) - (not last)
+    if (lengths < 1).any():
+        drawn = np.sort(rng.permutation(total)[: len(lengths)])
+    else:
+        drawn = edges[:-1] + rng.integers(lengths)
+    return _repeat_last(drawn, frames)
+
+
+def middle_frames(total: int, frames: int) -> list[int]:
+    """The middle frame of each of `frames` equal intervals (stage 2 in evaluation)."""
+    edges = _edges(total, frames)
+    return _repeat_last((edges[:-1] + edges[1:] - 1) // 2, frames)
+
+
+def rate_frames(total: int, fps: float, rate: float) -> list[int]:
+    """The centre frame of each window of 1 / `rate` seconds (stage 2's `fpsX`, which no published recipe uses)."""
+    window, length = 1 / rate, total / fps
+    indices = np.around(np.arange(window / 2, length + window / 2, window) * fps).astype(int)
+    return [int(i) for i in indices if i < total]
+
+
+def _edges(total: int, frames: int) -> np.ndarray:
+    if total < 1 or frames < 1:
+        raise ValueError(f"total = {total}, frames = {frames}: give numbers above 0")
+    return np.linspace(0, total, min(frames, total) + 1).astype(int)
+
+
+def _repeat_last(drawn: np.ndarray, frames: int) -> list[int]:
+    indices = [int(i) for i in drawn]
+    return indices + indices[-1:] * (frames - len(indices))
+
+
 def train_frames(total: int, frames: int, rule: FrameRule, draws: Draws, rate: float = 1) -> list[int]:
     """Frame ids of one training clip of a video of `total` frames. Raises ValueError for sizes below 1.
 

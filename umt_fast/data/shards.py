@@ -15,6 +15,8 @@ from umt_fast.config import DataConfig
 from umt_fast.data.index import is_url
 from umt_fast.data.storage import read, url_size
 
+_LONGEST_CAPTION = 1 << 20
+"""Bytes of a member that may hold a caption; a larger one is something else."""
 _HEADERS_AT_ONCE = 64 << 10
 """Bytes read of a remote shard for a member's header, and what follows."""
 
@@ -22,7 +24,8 @@ _HEADERS_AT_ONCE = 64 << 10
 def list_shard(
     path: str, suffixes: Collection[str], read_timeout: float = DataConfig.read_timeout
 ) -> list[dict[str, Any]]:
-    """Index rows, without facts, of the videos in a shard (file or URL) that has no index: only headers are read.
+    """Index rows, without facts, of the videos in a shard (file or URL) that has no index: headers, labels (.cls) and
+    captions (.txt, or "caption" in .json) are read.
 
     `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is no tar file.
     """
@@ -30,6 +33,7 @@ def list_shard(
     raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
     rows: list[dict[str, Any]] = []
     labels: dict[str, bytes] = {}
+    captions: dict[str, dict[str, bytes]] = {".txt": {}, ".json": {}}
     try:
         with raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             for member in tar:
@@ -41,13 +45,31 @@ def list_shard(
                     rows.append({"path": member.name, **place})
                 elif suffix == ".cls" and (file := tar.extractfile(member)) is not None:
                     labels[stem] = file.read()
+                elif suffix in captions and member.size <= _LONGEST_CAPTION and (file := tar.extractfile(member)):
+                    captions[suffix][stem] = file.read()
     except tarfile.TarError as error:
         raise OSError(f"no tar file: {error}") from None
     for row in rows:
-        label = labels.get(posixpath.splitext(row["path"])[0], b"").strip()
+        stem = posixpath.splitext(row["path"])[0]
+        label = labels.get(stem, b"").strip()
         if label.isdigit():
             row["label"] = int(label)
+        caption = _caption(captions[".txt"].get(stem), captions[".json"].get(stem))
+        if caption is not None:
+            row["caption"] = caption
     return rows
+
+
+def _caption(text: bytes | None, described: bytes | None) -> str | None:
+    """From a .txt member or, without one, from "caption" in the .json member."""
+    if text is not None:
+        return text.decode("utf-8", "replace").strip()
+    try:
+        found = json.loads(described or b"{}")
+    except ValueError:
+        return None
+    caption = found.get("caption") if isinstance(found, dict) else None
+    return caption if isinstance(caption, str) else None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +21,8 @@ from umt_fast.errors import RunError
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
+IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
+"""Of picture files, which are videos of one frame."""
 INSTALL = "pip install 'umt-fast[dali]' (for CUDA 12: pip install nvidia-dali-cuda120)"
 
 
@@ -36,13 +39,19 @@ class Reader(Protocol):
 
 @contextlib.contextmanager
 def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
-    """Open a video to read frames by index; `content`: the file's bytes, where the caller has them.
+    """Open a video, or a picture, to read frames by index; `content`: the file's bytes, where the caller has them.
 
     Only what is needed is decoded: from the key frame before each wanted frame to that frame.
 
     Raises BadVideo for a file that is missing, empty, truncated, not a video, does not decode at a wanted frame, or
     is not the one that the index describes.
     """
+    if posixpath.splitext(video.member or video.path)[1].lower() in IMAGE_SUFFIXES:
+        from umt_fast.data.decode import stills
+
+        with stills.opened(video, content) as still:
+            yield still
+        return
     from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
 
     opened = by_index.opened if by_index.can_read(video) else container.opened

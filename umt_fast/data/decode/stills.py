@@ -1,0 +1,42 @@
+"""Picture files as videos of one frame."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.sampling import Timeline
+from umt_fast.data.storage import read_video
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+
+class Still:
+    """A picture, as a `Reader`."""
+
+    def __init__(self, frame: UInt8[np.ndarray, "h w 3"]) -> None:
+        self.timeline = Timeline([0], lambda: 1.0)
+        self._frame = frame
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+        for index in indices:
+            yield index, self._frame
+
+
+@contextlib.contextmanager
+def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
+    """Decode a picture as RGB. Raises BadVideo for a file that is missing or not a picture that Pillow reads whole."""
+    try:
+        data = read_video(video) if content is None else content
+        with Image.open(io.BytesIO(data)) as picture:
+            frame = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadVideo(f"not a picture: {error}") from None
+    yield Still(frame)

@@ -1,0 +1,104 @@
+"""Clips and pictures for video and text: frames by intervals, random resized crops, whole pictures in evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from umt_fast.data.sampling import Timeline, interval_frames, middle_frames
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+SCALE = (0.5, 1.0)
+"""Area of a training crop, as a share of the frame."""
+ASPECT = (3 / 4, 4 / 3)
+TRIES = 10
+"""For a crop that fits, as RandomResizedCrop."""
+
+
+@dataclass(frozen=True)
+class IntervalSampling:
+    """A `FrameSampling` of stage 2."""
+
+    frames: int
+    training: bool = False
+    last: bool = False
+    """Whether training may draw the last frame of an interval; the published code does not."""
+    max_seconds: float | None = None
+    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+
+    def __call__(self, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
+        total = timeline.num_frames
+        if self.max_seconds is not None and total / timeline.fps > self.max_seconds:
+            total = max(int(self.max_seconds * timeline.fps), 1)
+        return (
+            interval_frames(total, self.frames, rng, self.last) if self.training else middle_frames(total, self.frames)
+        )
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """A `ClipTransform`: a random resized crop and flip in training, else the whole frame, its aspect not kept.
+
+    Resized bicubically; as published without antialiasing, which torchvision 0.13 did not do for tensors.
+    """
+
+    frames: int
+    side: int
+    training: bool = False
+    antialias: bool = False
+    flip: float = 0.5
+
+    clips = 1
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.frames, self.side, self.side, 3
+
+    def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
+        height, width = frames[0].shape[:2]
+        top, left, rows, columns = draw_crop(height, width, rng) if self.training else (0, 0, height, width)
+        mirrored = self.training and rng.random() < self.flip
+        for place, frame in enumerate(frames):
+            if frame.shape[:2] != (height, width):  # the video changes its size: the same part of the picture
+                y, x = frame.shape[0] / height, frame.shape[1] / width
+                part = frame[
+                    int(top * y) : math.ceil((top + rows) * y), int(left * x) : math.ceil((left + columns) * x)
+                ]
+            else:
+                part = frame[top : top + rows, left : left + columns]
+            out[0, place] = resize_bicubic(part[:, ::-1] if mirrored else part, self.side, self.antialias)
+
+
+def resize_bicubic(frame: UInt8[np.ndarray, "h w 3"], side: int, antialias: bool) -> UInt8[np.ndarray, "s s 3"]:
+    """To a square, by torch in float32, rounded: torchvision's resize of a uint8 tensor."""
+    if frame.shape[:2] == (side, side):
+        return frame
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    resized = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
+    return resized[0].permute(1, 2, 0).clamp_(0, 255).round_().to(torch.uint8).numpy()
+
+
+def draw_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop by the law of torchvision's RandomResizedCrop."""
+    for _ in range(TRIES):
+        area = height * width * rng.uniform(*SCALE)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        columns, rows = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < columns <= width and 0 < rows <= height:
+            top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+            return int(top), int(left), rows, columns
+    columns, rows = width, height
+    if width / height < ASPECT[0]:
+        rows = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        columns = round(height * ASPECT[1])
+    return (height - rows) // 2, (width - columns) // 2, rows, columns
