@@ -30,7 +30,7 @@ test-dali: .venv/.dali ## test the DALI loader against PyAV's
 	$(BIN)/python -m pytest tests/data/test_dali_loader.py tests/train/test_dali_run.py
 
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
-	$(BIN)/python -m benchmarks.kernel_report --gate -q
+	$(BIN)/python -m benchmarks.kernels.compile_report --gate -q
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -79,14 +79,14 @@ bench-gpu: $(ON_GPU) ## GPU tests, step time, kernel times, in stages of 8 minut
 	$(PY) -m benchmarks.gpu_session
 
 bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/results/<gpu>
-	@set -e; gpu=$$($(PY) -m benchmarks.kernels.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \
+	@set -e; gpu=$$($(PY) -m benchmarks.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \
 	status=0; $(PY) -m pytest benchmarks/kernels --benchmark-json=$$out/new.json || status=$$?; \
 	if [ ! -s $$out/new.json ]; then rm -f $$out/new.json; echo "nothing was measured"; exit 1; fi; \
 	mv $$out/new.json $$out/kernels.json; \
 	$(PY) -m benchmarks.kernels.report $$out/kernels.json; $(PY) -m benchmarks.kernels.report; exit $$status
 
 test-gpu: $(ON_GPU) ## run every test on this GPU, and every kernel's opcheck under compute-sanitizer
-	@$(PY) -m benchmarks.kernels.environment
+	@$(PY) -m benchmarks.environment
 	env -u TRITON_INTERPRET $(PY) -m pytest kernels/tests tests -m "gpu or not gpu"
 	@if ! command -v compute-sanitizer >/dev/null; then \
 		echo "compute-sanitizer is not on the PATH: memory accesses were not checked"; exit 0; fi; \

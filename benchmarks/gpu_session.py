@@ -19,8 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.environment import describe, gpu_name
-from benchmarks.step_time import RESULTS
+from benchmarks.environment import RESULTS, describe, gpu_name
 
 LIMIT = 8 * 60
 GRACE = 20

@@ -26,7 +26,7 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 READ_VIDEOS = (
     TESTS / "data",
-    TESTS / "benchmarks" / "test_input_pipeline.py",
+    TESTS / "benchmarks" / "input_pipeline",
     TESTS / "evaluation" / "test_classification.py",
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.published import Inputs
-from benchmarks.models import Shapes
+from benchmarks.kernels.shapes import Shapes
 
 TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Largest relative error, |out - truth| / |truth|, of an output and of a gradient."""

@@ -16,7 +16,7 @@ from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, reference, weight_matrix
 from benchmarks.kernels import libraries, published
 from benchmarks.kernels.case import Case, Run
 from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs
-from benchmarks.models import MASK_RATIO, Shapes
+from benchmarks.kernels.shapes import MASK_RATIO, Shapes
 from umt_fast.masking import count_visible
 from umt_fast.models.positions import bicubic_window, sinusoid_positions
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kernels import environment
+from benchmarks import environment
 
 
 @pytest.hookimpl(optionalhook=True)  # so that the folder can be collected without pytest-benchmark

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cases import cases
-from benchmarks.models import UMT_B, UMT_L
+from benchmarks.kernels.shapes import UMT_B, UMT_L
 
 RESULTS = Path(__file__).parents[1] / "results"
 GPUS = ("h200", "a100")

@@ -18,12 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import environment, timing
+from benchmarks import environment
+from benchmarks.kernels import timing
 from benchmarks.kernels.case import Case
 from benchmarks.kernels.cases import cases
 from benchmarks.kernels.libraries import Unavailable
 from benchmarks.kernels.published import Inputs
-from benchmarks.models import TINY, UMT_B, UMT_L
+from benchmarks.kernels.shapes import TINY, UMT_B, UMT_L
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

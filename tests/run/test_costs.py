@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.baseline import BaselineStep, build_baseline
+from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
 from umt_fast.config import STUDENTS, TEACHERS, Config, ModelConfig, OptimConfig, TrainConfig, load_recipe
 from umt_fast.models.attention import load

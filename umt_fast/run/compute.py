@@ -88,9 +88,11 @@ def _refuse_what_fails(config: Config, world: World) -> None:
         )
 
 
-def compile_models(student: VideoStudent, teacher: ClipTeacher, backend: str = "inductor") -> None:
+def compile_models(
+    student: VideoStudent, teacher: ClipTeacher, backend: str = "inductor", mode: str | None = None
+) -> None:
     """Compile each as one graph of static shapes; a graph break is an error. Their keys stay as they are."""
-    student.compile(fullgraph=True, dynamic=False, backend=backend)
-    options = {"fullgraph": True, "dynamic": False, "backend": backend}
+    options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
+    student.compile(**options)
     teacher.encode = torch.compile(teacher.encode, **options)  # type: ignore[method-assign, call-overload]
     teacher.targets = torch.compile(teacher.targets, **options)  # type: ignore[method-assign, call-overload]

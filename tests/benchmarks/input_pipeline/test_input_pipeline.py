@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import input_pipeline, input_pipeline_report
-from benchmarks.input_pipeline import Files, plan_rows, read_files, soaked
+from benchmarks.input_pipeline import __main__ as input_pipeline
+from benchmarks.input_pipeline import contenders, files, report
+from benchmarks.input_pipeline.__main__ import plan_rows, soaked
+from benchmarks.input_pipeline.files import Files, read_files
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.nvdec import Limits
 from umt_fast.data.index import Facts, VideoList
@@ -18,8 +20,8 @@ from umt_fast.data.prepare.encode import Recipe, write_copy
 @pytest.fixture
 def short(monkeypatch):
     """Originals of one second, with two key frames."""
-    monkeypatch.setattr(input_pipeline, "SECONDS", 1)
-    monkeypatch.setattr(input_pipeline, "GOP", 15)
+    monkeypatch.setattr(files, "SECONDS", 1)
+    monkeypatch.setattr(files, "GOP", 15)
     monkeypatch.setattr(input_pipeline, "has_dali", lambda: False)
 
 
@@ -44,7 +46,7 @@ def copy(demo_videos, tmp_path):
 
 def test_originals_are_what_they_are_called(short, demo_videos, tmp_path):
     source = read_manifest(str(demo_videos))[0]
-    input_pipeline.make_originals(VideoList.of_paths([source.path]), tmp_path)
+    files.make_originals(VideoList.of_paths([source.path]), tmp_path)
     facts = probe(read_manifest(str(tmp_path))[0])
     assert (facts.frames, facts.width, facts.height, facts.fps, facts.codec) == (30, 340, 256, 30, "h264")
     assert len(facts.keys) == 2
@@ -68,10 +70,10 @@ def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
     (video,) = read_files("original", tmp_path).known
     indices = [0, 3, 9, 17, 18, 19, 20, count - 1]
     found: list[np.ndarray] = []
-    input_pipeline.decode_bare(video, indices, found.append)
+    contenders.decode_bare(video, indices, found.append)
     for one, two in zip(found, read_frames(video, lambda _count: indices), strict=True):
         assert np.array_equal(one, two)
-    crop = input_pipeline.Crop(np.random.default_rng(0))
+    crop = contenders.Crop(np.random.default_rng(0))
     for picture in found:
         crop(picture)
     assert next(crop.places, None) is None
@@ -82,9 +84,9 @@ def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
 def test_a_bare_loop_that_fails_ends_the_benchmark(copy, tmp_path, monkeypatch):
     copy("a.mp4", Recipe("h264"))
     files = read_files("copies", tmp_path)
-    monkeypatch.setattr(input_pipeline, "decode_bare", lambda *_: 1 / 0)
+    monkeypatch.setattr(contenders, "decode_bare", lambda *_: 1 / 0)
     with pytest.raises(SystemExit, match="a bare loop over copies ended before its time"):
-        input_pipeline.measure_bare(files, 2, 0.1, crop=False)
+        contenders.measure_bare(files, 2, 0.1, crop=False)
 
 
 def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
@@ -131,7 +133,7 @@ def test_a_table_of_several_pipelines():
     ]
     files = {"original": {"codec": "h264", "gop": 250.0, "bytes": 2.0}}
     content = {"facts": {"step_clips_per_second": 50}, "frames": 8, "files": files, "rows": rows}
-    lines = input_pipeline_report.table(content).splitlines()
+    lines = report.table(content).splitlines()
     assert lines[3].endswith("| 20.0 | 160 | 1.00 | 1.50 | 1.00 | 1 | - | - | - |")
     assert lines[4].startswith("| original | h264 | 250 | 1.00x | dali | 4 | 7 | 40.0 | 320 | 1.00 | 0.75 | 0.50 |")
     assert lines[4].endswith("| 20.0 |")
@@ -143,23 +145,23 @@ def test_the_rate_of_a_step_is_that_of_the_fastest_exact_rung(tmp_path):
     rungs = [("baseline", "m", 2.0), ("+ CUDA graph", "m", 4.0), ("+ fp8 teacher", "m", 5.0), ("x", "m", None)]
     results = [{"model": m, "batch": 64, "rung": name, "clips_per_second": rate} for name, m, rate in rungs]
     path.write_text(json.dumps({"results": results}))
-    assert input_pipeline_report.read_step(path, "m") == (4.0, f"m, batch 64, + CUDA graph ({path})")
+    assert report.read_step(path, "m") == (4.0, f"m, batch 64, + CUDA graph ({path})")
     with pytest.raises(SystemExit, match="no measured exact rung of other; choose another --step-model"):
-        input_pipeline_report.read_step(path, "other")
+        report.read_step(path, "other")
     path.write_text("[]")
-    with pytest.raises(SystemExit, match=r"is no step_time\.json"):
-        input_pipeline_report.read_step(path, "m")
+    with pytest.raises(SystemExit, match=r"is not a step_time\.json"):
+        report.read_step(path, "m")
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--soak", "7", "--batch", "8"], "--soak 7 is less than one batch of 8"),
-        (["--soak", "0"], "--soak: 0 is below 1"),
-        (["--step-rate", "0"], "--step-rate: 0 is not above 0"),
-        (["--workers", "1", "0"], "--workers: 0 is below 1"),
-        (["--rounds", "few"], "--rounds: few is no whole number"),
-        (["--seconds", "nan"], "--seconds: nan is not above 0"),
+        (["--soak", "0"], "--soak 0: must be above 0"),
+        (["--step-rate", "0"], "--step-rate 0: must be above 0"),
+        (["--workers", "1", "0"], "--workers 0: must be above 0"),
+        (["--rounds", "few"], "argument --rounds: invalid int value: 'few'"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0"),
         (["--step-rate", "1", "--step-from", "x"], "not allowed with"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.phases import Mark, no_mark
+from benchmarks.step_time.phases import Mark, no_mark
 from umt_fast.config import OptimConfig, StudentConfig, TeacherConfig, check_fit
 from umt_fast.models.positions import sinusoid_positions
 

@@ -28,7 +28,7 @@ def read_step(path: Path, model: str) -> tuple[float, str]:
             if result["model"] == model and result["clips_per_second"] and NOT_EXACT not in result["rung"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"error: --step-from {path} is no step_time.json of benchmarks.step_time: {error!r}")
+        sys.exit(f"error: --step-from {path} is not a step_time.json of benchmarks.step_time: {error!r}")
     if not exact:
         sys.exit(f"error: --step-from {path} has no measured exact rung of {model}; choose another --step-model")
     best = max(exact, key=lambda result: result["clips_per_second"])

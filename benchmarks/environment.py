@@ -1,4 +1,4 @@
-"""What a measurement was taken on. `python -m benchmarks.kernels.environment` prints the GPU's short name."""
+"""Device, versions and sources of a measurement. `python -m benchmarks.environment` prints the GPU's short name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
 
 def gpu_name(device_name: str) -> str:
     """Folder of a GPU's results: "NVIDIA H200" -> h200, "NVIDIA A100-SXM4-80GB" -> a100."""
@@ -20,7 +23,7 @@ def gpu_name(device_name: str) -> str:
 
 
 def describe() -> dict[str, str]:
-    """Device, versions and commit, for a result's extra_info."""
+    """Device, versions, commit and digest of the sources, for a result file."""
     try:
         import triton
 
@@ -32,12 +35,12 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version,
         "commit": _commit(),
+        "sources": sources_digest(),
     }
 
 
-def _commit(root: Path = Path(__file__).parents[2]) -> str:
-    """The checkout's commit, with a + if files other than results differ from it; outside a git checkout a hash of the
-    sources, so that measurements of other code are told apart all the same."""
+def _commit(root: Path = ROOT) -> str:
+    """The checkout's commit, with a + if files other than results differ from it; "unknown" outside a git checkout."""
     differing = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"]
     try:
         commit, status = (
@@ -45,12 +48,18 @@ def _commit(root: Path = Path(__file__).parents[2]) -> str:
             for words in (["rev-parse", "--short=12", "HEAD"], differing)
         )
     except (OSError, subprocess.CalledProcessError):
-        digest = hashlib.sha256()
-        for folder in ("umt_fast", "kernels/umt_kernels", "benchmarks"):
-            for path in sorted((root / folder).rglob("*.py")):
-                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-        return f"unknown, sources {digest.hexdigest()[:12]}"
+        return "unknown"
     return commit + ("+" if status else "")
+
+
+def sources_digest(root: Path = ROOT) -> str:
+    """Digest of all code that a measurement runs: results of the same digest and device can be continued, whatever
+    was committed between, such as the results themselves."""
+    digest = hashlib.sha256()
+    for folder in ("umt_fast", "kernels/umt_kernels", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Mark = Callable[[str], None]
 """Called with a phase's name at its end."""
 
 PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimiser")
-"""Of a step. What runs beside it, decoding and the all-reduce, is timed by `benchmarks.beside`."""
+"""Of a step. What runs beside it, decoding and the all-reduce, is timed by `benchmarks.step_time.beside`."""
 
 
 def no_mark(_phase: str) -> None:

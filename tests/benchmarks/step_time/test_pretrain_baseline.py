@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.baseline import BaselineStep, build_baseline, draw_mask
-from benchmarks.phases import PHASES, PhaseClock
+from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline, draw_mask
+from benchmarks.step_time.phases import PHASES, PhaseClock
 from umt_fast.config import OptimConfig
 
 CASES = ["umt_stage1_b16", "umt_stage1_l14_resized"]

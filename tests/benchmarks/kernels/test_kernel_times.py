@@ -14,12 +14,13 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.kernels import environment, report, timing
+from benchmarks import environment
+from benchmarks.kernels import report, timing
 from benchmarks.kernels.case import Case, draw_fault
 from benchmarks.kernels.cases import cases
-from benchmarks.models import TINY, UMT_B, UMT_L
+from benchmarks.kernels.shapes import TINY, UMT_B, UMT_L
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONTENDERS = ("triton", "eager", "compiled")
 
 
@@ -180,7 +181,7 @@ def test_gpu_names(device, name):
 
 
 def test_no_gpu_no_results():
-    done = run("import runpy; runpy.run_module('benchmarks.kernels.environment', run_name='__main__')")
+    done = run("import runpy; runpy.run_module('benchmarks.environment', run_name='__main__')")
     assert done.returncode == 1
     assert "no CUDA GPU" in done.stderr
 

@@ -20,8 +20,8 @@ from umt_kernels import (
 )
 from umt_kernels.patch_embed import implicit_patch_embed
 
-from benchmarks.gpu_code import Launch, nbytes
-from benchmarks.models import MASK_RATIO, UMT_B, UMT_L, VIT_H, Shapes
+from benchmarks.kernels.gpu_code import Launch, nbytes
+from benchmarks.kernels.shapes import MASK_RATIO, UMT_B, UMT_L, VIT_H, Shapes
 from umt_fast.masking import count_visible
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks import gpu_code, kernel_cases, kernel_report  # noqa: E402
+from benchmarks.kernels import compile_report, gpu_code, launches  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes the compiler's place"),
@@ -31,7 +31,7 @@ FIRST = {
 
 
 def find_case(op, name):
-    return next(case for case in kernel_cases.cases() if (case.op, case.name) == (op, name))
+    return next(case for case in launches.cases() if (case.op, case.name) == (op, name))
 
 
 @triton.jit
@@ -61,29 +61,29 @@ def shared_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 def compile_row(monkeypatch, kernel, *arguments, bulk=(), arch=80, **settings):
     """The report's row of a kernel that is no op's."""
-    monkeypatch.setattr(kernel_report, "traffic", lambda launch: (1, 1))
-    with gpu_code.compile_only(arch) as launches:
+    monkeypatch.setattr(compile_report, "traffic", lambda launch: (1, 1))
+    with gpu_code.compile_only(arch) as launched:
         kernel[(1,)](*arguments, **settings)
-    (launch,) = launches
-    return kernel_report.make_row(launch, "made to fail", arch, bulk)
+    (launch,) = launched
+    return compile_report.make_row(launch, "made to fail", arch, bulk)
 
 
 @pytest.mark.parametrize("op", FIRST)
 def test_kernels_pass_the_gate(op):
-    rows = kernel_report.report(find_case(op, FIRST[op]), 90)
+    rows = compile_report.report(find_case(op, FIRST[op]), 90)
     assert [failure for row in rows for failure in row.failures()] == []
     for row in rows:
         assert row.registers > 0
         assert 0 < row.occupancy <= 1
         assert row.moved >= row.least > 0
         assert "?" not in row.stores
-        assert row.kernel in kernel_report.table(rows)
+        assert row.kernel in compile_report.table(rows)
 
 
 def test_the_whole_of_a_launch_is_seen():
     """Bulk arguments are found in the code under their own names, in 16-byte loads."""
     rows = {
-        row.kernel: row for row in kernel_report.report(find_case("gather_layer_norm", FIRST["gather_layer_norm"]), 80)
+        row.kernel: row for row in compile_report.report(find_case("gather_layer_norm", FIRST["gather_layer_norm"]), 80)
     }
     assert set(rows) == {"gather_layer_norm_forward", "gather_layer_norm_backward"}
     assert set(rows["gather_layer_norm_forward"].loads) == {"x", "w", "b", "position", "position_ids"}
@@ -93,18 +93,18 @@ def test_the_whole_of_a_launch_is_seen():
 def test_every_kernel_has_cases():
     """A kernel that is added to umt_kernels is added to the report."""
     kernels = set()
-    for op in {case.op for case in kernel_cases.cases()}:
+    for op in {case.op for case in launches.cases()}:
         module = inspect.getmodule(inspect.unwrap(getattr(umt_kernels, op)))
         kernels |= {op + name.removesuffix("_kernel") for name in vars(module) if name.endswith("_kernel")}
-    assert kernels == set(kernel_cases._TRAFFIC)
-    assert set(kernel_cases.BULK) < kernels
+    assert kernels == set(launches._TRAFFIC)
+    assert set(launches.BULK) < kernels
 
 
 def test_halo_is_no_failure_and_says_why():
-    (row,) = kernel_report.report(find_case("gather_patches", "UMT-L/16 teacher, all, halo 1, u8->bf16"), 80)
+    (row,) = compile_report.report(find_case("gather_patches", "UMT-L/16 teacher, all, halo 1, u8->bf16"), 80)
     assert row.bulk == {"clip": (8, 8)}
     assert row.failures() == []
-    assert "off the 16-byte grid" in kernel_report.table([row])
+    assert "off the 16-byte grid" in compile_report.table([row])
 
 
 def test_spill_fails(monkeypatch):
@@ -162,16 +162,16 @@ def test_occupancy():
 
 
 def test_main_writes_json_and_answers_for_the_gate(tmp_path, monkeypatch, capsys):
-    good = kernel_report.report(find_case("cls_scores", FIRST["cls_scores"]), 90)
-    monkeypatch.setattr(kernel_report, "report_all", lambda archs, op: good)
-    assert kernel_report.main(["--gate", "--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
+    good = compile_report.report(find_case("cls_scores", FIRST["cls_scores"]), 90)
+    monkeypatch.setattr(compile_report, "report_all", lambda archs, op: good)
+    assert compile_report.main(["--gate", "--arch", "90", "--json", str(tmp_path / "rows.json")]) == 0
     assert "gate: passed" in capsys.readouterr().out
     assert {row["kernel"] for row in json.loads((tmp_path / "rows.json").read_text())} == {
         "cls_scores_forward",
         "cls_scores_backward",
     }
-    bad = [kernel_report.Row(**{**vars(good[0]), "spill": 16})]
-    monkeypatch.setattr(kernel_report, "report_all", lambda archs, op: bad)
-    assert kernel_report.main(["--gate", "-q"]) == 1
+    bad = [compile_report.Row(**{**vars(good[0]), "spill": 16})]
+    monkeypatch.setattr(compile_report, "report_all", lambda archs, op: bad)
+    assert compile_report.main(["--gate", "-q"]) == 1
     assert "FAIL cls_scores_forward [UMT-B/16 bf16] sm_90: spills 16 bytes per thread" in capsys.readouterr().out
-    assert kernel_report.main(["-q"]) == 0
+    assert compile_report.main(["-q"]) == 0

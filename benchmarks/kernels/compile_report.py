@@ -1,4 +1,4 @@
-"""`python -m benchmarks.kernel_report`: what the compiler makes of every kernel, for GPUs that need not be there.
+"""`python -m benchmarks.kernels.compile_report`: the code of every kernel, for GPUs that this machine may lack.
 
 Each kernel is compiled in every form in which the models launch it, for each architecture. A row of the table says
 
@@ -30,8 +30,8 @@ from pathlib import Path
 
 import triton
 
-from benchmarks.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
-from benchmarks.kernel_cases import BULK, Case, cases, layout_bytes, traffic
+from benchmarks.kernels.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
+from benchmarks.kernels.launches import BULK, Case, cases, layout_bytes, traffic
 
 PROCESSES = 2
 """Compiling is work for one core each, and CI has two."""
@@ -162,7 +162,9 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.kernel_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks.kernels.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ops = sorted({case.op for case in cases()})
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="80, 90, 100; default: all")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from benchmarks.phases import wait_for
+from benchmarks.step_time.phases import wait_for
 from umt_fast.config import DataConfig, StudentConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream

@@ -1,0 +1,201 @@
+"""How many clips a second the data side delivers, from original videos and from training copies, and at what cost.
+
+    python -m benchmarks.input_pipeline VIDEOS --out benchmarks/results/<machine>
+
+VIDEOS is what --data.train takes. They are first made into originals as data sets hold them (10 s, 340x256, 30 fps,
+H.264 with a key frame every 250, looped to fill), from which `umt_fast.data.prepare` makes copies with a key frame
+every 1, 4 and 8 frames; --as-they-are takes VIDEOS for the originals. Measured are
+
+    bare          PyAV alone: seek, decode and convert to RGB the frames that a clip needs, in as many processes
+    bare + crop   and then one crop and torch's resize of each frame, into the clip's memory
+    pyav          the loader of a training run, crops and resizing included
+    dali          likewise with DALI, where it is installed, of the files that it takes: on NVDEC, with --pipelines at
+                  work, or on the CPU
+
+Every contender runs in turn, --rounds times; the table holds medians. Given how many clips a step takes (--step-rate,
+or --step-from a step_time.json), it tells for how much of its time the step would wait for data. --soak N watches the
+memory over N clips instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.environment import describe
+from benchmarks.input_pipeline import cost, report
+from benchmarks.input_pipeline.contenders import FRAMES, Row, loader_of, measure_bare, measure_loader
+from benchmarks.input_pipeline.files import Files, make_originals, prepare, read_files
+from benchmarks.step_time.jobs.pretrain import MODELS
+from umt_fast.data.dali_loader import DaliSupport
+from umt_fast.data.decode import choose_decoder, has_dali, nvdec
+from umt_fast.data.decode.container import look_up
+from umt_fast.data.manifest import read_manifest
+from umt_fast.errors import RunError
+
+
+def soaked(files: Files, device: torch.device) -> list[str]:
+    """The decoders whose memory these files show: copies with key frames alone, of a codec that DALI takes here."""
+    if files.gop > 1:
+        return []
+    by_dali = files.codec == "h264" if device.type == "cuda" else files.codec == "mjpeg"
+    return ["pyav"] * (files.codec == "h264") + ["dali"] * (by_dali and has_dali())
+
+
+def soak(files: Files, decoder: str, workers: int, clips: int, batch: int, device: torch.device) -> dict[str, float]:
+    """Memory in MB over `clips` clips: when a tenth of them is through, the least and the most after that, the end.
+
+    That of program files is not counted.
+    """
+    seen: list[float] = []
+    with loader_of(files, decoder, workers, batch, device) as loader:
+        for number in range(1, clips // batch + 1):
+            next(loader)
+            if number >= clips // batch // 10 and number % max(clips // batch // 100, 1) == 0:
+                seen.append(cost.memory(cost.NO_FILES))
+    return {"after a tenth": seen[0], "least": min(seen), "most": max(seen), "end": seen[-1]}
+
+
+def plan_rows(
+    files: list[Files], workers: list[int], pipelines: list[int] | None, engines: dict[str, nvdec.Limits] | None
+) -> list[Row]:
+    """The contenders. `engines`: what NVDEC takes; None for DALI on the CPU. Files that DALI leaves to PyAV have no
+    row of its."""
+    rows = []
+    for kept in files:
+        rows += [Row(kept.name, decoder, count) for decoder in ("bare", "bare + crop", "pyav") for count in workers]
+        if not has_dali() or any(DaliSupport(engines).why_not(look_up(video)) for video in kept.known):
+            continue
+        if engines is None:
+            rows += [Row(kept.name, "dali", count) for count in workers]
+        else:
+            counts = pipelines or sorted({1, nvdec.count_engines(engines)})
+            rows += [Row(kept.name, "dali", max(workers), count) for count in counts]
+    return rows
+
+
+def run(options: argparse.Namespace, device: torch.device, work: Path) -> tuple[list[Files], list[Row]]:
+    files = make_files(options, work)
+    engines = choose_decoder("dali", device).engines if has_dali() else None
+    rows = plan_rows(files, options.workers, options.pipelines, engines)
+    by_name = {kept.name: kept for kept in files}
+    memory: dict[int, list[float]] = {id(row): [] for row in rows}
+    for number in range(options.rounds):
+        for row in rows:
+            kept = by_name[row.files]
+            if row.decoder.startswith("bare"):
+                rate, used = measure_bare(kept, row.workers, options.seconds, crop=row.decoder == "bare + crop")
+            else:
+                rate, used, row.gpu_memory_mb, row.nvdec_percent = measure_loader(
+                    kept, row, options.seconds, options.batch, device
+                )
+            row.rounds.append(rate)
+            memory[id(row)].append(used)
+            told = f"round {number + 1}: {row.files:<12} {row.decoder:<11} x{row.workers:<3} {rate:8.1f} clips/s"
+            print(told if row.pipelines is None else f"{told}, {row.pipelines} pipelines", file=sys.stderr)
+    for row in rows:
+        row.clips_per_second = statistics.median(row.rounds)
+        row.memory_mb = statistics.median(memory[id(row)])
+    return files, rows
+
+
+def make_files(options: argparse.Namespace, work: Path) -> list[Files]:
+    original = options.videos
+    if not options.as_they_are:
+        original = work / "original"
+        original.mkdir()
+        make_originals(read_manifest(options.videos), original)
+    files = [read_files("original", original)]
+    copies = [("h264", gop) for gop in (8, 4, 1)]
+    if has_dali():
+        copies += [("vp9", 4), ("mjpeg", 1)]
+    for codec, gop in copies:
+        folder = work / f"{codec}-{gop}"
+        prepare(original, folder, codec, gop)
+        files.append(read_files(f"{codec} gop {gop}", folder))
+    return files
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.input_pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("videos", help="what --data.train takes")
+    parser.add_argument(
+        "--out", type=Path, help="folder for input_pipeline.json, .md and .png; without it, a table only"
+    )
+    parser.add_argument("--as-they-are", action="store_true", help="VIDEOS are the originals; none are made")
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="processes")
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8, help="clips")
+    parser.add_argument("--pipelines", type=int, nargs="+", help="of DALI on a GPU; default: one, and one per NVDEC")
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--step-rate", type=float, metavar="CLIPS_PER_SECOND", help="what a training step takes")
+    step.add_argument("--step-from", type=Path, metavar="FILE", help="a step_time.json: its fastest exact rung")
+    parser.add_argument("--step-model", choices=MODELS, default="umt_b16", help="whose, in that; default %(default)s")
+    parser.add_argument("--soak", type=int, metavar="CLIPS", help="watch the memory of each decoder instead")
+    options = parser.parse_args(arguments)
+    for name in ("workers", "seconds", "rounds", "batch", "pipelines", "step_rate", "soak"):
+        given = getattr(options, name)
+        for number in given if isinstance(given, list) else [given]:
+            if number is not None and not number > 0:  # NaN included
+                parser.error(f"--{name.replace('_', '-')} {number:g}: must be above 0")
+    if options.soak is not None and options.soak < options.batch:
+        parser.error(
+            f"--soak {options.soak} is less than one batch of {options.batch}; give more, or a smaller --batch"
+        )
+    return options
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All that was asked for, printed and written."""
+    step_rate, step_name = options.step_rate, "as given"
+    if options.step_from is not None:
+        step_rate, step_name = report.read_step(options.step_from, options.step_model)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="input-pipeline-") as work:
+        if options.soak is not None:
+            for kept in make_files(options, Path(work)):
+                for decoder in soaked(kept, device):
+                    watched = soak(kept, decoder, options.workers[-1], options.soak, options.batch, device)
+                    told = ", ".join(f"{name} {value:.0f}" for name, value in watched.items())
+                    print(f"{decoder}, {kept.name}, {options.soak} clips, MB: {told}")
+            return
+        files, rows = run(options, device, Path(work))
+    facts: dict[str, object] = {**describe(), "processors": os.cpu_count()}
+    if step_rate is not None:
+        facts |= {"step": step_name, "step_clips_per_second": round(step_rate, 2)}
+    stored = {kept.name: {"codec": kept.codec, "gop": kept.gop, "bytes": kept.bytes_per_video} for kept in files}
+    content = {"facts": facts, "frames": FRAMES, "files": stored, "rows": [asdict(row) for row in rows]}
+    print(report.table(content))
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    if options.out:
+        report.write(content, options.out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    try:
+        measure(options)
+    except subprocess.CalledProcessError as error:  # it has said why
+        sys.exit(f"error: {' '.join(error.cmd)} failed")
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

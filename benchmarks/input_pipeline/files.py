@@ -1,0 +1,91 @@
+"""The videos of the benchmark: originals as data sets hold them, and training copies of these."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import av
+import numpy as np
+
+from umt_fast.data.decode import probe, read_frames
+from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.manifest import read_manifest
+from umt_fast.data.storage import file_size
+
+SECONDS, FPS, SIZE, GOP = 10, 30, (340, 256), 250
+
+
+@dataclass(frozen=True)
+class Files:
+    """One way of keeping the videos."""
+
+    name: str
+    codec: str
+    gop: float
+    """Frames from one key frame to the next, on average."""
+    videos: VideoList
+    known: list[Video]
+    """The same with their facts, as an index has them."""
+    bytes_per_video: float
+
+
+def make_originals(sources: VideoList, folder: Path) -> None:
+    """Write each source as a 10 s video: played forwards and backwards until it is long enough."""
+    for number, source in enumerate(sources):
+        try:
+            pictures = read_frames(source, lambda count: range(min(count, SECONDS * FPS)))
+        except BadVideo as error:
+            _refuse(source, error)
+        looped = pictures + pictures[-2:0:-1]
+        with av.open(str(folder / f"{number:03d}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"crf": "23", "g": str(GOP)})
+            stream.width, stream.height = SIZE
+            stream.pix_fmt = "yuv420p"
+            for place in range(SECONDS * FPS):
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(looped[place % len(looped)]), "rgb24")
+                container.mux(stream.encode(picture.reformat(*SIZE, format="yuv420p")))
+            container.mux(stream.encode())
+
+
+def prepare(source: Path | str, folder: Path, codec: str, gop: int) -> None:
+    """Make copies with the command that users have."""
+    command = [sys.executable, "-m", "umt_fast.data.prepare", str(source), str(folder)]
+    subprocess.run([*command, "--codec", codec, "--gop", str(gop)], check=True)
+
+
+def read_files(name: str, source: Path | str) -> Files:
+    """The videos of `source` and what is in them."""
+    videos = read_manifest(str(source))
+    for video in videos:
+        if video.remote or video.offset is not None:
+            sys.exit(f"error: {video.name} is no file of its own here, as the bare loop wants; leave out --as-they-are")
+    known = [video if video.facts else _look_into(video) for video in videos]
+    facts = [video.facts for video in known if video.facts]
+    return Files(
+        name,
+        codec=" and ".join(sorted({one.codec for one in facts})),
+        gop=sum(one.frames for one in facts) / sum(max(len(one.keys), 1) for one in facts),
+        videos=videos,
+        known=known,
+        bytes_per_video=statistics.mean(file_size(video) for video in videos),
+    )
+
+
+def _look_into(video: Video) -> Video:
+    """With its facts. Exits where the bare loop could not read it."""
+    try:
+        facts = probe(video)
+    except BadVideo as error:
+        _refuse(video, error)
+    if not len(facts.keys):
+        _refuse(video, "no times to seek by")
+    return replace(video, facts=facts)
+
+
+def _refuse(video: Video, reason: object) -> NoReturn:
+    sys.exit(f"error: {video.name}: {reason}; leave it out of VIDEOS")

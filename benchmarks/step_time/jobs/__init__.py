@@ -1,0 +1,44 @@
+"""The training jobs whose step is timed, each with a plain writing of its published step and umt_fast's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from benchmarks.step_time.jobs import pretrain
+from benchmarks.step_time.ladder import Rung, TimedStep, ladder
+from umt_fast.config import StudentConfig
+
+
+class Work(Protocol):
+    """What every rung of a ladder works on, on one device: the same clips, weights and random choices."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def build(self, rung: Rung) -> TimedStep:
+        """The rung's step, its models on the device. The first call compiles."""
+
+    def flops(self, lean: bool) -> dict[str, int]:
+        """Floating-point operations of one step by phase: what the method needs, or what the published step makes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    models: tuple[str, ...]
+    """Those of the published recipes, smallest first, then `tiny`, to try the benchmark."""
+    batch: int
+    """Clips per step on a GPU, by default."""
+    cpu_batch: int
+    ladder: Callable[[torch.device], tuple[Rung, ...]]
+    prepare: Callable[[str, int, torch.device], Work]
+    student: Callable[[str], StudentConfig] | None = None
+    """Where decoding and the all-reduce are timed beside the step: the model whose clips and gradients they are of."""
+
+
+JOBS = {
+    "pretrain": Job(tuple(pretrain.MODELS), 64, 2, ladder, pretrain.prepare, lambda model: pretrain.MODELS[model][0]),
+}

@@ -1,0 +1,111 @@
+"""The rungs of a ladder: what each adds to the published step. A job says which it has (`benchmarks.step_time.jobs`).
+
+baseline, float32    the published step without autocast: the reference of the losses; not timed on GPUs
+baseline             the published step: fp16 with loss scaling on GPUs, bf16 on CPUs
++ SDPA               attention by torch's scaled_dot_product_attention
++ torch.compile      the published models compiled
++ lean math, eager   umt_fast's models with the attention that is fastest here and the plain PyTorch forms of
+                     umt_kernels' ops; not compiled, which may be faster on CPUs
++ lean math          the same, compiled
++ fused kernels      with the Triton kernels of umt_kernels
++ CUDA graph         the whole step recorded once and replayed
++ max-autotune       compiled with Inductor's mode of that name: matmuls from tuned Triton templates where they beat
+                     cuBLAS, with the pointwise work behind them fused in
++ fp8 teacher        on the recorded step of `+ CUDA graph`: the teacher's matmuls in float8
++ fp8 student        those of the student's blocks too, forward and backward: timed only on request
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import umt_kernels.backend
+from torch import Tensor
+
+from benchmarks.step_time.phases import Mark
+from umt_fast.run.low_precision import FLOAT8_CAPABILITY, INSTALL
+
+TimedStep = Callable[[bool, Mark], "Tensor | float"]
+"""Makes one training step and returns its loss. True: with the random choices that all rungs share, so that losses can
+be compared; False: with its own draws, as a run makes them."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: everything that it adds to the published step."""
+
+    name: str
+    precision: str
+    lean: bool = False
+    sdpa: bool = False
+    compiled: bool = False
+    kernels: bool = False
+    captured: bool = False
+    max_autotune: bool = False
+    fp8: bool = False
+    fp8_student: bool = False
+    timed: bool = True
+    backend: str = "inductor"
+    """Of torch.compile."""
+    loss_tolerance: float = 0.02
+    """Largest distance of a loss from the reference's at the same step: bf16 and fp16 rounding, of losses near 2."""
+
+    @property
+    def timed_by_phase(self) -> bool:
+        return not self.captured
+
+    @property
+    def mode(self) -> str | None:
+        """Of torch.compile; the graphs of that mode are replaced by our own, which hold the whole step."""
+        return "max-autotune-no-cudagraphs" if self.max_autotune and self.backend == "inductor" else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes the published step up to the rounding of its precision."""
+        return not (self.fp8 or self.fp8_student)
+
+
+BEST = "+ CUDA graph"
+"""The rung that a short session measures first, against the baseline: the last exact one that compiles in a minute."""
+
+
+def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...]:
+    """The rungs in order. A job without a frozen teacher has no float8 rungs."""
+    half = "fp16" if device.type == "cuda" else "bf16"
+    lean = Rung("+ lean math", "bf16", lean=True, sdpa=True, compiled=True)
+    graph = replace(lean, name=BEST, kernels=True, captured=True)
+    rungs = (
+        Rung("baseline, float32", "fp32", timed=device.type != "cuda"),
+        Rung("baseline", half),
+        Rung("+ SDPA", half, sdpa=True),
+        Rung("+ torch.compile", half, sdpa=True, compiled=True),
+        replace(lean, name="+ lean math, eager", compiled=False),
+        lean,
+        replace(lean, name="+ fused kernels", kernels=True),
+        graph,
+        replace(graph, name="+ max-autotune", max_autotune=True),
+    )
+    if not frozen_teacher:
+        return rungs
+    return (
+        *rungs,
+        replace(graph, name="+ fp8 teacher", fp8=True, loss_tolerance=0.05),
+        replace(graph, name="+ fp8 student", fp8=True, fp8_student=True, loss_tolerance=0.1),
+    )
+
+
+def missing(rung: Rung, device: torch.device) -> str | None:
+    """What the rung needs and this machine lacks."""
+    if (rung.kernels or rung.captured) and device.type != "cuda":
+        return "a CUDA GPU"
+    if rung.kernels and (lacks := umt_kernels.backend.lacking(device)) is not None:
+        return lacks
+    if rung.fp8:
+        if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+            return "a GPU with float8 matmuls: Ada, Hopper or later"
+        if importlib.util.find_spec("torchao") is None:
+            return f"torchao ({INSTALL})"
+    return None
