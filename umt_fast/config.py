@@ -29,6 +29,7 @@ Recompute = Literal["none", "selective", "full"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
 GatherGradient = Literal["published", "true"]
+Activation = Literal["quick_gelu", "gelu"]
 
 
 MLP_RATIO = 4
@@ -312,6 +313,8 @@ class TeacherConfig:
     """How many of the last blocks give targets."""
     align_interval: float = 1.0
     """Blocks from one of these to the next, counted back from the last (stage 2's clip_return_interval)."""
+    activation: Activation = "quick_gelu"
+    """quick_gelu: OpenAI's CLIPs; gelu: most of open_clip's. The weights' own config is checked against it."""
 
     def __post_init__(self) -> None:
         _divides("teacher", "image_size", self.image_size, "patch_size", self.patch_size)
@@ -465,6 +468,8 @@ _CLIP_L14 = TeacherConfig(
 TEACHERS = {
     "clip_b16": TeacherConfig(),
     "clip_l14": _CLIP_L14,
+    # LAION's and DFN's, 16 x 16 patches: the student has patches of 14 pixels, or clips of 256 with input_size = 256.
+    "open_clip_h14": TeacherConfig(patch_size=14, width=1280, depth=32, heads=16, target_width=1024, activation="gelu"),
     "clip_l14_336": _CLIP_L14,  # another model's weights, its positions resampled to the same 14 x 14 grid
 }
 

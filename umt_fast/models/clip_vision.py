@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from umt_kernels import cls_scores, gather_layer_norm, patch_embed
 
-from umt_fast.config import MLP_RATIO, TeacherConfig
+from umt_fast.config import MLP_RATIO, Activation, TeacherConfig
 from umt_fast.models.attention import SDPA, Backend, attention, self_attention
 from umt_fast.models.positions import bicubic_window
 from umt_fast.models.vit import check_clip
@@ -64,33 +64,38 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, activation: Activation) -> None:
         super().__init__()
+        self.scale = QUICK if activation == "quick_gelu" else 1.0
+        """`forward` returns the layer's output times this."""
         self.c_fc = nn.Linear(width, MLP_RATIO * width)
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        """The layer's output times QUICK, which the residual sum takes out again.
+        """The layer's output times `scale`, which the residual sum takes out again.
 
         QuickGELU x sigmoid(1.702 x) is silu(1.702 x) / 1.702, and the division waits for the sum: the hidden layer,
         four times as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
         """
-        hidden = F.silu(self.c_fc(x.to(self.c_fc.weight.dtype)).mul_(QUICK), inplace=True)
+        hidden = self.c_fc(x.to(self.c_fc.weight.dtype))
+        if self.scale == 1:
+            return self.c_proj(F.gelu(hidden))
+        hidden = F.silu(hidden.mul_(QUICK), inplace=True)
         weight = self.c_proj.weight
         return F.linear(hidden, weight, (QUICK * self.c_proj.bias).to(weight.dtype))
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: Activation) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, activation)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
         x = x + self.attn(self.ln_1(x))  # not in place: what comes in may be an aligned output
-        return x.add_(self.mlp(self.ln_2(x)), alpha=1 / QUICK)
+        return x.add_(self.mlp(self.ln_2(x)), alpha=1 / self.mlp.scale)
 
     def rows(
         self,
@@ -103,13 +108,15 @@ class Block(nn.Module):
         kept = x.gather(1, row_ids[..., None].expand(-1, -1, x.shape[-1]))
         q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
         kept = kept + self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
-        return kept.add(self.mlp(self.ln_2(kept)), alpha=1 / QUICK)
+        return kept.add(self.mlp(self.ln_2(kept)), alpha=1 / self.mlp.scale)
 
 
 class Transformer(nn.Module):
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.resblocks = nn.ModuleList(
+            Block(config.width, config.heads, config.activation) for _ in range(config.depth)
+        )
 
 
 @dataclass

@@ -1,0 +1,59 @@
+"""Weight files and the key names in them.
+
+`files` reads and writes, `keys` maps names onto stage 1's models, `classifier` and `video_text` onto the others'.
+"""
+
+from umt_fast.weights.classifier import LoadReport, fit_positions, load_classifier, strip_prefixes
+from umt_fast.weights.files import (
+    HOW_TO_GET_CLIP,
+    TensorDict,
+    Weights,
+    WeightsError,
+    read_model,
+    read_weights,
+    write_weights,
+)
+from umt_fast.weights.keys import (
+    clip_image_tower,
+    inflate,
+    load_clip_teacher,
+    load_umt_student,
+    resample_positions,
+    strip_wrappers,
+    umt_state_dict,
+)
+from umt_fast.weights.video_text import (
+    bert_folder,
+    load_bert,
+    load_stage1,
+    load_video_text,
+    read_bert,
+    video_text_state_dict,
+)
+
+__all__ = [
+    "HOW_TO_GET_CLIP",
+    "LoadReport",
+    "TensorDict",
+    "Weights",
+    "WeightsError",
+    "bert_folder",
+    "clip_image_tower",
+    "fit_positions",
+    "inflate",
+    "load_bert",
+    "load_classifier",
+    "load_clip_teacher",
+    "load_stage1",
+    "load_umt_student",
+    "load_video_text",
+    "read_bert",
+    "read_model",
+    "read_weights",
+    "resample_positions",
+    "strip_prefixes",
+    "strip_wrappers",
+    "umt_state_dict",
+    "video_text_state_dict",
+    "write_weights",
+]

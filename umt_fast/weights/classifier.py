@@ -1,0 +1,135 @@
+"""Loading fine-tuning models by the published rules: what fits is loaded, and what does not is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umt_fast.config import VitConfig
+from umt_fast.models.classifier import VideoClassifier
+from umt_fast.models.positions import resize_positions
+from umt_fast.weights.files import TensorDict, WeightsError
+from umt_fast.weights.keys import strip_wrappers
+
+
+@dataclass
+class LoadReport:
+    """What became of a state dict's keys, named as the model's."""
+
+    loaded: list[str]
+    missing: list[str]
+    """In the model alone: these keep their values."""
+    unexpected: list[str]
+    """In the file alone."""
+    other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """In both, with the file's shape and the model's: these keep the model's values."""
+
+    def lines(self) -> list[str]:
+        """Each key that was not loaded and why, for people."""
+        lines = [f"not in the file, starts anew: {key}" for key in self.missing]
+        lines += [f"not in the model, left out: {key}" for key in self.unexpected]
+        return lines + [
+            f"of another shape, starts anew: {key}, {list(file)} in the file, {list(model)} in the model"
+            for key, (file, model) in self.other_shape.items()
+        ]
+
+    def unforeseen(self) -> list[str]:
+        """Lines of the keys that fine-tuning does not leave out by design.
+
+        By design the head, the norm before it and positions may start anew, and what follows the blocks of a
+        pre-trained model is left out. Everything else, a block of another width say, is a mistake.
+        """
+        ours, theirs = ("head.", "fc_norm.", "norm.", "pos_embed"), ("norm.", "fc_norm.", "clip_decoder.", "head.")
+        return LoadReport(
+            [],
+            [key for key in self.missing if not key.startswith(ours)],
+            [key for key in self.unexpected if not key.startswith(theirs)],
+            {key: shapes for key, shapes in self.other_shape.items() if not key.startswith("head.")},
+        ).lines()
+
+
+def load_classifier(
+    model: VideoClassifier,
+    state_dict: Mapping[str, Any],
+    *,
+    delete_head: bool = False,
+    class_map: Sequence[int] | None = None,
+    frames: int | None = None,
+) -> LoadReport:
+    """Load a pre-trained or fine-tuned state dict by the published rules, and say what was not loaded. Never raises
+    for a key that does not fit; `LoadReport.unforeseen` tells the mistakes from what is meant.
+
+    A head of 710 classes (K710) gives its first 400 rows to a model of 400, or the rows `class_map`. Prefixes of
+    wrappers are removed. Positions of another number of frames or grid are resampled; `frames` is how many token
+    frames the file has, where its settings say so. Without, they are taken to be the published 8 frames where that
+    fits, else as many as the model's grid makes them. A pre-trained `encoder.norm` is not put into `fc_norm`.
+    """
+    state = _unwrapped(state_dict)
+    weight = state.get("head.weight")
+    if delete_head:
+        state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
+    elif weight is not None and (class_map is not None or (len(weight) == 710 and model.config.num_classes == 400)):
+        rows = torch.as_tensor(range(400) if class_map is None else class_map)
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(weight)):
+            raise WeightsError(
+                f"the class map names rows {int(rows.min())} to {int(rows.max())} of a head of {len(weight)} classes"
+            )
+        state = {**state, "head.weight": weight[rows], "head.bias": state["head.bias"][rows]}
+    state = _encoder_names(state)
+    if "pos_embed" in state:
+        state["pos_embed"] = fit_positions(state["pos_embed"], model.config, frames)
+    own = model.state_dict()
+    fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    model.load_state_dict(fits, strict=False)
+    return LoadReport(
+        [key for key in own if key in fits],
+        [key for key in own if key not in state],
+        [key for key in state if key not in own],
+        {
+            key: (tuple(value.shape), tuple(own[key].shape))
+            for key, value in state.items()
+            if key in own and key not in fits
+        },
+    )
+
+
+def strip_prefixes(state_dict: Mapping[str, Any]) -> TensorDict:
+    """Tensors under the names of the encoder itself: no top key, nothing of DDP, torch.compile or a wrapping model."""
+    return _encoder_names(_unwrapped(state_dict))
+
+
+def _encoder_names(state: TensorDict) -> TensorDict:
+    """Each key less a leading `backbone.`, else a leading `encoder.`."""
+    return {
+        key.removeprefix("backbone." if key.startswith("backbone.") else "encoder."): value
+        for key, value in state.items()
+    }
+
+
+def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
+    """The tensors, from under a top key, without what wrappers put into the keys."""
+    state: Any = state_dict
+    for key in ("model", "module", "state_dict", "model_state"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    return strip_wrappers({key: value for key, value in state.items() if isinstance(value, Tensor)})
+
+
+def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tensor:
+    """Positions [1,M,D] of a file for the model, from `frames` token frames; see `load_classifier`.
+
+    Those that are not whole square grids are left as they are.
+    """
+    rows, new_frames = table.shape[1], config.token_frames
+    guesses = [frames] if frames is not None else [8 // config.tubelet_size, rows // config.grid**2]
+    if frames is None and rows == config.tokens:
+        return table
+    for guess in guesses:
+        if guess and rows % guess == 0 and math.isqrt(rows // guess) ** 2 == rows // guess:
+            return resize_positions(table[0].float(), guess, new_frames, config.grid, time_first=True)[None]
+    return table

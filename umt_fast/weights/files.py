@@ -1,0 +1,301 @@
+"""Reading and writing weight files. No file is trusted: nothing in one is executed, whatever it asks for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from umt_fast.config import Activation
+from umt_fast.errors import RunError
+from umt_fast.weights.torchscript import LARGEST_PICKLE, is_torchscript, read_torchscript
+
+T = TypeVar("T")
+TensorDict = dict[str, Tensor]
+
+HOW_TO_GET_CLIP = """Give --teacher-weights one of:
+  ViT-B-16.pt or ViT-L-14.pt            OpenAI's archives, as `clip.load` downloads them
+  vit_b16.pth or vit_l14.pth            the image tower extracted by the Unmasked Teacher authors
+  openai/clip-vit-base-patch16          a Hugging Face repo id (needs network and `pip install huggingface_hub`),
+  path/to/clip-vit-base-patch16         or a folder with its config.json and model.safetensors
+  path/to/open_clip_model.safetensors   open_clip weights, with their open_clip_config.json beside them"""
+
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_LARGEST_JSON = 64 << 20
+"""Bytes of a config or of an index of shards; a real index of shards has some hundred kilobytes."""
+
+
+class WeightsError(RunError, ValueError):
+    """Weights that cannot be found, read or used."""
+
+
+class Weights(TensorDict):
+    """Tensors by key, and what the files beside them say about the model."""
+
+    def __init__(self, tensors: TensorDict, origin: Path, config: Path | None = None) -> None:
+        """Raises WeightsError for a config that cannot be read."""
+        super().__init__(tensors)
+        self.activation: Activation | None = "quick_gelu" if is_torchscript(origin) else None
+        """The activation that a CLIP was trained with; None where no config says so. All CLIPs that are published as
+        TorchScript are OpenAI's own."""
+        self.origin = origin
+        """The file that says so; else the one that they were read from."""
+        if config is not None and (stated := _activation_in(config)):
+            self.activation, self.origin = stated, config
+
+
+def read_weights(source: str | Path) -> Weights:
+    """Tensors of a weight file, a folder (Hugging Face, open_clip, timm) or a repo id, by key.
+
+    Files: .safetensors; PyTorch's .pt/.pth/.bin, unpickled with weights_only, from under top keys `model`,
+    `state_dict` or `module` in any nesting; TorchScript archives (OpenAI's CLIP), whose code is not run. In folders
+    and repos the weights may be sharded. Raises WeightsError.
+    """
+    if not source:
+        raise WeightsError(f"no teacher weights are named.\n{HOW_TO_GET_CLIP}")
+    if "://" in str(source) or "::" in str(source):
+        raise WeightsError(f"{source}: weights are read from files, folders and Hugging Face repos; download it first")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _read_set(lambda name: path / name if (path / name).is_file() else None, f"{path}")
+    if path.is_file():
+        return Weights(_read_file(path), path, _config_beside(path))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in _SUFFIXES:
+        return _read_repo(str(source))
+    raise WeightsError(f"no weights at {source}: no such file or folder.\n{HOW_TO_GET_CLIP}")
+
+
+def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
+    """As `read_weights`, with the settings that the file holds beside them, by name; {} where there are none.
+
+    They are the `config` of a checkpoint of ours, or the argument object of a published one.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix != ".safetensors" and not is_torchscript(path):
+        content = _load_content(path)
+        settings = content.get("config", content.get("args")) if isinstance(content, dict) else None
+        if isinstance(settings, argparse.Namespace):
+            settings = vars(settings)
+        return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
+    return read_weights(source), {}
+
+
+def write_weights(path: str | Path, state: TensorDict) -> None:
+    """Write tensors as .safetensors, or as .pth under the top key `model`."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save({"model": state}, path)
+
+
+def _read_file(path: Path) -> TensorDict:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return _or_refuse(path, lambda: load_file(path))
+    if is_torchscript(path):
+        return _or_refuse(path, lambda: read_torchscript(path))
+    return _tensors_of(_load_content(path), path)
+
+
+def _load_content(path: Path) -> Any:
+    """What a file of PyTorch holds; nothing in it is executed."""
+
+    def load() -> Any:
+        if zipfile.is_zipfile(path):
+            _refuse_bomb(path)
+        with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    return _or_refuse(path, load)
+
+
+def _or_refuse(path: Path, read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except Exception as error:  # every reader has its own; all mean the same to the caller
+        raise WeightsError(f"cannot read weights from {path}: {_reason(error, path)}") from error
+
+
+def _tensors_of(content: Any, path: Path) -> TensorDict:
+    """The tensors by name, from under top keys in any nesting."""
+    while isinstance(content, dict):
+        inner = next((content[key] for key in _TOP_KEYS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path} holds no tensors by name")
+    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+
+
+_TOP_KEYS = ("model", "state_dict", "module")
+
+
+class _Ignored:
+    """Stands for an object that trainers store beside the weights. It takes any arguments and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+_ALLOWED_GLOBALS: list[Any] = [
+    argparse.Namespace,  # UMT's trainer stores its command line
+    *(
+        (_Ignored, f"{module}.{name}")
+        for module, names in {
+            "numpy": "dtype ndarray",
+            "numpy.core.multiarray": "scalar _reconstruct",
+            "numpy._core.multiarray": "scalar _reconstruct",
+            "pathlib": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",
+            "pathlib._local": "Path PosixPath WindowsPath PurePosixPath PureWindowsPath",  # Python 3.13
+        }.items()
+        for name in names.split()
+    ),
+]
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """One line. torch's own page of advice ends in switching off the protection, which is not possible here."""
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        command = (
+            f"import torch; c = torch.load({str(path)!r}, weights_only=False); "
+            "c = c.get('model', c.get('state_dict', c)) if isinstance(c, dict) else c; "
+            "torch.save({'model': c if isinstance(c, dict) else c.state_dict()}, 'weights.pth')"
+        )
+        return (
+            f"it holds objects of {found[1]} besides tensors, which are not loaded here because that can run any code. "
+            f'If you trust the file, save its tensors alone: python -c "{command}"'
+        )
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a zip that unpacks to much more than its size: tensors are stored uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > path.stat().st_size + LARGEST_PICKLE:
+        raise ValueError(f"it would unpack to {unpacked} bytes")
+
+
+# The first that is there is read. A folder may hold one model under several of these names.
+_HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
+_HUGGING_FACE_OLD = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_CANDIDATES = (*_HUGGING_FACE, *_OPEN_CLIP, *_HUGGING_FACE_OLD)
+
+
+def _read_set(fetch: Callable[[str], Path | None], where: str) -> Weights:
+    """The weights among the files of a folder or repo; `fetch` gives the local path of a file that it has."""
+    config = fetch("config.json")
+    # timm's repos hold timm's own image tower as model.safetensors, and the original beside it.
+    is_timm = config is not None and "architecture" in _read_json(config)
+    for name in (*_OPEN_CLIP, *_HUGGING_FACE, *_HUGGING_FACE_OLD) if is_timm else _CANDIDATES:
+        path = fetch(name)
+        if path is None:
+            continue
+        beside = fetch("open_clip_config.json") if name in _OPEN_CLIP else config
+        if not name.endswith(".index.json"):
+            return Weights(_read_file(path), path, beside)
+        state: TensorDict = {}
+        for shard in _shards_in(path):
+            shard_path = fetch(shard)
+            if shard_path is None:
+                raise WeightsError(f"{path} names {shard}, which is missing")
+            state.update(_read_file(shard_path))
+        return Weights(state, path, beside)
+    raise WeightsError(f"{where} holds none of {', '.join(_CANDIDATES)}\n{HOW_TO_GET_CLIP}")
+
+
+def _shards_in(path: Path) -> list[str]:
+    """File names of an index of sharded weights. Raises WeightsError for one outside the index's folder."""
+    shards = _read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise WeightsError(f"cannot read {path}: no weight_map")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(_SUFFIXES):
+            raise WeightsError(f"{path} names the shard {name!r}, which is not a weight file of this folder")
+    return list(dict.fromkeys(shards.values()))
+
+
+def _config_beside(path: Path) -> Path | None:
+    """The config in the folder of a weight file."""
+    names = ["open_clip_config.json", "config.json"]
+    for name in names if path.name.startswith("open_clip") else reversed(names):
+        if (path.parent / name).is_file():
+            return path.parent / name
+    return None
+
+
+def _activation_in(path: Path) -> Activation | None:
+    """What a config says of its CLIP; None for one of another kind of model. Raises WeightsError."""
+    config = _read_json(path)
+    try:
+        if "model_cfg" in config:  # open_clip's
+            return "quick_gelu" if config["model_cfg"].get("quick_gelu", False) else "gelu"
+        if "architecture" in config:  # timm's
+            name = f"{config['architecture']}.{config.get('pretrained_cfg', {}).get('tag', '')}"
+            return "quick_gelu" if "quickgelu" in name or name.endswith(".openai") else "gelu"
+        if not str(config.get("model_type", "clip")).startswith("clip"):
+            return None
+        stated = config.get("vision_config", config).get("hidden_act", "quick_gelu")
+    except (AttributeError, TypeError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    known: dict[str, Literal["gelu", "quick_gelu"]] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
+    if stated not in known:
+        raise WeightsError(f"{path}: hidden_act = {stated!r}; the teacher computes quick_gelu or gelu")
+    return known[stated]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+        if len(content) > _LARGEST_JSON:
+            raise ValueError(f"larger than {_LARGEST_JSON} bytes")
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"cannot read {path}: {error}") from error
+    return found
+
+
+def _read_repo(repo: str) -> Weights:
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    except ImportError:
+        raise WeightsError(
+            f"no file or folder {repo}; to fetch it as a Hugging Face repo: pip install huggingface_hub.\n"
+            f"{HOW_TO_GET_CLIP}"
+        ) from None
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name))  # from the cache where it is there
+        except LocalEntryNotFoundError:  # the hub is out of reach
+            raise
+        except EntryNotFoundError:  # the repo has no such file
+            return None
+
+    try:
+        return _read_set(fetch, f"the Hugging Face repo {repo}")
+    except WeightsError:
+        raise
+    except Exception as error:  # offline, missing, gated: the hub has many classes for it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"cannot fetch {repo} from the Hugging Face hub: {reason}\n{HOW_TO_GET_CLIP}") from error

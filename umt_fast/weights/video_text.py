@@ -1,0 +1,163 @@
+"""Keys of video-text models: stage 2, retrieval and question answering."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from umt_fast.models.video_text import VideoQaModel, VideoTextModel, bare_video_text
+from umt_fast.weights.files import TensorDict, WeightsError, read_weights
+from umt_fast.weights.keys import load_exactly, resample_positions, strip_wrappers
+
+
+def video_text_state_dict(model: nn.Module) -> TensorDict:
+    """A copy on the CPU of a stage-2 or question-answering model under its published keys, teacher included.
+
+    Parameters that two names share are there under both, as in the published files, which hold them under `model`.
+    """
+    state: TensorDict = {}
+    for key, value in bare_video_text(model).state_dict().items():
+        copy = value.detach().to("cpu", copy=True)
+        if key.endswith("embeddings.word_embeddings.weight"):
+            positions = key.replace("word_embeddings", "position_embeddings")
+            count = bare_video_text(model).get_parameter(positions).shape[0]
+            state[key.replace("word_embeddings.weight", "position_ids")] = torch.arange(count)[None]
+        state[key] = copy
+        if key.endswith("cls.predictions.transform.LayerNorm.bias"):
+            head = key.removesuffix("transform.LayerNorm.bias")
+            text = head.removesuffix("cls.predictions.")
+            state[f"{head}decoder.weight"] = state[f"{text}bert.embeddings.word_embeddings.weight"]
+            state[f"{head}decoder.bias"] = state[f"{head}bias"]
+    return state
+
+
+def load_video_text(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Load published stage-2 or fine-tuned keys, bare or under `model`; questions start as published.
+
+    The text encoder's `bert.` comes and goes as the model needs it, and the answer decoder of a model that has none in
+    the file is made of the fusion layers. Returns the keys that have no place in the model: the teacher, alignment
+    heads and language head in fine-tuning, for questions also the projections. Raises WeightsError for anything else
+    that is missing, misshapen or left over: nothing is skipped in silence.
+    """
+    own = bare_video_text(model)
+    wanted = own.state_dict()
+    given = _unwrap(state_dict)
+    source = {key: value for key, value in given.items() if not key.endswith(_COPIES)}
+    for key in [key for key in given if key.endswith("cls.predictions.decoder.bias")]:
+        source.setdefault(key.replace("decoder.bias", "bias"), given[key])
+    if own.clip_teacher is not None and f"clip_teacher.{_POSITIONS}" in source:
+        grid = own.clip_teacher.config.grid
+        source[f"clip_teacher.{_POSITIONS}"] = resample_positions(source[f"clip_teacher.{_POSITIONS}"], grid)
+    decodes = any(key.startswith("text_decoder.") for key in source)
+    state, used = {}, set()
+    for key in wanted:
+        name = key
+        if key.startswith("text_decoder.") and not decodes:
+            name = re.sub(
+                r"\.layer\.(\d+)\.",
+                lambda found: f".layer.{int(found[1]) + own.config.text.fusion_layer}.",
+                key.replace("text_decoder.", "text_encoder."),
+            )
+        for candidate in (name, name.replace("text_encoder.bert.", "text_encoder."), _with_bert(name)):
+            if candidate in source:
+                state[key] = source[candidate]
+                used.add(candidate)
+                break
+    left = [key for key in source if key not in used]
+    unwanted: tuple[str, ...] = ("clip_teacher.", "vision_encoder.clip_decoder.") if own.clip_teacher is None else ()
+    if isinstance(own, VideoQaModel):
+        unwanted += ("text_encoder.cls.", *_UNUSED_FOR_ANSWERS)
+    elif not own.config.has_language_head:
+        unwanted += ("text_encoder.cls.",)
+    state |= {key: source[key] for key in left if not key.startswith(unwanted)}
+    load_exactly(own, state, "video-text model")
+    head = "text_encoder.cls.predictions."
+    copied = {f"{head}decoder.weight", f"{head}decoder.bias"} if f"{head}bias" in used else set()
+    return [
+        key for key in given if key in left or (key not in source and key not in copied and key.startswith(unwanted))
+    ]
+
+
+def load_stage1(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
+    """Start the video encoder of stage 2 or of question answering from a stage-1 checkpoint, bare or under `model`.
+
+    Only the pooling norm is not in there and stays as it is. Returns the alignment heads' keys if the model has none.
+    Raises WeightsError naming what is missing, misshapen or left over.
+    """
+    vision = bare_video_text(model).vision_encoder
+    state = _unwrap(state_dict)
+    left = [] if len(vision.clip_decoder) else [key for key in state if key.startswith("clip_decoder.")]
+    state = {key: value for key, value in state.items() if key not in left}
+    own = vision.state_dict()
+    load_exactly(vision, state | {key: own[key] for key in own if key.startswith("pool_norm.")}, "video encoder")
+    return left
+
+
+def load_bert(model: VideoTextModel, state_dict: Mapping[str, Any]) -> None:
+    """Start the text encoder from a Hugging Face BERT, with its language head if the model has one.
+
+    Cross-attention is not in there and stays as it is; the pooler and the next-sentence head are dropped. Raises
+    WeightsError naming what is missing or misshapen.
+    """
+    state = {
+        key.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace(".beta", ".bias"): value
+        for key, value in _unwrap(state_dict).items()
+    }
+    dropped = ("pooler.", "cls.seq_relationship.", *(() if model.config.has_language_head else ("cls.",)))
+    named = {}
+    for key, value in state.items():
+        if not key.startswith(dropped) and not key.endswith(_COPIES):
+            named[key if key.startswith("cls.") or model.bert is model.text_encoder else f"bert.{key}"] = value
+    own = model.text_encoder.state_dict()
+    named |= {key: own[key] for key in own if ".crossattention." in key}
+    load_exactly(model.text_encoder, named, "text encoder")
+
+
+def bert_folder(source: str | Path) -> Path:
+    """The folder of a Hugging Face BERT with its weights and vocabulary, fetched if `source` is a repo id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
+        raise WeightsError(f"no folder {source}; give a Hugging Face folder of a BERT, or a repo id")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(source), allow_patterns=list(_BERT_FILES)))
+    except ImportError:
+        raise WeightsError(f"no folder {source}; to fetch it as a repo: pip install huggingface_hub") from None
+    except Exception as error:  # offline, missing, gated: the hub has many classes for it
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"cannot fetch {source} from the Hugging Face hub: {reason}") from error
+
+
+def read_bert(source: str | Path) -> TensorDict:
+    """Tensors of a Hugging Face BERT, by key; `source` as of `bert_folder`. Raises WeightsError."""
+    return read_weights(bert_folder(source))
+
+
+_BERT_FILES = ("config.json", "vocab.txt", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
+_POSITIONS = "positional_embedding"
+_COPIES = ("embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+"""Keys whose content is there under another, or is no parameter."""
+_UNUSED_FOR_ANSWERS = ("temp", "vision_proj.", "text_proj.", "itm_head.", "vision_encoder.pool_norm.")
+
+
+def _unwrap(state_dict: Mapping[str, Any]) -> TensorDict:
+    """The tensors from under a top key `model` or `module`, without what wrappers put into the keys."""
+    state: Mapping[str, Any] = state_dict
+    for key in ("model", "module"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    return strip_wrappers({key: value for key, value in state.items() if isinstance(value, Tensor)})
+
+
+def _with_bert(key: str) -> str:
+    """The key of a bare text encoder as it is where there is a language head."""
+    inner = key.removeprefix("text_encoder.")
+    return key if inner == key or inner.startswith(("bert.", "cls.")) else f"text_encoder.bert.{inner}"
