@@ -35,8 +35,7 @@ class Hostile(nn.Module):
 
     def __init__(self, target: str) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
-        self.register_buffer("halves", torch.ones(3, dtype=torch.float16))
+        self.weight = nn.Parameter(torch.ones(2))
         self.target = target
 
     @torch.jit.export

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from umt_fast.config import Activation
 from umt_fast.errors import RunError
-from umt_fast.weights.torchscript import LARGEST_PICKLE, is_torchscript, read_torchscript
+from umt_fast.weights.torchscript import is_torchscript, read_torchscript, refuse_bomb
 
 T = TypeVar("T")
 TensorDict = dict[str, Tensor]
@@ -113,7 +113,7 @@ def _load_content(path: Path) -> Any:
 
     def load() -> Any:
         if zipfile.is_zipfile(path):
-            _refuse_bomb(path)
+            refuse_bomb(path)
         with torch.serialization.safe_globals(_ALLOWED_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -181,14 +181,6 @@ def _reason(error: Exception, path: Path) -> str:
             f'If you trust the file, save its tensors alone: python -c "{command}"'
         )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _refuse_bomb(path: Path) -> None:
-    """Raise ValueError for a zip that unpacks to much more than its size: tensors are stored uncompressed."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(record.file_size for record in archive.infolist())
-    if unpacked > path.stat().st_size + LARGEST_PICKLE:
-        raise ValueError(f"it would unpack to {unpacked} bytes")
 
 
 # The first that is there is read. A folder may hold one model under several of these names.

@@ -39,6 +39,14 @@ _STORAGES = {
 }
 
 
+def refuse_bomb(path: Path) -> None:
+    """Raise ValueError for a zip that unpacks to much more than its size: tensors are stored uncompressed."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > path.stat().st_size + LARGEST_PICKLE:
+        raise ValueError(f"it would unpack to {unpacked} bytes")
+
+
 def is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
@@ -48,6 +56,7 @@ def is_torchscript(path: Path) -> bool:
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The tensors of the modules in an archive by their state-dict keys. Raises ValueError for a damaged one."""
+    refuse_bomb(path)
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -80,8 +89,12 @@ def _check_opcodes(content: bytes) -> None:
 class _Object:
     """A module or another object of the archive: only its attributes, nothing of its class."""
 
-    def __init__(self, *_: object) -> None:
-        self.attributes: dict[str, Any] = {}
+    attributes: dict[str, Any]
+
+    def __new__(cls, *_: object) -> _Object:
+        self = super().__new__(cls)
+        self.attributes = {}
+        return self
 
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
