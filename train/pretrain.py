@@ -286,6 +286,8 @@ def restore(
     content = checkpoint.load_checkpoint(source)
     for name in ("student", "teacher", "mask", "teacher_weights", "data.crops_per_clip", "run.seed"):
         then, now = (_setting(settings, name) for settings in (content["config"], dataclasses.asdict(config)))
+        if isinstance(then, dict):  # a setting younger than the checkpoint had its default value
+            then = {**_setting(dataclasses.asdict(Config()), name), **then}
         if then != now:
             raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
     weights.load_umt_student(student, content["model"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,8 +39,8 @@ def random_visible(batch: int, frames: int, patches: int, count: int) -> Tensor:
     return torch.rand(batch, frames, patches).topk(count).indices.sort().values
 
 
-@pytest.fixture
-def hugging_face() -> CLIPVisionModelWithProjection:
+@pytest.fixture(params=["quick_gelu", "gelu"])
+def hugging_face(request: pytest.FixtureRequest) -> CLIPVisionModelWithProjection:
     config = CLIPVisionConfig(
         hidden_size=SMALL.width,
         intermediate_size=4 * SMALL.width,
@@ -47,7 +49,7 @@ def hugging_face() -> CLIPVisionModelWithProjection:
         num_attention_heads=SMALL.heads,
         image_size=SMALL.image_size,
         patch_size=SMALL.patch_size,
-        hidden_act="quick_gelu",
+        hidden_act=request.param,
         attn_implementation="eager",
     )
     model = CLIPVisionModelWithProjection(config).eval()
@@ -56,7 +58,7 @@ def hugging_face() -> CLIPVisionModelWithProjection:
 
 
 def test_matches_hugging_face(hugging_face):
-    teacher = ClipTeacher(SMALL)
+    teacher = ClipTeacher(replace(SMALL, activation=hugging_face.config.hidden_act))
     load_clip_teacher(teacher, hugging_face.state_dict())
     clip = torch.randn(2, 3, 3, 64, 64)
     frames = clip.transpose(1, 2).flatten(0, 1)
