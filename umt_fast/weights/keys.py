@@ -213,7 +213,7 @@ def _check_activation(weights: Weights, activation: str) -> None:
 
 
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Any], name: str) -> None:
-    """Load a state dict that must fit the module. Raises WeightsError naming what is missing, left over or misshapen."""
+    """Load a state dict that must fit. Raises WeightsError naming what is missing, left over or misshapen."""
     own = module.state_dict()
     missing = [f"missing {key} {list(own[key].shape)}" for key in own if key not in state]
     unexpected = [f"unexpected {key}" for key in state if key not in own]

@@ -138,7 +138,11 @@ def bert_folder(source: str | Path) -> Path:
 
 def read_bert(source: str | Path) -> TensorDict:
     """Tensors of a Hugging Face BERT, by key; `source` as of `bert_folder`. Raises WeightsError."""
-    return read_weights(bert_folder(source))
+    folder = bert_folder(source)
+    names = ("model.safetensors", "pytorch_model.bin")
+    if not any((folder / f"{name}{ending}").is_file() for name in names for ending in ("", ".index.json")):
+        raise WeightsError(f"{folder} holds neither {' nor '.join(names)}")
+    return read_weights(folder)
 
 
 _BERT_FILES = ("config.json", "vocab.txt", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
