@@ -7,12 +7,13 @@ Each kernel is compiled in every form in which the models launch it, for each ar
     spill    bytes of stack and local memory per thread
     loads    global load instructions by width in bits (how many x how wide)
     stores   likewise
+    tensor   instructions of the matrix units
     bulk     narrowest load of the bulk data / widest that the layout allows, in bits (memory-bound kernels)
     moved    bytes asked of memory, before caches, as a multiple of the least possible
     occ.     share of a multiprocessor's warps that can be at work
 
-`--gate` exits with 1 if a kernel spills, wants more shared memory than there is, or reads bulk data in loads under
-16 bytes where the layout allows 16.
+`--gate` exits with 1 if a kernel spills, wants more shared memory than there is, reads bulk data in loads under 16
+bytes where the layout allows 16, or multiplies matrices without the matrix units.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.kernels.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
-from benchmarks.kernels.launches import BULK, Case, cases, layout_bytes, traffic
+from benchmarks.kernels.launches import BULK, MATRIX_UNITS, Case, cases, layout_bytes, traffic
 
 PROCESSES = 2
 """Compiling is work for one core each, and CI has two."""
@@ -51,6 +52,8 @@ class Row:
     loads: dict[str, dict[int, int]]
     """By argument: width -> instructions."""
     stores: dict[str, dict[int, int]]
+    tensor: dict[str, int] | None
+    """Instructions of the matrix units by name, of kernels that should have them."""
     bulk: dict[str, tuple[int, int]]
     """Of each bulk argument the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int
@@ -67,6 +70,8 @@ class Row:
         limit = ARCHITECTURES[self.arch].shared_per_program
         if self.shared > limit:
             found.append(f"wants {self.shared} bytes of shared memory, there are {limit}")
+        if self.tensor is not None and not self.tensor:
+            found.append("has no instruction of the matrix units")
         for name, (narrowest, allowed) in self.bulk.items():
             if narrowest == 0:
                 found.append(f"no global load of {name} was found")
@@ -88,7 +93,9 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
     """Read a launch's code. `bulk` names the arguments to be read in wide loads; None looks the kernel up."""
     code = read_code(launch.cubin, launch.ptx)
     widths = {}
-    for name in BULK.get(launch.kernel, ()) if bulk is None else bulk:
+    if bulk is None:  # what tensor descriptors bring does not show as a load
+        bulk = () if launch.arguments.get("DESCRIPTORS") else BULK.get(launch.kernel, ())
+    for name in bulk:
         widths[name] = (min(code.loads.get(name, {0: 0})), 8 * layout_bytes(launch, name))
     moved, least = traffic(launch)
     return Row(
@@ -100,6 +107,7 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
         spill=code.local_bytes or 4 * code.local_accesses,
         loads={name: dict(counts) for name, counts in code.loads.items()},
         stores={name: dict(counts) for name, counts in code.stores.items()},
+        tensor=dict(code.tensor) if launch.kernel in MATRIX_UNITS else None,
         bulk=widths,
         moved=moved,
         least=least,
@@ -121,7 +129,9 @@ def _report(task: tuple[str, str, int]) -> list[Row]:
 
 def report_all(archs: list[int], op: str | None = None) -> list[Row]:
     """Rows of every case of every op (or of one), in order."""
-    tasks = [(case.op, case.name, arch) for arch in archs for case in cases() if op in (None, case.op)]
+    tasks = [
+        (case.op, case.name, arch) for arch in archs for case in cases() if op in (None, case.op) and arch >= case.arch
+    ]
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
         rows = [row for found in pool.map(_report, tasks, chunksize=4) for row in found]
     return sorted(rows, key=lambda row: row.kernel)
@@ -136,7 +146,21 @@ def _widths(accesses: dict[str, dict[int, int]]) -> str:
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    header = ("kernel", "case", "arch", "regs", "shared", "spill", "loads", "stores", "bulk", "moved", "occ.", "note")
+    header = (
+        "kernel",
+        "case",
+        "arch",
+        "regs",
+        "shared",
+        "spill",
+        "loads",
+        "stores",
+        "tensor",
+        "bulk",
+        "moved",
+        "occ.",
+        "note",
+    )
     lines = [header]
     for row in rows:
         bulk = " ".join(f"{name} {narrowest}/{allowed}" for name, (narrowest, allowed) in row.bulk.items())
@@ -150,6 +174,7 @@ def table(rows: list[Row]) -> str:
                 f"{row.spill}",
                 _widths(row.loads),
                 _widths(row.stores),
+                " ".join(f"{count}x{name}" for name, count in (row.tensor or {}).items()),
                 bulk,
                 f"{row.moved / row.least:.2f}",
                 f"{row.occupancy:.0%}",

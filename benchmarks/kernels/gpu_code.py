@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -140,9 +139,13 @@ class Code:
     loads: dict[str, Counter[int]] = field(default_factory=dict)
     """Global loads by the argument they read, `?` if unknown: how many instructions of how many bits."""
     stores: dict[str, Counter[int]] = field(default_factory=dict)
+    tensor: Counter[str] = field(default_factory=Counter)
+    """Instructions of the matrix units, by name: HMMA, HGMMA, UTCHMMA..."""
 
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_TENSOR = re.compile(r"(UTC)?[HIQ]G?MMA")
+"""HMMA and IMMA of a warp (Ampere), HGMMA, IGMMA and QGMMA of four (Hopper), UTCHMMA... of the tensor memory (B200)."""
 _PTX_LINE = re.compile(r'\s*//## File "\.nv_debug_ptx_txt[^"]*", line (\d+)')
 _LOCATION = re.compile(r"\s*\.loc\s+(\d+) (\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]+)"', re.MULTILINE)
@@ -162,19 +165,22 @@ def read_code(cubin: bytes, ptx: str) -> Code:
     argument = "?"
     loads: dict[str, Counter[int]] = {}
     stores: dict[str, Counter[int]] = {}
+    tensor: Counter[str] = Counter()
     local = 0
     for line in sass.splitlines():
         if found := _PTX_LINE.match(line):
             argument = arguments[int(found[1]) - 1]
         elif found := _INSTRUCTION.match(line):
             kind, *modifiers = found[1].split(".")
-            if kind in ("LDL", "STL"):
+            if _TENSOR.fullmatch(kind):
+                tensor[kind] += 1
+            elif kind in ("LDL", "STL"):
                 local += 1
             elif kind in ("LDG", "LDGSTS"):
                 loads.setdefault(argument, Counter())[_bits(modifiers)] += 1
             elif kind == "STG":
                 stores.setdefault(argument, Counter())[_bits(modifiers)] += 1
-    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], local, loads, stores)
+    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], local, loads, stores, tensor)
 
 
 def _arguments(ptx: str) -> list[str]:
@@ -227,5 +233,7 @@ def occupancy(architecture: Architecture, registers: int, shared: int, warps: in
     return programs * warps / architecture.warps
 
 
-def nbytes(tensor: Tensor | None) -> int:
+def nbytes(tensor: Any) -> int:
+    """Bytes of a tensor, of what a tensor descriptor describes, or of None."""
+    tensor = getattr(tensor, "base", tensor)
     return 0 if tensor is None else tensor.numel() * tensor.element_size()

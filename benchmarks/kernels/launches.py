@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from umt_kernels import (
     gather_patches,
     sample_visible,
 )
+from umt_kernels.matmul import GROUP, matmul
 from umt_kernels.patch_embed import implicit_patch_embed
 
 from benchmarks.kernels.gpu_code import Launch, nbytes
@@ -40,6 +42,8 @@ class Case:
     op: str
     name: str
     run: Callable[[], object]
+    arch: int = 80
+    """The first architecture that has what the call needs."""
 
 
 def cases() -> list[Case]:
@@ -47,7 +51,8 @@ def cases() -> list[Case]:
     found = []
     for model in MODELS:
         for op, listed in _FORMS.items():
-            found += [Case(op, f"{model.title} {name}", run) for name, run in listed(model)]
+            for name, run in listed(model):
+                found.append(Case(op, f"{model.title} {name}", run, 90 if name.startswith("fp8") else 80))
     return found
 
 
@@ -189,11 +194,50 @@ def _loss(m: Shapes) -> _Forms:
         yield ", ".join(parts), partial(run, DTYPES[name], norm, grad, IDS.get(ids))
 
 
+def _matmul(m: Shapes) -> _Forms:
+    """Every product with an epilogue of a block: teacher, student both ways, and the 8-bit teacher."""
+    if m is VIT_H:  # the same code: only numbers differ
+        return
+    half, width, hidden = torch.bfloat16, m.width, 4 * m.width
+    every, visible = m.images * (1 + m.patches), m.batch * m.kept
+
+    def run(rows: int, k: int, n: int, dtype: torch.dtype, out: torch.dtype = half, **settings: Any) -> None:
+        a, b = torch.empty(rows, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+        for name in ("residual", "derivative_at"):
+            if name in settings:
+                settings[name] = torch.empty(rows, n, dtype=settings[name])
+        if settings.get("transposed"):
+            b = b.view(k, n)
+        if dtype.itemsize == 1:
+            groups = settings.pop("groups", None)
+            settings |= {"a_scale": torch.empty(rows if groups is None else (groups, rows)), "b_scale": torch.empty(n)}
+        matmul(a, b, out, bias=None if "column_sums" in settings else torch.empty(n), **settings)
+
+    yield "teacher, qkv", partial(run, every, width, 3 * width, half)
+    yield "teacher, fc1", partial(run, every, width, hidden, half, activation="quick_gelu")
+    yield "teacher, fc2", partial(run, every, hidden, width, half, residual=half)
+    yield "student, fc1", partial(run, visible, width, hidden, half, activation="gelu", keep_before=True)
+    yield (
+        "student, fc2, fp32 residual",
+        partial(run, visible, hidden, width, half, torch.float32, residual=torch.float32),
+    )
+    yield (
+        "student, fc2 backward",
+        partial(run, visible, width, hidden, half, transposed=True, activation="gelu", derivative_at=half,
+                column_sums=True),
+    )  # fmt: skip
+    for name, dtype in {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.items():
+        yield f"{name} teacher, qkv", partial(run, every, width, 3 * width, dtype)
+        yield f"{name} teacher, fc1", partial(run, every, width, hidden, dtype, dtype, activation="quick_gelu")
+        yield f"{name} teacher, fc2", partial(run, every, hidden, width, dtype, groups=hidden // GROUP)
+
+
 _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
     "patch_embed": _implicit,
     "gather_layer_norm": _layer_norm,
     "add_layer_norm": _add_norm,
+    "matmul": _matmul,
     "cls_scores": _cls_scores,
     "sample_visible": _visible,
     "cosine_alignment_loss": _loss,
@@ -205,10 +249,14 @@ BULK = {
     "gather_layer_norm_backward": ("g", "x"),
     "add_layer_norm_forward": ("residual", "branch"),
     "add_layer_norm_backward": ("gy", "x"),
+    "matmul": ("a", "b"),
     "cosine_alignment_loss": ("x", "t"),
     "cosine_alignment_loss_scale": ("grad",),
 }
 """Memory-bound kernels, and the arguments whose bytes are all but the whole of what they read."""
+
+MATRIX_UNITS = frozenset({"matmul"})
+"""Kernels that multiply matrices: their code must use the matrix units."""
 
 
 def layout_bytes(launch: Launch, name: str) -> int:
@@ -306,6 +354,16 @@ def _add_norm_backward_traffic(launch: Launch) -> tuple[int, int]:
     return moved + 2 * nbytes(a["partial_ptr"]), read + written + parameters + 2 * nbytes(a["w_ptr"])
 
 
+def _matmul_traffic(launch: Launch) -> tuple[int, int]:
+    """Every column of tiles reads the whole of a, every row of tiles the whole of b; the L2 catches most of that."""
+    a = launch.arguments
+    row_tiles, column_tiles = -(-a["m"] // a["ROWS"]), -(-a["n"] // a["COLUMNS"])
+    rest = sum(nbytes(a[f"{name}_ptr"]) for name in ("out", "residual", "before", "bias", "b_scale", "out_scale"))
+    scales, sums = nbytes(a["a_scale_ptr"]), nbytes(a["sums_ptr"])
+    moved = (nbytes(a["a_ptr"]) + scales) * column_tiles + nbytes(a["b_ptr"]) * row_tiles + rest + 2 * sums
+    return moved, nbytes(a["a_ptr"]) + nbytes(a["b_ptr"]) + rest + scales + (4 * a["n"] if sums else 0)
+
+
 def _scores_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     least = nbytes(a["q_ptr"]) + nbytes(a["k_ptr"]) + nbytes(a["scores_ptr"])
@@ -347,6 +405,7 @@ _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "gather_layer_norm_backward": _norm_backward_traffic,
     "add_layer_norm_forward": _add_norm_forward_traffic,
     "add_layer_norm_backward": _add_norm_backward_traffic,
+    "matmul": _matmul_traffic,
     "cls_scores_forward": _scores_traffic,
     "cls_scores_backward": _scores_backward_traffic,
     "sample_visible": _visible_traffic,

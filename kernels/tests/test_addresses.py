@@ -17,6 +17,7 @@ from umt_kernels import (
     gather_patches,
     sample_visible,
 )
+from umt_kernels.matmul import matmul
 
 MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13 only
 STRIDE = 2**30 + 64
@@ -94,6 +95,18 @@ def test_add_layer_norm(device, axis, with_ids, post_norm):
         outputs = add_layer_norm(*given, weight, weight, 1e-6, row_ids=ids, post_norm=post_norm)
         results.append((*outputs, *torch.autograd.grad(outputs, given, (grad, grad))))
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("far", ["a", "b", "b transposed", "residual"])
+def test_matmul(device, needs_kernels, far):
+    a, b, residual = randn(device, 3, 8), randn(device, 4, 8), randn(device, 3, 4)
+    if far == "b transposed":
+        b = b.T.contiguous()[:4]
+        a = a[:, :4].contiguous()
+    given = {"a": a, "b": b, "residual": residual, "transposed": far == "b transposed", "out_dtype": torch.float16}
+    expected = matmul(**given)[0]
+    name = far.split()[0]
+    assert torch.equal(matmul(**{**given, name: far_apart(given[name], 0)})[0], expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -18,10 +18,12 @@ from umt_kernels import (
     cosine_alignment_loss,
     gather_layer_norm,
     gather_patches,
+    linear,
+    mlp,
     patch_embed,
     sample_visible,
 )
-from umt_kernels.backend import INTERPRETED
+from umt_kernels.backend import INTERPRETED, runs_triton
 
 OPS = torch.ops.umt_kernels
 on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -138,6 +140,12 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
                 False,
             ),
         ],
+        "matmul": [
+            (r(5, 6), r(4, 6), torch.float32),
+            (r(5, 6), r(6, 4), torch.bfloat16, True, r(4), "gelu", r(5, 4), None, True, True),
+            (r(5, 6), r(6, 4), torch.float32, True, None, "quick_gelu", None, r(5, 4), False, True),
+            (r(5, 6).char(), r(4, 6).char(), torch.int8, False, None, None, None, None, False, False, r(1, 5), r(4)),
+        ],
         "gather_layer_norm": [
             (r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), 1e-6, rows, r(7, 6), places),
             (r(2, 5, 12, grad=True)[..., ::2], r(12, grad=True)[::2], r(6, grad=True), 1e-6, None, None, None),
@@ -197,7 +205,7 @@ def test_opcheck(device, needs_kernels, name):
 
 
 def test_every_custom_op_is_checked():
-    ops = ("add_layer_norm", "gather_patches", "gather_layer_norm", "cls_scores", "sample_visible")
+    ops = ("add_layer_norm", "matmul", "gather_patches", "gather_layer_norm", "cls_scores", "sample_visible")
     for name in (*ops, "cosine_alignment_loss"):
         importlib.import_module(f"umt_kernels.{name}")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("umt_kernels::")}
@@ -211,6 +219,7 @@ def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]
         return randn(device, *shape, **settings)
 
     rows, places, kept = ids(device, 2, 3, 5), ids(device, 2, 3, 7), ids(device, 2, 3, 8)
+    fastest = "triton" if runs_triton(rows) else "torch"
     return {
         "gather_patches": (
             lambda clip, kept: gather_patches(clip, 4, token_ids=kept, halo=1),
@@ -259,6 +268,16 @@ def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]
             ),
             [r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), rows, r(7, 6), places],
         ),
+        "linear": (
+            lambda x, weight, bias, residual: linear(
+                x, weight, bias, activation="gelu", residual=residual, backend=fastest
+            ),
+            [r(2, 5, 6, grad=True), r(4, 6, grad=True), r(4, grad=True), r(2, 5, 4, grad=True)],
+        ),
+        "mlp": (
+            lambda x, *parameters: mlp(x, *parameters, activation="quick_gelu", residual=x, backend=fastest),
+            [r(2, 5, 6, grad=True), r(8, 6, grad=True), r(8, grad=True), r(6, 8, grad=True), r(6, grad=True)],
+        ),
         "cls_scores": (cls_scores, [r(2, 3, 4, grad=True), r(2, 3, 5, 4, grad=True)]),
         "cosine_alignment_loss": (
             lambda x, targets, weight, bias, places: cosine_alignment_loss(
@@ -274,6 +293,8 @@ def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]
 
 
 PUBLIC_OPS = list(public_cases(torch.device("cpu")))
+MATRIX_PRODUCTS = ("patch_embed", "linear", "mlp")
+"""Ops that multiply matrices in autocast's dtype."""
 
 
 def value_and_gradients(function: Callable, inputs: list[Tensor], autocast: torch.dtype | None = None) -> list[Tensor]:
@@ -403,7 +424,7 @@ def test_two_processes_get_the_gradients_of_one(tmp_path, assert_near):
             assert_near(grad, model.get_parameter(name).grad, 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in PUBLIC_OPS if name != "patch_embed"])  # its GEMM is autocast's
+@pytest.mark.parametrize("name", [name for name in PUBLIC_OPS if name not in MATRIX_PRODUCTS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_changes_nothing(device, name, dtype):
     function, inputs = public_cases(device)[name]
@@ -419,7 +440,7 @@ def test_autocast_changes_nothing(device, name, dtype):
 def test_cuda_graph_replays_with_new_inputs(device, name):
     torch.utils.deterministic.fill_uninitialized_memory = False
     function, inputs = public_cases(device)[name]
-    if name == "patch_embed":
+    if name in MATRIX_PRODUCTS:
         inputs = [x.detach() for x in inputs]  # cuBLAS brings its own workspace; captured without a backward
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -9,6 +9,8 @@ from umt_kernels.cls_scores import cls_scores
 from umt_kernels.cosine_alignment_loss import cosine_alignment_loss
 from umt_kernels.gather_layer_norm import gather_layer_norm
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
+from umt_kernels.linear import linear
+from umt_kernels.mlp import mlp
 from umt_kernels.patch_embed import patch_embed
 from umt_kernels.pixel_loss import pixel_loss
 from umt_kernels.sample_visible import sample_visible
@@ -23,6 +25,8 @@ __all__ = [
     "cosine_alignment_loss",
     "gather_layer_norm",
     "gather_patches",
+    "linear",
+    "mlp",
     "patch_embed",
     "pixel_loss",
     "sample_visible",

@@ -222,3 +222,40 @@ def pixel_errors(
         clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
     )
     return (wide - targets).square().mean(-1)
+
+
+QUICK = 1.702
+"""The factor of QuickGELU."""
+
+
+@_outside_autocast
+def linear(
+    x: Float[Tensor, "... k"],
+    weight: Float[Tensor, "n k"],
+    bias: Float[Tensor, " n"] | None,
+    activation: str | None,
+    residual: Float[Tensor, "... n"] | None,
+) -> Float[Tensor, "... n"]:
+    """In the dtype of x, as PyTorch's own layers; it leaves PyTorch its kernels, so it is also what runs by default."""
+    y = activated(F.linear(x, weight, None if bias is None else bias.to(x.dtype)), activation)
+    return y if residual is None else (residual + y).to(residual.dtype)
+
+
+def activated(x: Tensor, activation: str | None) -> Tensor:
+    if activation == "gelu":
+        return F.gelu(x)
+    return x if activation is None else x * torch.sigmoid(QUICK * x)
+
+
+@_outside_autocast
+def mlp(
+    x: Float[Tensor, "... d"],
+    fc1_weight: Float[Tensor, "h d"],
+    fc1_bias: Float[Tensor, " h"] | None,
+    fc2_weight: Float[Tensor, "n h"],
+    fc2_bias: Float[Tensor, " n"] | None,
+    activation: str,
+    residual: Float[Tensor, "... n"] | None,
+) -> Float[Tensor, "... n"]:
+    hidden = linear(x, fc1_weight, fc1_bias, activation, None)
+    return linear(hidden, fc2_weight, fc2_bias, None, residual)

@@ -24,6 +24,7 @@ FIRST = {
     "gather_patches": "UMT-B/16 student, i64 ids, u8->bf16",
     "gather_layer_norm": "UMT-B/16 student, position, i64, bf16",
     "add_layer_norm": "UMT-B/16 student, drop path, fp32+bf16",
+    "matmul": "UMT-B/16 student, fc1",
     "cls_scores": "UMT-B/16 bf16",
     "sample_visible": "UMT-B/16 per frame, fp32",
     "cosine_alignment_loss": "UMT-B/16 norm, grad, i64 ids, bf16",
@@ -114,6 +115,15 @@ def test_spill_fails(monkeypatch):
     (failure,) = row.failures()
     assert "spills" in failure
     assert "sm_80" in failure
+
+
+def test_matrix_units_are_seen_and_asked_for(monkeypatch):
+    found = {arch: compile_report.report(find_case("matmul", FIRST["matmul"]), arch)[0].tensor for arch in (80, 90)}
+    assert {arch: next(iter(names)) for arch, names in found.items()} == {80: "HMMA", 90: "HGMMA"}
+    x = torch.empty(4096)
+    monkeypatch.setattr(compile_report, "MATRIX_UNITS", {"test_compile_reportcopy"})
+    row = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, STEP=1, BLOCK=1024)
+    assert "has no instruction of the matrix units" in row.failures()[0]
 
 
 def test_narrow_load_fails(monkeypatch):
