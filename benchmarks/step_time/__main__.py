@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import RESULTS, describe, gpu_name
+from benchmarks.rates import GPUS
 from benchmarks.step_time import beside, prediction, report
 from benchmarks.step_time.beside import Beside
 from benchmarks.step_time.jobs import JOBS, Job
@@ -61,12 +62,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--check-only", type=int, metavar="N", help="N steps per rung, losses compared, nothing timed")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; aot_eager: a quick try")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
-    parser.add_argument("--predict", choices=prediction.DATASHEETS, help="predict the step times of a GPU")
-    parser.add_argument("--from", dest="source", type=Path, help="a measurement: report on it, measure nothing")
+    parser.add_argument("--predict", choices=GPUS, help="predict a GPU's step times; measure nothing")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="JSON",
+        help="a measurement to report on, or to compare with --predict",
+    )
     options = parser.parse_args(arguments)
     job = JOBS[options.job]
+    if options.predict and options.job != "pretrain":
+        parser.error(f"--predict: the kernels of {options.job} are not listed; only those of pretrain are")
     if options.models is None:
-        options.models = [*job.models[:-1]] if options.device == "cuda" else [job.models[0]]
+        options.models = [*job.models[:-1]] if options.device == "cuda" or options.predict else [job.models[0]]
     if unknown := [name for name in options.models if name not in job.models]:
         parser.error(f"--models {unknown[0]}: the job {options.job} has {', '.join(job.models)}")
     for name, least in (("batch", 1), ("repeats", 1), ("workers", 0), ("check_only", 1)):
@@ -183,6 +192,11 @@ def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     content: dict[str, Any] | None
+    if options.predict:
+        found = report.read(options.source) if options.source else prediction.find_measurement(options.predict)
+        for batch in options.batch or [JOBS["pretrain"].batch]:
+            print(prediction.predict(options.predict, options.models, batch, found))
+        return
     before = report.read(options.compare) if options.compare else None  # which may be written over
     if options.source is not None:
         content = report.read(options.source)
@@ -196,8 +210,6 @@ def main(arguments: list[str] | None = None) -> None:
             return
     print(report.table(content))
     print(report.beside_table(content))
-    if options.predict:
-        print(prediction.predict(content, options.predict))
     complaints: list[str] = []
     if before is not None and (slower := report.regressions(before, content)):
         complaints += ["slower than before:", *slower]

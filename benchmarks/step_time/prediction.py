@@ -1,69 +1,192 @@
-"""Step times of a GPU from a measurement on another."""
+"""Predicted step times of a GPU, by arithmetic: `python -m benchmarks.step_time --predict a100`.
+
+Each kernel of `expected.py` takes the longer of its operations and its bytes at the GPU's rates (`benchmarks.rates`);
+the step is their sum. A measurement of the same GPU adds columns with the measured times and the prediction's error; a
+measurement of another GPU, a column corrected by the error found there.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from benchmarks.environment import gpu_name
-from benchmarks.step_time.report import Content, facts
+from benchmarks.environment import RESULTS, gpu_name
+from benchmarks.rates import GPUS, Rates, measured_rates
+from benchmarks.step_time import report
+from benchmarks.step_time.expected import FORMS, Form, Kernel, expected_kernels
+from benchmarks.step_time.jobs.pretrain import MASK_RATIO, MODELS
+from benchmarks.step_time.ladder import BEST
+from benchmarks.step_time.phases import PHASES
+from benchmarks.step_time.report import Content
+from umt_fast import masking
 
-
-@dataclass(frozen=True)
-class Datasheet:
-    """A GPU's published peaks, dense."""
-
-    flops_per_second: float
-    bytes_per_second: float
-
-
-DATASHEETS = {
-    "a100": Datasheet(312e12, 2.039e12),  # A100 80GB SXM
-    "h100": Datasheet(989e12, 3.35e12),  # H100 SXM
-    "h200": Datasheet(989e12, 4.8e12),
+NEW_KERNELS = {
+    "add_layer_norm, bf16 residual in the teacher": Form(add_layer_norm=True),
+    "linear with epilogues (rival: max-autotune)": Form(epilogues=True),
+    "8-bit teacher by torchao": Form(eight_bit=True),
+    "8-bit teacher of our own: with both": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
+    "all that is exact": Form(add_layer_norm=True, epilogues=True),
 }
+"""Each on top of the best exact rung."""
+SHOWN_FORMS = {
+    "baseline": FORMS["baseline"],
+    "+ torch.compile": FORMS["+ torch.compile"],
+    BEST: FORMS[BEST],
+    "new kernels, exact": NEW_KERNELS["all that is exact"],
+    "and 8 bits": NEW_KERNELS["8-bit teacher of our own: with both"],
+}
+LEAST_SHOWN = 5e-5
+"""Seconds: kernels below it are summed up in one line of their phase."""
 
 
-def predict(content: Content, target: str) -> str:
-    """Step times of another GPU from this measurement, as Markdown that says it is a prediction.
+def kernels_of(model: str, batch: int, form: Form) -> list[Kernel]:
+    """The kernels of a step of one of the models of stage 1."""
+    student, teacher = MODELS[model]
+    student = replace(student, drop_path=0.0)
+    seen = student.token_frames * masking.count_visible(student.patches, MASK_RATIO)
+    return expected_kernels(student, teacher, batch, seen, form)
 
-    Of each phase the arithmetic (its operations at the measured matmul rate) scales with the matmul rates, what is
-    left with the memory bandwidths. The target is taken to reach the same share of its datasheet as the measured GPU
-    reaches of its own. Raises SystemExit for a measurement of a device without a datasheet here, such as a CPU.
+
+def step_seconds(model: str, batch: int, form: Form, rates: Rates) -> float:
+    return sum(kernel.seconds(rates) for kernel in kernels_of(model, batch, form))
+
+
+def rung_seconds(model: str, batch: int, rung: str, rates: Rates) -> float | None:
+    """None for rungs without a prediction: those in float32, and float8 on a GPU without it."""
+    form = FORMS.get(rung)
+    if form is None or (form.eight_bit and rates.eight_bit_type != "float8"):
+        return None
+    return step_seconds(model, batch, form, rates)
+
+
+def find_measurement(target: str, results: Path = RESULTS) -> Content | None:
+    """The step times of stage 1 on this GPU among the committed results."""
+    for path in sorted((results / target).glob("**/step_time.json")):
+        content = report.read(path)
+        if content["job"] == "pretrain":
+            return content
+    return None
+
+
+def predict(target: str, models: Sequence[str], batch: int, measured: Content | None = None) -> str:
+    """Markdown: per model the rungs, where each millisecond is expected, and what each new kernel should save.
+
+    Raises SystemExit for a measurement on a device without a datasheet here, such as a CPU.
     """
-    source = gpu_name(content["device"])
-    if source not in DATASHEETS:
-        raise SystemExit(
-            f"error: cannot predict from {content['device']}; give a measurement of one of {[*DATASHEETS]}"
-        )
-    ours, theirs = DATASHEETS[source], DATASHEETS[target]
-    slower_memory = ours.bytes_per_second / theirs.bytes_per_second
-    slower_matmul = ours.flops_per_second / theirs.flops_per_second
-    lines = [
-        f"## Prediction for {target}, not a measurement\n",
-        f"From {facts(content)}\n",
-        f"Arithmetic takes {slower_matmul:.2f} times as long and the rest {slower_memory:.2f} times, by the datasheets "
-        f"({theirs.flops_per_second / 1e12:.0f} TFLOP/s and {theirs.bytes_per_second / 1e12:.2f} TB/s).\n",
-        "| model | batch | rung | measured ms | predicted ms | predicted clips/s |",
-        "| --- | --- | --- | --- | --- | --- |",
+    rates, source = GPUS[target], None
+    if measured is not None:
+        source = gpu_name(measured["device"])
+        if source not in GPUS:
+            raise SystemExit(f"error: no datasheet of {measured['device']}; give a measurement of one of {[*GPUS]}")
+        if source == target:
+            rates = measured_rates(measured) or rates
+    parts = [
+        f"# Predicted step time on {target}: arithmetic, not a measurement",
+        f"{rates.text()}. Sources: benchmarks/rates.py. Kernels with their bytes and operations: "
+        "benchmarks/step_time/expected.py. "
+        "A kernel takes the longer of its operations and its bytes; gaps between kernels are not counted.",
     ]
-    for result in content["results"]:
-        if not result["seconds"]:
+    for model in models:
+        parts += [
+            f"## {model}, batch {batch}",
+            report.markdown(*report.filled(*_rung_table(model, batch, rates, measured, source == target))),
+            "### Milliseconds by kernel",
+            report.markdown(*_kernel_table(model, batch, rates)),
+            f"### Expected from new kernels, on top of `{BEST}`",
+            report.markdown(*_saving_table(model, batch, rates)),
+        ]
+        if measured is not None and source == target and (lines := _phase_lines(model, batch, rates, measured)):
+            header = ("rung", "phase", "predicted ms", "measured ms", "error")
+            parts += ["### Phases, predicted and measured", report.markdown(header, lines)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _measured_seconds(measured: Content | None, model: str, batch: int, rung: str) -> float | None:
+    for result in (measured or {}).get("results", ()):
+        if (result["model"], result["batch"], result["rung"]) == (model, batch, rung):
+            return result["seconds"]
+    return None
+
+
+def error_text(predicted: float, measured: float) -> str:
+    """By how much the prediction is off, in percent of the measurement."""
+    return f"{100 * (predicted / measured - 1):+.0f}%"
+
+
+def _rung_table(
+    model: str, batch: int, rates: Rates, measured: Content | None, same_gpu: bool
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    header = ("rung", "predicted ms", "speed-up", "clips/s", "measured ms", "error", "corrected ms")
+    first = step_seconds(model, batch, FORMS["baseline"], rates)
+    lines = []
+    for rung in FORMS:
+        predicted = rung_seconds(model, batch, rung, rates)
+        if predicted is None:
+            lines.append([rung, f"needs float8, which {rates.name} lacks", "", "", "", "", ""])
             continue
-        if "fp8" in result["rung"] and target == "a100":
-            lines.append(f"| {result['model']} | {result['batch']} | {result['rung']} | - | no float8 on it | - |")
+        line = [rung, f"{1e3 * predicted:.1f}", f"{first / predicted:.2f}x", f"{batch / predicted:.0f}"]
+        found = _measured_seconds(measured, model, batch, rung)
+        if found is None or measured is None:
+            line += ["", "", ""]
+        elif same_gpu:
+            line += [f"{1e3 * found:.1f}", error_text(predicted, found), ""]
+        else:
+            source = measured_rates(measured) or GPUS[gpu_name(measured["device"])]
+            there = step_seconds(model, batch, FORMS[rung], source)
+            line += ["", "", f"{1e3 * predicted * found / there:.1f}"]
+        lines.append(line)
+    return header, lines
+
+
+def _kernel_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...], list[list[str]]]:
+    spent: dict[tuple[str, str], dict[str, float]] = {}
+    bound: dict[tuple[str, str], str] = {}
+    for column, form in SHOWN_FORMS.items():
+        for kernel in kernels_of(model, batch, form):
+            key = (kernel.phase, kernel.name.removeprefix("last block: "))
+            row = spent.setdefault(key, {})
+            row[column] = row.get(column, 0.0) + kernel.seconds(rates)
+            if column == BEST or key not in bound:
+                bound[key] = kernel.bound(rates).replace("_", "-")
+    lines = []
+    for phase in PHASES:
+        small: dict[str, float] = {}
+        for key in (key for key in spent if key[0] == phase):
+            if max(spent[key].values()) < LEAST_SHOWN:
+                small = {column: small.get(column, 0.0) + spent[key].get(column, 0.0) for column in SHOWN_FORMS}
+                continue
+            lines.append([phase, key[1], bound[key], *_cells(spent[key])])
+        if small:
+            lines.append([phase, "the rest", "memory", *_cells(small)])
+    total = {column: sum(row.get(column, 0.0) for row in spent.values()) for column in SHOWN_FORMS}
+    lines.append(["step", "", "", *_cells(total)])
+    return ("phase", "kernel", "bound by", *SHOWN_FORMS), lines
+
+
+def _cells(row: dict[str, float]) -> list[str]:
+    return [f"{1e3 * row[column]:.2f}" if row.get(column) else "" for column in SHOWN_FORMS]
+
+
+def _saving_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...], list[list[str]]]:
+    before = step_seconds(model, batch, FORMS[BEST], rates)
+    lines = []
+    for name, form in NEW_KERNELS.items():
+        after = step_seconds(model, batch, form, rates)
+        share = f"{100 * (1 - after / before):.0f}%"
+        lines.append([name, f"{1e3 * after:.1f}", f"{1e3 * (before - after):.1f}", share])
+    return ("kernel", "step ms", "saves ms", "of the step"), lines
+
+
+def _phase_lines(model: str, batch: int, rates: Rates, measured: Content) -> list[list[str]]:
+    lines = []
+    for result in measured["results"]:
+        form = FORMS.get(result["rung"])
+        if (result["model"], result["batch"]) != (model, batch) or not result["phases"] or form is None:
             continue
-        rate = content["gemm_flops_per_second"][result["precision"]]
-        phases = result["phases"] or {"step": result["seconds"]}
-        flops = result["flops"] if result["phases"] else {"step": sum(result["flops"].values())}
-        # Phases are timed apart from whole steps: scale their sum to the step.
-        scale = result["seconds"] / sum(phases.values())
-        predicted = 0.0
-        for phase, seconds in phases.items():
-            spent = scale * seconds
-            arithmetic = min(spent, flops.get(phase, 0) / rate)
-            predicted += arithmetic * slower_matmul + (spent - arithmetic) * slower_memory
-        lines.append(
-            f"| {result['model']} | {result['batch']} | {result['rung']} | {1e3 * result['seconds']:.1f} | "
-            f"{1e3 * predicted:.1f} | {result['batch'] / predicted:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        kernels = kernels_of(model, batch, form)
+        for phase, found in result["phases"].items():
+            predicted = sum(kernel.seconds(rates) for kernel in kernels if kernel.phase == phase)
+            cells = [f"{1e3 * predicted:.2f}", f"{1e3 * found:.2f}"]
+            lines.append([result["rung"], phase, *cells, error_text(predicted, found)])
+    return lines

@@ -16,7 +16,7 @@ import torch
 import umt_kernels.backend
 
 from benchmarks.step_time import __main__ as step_time
-from benchmarks.step_time import beside, measure, plots, prediction, report
+from benchmarks.step_time import beside, measure, plots, report
 from benchmarks.step_time.jobs import JOBS, pretrain
 from benchmarks.step_time.jobs.pretrain import PretrainWork, prepare
 from benchmarks.step_time.ladder import ladder, missing
@@ -405,53 +405,6 @@ def test_compare_flags_what_became_slower(results, monkeypatch):
     slower["device"] = "another"
     with pytest.raises(SystemExit, match="not compared"):
         report.regressions(content, slower)
-
-
-def made_up_measurement() -> dict:
-    """A step with 60 ms of arithmetic in two phases and 40 ms of other work, on a GPU of 500 TFLOP/s."""
-    result = {
-        "model": "umt_b16",
-        "batch": 64,
-        "rung": "+ lean math",
-        "precision": "bf16",
-        "seconds": 0.1,
-        "phases": {"teacher": 0.05, "optimiser": 0.02, "backward": 0.03},
-        "flops": {"teacher": 20 * 10**12, "backward": 10 * 10**12},
-    }
-    return {
-        "device": "NVIDIA H200",
-        "threads": 16,
-        "torch": "2.13",
-        "commit": "abc",
-        "date": "2026-01-01",
-        "gemm_flops_per_second": {"bf16": 500e12},
-        "results": [result, {**result, "rung": "+ fp8 teacher"}, {**result, "seconds": None}],
-    }
-
-
-def test_predict_scales_arithmetic_and_memory_apart_and_says_that_it_is_a_prediction():
-    text = prediction.predict(made_up_measurement(), "a100")
-    expected = 60 * 989 / 312 + 40 * 4.8 / 2.039
-    assert "not a measurement" in text
-    assert f"| 100.0 | {expected:.1f} | {64e3 / expected:.1f} |" in text
-    assert "no float8 on it" in text
-
-
-def test_predict_treats_a_captured_step_as_one_phase():
-    content = made_up_measurement()
-    content["results"] = [{**content["results"][0], "phases": {}}]
-    assert f"| {60 * 989 / 312 + 40 * 4.8 / 2.039:.1f} |" in prediction.predict(content, "a100")
-
-
-def test_predict_wants_a_gpu_before_anything_is_measured(capsys):
-    with pytest.raises(SystemExit):
-        step_time.main(["--device", "cpu", "--predict", "a100"])
-    assert "give its step_time.json by --from" in capsys.readouterr().err
-
-
-def test_predict_refuses_a_cpu(results):
-    with pytest.raises(SystemExit, match="cannot predict from"):
-        step_time.main(["--from", str(results / "step_time.json"), "--predict", "a100"])
 
 
 def test_mistakes_are_named(tmp_path, capsys):

@@ -1,0 +1,257 @@
+"""Every kernel of a stage-1 step with its floating-point operations and bytes, by the form that a rung gives the step.
+
+Bytes are those that a kernel reads and writes when its inputs come from memory and its outputs go there. Under autocast
+the residual stream, the norms and the gradients of weights are float32 (4 bytes), what matmuls read and write is 2
+bytes. `eager` means one kernel per PyTorch call, with its casts; else pointwise chains and norms are fused, as Inductor
+does it. What the counts leave out: gaps between kernels, mask drawing and the other work on tensors of a few MB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from benchmarks.rates import Rates
+from umt_fast.config import MLP_RATIO, StudentConfig, TeacherConfig
+from umt_fast.run import costs
+
+
+@dataclass(frozen=True)
+class Form:
+    """What distinguishes the rungs, as far as kernels go."""
+
+    published: bool = False
+    """All tokens embedded, finished and projected; else only those that the method needs."""
+    eager: bool = False
+    math_attention: bool = False
+    """The student's attention by matmul, softmax, matmul."""
+    add_layer_norm: bool = False
+    """The op of that name everywhere; the teacher's residual stream in bf16."""
+    epilogues: bool = False
+    """GELU, its derivative and the bias gradients within the matmuls."""
+    eight_bit: bool = False
+    """The teacher's matmuls in 8 bits, but for the queries, keys and values of its last block."""
+
+
+FORMS = {
+    "baseline": Form(published=True, eager=True, math_attention=True),
+    "+ SDPA": Form(published=True, eager=True),
+    "+ torch.compile": Form(published=True),
+    "+ lean math, eager": Form(eager=True),
+    "+ lean math": Form(),
+    "+ fused kernels": Form(),
+    "+ CUDA graph": Form(),
+    "+ max-autotune": Form(epilogues=True),
+    "+ fp8 teacher": Form(eight_bit=True),
+}
+"""By rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled as in
+Triton, and a CUDA graph closes the gaps between kernels."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Equal launches of one phase."""
+
+    phase: str
+    name: str
+    calls: int
+    bytes: float
+    """Per call."""
+    flops: float = 0
+    """Per call; 0 for the memory-bound ones."""
+    unit: str = "matmul"
+    """Which rate of `Rates` its operations go by."""
+
+    def seconds(self, rates: Rates) -> float:
+        """Of all calls: the longer of arithmetic and memory traffic, which overlap."""
+        return self.calls * max(self.flops / getattr(rates, self.unit), self.bytes / rates.copy)
+
+    def bound(self, rates: Rates) -> str:
+        return self.unit if self.flops / getattr(rates, self.unit) > self.bytes / rates.copy else "memory"
+
+
+@dataclass
+class _Step:
+    """Collects kernels."""
+
+    form: Form
+    kernels: list[Kernel] = field(default_factory=list)
+
+    def passes(self, phase: str, name: str, elements: float, eager: float, fused: float, calls: int = 1) -> None:
+        """Memory-bound work on `elements`: bytes per element as separate kernels, and fused into one."""
+        moved = eager if self.form.eager else fused
+        if moved:
+            self.kernels.append(Kernel(phase, name, calls, elements * moved))
+
+    def matmul(
+        self, phase: str, name: str, m: float, n: float, k: float, calls: int = 1, extra: float = 0, bits: int = 16
+    ) -> None:
+        """[m, k] @ [k, n] into 2-byte numbers, with `extra` bytes of an epilogue."""
+        moved = bits // 8 * (m * k + k * n) + 2 * m * n + extra
+        unit = "eight_bit" if bits == 8 else "matmul"
+        self.kernels.append(Kernel(phase, name, calls, moved, 2 * m * n * k, unit))
+
+    def attention(self, phase: str, queries: float, keys: float, width: int, rows: int, calls: int) -> None:
+        """Fused attention of `rows` sequences, forward."""
+        moved = 2 * rows * width * (2 * queries + 2 * keys)
+        self.kernels.append(Kernel(phase, "attention", calls, moved, 4 * rows * queries * keys * width, "attention"))
+
+    def math_attention(self, phase: str, length: int, width: int, heads: int, rows: int, calls: int) -> None:
+        """Two matmuls, and a softmax in float32 over [rows, heads, length, length] with its casts."""
+        weights = rows * heads * length**2
+        moved = 2 * (2 * rows * length * width) + 2 * weights
+        flops = 2 * rows * length**2 * width
+        backward = phase == "backward"
+        self.kernels.append(Kernel(phase, "attention matmuls", calls * (4 if backward else 2), moved, flops))
+        self.passes(phase, "softmax and casts", weights, 26 if backward else 20, 8 if backward else 6, calls)
+
+
+def expected_kernels(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int, form: Form) -> list[Kernel]:
+    """The kernels of one step. `seen` is the visible tokens of a clip."""
+    step = _Step(form)
+    _teacher(step, student, teacher, clips, seen)
+    _student(step, student, clips, seen)
+    _loss(step, student, clips, seen)
+    _optimiser(step, student)
+    return step.kernels
+
+
+def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int) -> None:
+    form, phase = step.form, "teacher"
+    width, heads, patches = teacher.width, teacher.heads, teacher.grid**2
+    frames = clips * student.token_frames
+    length = patches + 1
+    rows, pixels = frames * length, clips * 3 * student.frames * student.image_size**2
+    bits = 8 if form.eight_bit else 16
+    if form.published:
+        own = clips * 3 * student.frames * teacher.image_size**2
+        if teacher.clip_size != teacher.image_size:
+            step.passes(phase, "bicubic resize", pixels, 8, 8)
+        step.passes(phase, "cast of the clip", own, 6, 6)
+        step.passes(phase, "cast of the weights", costs.teacher_parameters(teacher), 6, 6)
+        window = teacher.patch_size
+    else:
+        window = costs.folded_window(teacher)
+        # Eager: to float32, divided, shifted, scaled, padded or unfolded, cast; fused: read 1 byte, write the windows.
+        step.passes(phase, "patch gather", pixels, 43, 1 + 2 * (window / teacher.clip_patch_size) ** 2)
+    features = 3 * teacher.tubelet_size * window**2
+    step.matmul(phase, "patch embedding", frames * patches, width, features)
+    residual = 2 if form.add_layer_norm else 4
+    step.passes(phase, "class token, positions, ln_pre", rows * width, 22, 2 + residual)
+    full = teacher.depth if form.published else teacher.depth - 1
+    _teacher_blocks(step, rows, width, full, bits)
+    published_last = int(form.published)  # with its weights over all pairs of tokens
+    step.attention(phase, length, length, width, frames, full - published_last)
+    if published_last:
+        step.math_attention(phase, length, width, heads, frames, 1)
+    layers, out = teacher.align_layers, teacher.target_width
+    if form.published:
+        finished = layers * frames * patches
+        step.passes(phase, "stack and ln_post of all tokens", finished * width, 30, 10)
+        step.matmul(phase, "projection", frames * patches, out, width, layers)
+        step.passes(phase, "L2 norm of all targets", finished * out, 16, 8)
+        step.passes("sampling", "targets by mask", finished * out, 4, 4)
+        return
+    shown = clips * seen
+    step.matmul(phase, "last block: keys and values", rows, 2 * width, width)
+    step.matmul(phase, "last block: queries", shown + frames, width, width)
+    step.passes(phase, "last block: class scores", rows * width, 2, 2)
+    step.attention(phase, shown / frames, length, width, frames, 1)
+    _teacher_rest(step, "last block: ", shown, width, 1, bits)
+    step.passes(phase, "ln_post of visible tokens", layers * shown * width, 14, residual + 2)
+    step.matmul(phase, "projection", shown, out, width, layers)
+
+
+def _teacher_blocks(step: _Step, rows: int, width: int, count: int, bits: int) -> None:
+    phase, form = "teacher", step.form
+    step.matmul(phase, "qkv", rows, 3 * width, width, count, bits=bits)
+    _teacher_rest(step, "", rows, width, count, bits)
+    # Each half of a block: eager, norm 8, cast 6, sum 10; fused, both streams read, residual and normed rows written.
+    step.passes(phase, "residual sums and norms", rows * width, 24, _sum_and_norm(form), 2 * count)
+    if form.eight_bit:  # rows of the norm and of attention's output, in 8 bits with a scale each
+        extra = 0 if form.add_layer_norm else 3
+        step.passes(phase, "quantisation of the inputs", rows * width, 3 + 2 * extra, 3 + 2 * extra, count)
+
+
+def _sum_and_norm(form: Form) -> float:
+    if not form.add_layer_norm:
+        return 12
+    return 7 if form.eight_bit else 8  # a bf16 residual; rows of 8 bits for the next matmul
+
+
+def _teacher_rest(step: _Step, prefix: str, rows: float, width: int, count: int, bits: int) -> None:
+    """Output projection and MLP."""
+    phase, form, hidden = "teacher", step.form, MLP_RATIO * width
+    step.matmul(phase, f"{prefix}attention's projection", rows, width, width, count, bits=bits)
+    step.matmul(phase, f"{prefix}MLP in", rows, hidden, width, count, bits=bits)
+    step.matmul(phase, f"{prefix}MLP out", rows, width, hidden, count, bits=bits)
+    if not form.epilogues:  # published: two products and a sigmoid; lean: two passes in place
+        step.passes(phase, f"{prefix}QuickGELU", rows * hidden, 14 if form.published else 8, 4, count)
+    if form.eight_bit:
+        step.passes(phase, f"{prefix}quantisation of the hidden layer", rows * hidden, 3, 3, count)
+
+
+def _student(step: _Step, student: StudentConfig, clips: int, seen: int) -> None:
+    form, width, depth = step.form, student.width, student.depth
+    rows, hidden = clips * seen, MLP_RATIO * student.width
+    forward, backward = "student forward", "backward"
+    features = 3 * student.tubelet_size * student.patch_size**2
+    embedded = clips * (student.tokens if form.published else seen)
+    step.passes(forward, "cast of the weights", costs.student_parameters(student), 6, 6)
+    if form.published:
+        step.passes(forward, "cast of the clip", embedded * features, 6, 6)
+        step.passes(forward, "positions, tokens by mask", embedded * width, 12, 8)
+    else:
+        step.passes(forward, "patch gather", embedded * features, 43, 3)
+    step.matmul(forward, "patch embedding", embedded, width, features)
+    step.matmul(backward, "patch embedding", width, features, embedded)
+    if form.published:
+        step.passes(backward, "scatter of the tokens' gradients", embedded * width, 8, 4)
+    shapes = {
+        "qkv": (3 * width, width),
+        "attention's projection": (width, width),
+        "MLP in": (hidden, width),
+        "MLP out": (width, hidden),
+    }
+    for name, (out, into) in shapes.items():
+        pre = 2 * rows * hidden if form.epilogues and name == "MLP in" else 0  # the input of GELU, for the backward
+        step.matmul(forward, name, rows, out, into, depth, pre)
+        read = 2 * rows * hidden if form.epilogues and name == "MLP out" else 0
+        step.matmul(backward, f"{name}, input", rows, into, out, depth, read)
+        step.matmul(backward, f"{name}, weight", out, into, rows, depth)
+        if not form.epilogues:
+            step.passes(backward, "bias gradients", rows * out, 2, 2, depth)
+    if not form.epilogues:
+        step.passes(forward, "GELU", rows * hidden, 4, 4, depth)
+        step.passes(backward, "GELU", rows * hidden, 6, 6, depth)
+    if form.math_attention:
+        step.math_attention(forward, seen, width, student.heads, clips, depth)
+        step.math_attention(backward, seen, width, student.heads, clips, depth)
+    else:
+        step.attention(forward, seen, seen, width, clips, depth)
+        flops = 10 * clips * seen**2 * width  # with the forward pass made again
+        step.kernels.append(Kernel(backward, "attention", depth, 16 * rows * width, flops, "attention"))
+    step.passes(forward, "residual sums and norms", rows * width, 24, 12, 2 * depth)
+    step.passes(backward, "residual sums and norms", rows * width, 38, 16 if form.add_layer_norm else 22, 2 * depth)
+    step.passes(backward, "casts of weight gradients", costs.student_parameters(student), 6, 6)
+
+
+def _loss(step: _Step, student: StudentConfig, clips: int, seen: int) -> None:
+    rows, layers, width, out = clips * seen, student.align_layers, student.width, student.target_width
+    step.passes("student forward", "norm and positions of the heads", rows * width, 26, 6, layers)
+    step.matmul("student forward", "heads", rows, out, width, layers)
+    step.passes("loss", "norm, cosine and its gradient", layers * rows * out, 44, 6)
+    step.passes("backward", "gradient of the predictions", layers * rows * out, 40, 4)
+    step.matmul("backward", "heads, input", rows, width, out, layers)
+    step.matmul("backward", "heads, weight", out, width, rows, layers)
+    step.passes("backward", "norms of the heads", rows * width, 38, 16, layers)
+
+
+def _optimiser(step: _Step, student: StudentConfig) -> None:
+    """AdamW makes 20 passes over 4-byte numbers in its foreach form, 7 fused; the published step unscales gradients."""
+    parameters = costs.student_parameters(student)
+    if step.form.published:
+        step.passes("optimiser", "unscaling, norms", parameters, 12, 12)
+        step.passes("optimiser", "AdamW, foreach", parameters, 80, 80)
+    else:
+        step.passes("optimiser", "gradient norm", parameters, 4, 4)
+        step.passes("optimiser", "AdamW, fused", parameters, 28, 28)
