@@ -43,7 +43,7 @@ def stages(folder: Path) -> list[Stage]:
         Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
         Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
         Stage("memory and low precision", (*pytest, "tests/run/test_costs.py", "tests/run/test_low_precision.py")),
-        Stage("losses of the rungs", (*pytest, "tests/benchmarks/test_step_time.py", "-k", "rung_of_a_gpu")),
+        Stage("losses of the rungs", (*pytest, "tests/benchmarks/step_time/test_step_time.py", "-k", "rung_of_a_gpu")),
         Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
         Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),
     ]

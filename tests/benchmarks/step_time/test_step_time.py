@@ -260,7 +260,7 @@ def test_files_of_before_load(results, tmp_path):
     step_time.main(["--from", str(old), "--compare", str(old)])
     step_time.main(["--from", str(results / "step_time.json"), "--compare", str(old)])
     report.write(content, tmp_path)
-    assert "loss error" not in (tmp_path / "step_time.md").read_text()
+    assert "| loss error |" not in (tmp_path / "step_time.md").read_text()
     committed = ROOT / "benchmarks" / "results" / "cpu" / "pretrain" / "step_time.json"
     step_time.main(["--from", str(committed), "--compare", str(committed)])
 
@@ -367,7 +367,7 @@ def test_the_first_rung_that_runs_is_the_reference_and_says_so(monkeypatch):
     gemm: dict[str, list[float]] = {}
     results = measure.measure_model(JOB, "tiny", 1, [FLOAT, BASELINE, SDPA], 1, CPU, gemm)
     assert results[0].not_run == "not run: out of memory"
-    content = {"results": [{**asdict(result), "gemm_share": 0.5} for result in results]}
+    content = {"job": "pretrain", "results": [{**asdict(result), "gemm_share": 0.5} for result in results]}
     errors = [row[report.HEADER.index("loss error")] for row in report.rows(content)]
     assert errors[1] == "reference"
     assert errors[2] == f"{results[2].loss_error:.4f}"
