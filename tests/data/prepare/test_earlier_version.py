@@ -45,7 +45,9 @@ def test_the_same_clips_are_drawn(stored, folder):
         assert (row, video.name, frames) == (then["row"], then["name"], then["frames"])
         views = stream.draw_views(video.facts.width, video.facts.height, rng)
         assert [[view.x, view.y, view.width, view.height, view.flip] for view in views] == then["views"]
-        pixels = b"".join(np.ascontiguousarray(frame).tobytes() for frame in read_frames(video, lambda _: frames))
+        pixels = b"".join(
+            np.ascontiguousarray(frame).tobytes() for frame in read_frames(video, lambda _, frames=frames: frames)
+        )
         assert hashlib.sha256(pixels).hexdigest() == then["pixels"]
 
 
