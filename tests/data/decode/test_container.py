@@ -276,13 +276,13 @@ def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
 
 def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
-    to_array = container.to_array
+    to_rgb = container.RgbConverter.__call__
 
-    def convert(frame, reformatter):
+    def convert(converter, frame):
         converted.append(frame.pts)
-        return to_array(frame, reformatter)
+        return to_rgb(converter, frame)
 
-    monkeypatch.setattr(container, "to_array", convert)
+    monkeypatch.setattr(container.RgbConverter, "__call__", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])
     assert len(converted) == 3
 
@@ -302,8 +302,20 @@ def _turned(path: Path, target: Path, matrix: tuple[int, int, int, int]) -> Path
 
 @pytest.mark.parametrize(
     "matrix",
-    [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)],
-    ids=["upright", "90 clockwise", "180", "90 counter-clockwise"],
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),
+    ],
+    ids=[
+        "upright",
+        "90 clockwise",
+        "180",
+        "90 counter-clockwise",
+        "mirrored",
+        "upside down",
+        "swapped",
+        "anti-swapped",
+    ],
 )
 def test_rotation_by_the_track_header(sample, decode_all, tmp_path, matrix):
     """ISO/IEC 14496-12, 6.2.2: a pixel at (p, q) is shown at (a p + c q, b p + d q), y downwards."""

@@ -14,9 +14,10 @@ from dataclasses import replace
 import av
 import numpy as np
 
-from umt_fast.data.decode.container import as_bad_video, fetch, to_array
+from umt_fast.data.decode.container import RgbConverter, as_bad_video, fetch
 from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.orientation import orientation_of
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
@@ -75,7 +76,7 @@ class Reader:
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
-        to_rgb = av.video.reformatter.VideoReformatter()
+        to_rgb = RgbConverter()
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
         fed = 0  # frames whose packets the decoder has had, from the key frame before them on
@@ -87,7 +88,7 @@ class Reader:
                 frame = self._decode(fed, index)
                 if frame is None:
                     raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
-                picture = to_array(frame, to_rgb)
+                picture = to_rgb(frame)
             fed = index + 1
             yield index, picture
 
@@ -160,5 +161,5 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
 
 def _is_like(one: av.VideoFrame, other: av.VideoFrame) -> bool:
     """Whether frames of a file are alike in all that their RGB depends on."""
-    kinds = [(frame.format.name, frame.colorspace, frame.color_range, frame.rotation) for frame in (one, other)]
+    kinds = [(frame.format.name, frame.colorspace, frame.color_range, orientation_of(frame)) for frame in (one, other)]
     return kinds[0] == kinds[1] and np.array_equal(one.to_ndarray(), other.to_ndarray())

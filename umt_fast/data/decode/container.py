@@ -10,14 +10,20 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
 from umt_fast.data.index import BadVideo, Facts, Video
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import file_size, read_video
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 # How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
 _SLACK_SECONDS = 0.5
@@ -50,7 +56,7 @@ def probe(video: Video, content: bytes | None = None) -> Facts:
 def look_up(video: Video, content: bytes | None = None) -> Storage:
     """Read the header; no packet is listed. Raises BadVideo as `decode.open_video`."""
     with _container(video, content) as container:
-        context = container.streams.video[0].codec_context
+        context = find_film(container).codec_context
         pixels = context.format.name if context.format else ""
         codec = context.codec.canonical_name
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height)
@@ -71,6 +77,8 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
     with _container(video, content) as container:
         with as_bad_video():
             reader = Reader(container, video.facts, lambda: _open(video, content))
+            if video.facts is None:
+                refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
         yield reader
 
 
@@ -80,9 +88,23 @@ def _container(video: Video, content: bytes | None) -> Iterator[av.container.Inp
     with as_bad_video():
         container = _open(video, content)
     with container:
-        if not container.streams.video or container.streams.video[0].codec_context is None:
-            raise BadVideo("no video stream that can be decoded")
         yield container
+
+
+def find_film(container: av.container.InputContainer) -> av.VideoStream:
+    """The video stream that FFmpeg considers the best, but never a cover picture. Raises BadVideo if there is none."""
+    films = [
+        stream
+        for stream in container.streams.video
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+    ]
+    if not films:
+        only_covers = bool(container.streams.video)
+        raise BadVideo("no video but a cover picture" if only_covers else "no video stream that can be decoded")
+    best = container.streams.best("video")
+    if best in films:
+        return best
+    return max(films, key=lambda film: (bool(film.disposition & Disposition.default), film.frames, -film.index))
 
 
 def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
@@ -122,7 +144,7 @@ def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
 
 
 class Reader:
-    """The first video stream of an open container, and the presentation times of its frames."""
+    """The video stream of an open container, and the presentation times of its frames."""
 
     def __init__(
         self,
@@ -134,10 +156,10 @@ class Reader:
         self.indexed = facts
         self.reopen = reopen
         self.seeks = True
-        self.stream = container.streams.video[0]
+        self.stream = find_film(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
-        self.reformatter = av.video.reformatter.VideoReformatter()
+        self.to_rgb = RgbConverter()
         if facts is None:
             self._list_packets()
         else:
@@ -147,10 +169,11 @@ class Reader:
         vp8 = self.stream.codec_context.codec.canonical_name == "vp8"
         times: list[int | None] = []
         keys = []
-        packets = 0
+        packets, starts_with_key = 0, True
         for packet in demux(self.container, self.stream):
             if packet.size == 0:  # the flush at the end
                 continue
+            starts_with_key = packet.is_keyframe if not packets else starts_with_key
             packets += 1
             if packet.is_keyframe and packet.pts is not None:
                 keys.append(packet.pts)
@@ -164,8 +187,16 @@ class Reader:
         self.timed = bool(keys) and not reordered_avi and len(set(known)) == len(times)
         self.pts = sorted(known) if self.timed else list(range(len(times)))
         self.keys = sorted(keys)
-        self.plain = self.timed and packets == len(times)
         self._refuse_truncated(packets, known)
+        if self.timed and (not starts_with_key or self.pts[0] < self.keys[0]):
+            # A stream cut out of a longer one: its first packets may refer to frames that are not there
+            start = next(
+                (frame.pts for frame in self._rewind() if not frame.is_corrupt and frame.pts is not None), None
+            )
+            if start is None:
+                raise BadVideo("no frame decodes")
+            self.pts = [time for time in self.pts if time >= start]
+        self.plain = self.timed and packets == len(self.pts)
 
     @functools.cached_property
     def timeline(self) -> Timeline:
@@ -180,11 +211,12 @@ class Reader:
     @as_bad_video()
     def facts(self) -> Facts:
         """What an index holds of this video. Raises BadVideo."""
-        self.container.seek(min(self.keys[0], self.pts[0], 0) if self.timed else 0, stream=self.stream)
-        first = next(decode(self.container, self.stream), None)
+        frames = self._rewind() if self.timed else self._decode_all()
+        first = next((frame for frame in frames if not self.timed or frame.pts == self.pts[0]), None)
         if first is None:
             raise BadVideo("no frame decodes")
-        height, width = _upright(first, np.empty((first.height, first.width))).shape
+        orientation = orientation_of(first)
+        width, height = orientation.size(first.width, first.height)
         return Facts(
             width=width,
             height=height,
@@ -192,7 +224,7 @@ class Reader:
             codec=self.stream.codec_context.codec.canonical_name,
             times=np.array(self.pts, np.int64),
             keys=np.array(self.keys if self.timed else [], np.int64),
-            plain=self.plain and not first.rotation and not self._is_interlaced(first),
+            plain=self.plain and orientation == UPRIGHT and not self._is_interlaced(first),
         )
 
     def _is_interlaced(self, first: av.VideoFrame) -> bool:
@@ -261,7 +293,7 @@ class Reader:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                yield index, to_array(frame, self.reformatter)
+                yield index, self.to_rgb(frame)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame at time `key` on; from the start, once, where a seek lands behind it."""
@@ -275,20 +307,29 @@ class Reader:
                 yield from decoder
                 return
         self.seeks = False
+        yield from self._rewind()
+
+    def _rewind(self) -> Iterator[av.VideoFrame]:
+        """All frames of a stream with times, from the start."""
         self.container.seek(min(self.keys[0], self.pts[0], 0), stream=self.stream)
         yield from decode(self.container, self.stream)
+
+    def _decode_all(self) -> Iterator[av.VideoFrame]:
+        """All frames from the start, in a container of its own: a stream without times cannot be rewound."""
+        with self.reopen() as container:
+            stream = container.streams[self.stream.index]
+            assert isinstance(stream, av.VideoStream)
+            stream.codec_context.thread_count = 1
+            yield from decode(container, stream)
 
     def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Without times to seek by: decode from the start and count."""
         wanted = set(indices)
-        with self.reopen() as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            for index, frame in enumerate(decode(container, stream)):
-                if index in wanted and not frame.is_corrupt:
-                    yield index, to_array(frame, self.reformatter)
-                if index >= indices[-1]:
-                    break
+        for index, frame in enumerate(self._decode_all()):
+            if index in wanted and not frame.is_corrupt:
+                yield index, self.to_rgb(frame)
+            if index >= indices[-1]:
+                break
 
     def read_all(self) -> Iterator[av.VideoFrame]:
         """Every frame, as it is stored. Raises BadVideo."""
@@ -302,36 +343,64 @@ class Reader:
 
     def _all(self) -> Iterator[av.VideoFrame]:
         done = 0
-        with self.reopen() as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            for frame in decode(container, stream):
-                if done == len(self.pts) or frame.is_corrupt:
-                    break
-                if self.timed and frame.pts != self.pts[done]:
-                    if frame.pts is None or frame.pts > self.pts[done]:
-                        break
-                    continue  # cut away by an edit list
-                yield frame
-                done += 1
+        for frame in self._decode_all():
+            if self.timed and frame.pts is not None and done < len(self.pts) and frame.pts < self.pts[done]:
+                continue  # cut away by an edit list, or before the first frame that decodes
+            if done == len(self.pts) or frame.is_corrupt or (self.timed and frame.pts != self.pts[done]):
+                break
+            yield frame
+            done += 1
         if done < len(self.pts):
             raise BadVideo(f"frame {done} of {len(self.pts)} does not decode")
 
 
-def to_array(frame: av.VideoFrame, reformatter: av.video.reformatter.VideoReformatter) -> np.ndarray:
-    """uint8 RGB [H,W,3], upright. A reformatter keeps what it has worked out for frames of one kind."""
-    rgb = reformatter.reformat(frame, format="rgb24", threads=ONE_THREAD)
-    (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
-    return _upright(
-        frame, np.ndarray((rgb.height, rgb.width, 3), np.uint8, memoryview(plane), strides=(plane.line_size, 3, 1))
-    )
+class RgbConverter:
+    """Converts the frames of one video to uint8 RGB [H,W,3], upright.
+
+    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has.
+    """
+
+    def __init__(self) -> None:
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        self._orientation: Orientation | None = None
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+        if self._orientation is None:
+            self._orientation = orientation_of(frame)
+        rgb = self._reformatter.reformat(self._orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
+        (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
+        shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
+        return self._orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
+
+
+def read_tail(video: Video, content: bytes | None, count: int) -> bytes:
+    """The last `count` bytes of a video. Raises OSError."""
+    if content is not None:
+        return content[-count:]
+    size = file_size(video)
+    with open(video.path, "rb") as file:
+        file.seek((video.offset or 0) + max(size - count, 0))
+        return file.read(min(count, size))
+
+
+def refuse_cut_off(container: str, tail: Callable[[int], bytes]) -> None:
+    """Raise BadVideo for an Ogg or GIF file that lacks its end; their headers do not say how long they are."""
+    if container == "ogg":
+        end = tail(_LARGEST_OGG_PAGE)
+        page = end.rfind(b"OggS")
+        flags, lacing = end[page + 5 : page + 6], end[page + 26 : page + 27]
+        whole = page >= 0 and lacing and page + 27 + lacing[0] + sum(end[page + 27 :][: lacing[0]]) <= len(end)
+        if not whole or not flags[0] & _OGG_END_OF_STREAM:
+            raise BadVideo("truncated: its last Ogg page does not end the stream")
+    if container == "gif" and not tail(4096).rstrip(b"\0").endswith(b";"):
+        raise BadVideo("truncated: it lacks GIF's trailer byte")
+
+
+_LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
+_OGG_END_OF_STREAM = 4
+"""RFC 3533, section 6: header type flag of a stream's last page."""
 
 
 def _is_hidden(packet: av.Packet) -> bool:
     """Whether a VP8 frame is never shown (its show_frame bit, RFC 6386 section 9.1)."""
     return not memoryview(packet)[0] & 0x10
-
-
-def _upright(frame: av.VideoFrame, pixels: np.ndarray) -> np.ndarray:
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as the file asks players to turn it
-    return np.rot90(pixels, quarter_turns) if quarter_turns else pixels

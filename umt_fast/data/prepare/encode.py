@@ -14,6 +14,7 @@ from umt_fast.config import ConfigError
 from umt_fast.data.decode import probe
 from umt_fast.data.decode.by_index import find_packets
 from umt_fast.data.decode.container import ONE_THREAD, each_frame
+from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
 from umt_fast.data.index import BadVideo, Facts, Video
 
 
@@ -187,11 +188,12 @@ def _encode(
     stream: av.VideoStream, frames: Iterator[av.VideoFrame], ticks: np.ndarray, size: tuple[int, int], full_range: bool
 ) -> Iterator[av.Packet]:
     resize = VideoReformatter()
+    orientation: Orientation | None = None
     for frame, tick in zip(frames, ticks, strict=True):
-        turns = round(frame.rotation / 90) % 4  # counter-clockwise, as the file asks players to turn it
-        width, height = size[::-1] if turns % 2 else size
+        orientation = orientation or orientation_of(frame)  # the first frame has the display matrix
+        width, height = orientation.size(*size)
         fitted = resize.reformat(
-            frame,
+            orientation.rotate(frame),
             width,
             height,
             "yuvj420p" if full_range else "yuv420p",
@@ -201,19 +203,20 @@ def _encode(
             threads=ONE_THREAD,
         )
         # A new frame: the old one's type, captions and display matrix would reach the encoder.
-        fresh = av.VideoFrame.from_ndarray(_turn(fitted.to_ndarray(), width, height, turns), format=fitted.format.name)
+        planes = _turn(fitted.to_ndarray(), width, height, orientation)
+        fresh = av.VideoFrame.from_ndarray(planes, format=fitted.format.name)
         fresh.pts, fresh.time_base = int(tick), stream.codec_context.time_base
         yield from stream.encode(fresh)
     yield from stream.encode()
 
 
-def _turn(planes: np.ndarray, width: int, height: int, turns: int) -> np.ndarray:
+def _turn(planes: np.ndarray, width: int, height: int, orientation: Orientation) -> np.ndarray:
     """Turn the three planes of a 4:2:0 picture, stacked as PyAV stacks them [height * 3/2, width]."""
-    if not turns:
+    if orientation == UPRIGHT:
         return planes
     luma, *chroma = np.split(planes.ravel(), [width * height, width * height * 5 // 4])
-    turned = [np.rot90(luma.reshape(height, width), turns)]
-    turned += [np.rot90(plane.reshape(height // 2, width // 2), turns) for plane in chroma]
+    turned = [orientation.apply(luma.reshape(height, width))]
+    turned += [orientation.apply(plane.reshape(height // 2, width // 2)) for plane in chroma]
     return np.concatenate([plane.ravel() for plane in turned]).reshape(-1, turned[0].shape[1])
 
 
