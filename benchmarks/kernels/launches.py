@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from umt_kernels import (
     cosine_alignment_loss,
     gather_layer_norm,
     gather_patches,
+    pixel_loss,
     sample_visible,
 )
 from umt_kernels.matmul import GROUP, matmul
@@ -232,6 +233,24 @@ def _matmul(m: Shapes) -> _Forms:
         yield f"{name} teacher, fc2", partial(run, every, hidden, width, dtype, groups=hidden // GROUP)
 
 
+def _pixels(m: Shapes) -> _Forms:
+    """Tubes of two frames, 90% of the tokens hidden, as VideoMAE has it."""
+
+    def run(clip_dtype: torch.dtype, dtype: torch.dtype, normalise: Literal["channel", "token"]) -> None:
+        frames, hidden = 2 * m.frames, m.frames * int(0.9 * m.patches)
+        uint8 = clip_dtype == torch.uint8
+        shape = (m.batch, frames, m.side, m.side, 3) if uint8 else (m.batch, 3, frames, m.side, m.side)
+        predictions = torch.empty(m.batch, hidden, 6 * m.patch**2, dtype=dtype, requires_grad=True)
+        ids = torch.zeros(m.batch, hidden, dtype=torch.int64)
+        clip = torch.empty(shape, dtype=clip_dtype)
+        pixel_loss(predictions, clip, ids, m.patch, normalise=normalise, eps_in_root=normalise == "token").backward()
+
+    for clip_dtype, normalise in itertools.product((torch.uint8, torch.float32), ("channel", "token")):
+        for name, dtype in DTYPES.items():
+            pixels = "uint8" if clip_dtype == torch.uint8 else "fp32"
+            yield f"{pixels} clip, per {normalise}, {name}", partial(run, clip_dtype, dtype, normalise)
+
+
 _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
     "patch_embed": _implicit,
@@ -241,6 +260,7 @@ _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "cls_scores": _cls_scores,
     "sample_visible": _visible,
     "cosine_alignment_loss": _loss,
+    "pixel_loss": _pixels,
 }
 
 BULK = {
@@ -252,6 +272,7 @@ BULK = {
     "matmul": ("a", "b"),
     "cosine_alignment_loss": ("x", "t"),
     "cosine_alignment_loss_scale": ("grad",),
+    "pixel_loss": ("x",),
 }
 """Memory-bound kernels, and the arguments whose bytes are all but the whole of what they read."""
 
@@ -397,6 +418,14 @@ def _scale_traffic(launch: Launch) -> tuple[int, int]:
     return moved, moved
 
 
+def _pixels_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    predictions, clip, grad = a["x_ptr"], a["clip_ptr"], a["dx_ptr"]
+    pixels = predictions.numel() * clip.element_size()
+    rest = nbytes(predictions) + nbytes(a["ids_ptr"]) + nbytes(a["row_ptr"]) + nbytes(grad)
+    return pixels + rest, min(pixels, nbytes(clip)) + rest
+
+
 _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "gather_patches": _patches_traffic,
     "patch_embed_implicit": _implicit_traffic,
@@ -410,4 +439,5 @@ _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "cls_scores_backward": _scores_backward_traffic,
     "sample_visible": _visible_traffic,
     "cosine_alignment_loss": _loss_traffic,
+    "pixel_loss": _pixels_traffic,
 }

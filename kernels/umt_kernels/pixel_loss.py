@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -214,6 +215,7 @@ def _launch(
         NORMALISE=normalise,
         EPS_IN_ROOT=eps_in_root,
         BACKWARD=grad is not None,
+        ALIGN=math.gcd(8, *predictions.stride()[:2]),
         PATCH=patch_size,
         TUBELET=tubelet_size,
         **config(patch_size, tubelet_size),
@@ -269,6 +271,7 @@ if triton is not None:
         NORMALISE: tl.constexpr,
         EPS_IN_ROOT: tl.constexpr,
         BACKWARD: tl.constexpr,
+        ALIGN: tl.constexpr,  # a row of predictions begins at a multiple of so many numbers
         PATCH: tl.constexpr,
         TUBELET: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -316,7 +319,8 @@ if triton is not None:
             variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2))
             target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
         place = (row % kept).to(tl.int64)
-        x = tl.load(x_ptr + sample * x_b + place * x_m + column, mask=inside, other=0.0).to(tl.float32)
+        start = tl.multiple_of(sample * x_b + place * x_m, ALIGN)
+        x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         difference = tl.where(inside, x - target, 0.0)
         if BACKWARD:
             factor = tl.load(row_ptr + row).to(tl.float32) * (2.0 / (3 * PIXELS))
