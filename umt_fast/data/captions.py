@@ -171,7 +171,9 @@ def read_retrieval_training(
 
 def read_retrieval(source: str, join: bool = False, read_timeout: float = DataConfig.read_timeout) -> RetrievalSet:
     """The videos and texts of a test. A caption with several files, or a file with several captions, stays one."""
-    rows, texts, right = [], [], []
+    rows: list[dict[str, Any]] = []
+    texts: list[str] = []
+    right: list[list[int]] = []
     for entry in read_annotations(Source.parse(source), read_timeout):
         captions = (" ".join(entry.captions),) if join else entry.captions
         numbers = list(range(len(texts), len(texts) + len(captions)))

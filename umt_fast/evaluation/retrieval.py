@@ -91,15 +91,26 @@ def embed(
     device = model.temp.device
     batches = clips.split(videos_at_once) if isinstance(clips, Tensor) else clips
     seen = [[x.cpu() for x in model.embed_video(clip.to(device, non_blocking=True))] for clip in batches]
+    if not seen:
+        raise ValueError("no videos: retrieval needs some")
+    tokens, video = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    hidden, attention_mask, text = embed_texts(model, input_ids, attention_mask)
+    return Embedded(tokens, video, hidden, attention_mask, text)
+
+
+def embed_texts(
+    model: VideoTextModel, input_ids: Int[Tensor, "n l"], attention_mask: Int[Tensor, "n l"]
+) -> tuple[Float[Tensor, "n l h"], Int[Tensor, "n l"], Float[Tensor, "n e"]]:
+    """Hidden states below the fusion layers, the mask without shared padding, normalised projections; on the CPU."""
+    if not len(input_ids):
+        raise ValueError("no texts: retrieval needs some")
+    device = model.temp.device
     input_ids, attention_mask = cut_padding(input_ids.cpu(), attention_mask.cpu())
     read = []
     for ids, mask in zip(input_ids.split(TEXTS_AT_ONCE), attention_mask.split(TEXTS_AT_ONCE), strict=True):
         read.append([x.cpu() for x in model.embed_text(ids.to(device), mask.to(device))])
-    if not seen or not read:
-        raise ValueError(f"{len(seen)} batches of videos and {len(input_ids)} texts; retrieval needs some of both")
-    tokens, video = (torch.cat(parts) for parts in zip(*seen, strict=True))
     hidden, text = (torch.cat(parts) for parts in zip(*read, strict=True))
-    return Embedded(tokens, video, hidden, attention_mask, text)
+    return hidden, attention_mask, text
 
 
 def score(

@@ -1,0 +1,181 @@
+"""Stage-2 models from files: retrieval and questions over lists, the kept embeddings, search."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import stage2_cases as stage2
+import torch
+
+pytest.importorskip("av")
+
+from umt_fast import VideoQaModel, VideoTextModel, weights
+from umt_fast.config import DataConfig
+from umt_fast.data.captions import Question, read_retrieval
+from umt_fast.data.tokens import Tokenizer, make_vocabulary
+from umt_fast.evaluation import retrieval, search, video_text, video_text_report
+from umt_fast.evaluation.video_text import EmbedSettings, load_model
+from umt_fast.weights import WeightsError
+
+WORDS = [f"a {shape} {motion}" for shape in ("circle", "square") for motion in ("bounces", "orbits", "spins", "pulses")]
+DATA = DataConfig(workers=0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run's folder with a stage-2 model and one for questions, both random."""
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = Tokenizer(make_vocabulary(WORDS))
+    tokenizer.write(folder / "vocab.txt")
+    torch.manual_seed(3)
+    text = replace(stage2.SMALL.text, width=16, vocab_size=len(tokenizer.vocabulary), max_positions=40)
+    for name, kind in (("retrieval", VideoTextModel), ("qa", VideoQaModel)):
+        config = replace(stage2.SMALL, teacher=None, text=text)
+        model = kind(config)
+        settings = {"student": dataclasses.asdict(config.vision), "text": dataclasses.asdict(config.text)}
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        content = {"model": weights.video_text_state_dict(model), "config": settings}
+        torch.save(content, folder / "checkpoints" / f"{name}.pth")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def listed(demo_videos, tmp_path_factory) -> str:
+    """Eight videos with a caption each, one of them missing."""
+    paths = [line.split(",")[0] for line in demo_videos.read_text().splitlines()]
+    entries = [{"video": path, "caption": text} for path, text in zip(paths, WORDS, strict=True)]
+    entries[5]["video"] = "missing.mp4"
+    path = tmp_path_factory.mktemp("list") / "test.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_path, monkeypatch):
+    loaded = load_model(trained / "checkpoints" / "retrieval.pth")
+    assert loaded.model.config.vision.frames == 2
+    assert not loaded.model.training
+    found, settings = read_retrieval(listed), EmbedSettings(batch_size=3)
+    result, bad = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
+    assert [Path(path).name for path, _ in bad] == ["missing.mp4"]
+    content = json.loads((tmp_path / "retrieval.json").read_text())
+    assert content["recalls"] == result.recalls
+    assert content["videos"] == content["texts"] == 8
+    assert content["unreadable"][0]["path"] == "missing.mp4"
+    assert (tmp_path / "retrieval.png").stat().st_size > 2000
+    assert (result.coarse_v2t[5] == 0).all()
+    monkeypatch.setattr(video_text, "open_loader", None)  # nothing may be decoded again
+    again, bad_again = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
+    assert torch.equal(again.rerank_v2t, result.rerank_v2t)
+    assert bad_again == bad
+    assert "text to video" in video_text_report.recall_table(result.recalls, result.coarse_recalls)
+    picked = video_text_report.pick_queries(found, result, 3)
+    assert [query for query, _ in picked] == [found.texts[0], found.texts[2], found.texts[5]]
+    with pytest.raises(TypeError):  # another setting is another embedding
+        video_text_report.run_retrieval(loaded, found, tmp_path, replace(settings, antialias=True), DATA)
+
+
+def test_embeddings_equal_those_of_the_clips(trained, listed):
+    """The list's way through decoding gives what `retrieval.evaluate` gives for its clips."""
+    loaded = load_model(trained / "checkpoints" / "retrieval.pth")
+    found = read_retrieval(listed)
+    parts = [video_text.embed_set(loaded, found, EmbedSettings(), DATA, rank, 2)[0] for rank in (0, 1)]
+    whole, _ = video_text.embed_set(loaded, found, EmbedSettings(batch_size=5), DATA)
+    assert (torch.cat([part.video for part in parts]) - whole.video).abs().max() < 1e-6
+    assert (torch.cat([part.tokens for part in parts]) - whole.tokens).abs().max() < 1e-5
+    assert whole.tokens.shape == (8, 8, 16)
+    scores = retrieval.score(loaded.model, whole, found.texts_of_videos)
+    assert scores.coarse_v2t.shape == (8, 8)
+
+
+def test_chance_is_that_of_a_random_ranking(listed):
+    found = read_retrieval(listed)
+    expected = video_text_report.chance(found)
+    assert expected["txt_r1"] == expected["img_r1"] == 12.5
+    assert expected["img_r5"] == 62.5
+    assert expected["txt_r10"] == 100
+    several = replace(found, texts_of_videos=[[0, 1], [2], [3], [4], [5], [6], [7]], videos=found.videos[:7])
+    torch.manual_seed(0)
+    share = [retrieval.recalls(s, s.T, several.texts_of_videos)["txt_r1"] for s in torch.rand(2000, 7, 8)]
+    assert sum(share) / len(share) == pytest.approx(video_text_report.chance(several)["txt_r1"], abs=1)
+
+
+def test_questions_are_answered_over_a_list(trained, demo_videos):
+    loaded = load_model(trained / "checkpoints" / "qa.pth", answers=True)
+    paths = [line.split(",")[0] for line in demo_videos.read_text().splitlines()]
+    questions = [Question(path, "What spins?", str(i), ("circle",)) for i, path in enumerate([*paths[:3], "gone.mp4"])]
+    answers = ["circle", "square", "a circle spins"]
+    said, bad = video_text_report.answer_questions(loaded, questions, answers, EmbedSettings(batch_size=2), DATA)
+    assert set(said) == {"0", "1", "2"}
+    assert set(said.values()) <= set(answers)
+    assert len(bad) == 1
+    right = 100 * sum(answer == "circle" for answer in said.values()) / 4
+    assert video_text_report.question_accuracy(said, questions) == right
+
+
+def test_a_folder_is_indexed_once_and_searched(trained, demo_videos, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for line in demo_videos.read_text().splitlines()[:3]:
+        path = Path(line.split(",")[0])
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    options = ["--checkpoint", str(trained / "checkpoints" / "retrieval.pth"), "--videos", str(folder)]
+    options += ["--device", "cpu", "--seconds", "1.1", "--count", "4"]
+    search.main([*options, "a circle bounces", "square"])
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "a circle bounces"
+    assert lines[5] == "square"
+    scores = [float(line.split()[0]) for line in lines[1:5]]
+    assert scores == sorted(scores, reverse=True)
+    assert all(str(folder) in line for line in lines[1:5])
+    assert "broken.mp4" in err
+    assert (folder / ".umt-fast-search" / "found.png").stat().st_size > 2000
+    monkeypatch.setattr(search, "build_index", None)
+    search.main([*options, "a circle bounces"])
+    assert capsys.readouterr().out.splitlines() == lines[:5]
+    index = search.read_index(folder / ".umt-fast-search" / "index.safetensors", "another model")
+    assert index is None
+
+
+def test_parts_of_a_video_cover_it(trained, demo_videos):
+    from umt_fast.data.manifest import read_manifest
+
+    loaded = load_model(trained / "checkpoints" / "retrieval.pth")
+    index = search.build_index(loaded, read_manifest(str(demo_videos)), 1.0)
+    for row in range(8):
+        parts = index.seconds[index.rows == row]
+        assert len(parts) == 3  # 48 frames at 15 a second
+        assert parts[0, 0] == 0
+        assert parts[-1, 1] == pytest.approx(3.2, abs=0.05)
+        assert (parts[1:, 0] == parts[:-1, 1]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--checkpoint", "none.pth"], "no weights at none.pth"),
+        (["--seconds", "0"], "--seconds 0.0 --count 5: give numbers above 0"),
+        (["--videos", "/no/such/folder"], "/no/such/folder"),
+        (["--vocabulary", "none.txt"], "no vocabulary for .*looked for none.txt"),
+    ],
+)
+def test_a_search_that_cannot_be_made_ends_in_one_line(trained, demo_videos, change, says):
+    options = ["--checkpoint", str(trained / "checkpoints" / "retrieval.pth"), "--videos", str(demo_videos.parent)]
+    with pytest.raises(SystemExit, match=says):
+        search.main([*options, *change, "x"])
+    with pytest.raises(SystemExit, match="has no words"):
+        search.main([*options, "--seconds", "9", "--index", str(demo_videos.parent / "index"), "?!"])
+
+
+def test_files_that_are_no_stage_2_model_are_refused(trained, tmp_path):
+    torch.save({"model": {"encoder.x": torch.ones(2)}}, tmp_path / "stage1.pth")
+    with pytest.raises(WeightsError, match="is not a stage-2 model: it has no vision_encoder"):
+        load_model(tmp_path / "stage1.pth")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    with pytest.raises(WeightsError, match="has 6 words, but the model"):
+        load_model(trained / "checkpoints" / "retrieval.pth", tmp_path)

@@ -1,0 +1,202 @@
+"""Tests of a stage-2 model on lists, and what they leave in their folder: figures, scores, answers, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from umt_fast.config import DataConfig
+from umt_fast.data import open_loader
+from umt_fast.data.captions import Question, RetrievalSet
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.index import VideoList
+from umt_fast.data.pairs import IntervalSampling, PairTransform
+from umt_fast.data.tokens import clean_text
+from umt_fast.evaluation import retrieval
+from umt_fast.evaluation.found import Hit, draw_found
+from umt_fast.evaluation.qa import FirstToken, accuracy, rank_answers
+from umt_fast.evaluation.retrieval import Retrieval
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
+from umt_fast.files import write_whole
+from umt_fast.models.video_text import VideoQaModel, VideoTextModel
+
+SHOWN = 8
+"""Queries in the picture, evenly spread over the list."""
+HITS = 5
+
+
+def run_retrieval(
+    loaded: Loaded,
+    found: RetrievalSet,
+    folder: Path,
+    settings: EmbedSettings,
+    data: DataConfig,
+    k: int = retrieval.PUBLISHED_K,
+    about: dict[str, Any] | None = None,
+) -> tuple[Retrieval, list[tuple[str, str]]]:
+    """Retrieve both ways and write retrieval.json, scores.safetensors and retrieval.png to `folder`.
+
+    In several processes each embeds a part of the videos; the result is that of one process, and the first writes it.
+    The embeddings are kept in `folder`, so that a second test of the same model and list decodes nothing. Returns the
+    scores and the videos that could not be read, which count as not found.
+    """
+    model = loaded.model
+    assert isinstance(model, VideoTextModel)
+    rank, world_size = _place()
+    embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
+    bad = [file for part in _gather(bad) for file in part]
+    device = model.temp.device
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        result = retrieval.score(model, embedded, found.texts_of_videos, k)
+    if rank == 0:
+        _write(folder, found, result, bad, about or {})
+    return result, bad
+
+
+def _write(
+    folder: Path, found: RetrievalSet, result: Retrieval, bad: list[tuple[str, str]], about: dict[str, Any]
+) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "videos": len(found.videos),
+        "texts": len(found.texts),
+        "recalls": result.recalls,
+        "coarse_recalls": result.coarse_recalls,
+        "unreadable": [{"path": path, "reason": reason} for path, reason in bad],
+        **about,
+    }
+    write_whole(folder / "retrieval.json", (json.dumps(content, indent=2) + "\n").encode("utf-8", "replace"))
+    matrices = {"coarse_v2t": result.coarse_v2t, "rerank_v2t": result.rerank_v2t, "rerank_t2v": result.rerank_t2v}
+    save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, folder / "scores.safetensors")
+    draw_found(pick_queries(found, result), folder / "retrieval.png")
+
+
+def pick_queries(found: RetrievalSet, result: Retrieval, count: int = SHOWN) -> list[tuple[str, list[Hit]]]:
+    """Evenly spread texts, each with its best videos and whether they are right."""
+    texts = len(found.texts)
+    chosen = sorted({texts * i // min(count, texts) for i in range(min(count, texts))})
+    queries = []
+    for text in chosen:
+        scores = result.rerank_t2v[text]
+        best = scores.argsort(descending=True, stable=True)[:HITS].tolist()
+        hits = [
+            Hit(found.videos[video], f"{float(scores[video]):.2f}", text in found.texts_of_videos[video])
+            for video in best
+        ]
+        queries.append((found.texts[text], hits))
+    return queries
+
+
+def recall_table(recalls: dict[str, float], coarse: dict[str, float]) -> str:
+    """The six recalls of both scores as lines for people."""
+    lines = [f"{'':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
+    for name, values in (("re-ranked", recalls), ("coarse", coarse)):
+        for key, way in (("img", "text to video"), ("txt", "video to text")):
+            figures = "".join(f"{values[f'{key}_{part}']:8.2f}" for part in ("r1", "r5", "r10", "r_mean"))
+            lines.append(f"{way:16}{figures}  {name}")
+    return "\n".join(lines)
+
+
+def chance(found: RetrievalSet) -> dict[str, float]:
+    """The recalls in percent of a model that ranks at random."""
+    videos, texts = len(found.videos), len(found.texts)
+    right: list[list[int]] = [[] for _ in range(texts)]
+    for video, numbers in enumerate(found.texts_of_videos):
+        for text in numbers:
+            right[text].append(video)
+    result: dict[str, float] = {}
+    for name, counts, total in (
+        ("txt", [len(numbers) for numbers in found.texts_of_videos], texts),
+        ("img", [len(numbers) for numbers in right], videos),
+    ):
+        for n in retrieval.RECALLS:
+            missed = [_none_of(total, count, n) for count in counts]
+            result[f"{name}_r{n}"] = round(100 * (1 - sum(missed) / len(missed)), 2)
+    return result
+
+
+def _none_of(total: int, right: int, drawn: int) -> float:
+    """Probability that `drawn` of `total` without replacement are all among those that are not right."""
+    share = 1.0
+    for i in range(min(drawn, total)):
+        share *= max(total - right - i, 0) / (total - i)
+    return share
+
+
+@torch.no_grad()
+def answer_questions(
+    loaded: Loaded,
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    settings: EmbedSettings,
+    data: DataConfig,
+    k: int = 128,
+    first_token: FirstToken = "twice",
+    max_answer_words: int = 5,
+) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """The best answer of a list for each question, by the question's id; and the videos that could not be read.
+
+    In several processes each answers a part; all get all answers.
+    """
+    model = loaded.model
+    assert isinstance(model, VideoQaModel)
+    device, vision = model.vision_encoder.position.device, model.config.vision
+    rank, world_size = _place()
+    rows = range(len(questions) * rank // world_size, len(questions) * (rank + 1) // world_size)
+    videos = VideoList.of_rows({"path": question.path} for question in questions)
+    sampling = IntervalSampling(vision.frames, max_seconds=settings.max_seconds)
+    transform = PairTransform(vision.frames, vision.image_size, antialias=settings.antialias)
+    stream = ClipStream(
+        videos, data, vision.frames, vision.image_size, 0, sampling, transform, shuffle=False, replace=False
+    )
+    listed = loaded.tokenizer([f"{answer} [SEP]" for answer in answers], max_answer_words)
+    answer_ids, answer_mask = (x.to(device) for x in listed)
+    said: dict[str, str] = {}
+    bad: list[tuple[str, str]] = []
+    batches = -(-len(rows) // settings.batch_size)
+    options: dict[str, Any] = {"start": rows.start, "batches": batches, "batch_size": settings.batch_size}
+    if rows:
+        with open_loader(stream, device, end=rows.stop, **options) as loader:
+            for _ in range(batches):
+                batch = next(loader)
+                bad += batch.bad
+                if not len(batch.clip):
+                    continue
+                asked = [questions[row] for row in batch.rows]
+                texts = [clean_text(question.question) for question in asked]
+                ids, mask = (x.to(device) for x in loaded.tokenizer(texts, settings.max_words))
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                    clip = batch.clip.to(device, non_blocking=True)
+                    ranked = rank_answers(model, clip, ids, mask, answer_ids, answer_mask, k, first_token)
+                best = ranked.answers[:, 0].tolist()
+                said |= {question.number: answers[place] for question, place in zip(asked, best, strict=True)}
+    everything = {number: answer for part in _gather(said) for number, answer in part.items()}
+    return everything, [file for part in _gather(bad) for file in part]
+
+
+def question_accuracy(said: dict[str, str], questions: Sequence[Question]) -> float:
+    """In percent; a question with several right answers counts the one that most people gave."""
+    right = {question.number: max(question.answers, key=question.answers.count) for question in questions}
+    return accuracy(said, right)
+
+
+def _place() -> tuple[int, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _gather(own: Any) -> list[Any]:
+    _, world_size = _place()
+    if world_size == 1:
+        return [own]
+    every: list[Any] = [None] * world_size
+    dist.all_gather_object(every, own)
+    return every
