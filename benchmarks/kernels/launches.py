@@ -245,7 +245,8 @@ def _pixels(m: Shapes) -> _Forms:
         clip = torch.empty(shape, dtype=clip_dtype)
         pixel_loss(predictions, clip, ids, m.patch, normalise=normalise, eps_in_root=normalise == "token").backward()
 
-    for clip_dtype, normalise in itertools.product((torch.uint8, torch.float32), ("channel", "token")):
+    kinds: tuple[Literal["channel", "token"], ...] = ("channel", "token")
+    for clip_dtype, normalise in itertools.product((torch.uint8, torch.float32), kinds):
         for name, dtype in DTYPES.items():
             pixels = "uint8" if clip_dtype == torch.uint8 else "fp32"
             yield f"{pixels} clip, per {normalise}, {name}", partial(run, clip_dtype, dtype, normalise)
