@@ -52,7 +52,7 @@ def _first_of(loop: Callable, video: Video) -> object:
 READ = {
     "a packet": lambda video: _first_of(demux, video),
     "a frame": lambda video: _first_of(decode, video),
-    "frames": lambda video: read_frames(video, lambda _count: [0, 5, 9]),
+    "frames": lambda video: read_frames(Video(video.path), lambda _count: [0, 5, 9]),
     "frames of a copy": lambda video: read_frames(video, lambda _count: [0, 5, 9]),
     "facts": probe,
     "an excerpt": lambda video: cut_excerpt(video, lambda _count: [0, 5, 9]),

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
 
+_CUT_ANYWHERE = ("mpegts", "mpeg")
+"""Containers that recorders cut at any packet."""
+
 ONE_THREAD = 1
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
 
@@ -188,11 +191,14 @@ class Reader:
         self.pts = sorted(known) if self.timed else list(range(len(times)))
         self.keys = sorted(keys)
         self._refuse_truncated(packets, known)
-        if self.timed and (not starts_with_key or self.pts[0] < self.keys[0]):
-            # A stream cut out of a longer one: its first packets may refer to frames that are not there
-            start = next(
-                (frame.pts for frame in self._rewind() if not frame.is_corrupt and frame.pts is not None), None
-            )
+        if (
+            self.timed
+            and self.container.format.name in _CUT_ANYWHERE
+            and (not starts_with_key or self.pts[0] < min(keys))
+        ):
+            # It may begin inside a group of pictures, with packets that refer to frames before it
+            shown = (frame.pts for frame in self._rewind() if not frame.is_corrupt and frame.pts is not None)
+            start = next(shown, None)
             if start is None:
                 raise BadVideo("no frame decodes")
             self.pts = [time for time in self.pts if time >= start]
