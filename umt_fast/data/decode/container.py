@@ -65,12 +65,16 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height)
 
 
-def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
+def each_frame(
+    video: Video, content: bytes | None = None, codec_options: dict[str, str] | None = None
+) -> Iterator[av.VideoFrame]:
     """Every frame in order of presentation, decoded in one pass, as it is stored (not yet turned).
 
-    Raises BadVideo as `decode.open_video`, at the first frame that does not decode.
+    `codec_options` are FFmpeg's options of the decoder, such as `{"flags2": "+export_mvs"}`. Raises BadVideo as
+    `decode.open_video`, at the first frame that does not decode.
     """
     with opened(video, content) as reader:
+        reader.codec_options = codec_options or {}
         yield from reader.read_all()
 
 
@@ -159,6 +163,8 @@ class Reader:
         self.indexed = facts
         self.reopen = reopen
         self.seeks = True
+        self.codec_options: dict[str, str] = {}
+        """Options of the decoder of `read_all`."""
         self.stream = find_film(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
@@ -326,6 +332,7 @@ class Reader:
             stream = container.streams[self.stream.index]
             assert isinstance(stream, av.VideoStream)
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = self.codec_options
             yield from decode(container, stream)
 
     def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
