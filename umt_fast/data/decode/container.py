@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import re
@@ -86,7 +87,13 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
             reader = Reader(container, video.facts, lambda: _open(video, content))
             if video.facts is None:
                 refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
-        yield reader
+        try:
+            yield reader
+        finally:
+            if reader.to_rgb.read_side_data:
+                # The first frame and its side data refer to each other; they would wait for some later collection
+                del reader.to_rgb
+                gc.collect(0)
 
 
 @contextlib.contextmanager
@@ -168,7 +175,7 @@ class Reader:
         self.stream = find_film(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
-        self.to_rgb = RgbConverter()
+        self.to_rgb = RgbConverter(indexed=facts is not None)
         if facts is None:
             self._list_packets()
         else:
@@ -227,7 +234,7 @@ class Reader:
         first = next((frame for frame in frames if not self.timed or frame.pts == self.pts[0]), None)
         if first is None:
             raise BadVideo("no frame decodes")
-        orientation = orientation_of(first)
+        orientation = self.to_rgb.orientation(first)
         width, height = orientation.size(first.width, first.height)
         return Facts(
             width=width,
@@ -370,20 +377,28 @@ class Reader:
 class RgbConverter:
     """Converts the frames of one video to uint8 RGB [H,W,3], upright.
 
-    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has.
+    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
+    facts in an index have no mirrored pictures, so their rotation says it all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, indexed: bool) -> None:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._orientation: Orientation | None = None
+        self._indexed = indexed
+        self.read_side_data = False
+
+    def orientation(self, frame: av.VideoFrame) -> Orientation:
+        if self._orientation is None:
+            self.read_side_data = not self._indexed or frame.rotation != 0
+            self._orientation = orientation_of(frame) if self.read_side_data else UPRIGHT
+        return self._orientation
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        if self._orientation is None:
-            self._orientation = orientation_of(frame)
-        rgb = self._reformatter.reformat(self._orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
+        orientation = self.orientation(frame)
+        rgb = self._reformatter.reformat(orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
         (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
-        return self._orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
+        return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
 
 
 def read_tail(video: Video, content: bytes | None, count: int) -> bytes:
