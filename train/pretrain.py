@@ -9,70 +9,213 @@ it can be overridden below. --dry-run says what a step costs and which batch fit
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 import umt_fast
 from umt_fast import masking, weights
-from umt_fast.config import Config, ConfigError, load_recipe
+from umt_fast.config import PretrainConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.manifest import read_manifest
-from umt_fast.doctor import PACKAGES, in_use, resolve_precision
-from umt_fast.errors import RunError
-from umt_fast.run import checkpoint, costs
-from umt_fast.run import world as processes
+from umt_fast.run import checkpoint, costs, launch, parallel
+from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.compute import accelerate
-from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
-from umt_fast.run.folder import hold_folder
-from umt_fast.run.log import Ledger, NotFinite, RunLog, merge, read_metrics
+from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
+from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
+from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
 from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch
+    from umt_fast.data.loader import Batch, Loader
+
+T = TypeVar("T")
 
 RECIPES = Path(__file__).parent / "recipes" / "pretrain"
 WIDEST_RANDOM_TEACHER = 256
+FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "data.crops_per_clip", "run.seed")
+"""Settings that a resumed run must share with the run that it continues."""
 
 
-class CannotResume(RunError):
-    """A run whose folder or checkpoint does not fit its settings."""
+class Job(NamedTuple):
+    """What the loop works with."""
+
+    state: TrainState
+    model: nn.Module
+    """The student as its processes train it: bare, in DDP's wrapper or sharded by FSDP."""
+    schedule: Schedule
+    loader: Loader
+    objective: Callable[[Tensor], umt_fast.Alignment]
+    log: RunLog
+    last: int
+    """The step to stop after."""
+    epoch_clips: int
+    max_bad: float
+    """Unreadable videos above which the run stops."""
 
 
-class TooManyBadFiles(RunError):
-    """More of the videos are unreadable than the run accepts."""
+def train(config: PretrainConfig, world: World) -> bool:
+    """Run, or go on with, a pre-training run. Returns False if a signal stopped it before its last step."""
+    job = prepare(config, world)
+    state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
+    folder, step_clips = run.folder / "checkpoints", world.size * optim.batch_size * optim.accumulate
+    losses, start, out = LossBuffer(), state.step, None
+    if start >= job.last:
+        log.say(f"nothing to do: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
+        return True
+
+    def forward_backward(clip: Tensor) -> umt_fast.Alignment:
+        out = job.objective(clip)
+        (out.loss / optim.accumulate).backward()
+        return out
+
+    def update() -> Tensor:
+        norm = clip_gradients(state.model, optim.clip_grad)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def report() -> None:
+        if len(losses):
+            rate = job.schedule(state.step - 1)
+            log.report(state, losses, job.max_bad, lr=rate, epoch=state.clips_seen / job.epoch_clips)
+
+    def save() -> None:
+        state.save(folder, run.keep)
+        log.start_clock(state.step)
+
+    captured = capture(lambda clip: (forward_backward(clip), update()), world) if config.compute.cuda_graph else None
+
+    with StopSignal(world) as stop, log, job.loader as loader:
+        log.start_clock(start)
+        for step in range(start + 1, job.last + 1):
+            waiting = time.perf_counter()
+            batches = stop.unless_requested(lambda: [next(loader) for _ in range(optim.accumulate)])
+            if batches is None:
+                break
+            losses.add_data([bad for batch in batches for bad in batch.bad], time.perf_counter() - waiting)
+
+            set_learning_rate(state.optimizer, job.schedule(step - 1))
+            values = []
+            for i, batch in enumerate(batches):
+                clip = batch.clip.to(world.device, non_blocking=True)
+                if captured is not None:
+                    out, norm = captured(clip)
+                else:
+                    with parallel.reduce_if(model, i == optim.accumulate - 1):
+                        out = forward_backward(clip)
+                values.append({"loss": out.loss.clone()})  # a captured step writes over its own
+            norm = norm.clone() if captured is not None else update()
+            losses.add(step, values, norm, [path for batch in batches for path in batch.paths])
+            state.advance(step_clips)
+            log.advance()
+
+            # once in a while
+            if stop.requested():
+                break
+            if step % run.log_every == 0:
+                report()
+            if step % run.save_every == 0 or (step % run.log_every == 0 and state.save_due(run.save_minutes)):
+                report()
+                save()
+
+        stop.settle()
+        if state.step > start:
+            report()
+            save()
+        if world.main and out is not None:
+            finish(config, batch, out, log)
+        ended = "done" if state.step >= job.schedule.total_steps else "stopped"
+        log.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
+    return state.step >= job.last
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Config, argparse.Namespace]:
-    """The recipe and, on top of it, the command line; and what is no setting."""
-    import tyro
+def prepare(config: PretrainConfig, world: World) -> Job:
+    """Data, models, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
+    import av  # noqa: F401, a run reads videos; say so before anything else where PyAV is missing
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="umt_b16_k710")
-    first.add_argument("--dry-run", action="store_true")
-    first.add_argument("--gpu-memory", type=float)
-    named, rest = first.parse_known_args(arguments)
-    path = Path(named.recipe) if named.recipe.endswith(".toml") else RECIPES / f"{named.recipe}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
-    config = tyro.cli(Config, args=rest, default=load_recipe(path), prog="train.pretrain", description=__doc__)
-    return config, named
+    from umt_fast.data.loader import first_clips
+
+    run, data, optim, compute = config.run, config.data, config.optim, config.compute
+    folder = run.folder / "checkpoints"
+    videos = read_manifest(data.train, data.prefix, data.read_timeout)
+    stream = ClipStream(videos, data, config.student.frames, config.student.image_size, run.seed)
+    step_clips = world.size * optim.batch_size * optim.accumulate
+    epoch_clips = len(videos) * data.crops_per_clip
+    schedule = Schedule(optim, epoch_clips, step_clips)
+    found = checkpoint.find_checkpoint(folder, world, run.resume, say)
+    if found is not None:
+        checkpoint.check_same(found, config, FIXED)
+
+    torch.manual_seed(run.seed)  # the same initial student on every rank
+    student = umt_fast.VideoStudent(config.student).to(world.device)
+    teacher = build_teacher(config, world)
+    bf16 = resolve_precision(compute.precision, world.device)
+    stored = found.attention if found is not None else {}
+    attention, notes = accelerate(config, world, student, teacher, bf16, lambda: first_clips(stream), stored)
+    model = parallel.wrap(student, world, compute.parallel, student.encoder.blocks, compute.cuda_graph)
+    optimizer = build_optimizer(student, optim, capturable=compute.cuda_graph)
+    torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
+
+    plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
+    state = TrainState(student, optimizer, world, config, plan, attention)
+    if found is not None:
+        state.restore(folder, found, step_clips)
+        notes += [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, config, plan)]
+    if world.main:
+        checkpoint.remove_unfinished(folder)
+    last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
+    throughput = measure_throughput(config, world, bf16)
+    log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)
+    log.say("\n".join((describe(config, world, bf16, len(videos), schedule, student), *notes)))
+    loader = open_loader(
+        stream,
+        world.device,
+        log.say,
+        start=state.clips_seen,
+        batches=max(last - state.step, 0) * optim.accumulate,
+        batch_size=optim.batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    max_bad = data.max_bad_fraction * videos.count_distinct()
+    objective = make_objective(config, model, teacher, bf16)
+    return Job(state, model, schedule, loader, objective, log, last, epoch_clips, max_bad)
 
 
-def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
+def make_objective(
+    config: PretrainConfig, model: nn.Module, teacher: umt_fast.ClipTeacher, bf16: bool
+) -> Callable[[Tensor], umt_fast.Alignment]:
+    """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""
+    mask, student = config.mask, config.student
+    num_visible = masking.count_visible(student.patches, mask.ratio)
+
+    def objective(clip: Tensor) -> umt_fast.Alignment:
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
+            sets = len(clip) * mask.masks_per_clip
+            visible = masking.draw_blind(
+                mask.rule, sets, student.token_frames, student.patches, mask.ratio, clip.device
+            )
+            return umt_fast.alignment_step(
+                model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip
+            )
+
+    return objective
+
+
+def capture(step: Callable[[Tensor], T], world: World) -> CapturedStep[T]:
+    return CapturedStep(step, DDP_WARM_UPS if world.size > 1 else WARM_UPS)
+
+
+def build_teacher(config: PretrainConfig, world: World) -> umt_fast.ClipTeacher:
     """The frozen teacher with its weights. Raises WeightsError, saying how to get some, if there are none."""
     if config.teacher_weights == "random" and config.teacher.width > WIDEST_RANDOM_TEACHER:
         raise WeightsError(
@@ -87,235 +230,8 @@ def build_teacher(config: Config, world: World) -> umt_fast.ClipTeacher:
     return teacher.to(world.device).eval()
 
 
-def train(config: Config, world: World) -> Path:
-    """Run (or go on with) a pre-training run and return its folder: everything that happens, in order, on one page."""
-    from umt_fast.data.loader import first_clips  # wants PyAV, which --dry-run does without
-
-    run, optim = config.run, config.optim
-    folder = Path(run.dir) / run.name
-    videos = read_manifest(config.data.train, config.data.prefix, config.data.read_timeout)
-    step_clips = world.size * optim.batch_size * optim.accumulate
-    epoch_clips = len(videos) * config.data.crops_per_clip
-    schedule = Schedule(optim, epoch_clips, step_clips)
-    autocast = resolve_precision(run.precision, world.device)
-
-    torch.manual_seed(run.seed)  # the same initial student on every rank
-    student = umt_fast.VideoStudent(config.student).to(world.device)
-    teacher = build_teacher(config, world)
-    stream = ClipStream(videos, config.data, config.student.frames, config.student.image_size, run.seed)
-    done = accelerate(config, world, student, teacher, autocast, lambda: first_clips(stream))
-    optimizer = build_optimizer(student, optim, capturable=config.train.cuda_graph)
-    model: torch.nn.Module = student
-    if world.size > 1:
-        with capture_stream(config.train.cuda_graph):
-            model = DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
-    torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
-
-    source = world.gather(find_checkpoint(config, folder))[0]
-    plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
-    start, clips_seen, rng, planned = 0, 0, None, plan
-    if source is not None:
-        start, clips_seen, rng, planned = restore(source, config, world, student, optimizer, step_clips)
-    last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
-    if world.main:
-        checkpoint.remove_unfinished(folder / "checkpoints")
-
-    log = RunLog(folder, world.main, start, schedule.total_steps, step_clips)
-    log.say("\n".join((describe(config, world, autocast, len(videos), schedule, student), *done)))
-    if source is not None:
-        log.say(f"going on from {source} at step {start}")
-        for name, then in planned.items():
-            if then != plan[name]:
-                log.say(f"note: {name.replace('_', ' ')} was {then} when it was saved, now {plan[name]}")
-    if start >= last:
-        log.say(f"nothing to do: step {start} of {last} is reached; raise --optim.epochs or choose another --run.name")
-        log.close()
-        return folder
-
-    mask, patches = config.mask, config.student.grid**2
-    frames = config.student.tokens // patches
-    num_visible = masking.count_visible(patches, mask.ratio)
-    distinct = videos.count_distinct()
-    ledger = Ledger()
-    saved: Path | None = source
-    if rng is not None:
-        checkpoint.set_rng_state(rng, world.device)
-
-    def forward_backward(clip: Tensor) -> umt_fast.Alignment:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=autocast):
-            sets = len(clip) * config.train.masks_per_clip
-            visible = masking.draw_blind(mask.rule, sets, frames, patches, mask.ratio, clip.device)
-            out = umt_fast.alignment_step(
-                model, teacher, clip, num_visible, visible, masks_per_clip=config.train.masks_per_clip
-            )
-        (out.loss / optim.accumulate).backward()
-        return out
-
-    def update() -> Tensor:
-        norm = clip_gradients(student, optim.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    captured = None
-    if config.train.cuda_graph:
-        captured = CapturedStep(
-            lambda clip: (forward_backward(clip), update()), DDP_WARM_UPS if world.size > 1 else WARM_UPS
-        )
-
-    def check_and_log(step: int) -> None:
-        """Read the losses since the last time; stop if one is not finite or too many videos are bad."""
-        report = merge(world.gather(ledger.report()))
-        bad = world.gather(log.record_bad(report.bad))[0]
-        if report.not_finite is not None:
-            number, values, files = report.not_finite
-            raise NotFinite(
-                f"step {number} is not finite ({values}). Last good checkpoint: {saved or 'none'}. "
-                f"Files of that step: {', '.join(files)}"
-            )
-        log.record(step, {**report.means, "lr": schedule(step - 1), "epoch": step * step_clips / epoch_clips})
-        if bad > config.data.max_bad_fraction * distinct:
-            raise TooManyBadFiles(
-                f"{bad} of {distinct} videos could not be read, more than --data.max-bad-fraction "
-                f"{config.data.max_bad_fraction}; see {folder / 'bad_files.txt'}"
-            )
-
-    def save(step: int) -> Path:
-        states = world.gather(checkpoint.get_rng_state(world.device))
-        path = checkpoint.checkpoint_path(folder / "checkpoints", clips_seen)
-        if world.main:
-            content = {
-                "model": weights.umt_state_dict(student),
-                "optimizer": optimizer.state_dict(),
-                "rng": states,
-                "config": dataclasses.asdict(config),
-                "schedule": plan,
-            }
-            checkpoint.save_checkpoint(path.parent, clips_seen, content, run.keep)
-        world.gather(None)  # no rank goes on before the file is there
-        log.restart_clock(step)
-        return path
-
-    loader = open_loader(
-        stream,
-        world.device,
-        log.say,
-        start=clips_seen,
-        batches=(last - start) * optim.accumulate,
-        batch_size=optim.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    with StopSignal(world) as stop, loader, contextlib.closing(log):
-        log.restart_clock(start)
-        try:
-            for step in range(start + 1, last + 1):
-                set_learning_rate(optimizer, schedule(step - 1))
-                ledger.begin(step)
-                drawn = checkpoint.get_rng_state(world.device) if optim.accumulate > 1 else None
-                for micro in range(optim.accumulate):
-                    waiting = time.perf_counter()
-                    with stop.waiting():
-                        batch = next(loader)
-                    ledger.add_batch(batch.paths, batch.bad, time.perf_counter() - waiting)
-                    clip = batch.clip.to(world.device, non_blocking=True)
-                    if captured is not None:
-                        out, norm = captured(clip)
-                    else:
-                        reduces = world.size == 1 or micro == optim.accumulate - 1
-                        with contextlib.nullcontext() if reduces else model.no_sync():  # type: ignore[operator]
-                            out = forward_backward(clip)
-                    ledger.add_loss(out.loss.clone())  # a captured step writes over its own
-                ledger.end(norm.clone() if captured is not None else update())
-                clips_seen += step_clips
-                log.advance()
-
-                stopping = stop.requested()
-                ending = stopping or step == last
-                saving = ending or step % run.save_every == 0
-                if saving or step % run.log_every == 0:
-                    check_and_log(step)
-                if saving:
-                    saved = save(step)
-                if ending:
-                    break
-        except KeyboardInterrupt:  # told to stop before the data for a step came
-            step -= 1
-            if drawn is not None:
-                checkpoint.set_rng_state(drawn, world.device)
-            if ledger.drop():
-                check_and_log(step)
-            saved = save(step) if step > start else saved
-        stop.settle()
-        if world.main:
-            if step > start:
-                finish(folder, batch, out, config, log)
-            ended = "stopped" if step < schedule.total_steps else "done"
-            log.say(f"{ended} at step {step}: {saved or 'nothing to save'}")
-    return folder
-
-
-def find_checkpoint(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any."""
-    existing = checkpoint.list_checkpoints(folder / "checkpoints")
-    if config.run.resume == "auto":
-        return existing[-1] if existing else None
-    if config.run.resume == "never":
-        if existing:
-            raise CannotResume(f"{folder} already holds {existing[-1].name}; choose another --run.name or remove it")
-        return None
-    source = Path(config.run.resume)
-    if existing and existing[-1].resolve() != source.resolve():
-        raise CannotResume(f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW")
-    return source
-
-
-def restore(
-    source: Path,
-    config: Config,
-    world: World,
-    student: umt_fast.VideoStudent,
-    optimizer: torch.optim.Optimizer,
-    step_clips: int,
-) -> tuple[int, int, dict[str, Tensor] | None, dict[str, Any]]:
-    """Load a checkpoint. Returns the steps done, the clips seen, this rank's random state and what the run had planned.
-
-    With another global batch the steps done are counted anew from the clips seen; a rank that the checkpoint does
-    not know starts with a random state of its own.
-    """
-    content = checkpoint.load_checkpoint(source)
-    for name in ("student", "teacher", "mask", "teacher_weights", "data.crops_per_clip", "run.seed"):
-        then, now = (_setting(settings, name) for settings in (content["config"], dataclasses.asdict(config)))
-        if isinstance(then, dict):  # a setting younger than the checkpoint had its default value
-            then = {**_setting(dataclasses.asdict(Config()), name), **then}
-        if then != now:
-            raise CannotResume(f"{source} was made with {_difference(name, then, now)}; choose another --run.name")
-    weights.load_umt_student(student, content["model"])
-    own_keys = ("betas", "eps", "weight_decay", "capturable")
-    settings = [{key: group[key] for key in own_keys} for group in optimizer.param_groups]
-    optimizer.load_state_dict(content["optimizer"])
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)  # the settings of this run hold, not those of the one that saved
-    states = content["rng"]
-    rng = states[world.rank] if world.rank < len(states) else None
-    return content["clips_seen"] // step_clips, content["clips_seen"], rng, content["schedule"]
-
-
-def _setting(config: dict[str, Any], name: str) -> Any:
-    for part in name.split("."):
-        config = config[part]
-    return config
-
-
-def _difference(name: str, then: Any, now: Any) -> str:
-    if isinstance(then, dict):
-        key = next(key for key in now if then.get(key) != now[key])
-        return _difference(f"{name}.{key}", then.get(key), now[key])
-    return f"{name} = {then}, this run has {now}"
-
-
 def describe(
-    config: Config, world: World, autocast: bool, videos: int, schedule: Schedule, student: torch.nn.Module
+    config: PretrainConfig, world: World, bf16: bool, videos: int, schedule: Schedule, student: torch.nn.Module
 ) -> str:
     """The lines at the top of a run: what is computed, with what, on what."""
     optim = config.optim
@@ -326,7 +242,7 @@ def describe(
     used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     return "\n".join(
         (
-            f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if autocast else 'float32'}",
+            f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}",
             f"student {config.student.width} x {config.student.depth}, {parameters / 1e6:.1f} M parameters; "
             f"teacher {config.teacher.width} x {config.teacher.depth}, {named}",
             f"{videos} videos, {optim.epochs} epochs = {schedule.total_steps} steps of "
@@ -335,11 +251,20 @@ def describe(
     )
 
 
-def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, log: RunLog) -> None:
+def measure_throughput(config: PretrainConfig, world: World, bf16: bool) -> Throughput:
+    """What a step's time is compared with to give the MFU."""
+    student, mask, optim = config.student, config.mask, config.optim
+    seen = masking.count_seen(mask.rule, student.token_frames, student.patches, mask.ratio)
+    flops = costs.lean_flops(student, config.teacher, optim.batch_size, seen, mask.masks_per_clip).total
+    peaks = world.gather(peak_flops(world.device, bf16).flops)
+    return Throughput(flops * optim.accumulate * world.size, sum(peaks))
+
+
+def finish(config: PretrainConfig, batch: Batch, out: umt_fast.Alignment, log: RunLog) -> None:
     """Leave the pictures of a run."""
     from umt_fast.run.pictures import draw_loss_curve, draw_visible
 
-    metrics = read_metrics(log.metrics_path)
+    metrics, folder = read_metrics(log.metrics_path), log.folder
     draw_loss_curve(metrics, folder / "loss.png")
     title = f"{Path(batch.paths[0]).name}: {out.visible[0].numel()} of {out.scores[0].numel()} tokens visible"
     if config.teacher_weights == "random":
@@ -351,26 +276,14 @@ def finish(folder: Path, batch: Batch, out: umt_fast.Alignment, config: Config, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    try:
-        config, named = parse(arguments)
+    with launch.one_line_errors():
+        config, named = launch.read_settings(
+            PretrainConfig, RECIPES, "umt_b16_k710", "train.pretrain", __doc__ or "", arguments
+        )
         if named.dry_run:
-            print(costs.plan(config, config.run.precision != "fp32", named.gpu_memory))
+            print(costs.plan(config, config.compute.precision != "fp32", named.gpu_memory))
             return
-        world = processes.start(config.run.device)
-        try:
-            with hold_folder(Path(config.run.dir) / config.run.name, world):
-                train(config, world)
-        finally:
-            world.close()
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        lacks = next((package for package in PACKAGES if package.module == error.name), None)
-        if lacks is None:
-            raise
-        sys.exit(f"error: {lacks.purpose} needs {lacks.distribution}, which is missing: {lacks.install}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        launch.run(config, train)
 
 
 if __name__ == "__main__":

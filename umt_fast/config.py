@@ -1,22 +1,14 @@
-"""Every setting of a run, with its default. Nothing else in the project holds one.
+"""Every setting with its default, in sections that check themselves; a job composes the sections that it needs.
 
-A run is a `Config`: a recipe (TOML) on top of these defaults, and the command line on top of the recipe.
+`umt_fast.recipe` makes these from a recipe and the command line.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import sys
-import typing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from typing import Any, Literal
 
 from umt_fast.errors import RunError
 
@@ -26,6 +18,7 @@ Decoder = Literal["auto", "dali", "pyav"]
 TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"]
 Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
 Recompute = Literal["none", "selective", "full"]
+Parallel = Literal["ddp", "fsdp"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
 GatherGradient = Literal["published", "true"]
@@ -37,7 +30,7 @@ MLP_RATIO = 4
 
 
 class ConfigError(RunError, ValueError):
-    """A setting that cannot be, said in one sentence for the person who set it."""
+    """A setting with a value that cannot be used."""
 
 
 def _divides(owner: str, name: str, value: int, by_name: str, by: int) -> None:
@@ -55,6 +48,20 @@ def _aligned(owner: str, depth: int, layers: int, interval: float) -> tuple[int,
             f"{owner}: align_interval = {interval} does not give {layers} different blocks of {depth}; use 1"
         )
     return blocks
+
+
+def _check_at_least(section: Any, name: str, **lowest: float) -> None:
+    """Raise ConfigError unless each named setting of a section is None or finite and at least the number given."""
+    for key, low in lowest.items():
+        value = getattr(section, key)
+        if value is not None and not low <= value < math.inf:
+            raise ConfigError(f"{name}.{key} = {value}: must be a finite number >= {low:g}")
+
+
+def _check_share(key: str, *values: float, below_one: bool = False) -> None:
+    for value in values:
+        if not (0 <= value < 1 or (value == 1 and not below_one)):
+            raise ConfigError(f"{key} = {value}: must be in [0, 1{')' if below_one else ']'}")
 
 
 @dataclass(frozen=True)
@@ -475,40 +482,24 @@ TEACHERS = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """How both models are run, which leaves their results alone."""
+class MaskConfig:
+    """Which tokens the student sees."""
 
-    attention: Attention = "auto"
-    """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
-    compile: bool = False
-    """Run both models through torch.compile: minutes at the start for faster steps."""
-    recompute: Recompute = "none"
-    """Student activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
-    attention; full, whole blocks. Less memory for more time."""
-    teacher_precision: TeacherPrecision = "same"
-    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao. The error is measured
-    on clips of the run and printed at the start."""
-    least_teacher_cosine: float = 0.999
-    """Mean cosine with the exact targets below which such a teacher is refused."""
-    student_precision: StudentPrecision = "same"
-    """same as the run; fp8 (Ada, Hopper and later) trains the blocks' matmuls in float8 through torchao: an experiment.
-    The error is measured on clips of the run and printed at the start."""
-    least_student_cosine: float = 0.99
-    """Mean cosine with the exact predictions below which such a student is refused."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a step is made."""
-
+    rule: Masking = "attention"
+    ratio: float = 0.8
+    """Share of the patches that the student does not see."""
     masks_per_clip: int = 1
     """Visible sets per clip and teacher pass; the student's batch is that many times larger."""
-    cuda_graph: bool = False
-    """Record the whole step as one CUDA graph and replay it: the host launches nothing any more."""
+
+    def __post_init__(self) -> None:
+        _check_share("mask.ratio", self.ratio, below_one=True)
+        _check_at_least(self, "mask", masks_per_clip=1)
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Videos, and how clips are read from them."""
+
     train: str = ""
     """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
     prefix: str = ""
@@ -536,9 +527,20 @@ class DataConfig:
     read_timeout: float = 60.0
     """Seconds within which a video must have come from a URL, all attempts together; then it counts as unreadable."""
 
+    def __post_init__(self) -> None:
+        _check_at_least(self, "data", workers=0, prefetch=1, pipelines=0, pipeline_visits=0, crops_per_clip=1)
+        _check_at_least(self, "data", read_timeout=1)
+        _check_share("data.flip", self.flip)
+        _check_share("data.max_bad_fraction", self.max_bad_fraction)
+        _check_share("data.crop_scales", *self.crop_scales)
+        if not self.crop_scales:
+            raise ConfigError("data.crop_scales is empty: give at least one share of the short side")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW, its schedule and its batches."""
+
     epochs: int = 200
     warmup_epochs: float = 40
     batch_size: int = 64
@@ -556,27 +558,77 @@ class OptimConfig:
     clip_grad: float | None = None
     """Largest gradient norm; None does not clip."""
 
+    def __post_init__(self) -> None:
+        _check_at_least(self, "optim", epochs=1, batch_size=1, accumulate=1, warmup_epochs=0, lr=0, min_lr=0, eps=0)
+        _check_at_least(self, "optim", weight_decay=0, clip_grad=0)
+        _check_share("optim.betas", *self.betas, below_one=True)
+
 
 @dataclass(frozen=True)
-class MaskConfig:
-    rule: Masking = "attention"
-    ratio: float = 0.8
-    """Share of the patches that the student does not see."""
+class ComputeConfig:
+    """How the models are computed."""
+
+    precision: Precision = "auto"
+    """auto: bf16 autocast where the device computes in it, else float32."""
+    attention: Attention = "auto"
+    """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
+    compile: bool = False
+    """Run the models through torch.compile: minutes at the start for faster steps."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
+    attention; full, whole blocks. Less memory for more time."""
+    cuda_graph: bool = False
+    """Record the whole step as one CUDA graph and replay it, so that the host launches nothing."""
+    parallel: Parallel = "ddp"
+    """Several processes: ddp copies the model to each; fsdp (FSDP2) shards weights, gradients and optimiser."""
+
+    def __post_init__(self) -> None:
+        if self.cuda_graph and self.recompute != "none" and not self.compile:
+            raise ConfigError(
+                "compute.recompute reads the random state, which a CUDA graph forbids; add --compute.compile"
+            )
+        for name in ("compile", "cuda_graph"):
+            if self.parallel == "fsdp" and getattr(self, name):
+                raise ConfigError(f"compute.parallel = fsdp does not work with compute.{name}; leave out either")
+
+
+@dataclass(frozen=True)
+class LowPrecisionConfig(ComputeConfig):
+    """ComputeConfig with the options of pre-training that change its numbers a little."""
+
+    teacher_precision: TeacherPrecision = "same"
+    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao. The error is measured
+    on clips of the run and printed at the start."""
+    least_teacher_cosine: float = 0.999
+    """Mean cosine with the exact targets below which such a teacher is refused."""
+    student_precision: StudentPrecision = "same"
+    """same as the run; fp8 (Ada, Hopper and later) trains the blocks' matmuls in float8 through torchao: an experiment.
+    The error is measured on clips of the run and printed at the start."""
+    least_student_cosine: float = 0.99
+    """Mean cosine with the exact predictions below which such a student is refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_precision", "student_precision"):
+            if getattr(self, name) != "same" and self.precision == "fp32":
+                raise ConfigError(f"compute.{name} is for runs in bf16; remove --compute.precision fp32")
 
 
 @dataclass(frozen=True)
 class RunConfig:
+    """The run's folder, its log and its checkpoints."""
+
     name: str = "pretrain"
     """The run's folder under `dir`."""
     dir: str = "runs"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Precision = "auto"
-    """auto: bf16 autocast where the device computes in it, else float32."""
     log_every: int = 10
     """Steps between log lines. Nothing is read from the device in between."""
     save_every: int = 1000
     """Steps between checkpoints; one is always saved at the end and on a signal."""
+    save_minutes: float | None = None
+    """Minutes after which one is saved too, looked at when a line is logged; None: by steps alone."""
     keep: int = 3
     """Checkpoints kept."""
     resume: str = "auto"
@@ -584,137 +636,38 @@ class RunConfig:
     stop_at: int | None = None
     """Save and stop after this step; the schedule stays that of the whole run."""
 
+    def __post_init__(self) -> None:
+        _check_at_least(self, "run", seed=0, log_every=1, save_every=1, keep=1, stop_at=1, save_minutes=0)
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError(f"run.name = {self.name!r} is not a plain folder name")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir).expanduser() / self.name
+
 
 @dataclass(frozen=True)
-class Config:
-    """One pre-training run."""
+class PretrainConfig:
+    """Stage 1: a student aligned with a frozen CLIP teacher."""
 
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         check_fit(self.student, self.teacher)
-        data, optim = self.data, self.optim
-        for name, value, low in (
-            ("optim.epochs", self.optim.epochs, 1),
-            ("optim.batch_size", self.optim.batch_size, 1),
-            ("optim.accumulate", self.optim.accumulate, 1),
-            ("train.masks_per_clip", self.train.masks_per_clip, 1),
-            ("data.workers", self.data.workers, 0),
-            ("data.prefetch", self.data.prefetch, 1),
-            ("data.pipelines", self.data.pipelines, 0),
-            ("data.pipeline_visits", self.data.pipeline_visits, 0),
-            ("data.crops_per_clip", self.data.crops_per_clip, 1),
-            ("data.read_timeout", self.data.read_timeout, 1),
-            ("run.seed", self.run.seed, 0),
-            ("run.log_every", self.run.log_every, 1),
-            ("run.save_every", self.run.save_every, 1),
-            ("run.keep", self.run.keep, 1),
-            ("run.stop_at", self.run.stop_at, 1),
-            ("optim.warmup_epochs", optim.warmup_epochs, 0),
-            ("optim.lr", optim.lr, 0),
-            ("optim.min_lr", optim.min_lr, 0),
-            ("optim.eps", optim.eps, 0),
-            ("optim.weight_decay", optim.weight_decay, 0),
-            ("optim.clip_grad", optim.clip_grad, 0),
-        ):
-            if value is not None and not low <= value < math.inf:
-                raise ConfigError(f"{name} = {value} is not a number of {low} or more")
-        _divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
-        for name in ("teacher_precision", "student_precision"):
-            if getattr(self.model, name) != "same" and self.run.precision == "fp32":
-                raise ConfigError(f"model.{name} is for runs in bf16; remove --run.precision fp32")
-        if self.train.cuda_graph and optim.accumulate > 1:
-            raise ConfigError("train.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
-        if self.train.cuda_graph and self.model.recompute != "none" and not self.model.compile:
-            raise ConfigError("model.recompute reads the random state, which a CUDA graph forbids; add --model.compile")
-        if self.train.cuda_graph and self.model.recompute == "full" and self.student.drop_path > 0:
+        _divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.compute.cuda_graph and self.optim.accumulate > 1:
+            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        if self.compute.cuda_graph and self.compute.recompute == "full" and self.student.drop_path > 0:
             # torch.compile then draws from generators of its own, which the graph does not know.
             raise ConfigError(
-                "model.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
-                "--model.recompute selective or --student.drop-path 0"
+                "compute.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
+                "--compute.recompute selective or --student.drop-path 0"
             )
-        shares = {"data.flip": (data.flip,), "data.crop_scales": data.crop_scales}
-        shares |= {"data.max_bad_fraction": (data.max_bad_fraction,), "optim.betas": optim.betas}
-        shares |= {"mask.ratio": (self.mask.ratio,)}
-        for name, values in shares.items():
-            below_one = name in ("mask.ratio", "optim.betas")
-            if not values or not all(0 <= share < 1 if below_one else 0 <= share <= 1 for share in values):
-                given = values[0] if len(values) == 1 else values
-                raise ConfigError(f"{name} = {given} is not in [0, 1{')' if below_one else ']'}")
-        if not self.run.name or Path(self.run.name).name != self.run.name:
-            raise ConfigError(f"run.name = {self.run.name!r} is not a plain folder name")
-
-
-def load_recipe(path: Path) -> Config:
-    """Read a TOML recipe: the tables of `Config`; `preset = NAME` starts a student or teacher from a named one.
-
-    Raises ConfigError naming the file and the key for anything that `Config` does not have.
-    """
-    try:
-        with open(path, "rb") as file:
-            return _build(Config, tomllib.load(file), f"{path}")
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-T = TypeVar("T")
-
-
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """Make a dataclass from a TOML table, refusing unknown keys and wrong types."""
-    presets: dict[type, dict[str, Any]] = {StudentConfig: STUDENTS, TeacherConfig: TEACHERS}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} = {values!r} is not a table")
-    values = dict(values)
-    base: Any = kind()
-    if kind in presets and (name := values.pop("preset", None)) is not None:
-        if name not in presets[kind]:
-            raise ConfigError(f"{where}: preset = {name!r}; there are {', '.join(presets[kind])}")
-        base = presets[kind][name]
-    types = typing.get_type_hints(kind)
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in types:
-            known = ", ".join(field.name for field in dataclasses.fields(base))
-            raise ConfigError(f"{where}: no setting {key!r} here; there are {known}")
-        if dataclasses.is_dataclass(types[key]):
-            changes[key] = _build(typing.cast(type, types[key]), value, f"{where}: [{key}]")
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        if not _fits(value, types[key]):
-            raise ConfigError(f"{where}: {key} = {value!r} is not {_spell(types[key])}")
-        changes[key] = value
-    try:
-        return replace(base, **changes)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a TOML value is of a setting's type; a whole number is a float too."""
-    choices = typing.get_args(wanted)
-    if typing.get_origin(wanted) is Literal:
-        return value in choices
-    if typing.get_origin(wanted) is tuple:
-        if not isinstance(value, tuple):
-            return False
-        kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if choices:  # a union
-        return any(_fits(value, choice) for choice in choices)
-    return type(value) is wanted or (wanted is float and type(value) is int)
-
-
-def _spell(wanted: Any) -> str:
-    if typing.get_origin(wanted) is Literal:
-        return f"one of {', '.join(typing.get_args(wanted))}"
-    return wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)

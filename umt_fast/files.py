@@ -62,6 +62,9 @@ def put_in_place(aside: Path, path: Path) -> None:
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some network file systems sync files but not folders; the file is there all the same
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, doctor, masking
-from umt_fast.config import Config, ConfigError, MaskConfig, OptimConfig, TrainConfig
+from umt_fast.config import ConfigError, MaskConfig, OptimConfig, PretrainConfig
 from umt_fast.models.attention import LIBRARIES, NAMES, SDPA, Backend, attention, fault, load, self_attention
 from umt_fast.run import attention_choice
 from umt_fast.run.attention_choice import Use, choose
@@ -180,7 +180,7 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch, name):
 
 
 def test_a_backend_that_does_not_run_here_says_why():
-    with pytest.raises(ConfigError, match=r"model.attention = cudnn does not run on this cpu"):
+    with pytest.raises(ConfigError, match=r"compute.attention = cudnn does not run on this cpu"):
         choose("cudnn", USE, torch.device("cpu"), torch.float32, compiled=False)
 
 
@@ -219,15 +219,16 @@ def test_a_broken_cache_is_measured_anew_and_mended(cache, content):
     cache.parent.mkdir()
     cache.write_text(content)
     choice = choose("auto", USE, torch.device("cpu"), torch.float32, compiled=False)
-    assert choice.reason.startswith("fastest: ")
-    assert list(json.loads(cache.read_text()).values()) == [choice.backend.name]
+    assert "ms measured: " in choice.reason
+    (times,) = json.loads(cache.read_text()).values()
+    assert min(times, key=times.get) == choice.backend.name
 
 
 def test_a_remembered_backend_that_is_gone_is_measured_anew(cache):
     cpu = torch.device("cpu")
     choose("auto", USE, cpu, torch.float32, compiled=False)
     key = next(iter(json.loads(cache.read_text())))
-    for gone in ("flash_attn_3", "no such thing", 7):
+    for gone in ("sdpa", {"flash_attn_3": 0.1}, {"no such thing": 0.1}, {"sdpa": "fast"}, 7):
         cache.write_text(json.dumps({key: gone}))
         assert choose("auto", USE, cpu, torch.float32, compiled=False).backend.name in ("sdpa", "flash", "math")
 
@@ -241,12 +242,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("rule", "masks"), [("attention", 1), ("tube", 2), ("random", 1), ("random", 2)])
 def test_what_is_measured_are_the_shapes_that_a_run_calls(monkeypatch, rule, masks):
     """The shapes that `accelerate` chooses for, against those that attention then gets."""
-    config = Config(
+    config = PretrainConfig(
         student=StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16),
         teacher=TeacherConfig(64, 16, 1, None, 48, 2, 3, 16, 1),
-        mask=MaskConfig(rule, 0.75),
+        mask=MaskConfig(rule, 0.75, masks),
         optim=OptimConfig(batch_size=2),
-        train=TrainConfig(masks_per_clip=masks),
     )
     student, teacher = VideoStudent(config.student), ClipTeacher(config.teacher)
     asked, seen = set(), set()

@@ -192,7 +192,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 @pytest.mark.parametrize("other", [{"model": {}}, {"format": 999, "model": {}}, [1, 2], torch.zeros(3)])
 def test_another_file_of_torch_is_refused(tmp_path, other):
     torch.save(other, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other\.pth is no checkpoint of a run"):
+    with pytest.raises(WeightsError, match=r"other\.pth is not a checkpoint of a run"):
         checkpoint.load_checkpoint(tmp_path / "other.pth")
 
 

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
-from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, TrainConfig
+from umt_fast.config import ConfigError, LowPrecisionConfig, MaskConfig, OptimConfig, PretrainConfig
 from umt_fast.models.attention import load
 from umt_fast.run.compute import RECOMPUTES_COMPILED_UNDER_DDP, accelerate, compile_models
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
@@ -221,48 +221,47 @@ def test_selective_recomputation_runs_no_matmul_twice(clip):
 # accelerate
 
 
-def config(**changes) -> Config:
-    return Config(student=STUDENT, teacher=TEACHER, optim=OptimConfig(batch_size=2), **changes)
+def config(**changes) -> PretrainConfig:
+    return PretrainConfig(student=STUDENT, teacher=TEACHER, **{"optim": OptimConfig(batch_size=2), **changes})
 
 
 def test_accelerate_says_what_it_did_and_does_it(clip):
     student, teacher = models()
     visible = some_visible(2)
     expected = alignment_step(student, teacher, clip, None, visible).loss
-    said = "\n".join(
-        accelerate(config(model=ModelConfig("math", False, "full")), CPU, student, teacher, False, lambda: clip)
-    )
+    compute = LowPrecisionConfig(attention="math", recompute="full")
+    said = "\n".join(accelerate(config(compute=compute), CPU, student, teacher, False, lambda: clip)[1])
     assert "student math" in said
     assert "recompute: full" in said
     assert {block.attn.backend.name for block in student.encoder.blocks} == {"math"}
     assert abs(alignment_step(student, teacher, clip, None, visible).loss - expected) < 1e-6
-    said = "\n".join(accelerate(config(), CPU, student, teacher, True, lambda: clip))
+    said = "\n".join(accelerate(config(), CPU, student, teacher, True, lambda: clip)[1])
     assert any(f"student {name}" in said for name in ("sdpa", "flash", "math"))
     assert "torch.compile" not in said
 
 
 def test_settings_that_exclude_each_other_are_named():
     with pytest.raises(ConfigError, match=r"optim.accumulate must be 1"):
-        Config(STUDENT, TEACHER, train=TrainConfig(cuda_graph=True), optim=OptimConfig(accumulate=2))
-    with pytest.raises(ConfigError, match=r"add --model.compile"):
-        config(train=TrainConfig(cuda_graph=True), model=ModelConfig(recompute="full"))
-    compiled = ModelConfig(compile=True, recompute="full")
-    config(train=TrainConfig(cuda_graph=True), model=compiled)
-    with pytest.raises(ConfigError, match=r"use --model.recompute selective"):
-        Config(replace(STUDENT, drop_path=0.1), TEACHER, model=compiled, train=TrainConfig(cuda_graph=True))
+        config(compute=LowPrecisionConfig(cuda_graph=True), optim=OptimConfig(accumulate=2))
+    with pytest.raises(ConfigError, match=r"add --compute.compile"):
+        LowPrecisionConfig(cuda_graph=True, recompute="full")
+    compiled = LowPrecisionConfig(compile=True, recompute="full", cuda_graph=True)
+    config(compute=compiled)
+    with pytest.raises(ConfigError, match=r"use --compute.recompute selective"):
+        PretrainConfig(replace(STUDENT, drop_path=0.1), TEACHER, compute=compiled)
     with pytest.raises(ConfigError, match="masks_per_clip = 0"):
-        config(train=TrainConfig(masks_per_clip=0))
+        config(mask=MaskConfig(masks_per_clip=0))
     with pytest.raises(ConfigError, match="needs a CUDA GPU"):
-        accelerate(config(train=TrainConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
+        accelerate(config(compute=LowPrecisionConfig(cuda_graph=True)), CPU, *models(), False, lambda: torch.empty(0))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_an_old_torch_is_told_before_the_first_step(monkeypatch, recompute):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
-    wanted = config(model=ModelConfig("math", True, recompute))
+    wanted = config(compute=LowPrecisionConfig(attention="math", compile=True, recompute=recompute))
     ranks = World(0, 2, torch.device("cpu"))
     with pytest.raises(
-        ConfigError, match=rf"{recompute} with --model.compile .* needs torch 2.9 or later, this is 2.8"
+        ConfigError, match=rf"{recompute} with --compute.compile .* needs torch 2.9 or later, this is 2.8"
     ):
         accelerate(wanted, ranks, *models(), False, lambda: torch.empty(0))
 
@@ -275,8 +274,10 @@ def test_a_graph_of_plain_pytorch_is_refused(monkeypatch, name, value, lacks):
     monkeypatch.setattr(umt_kernels.backend, "triton", object())
     monkeypatch.setattr(umt_kernels.backend, name, value)
     gpu = World(0, 1, torch.device("cuda"))
-    with pytest.raises(ConfigError, match=rf"train\.cuda_graph .* it needs {lacks}; or leave out --train\.cuda-graph"):
-        accelerate(config(train=TrainConfig(cuda_graph=True)), gpu, *models(), False, lambda: torch.empty(0))
+    with pytest.raises(
+        ConfigError, match=rf"compute\.cuda_graph .* it needs {lacks}; or leave out --compute\.cuda-graph"
+    ):
+        accelerate(config(compute=LowPrecisionConfig(cuda_graph=True)), gpu, *models(), False, lambda: torch.empty(0))
 
 
 # on a GPU

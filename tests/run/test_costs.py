@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
-from umt_fast.config import STUDENTS, TEACHERS, Config, ModelConfig, OptimConfig, TrainConfig, load_recipe
+from umt_fast.config import STUDENTS, TEACHERS, LowPrecisionConfig, MaskConfig, OptimConfig, PretrainConfig
 from umt_fast.models.attention import load
+from umt_fast.recipe import load_recipe
 from umt_fast.run import costs
 from umt_fast.run.optim import build_optimizer
 
@@ -89,7 +90,7 @@ def test_parameter_counts(size, teacher):
     assert costs.teacher_parameters(small) == sum(p.numel() for p in (*model.parameters(), model.patch_weight))
 
 
-def kept_bytes(config: Config, clips: int, bf16: bool) -> int:
+def kept_bytes(config: PretrainConfig, clips: int, bf16: bool) -> int:
     """What the student's forward pass keeps for its backward pass, without its own weights."""
     student = VideoStudent(config.student)
     own = {x.untyped_storage().data_ptr() for x in (*student.parameters(), student.position)}
@@ -110,25 +111,25 @@ def kept_bytes(config: Config, clips: int, bf16: bool) -> int:
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_clips_memory_is_what_the_student_keeps(bf16):
     student = StudentConfig(64, 16, 1, 4, 128, 12, 2, 0.1, 2, 64)
-    config = Config(student, TeacherConfig(64, 16, 1, None, 64, 2, 2, 64, 2))
+    config = PretrainConfig(student, TeacherConfig(64, 16, 1, None, 64, 2, 2, 64, 2))
     kept = (kept_bytes(config, 4, bf16) - kept_bytes(config, 2, bf16)) / 2
     assert costs.step_memory(config, bf16).per_clip == pytest.approx(kept, rel=0.2)
     assert costs.step_memory(config, bf16).per_clip > kept
 
 
 def test_memory_follows_the_settings():
-    base = Config(STUDENTS["umt_b16"], TEACHERS["clip_b16"])
+    base = PretrainConfig(STUDENTS["umt_b16"], TEACHERS["clip_b16"])
     plain = costs.step_memory(base, True)
     students, teachers = (
         f(c) for f, c in ((costs.student_parameters, base.student), (costs.teacher_parameters, base.teacher))
     )
     assert plain.states == 18 * students + 2 * teachers
     sizes = {
-        recompute: costs.step_memory(replace(base, model=ModelConfig(recompute=recompute)), True).per_clip
+        recompute: costs.step_memory(replace(base, compute=LowPrecisionConfig(recompute=recompute)), True).per_clip
         for recompute in ("none", "selective", "full")
     }
     assert sizes["none"] > 1.3 * sizes["selective"] > 1.3 * sizes["full"]
-    more = costs.step_memory(replace(base, train=TrainConfig(masks_per_clip=3)), True).per_clip
+    more = costs.step_memory(replace(base, mask=MaskConfig(masks_per_clip=3)), True).per_clip
     assert more == 3 * plain.per_clip
     batch = plain.largest_batch(80 * costs.GIB)
     assert plain.peak(batch) <= 78 * costs.GIB < plain.peak(batch + 1)
@@ -143,7 +144,9 @@ def test_the_dry_run_prints_the_plan(capsys):
     text = capsys.readouterr().out
     flops = costs.lean_flops(STUDENTS["umt_b16"], TEACHERS["clip_b16"], 64, 320).total
     assert f"{flops / 1e12:.2f} TFLOP" in text
-    batch = costs.step_memory(load_recipe(pretrain.RECIPES / "umt_b16_k710.toml"), True).largest_batch(40 * costs.GIB)
+    batch = costs.step_memory(load_recipe(PretrainConfig, pretrain.RECIPES / "umt_b16_k710.toml"), True).largest_batch(
+        40 * costs.GIB
+    )
     assert f"a GPU with 40 GiB takes {batch} clips" in text
 
 
@@ -167,7 +170,7 @@ def test_only_a_run_needs_pyav(arguments, status, said, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU's own count of its memory")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_the_predicted_peak_is_near_the_measured_one(recompute):
-    config = Config(STUDENTS["umt_b16"], TEACHERS["clip_b16"], model=ModelConfig(recompute=recompute))
+    config = PretrainConfig(STUDENTS["umt_b16"], TEACHERS["clip_b16"], compute=LowPrecisionConfig(recompute=recompute))
     student, teacher = VideoStudent(config.student).cuda(), ClipTeacher(config.teacher).cuda()
     student.set_recompute(recompute)
     teacher.store_matmul_weights(torch.bfloat16)

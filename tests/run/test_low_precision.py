@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from umt_fast import ClipTeacher, TeacherConfig, alignment_step
-from umt_fast.config import Config, ConfigError, ModelConfig, OptimConfig, RunConfig, StudentConfig
+from umt_fast.config import ConfigError, LowPrecisionConfig, OptimConfig, PretrainConfig, StudentConfig
 from umt_fast.models.heads import VideoStudent
 from umt_fast.run import compute as acceleration
 from umt_fast.run.compute import accelerate, compile_models
@@ -168,19 +168,22 @@ def test_where_a_float8_student_cannot_be_is_named():
         convert_student(VideoStudent(STUDENT), 2, 16)
     with pytest.raises(ConfigError, match=r"visible tokens of a batch = 12 is no multiple of 16"):
         convert_student(VideoStudent(STUDENT), 1, 12, emulate=True)
-    with pytest.raises(ConfigError, match=r"model.student_precision is for runs in bf16; remove"):
-        Config(STUDENT, CONFIG, model=ModelConfig(student_precision="fp8"), run=RunConfig(precision="fp32"))
+    with pytest.raises(ConfigError, match=r"compute.student_precision is for runs in bf16; remove"):
+        LowPrecisionConfig(student_precision="fp8", precision="fp32")
 
 
 def test_accelerate_hands_the_student_over(monkeypatch, teacher, clip):
-    config = Config(
-        STUDENT, CONFIG, model=ModelConfig("sdpa", student_precision="fp8"), optim=OptimConfig(batch_size=2)
+    config = PretrainConfig(
+        STUDENT,
+        CONFIG,
+        compute=LowPrecisionConfig(attention="sdpa", student_precision="fp8"),
+        optim=OptimConfig(batch_size=2),
     )
     cpu, student, given = World(0, 1, torch.device("cpu")), VideoStudent(STUDENT), []
     monkeypatch.setattr(
         acceleration, "lower_student_precision", lambda *args: given.append(args) or "fp8 student: near"
     )
-    assert "fp8 student: near" in accelerate(config, cpu, student, teacher, True, lambda: clip)
+    assert "fp8 student: near" in accelerate(config, cpu, student, teacher, True, lambda: clip)[1]
     assert given[0][0] is student
     assert given[0][2:] == (2, 4 * 4, 0.99)
     with pytest.raises(ConfigError, match=r"student_precision is for runs in bf16; add"):

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from umt_fast import VideoStudent
-from umt_fast.config import load_recipe
+from umt_fast.config import PretrainConfig
+from umt_fast.recipe import load_recipe
 from umt_fast.run import checkpoint
+from umt_fast.run.stop import EXIT_STOPPED
 from umt_fast.weights import load_umt_student, read_weights
 
 
@@ -45,7 +47,7 @@ def test_a_run_leaves_metrics_pictures_and_a_loadable_checkpoint(trainer):
     for named in ("decoder pyav", "attention", "kernels", "precision"):
         assert named in output
     assert [path.name for path in trainer.checkpoints("a")] == [f"clips_{n:010d}.pth" for n in (32, 48, 64)]
-    student = VideoStudent(load_recipe(trainer.recipe).student)
+    student = VideoStudent(load_recipe(PretrainConfig, trainer.recipe).student)
     load_umt_student(student, read_weights(trainer.checkpoints("a")[-1]))
 
 
@@ -112,7 +114,7 @@ def test_masking_rules_accumulation_and_clipping_run(trainer):
 
 
 def test_several_masks_per_clip_with_a_chosen_attention_and_recomputation(trainer):
-    options = ("--train.masks-per-clip", "2", "--model.attention", "math", "--model.recompute", "selective")
+    options = ("--mask.masks-per-clip", "2", "--compute.attention", "math", "--compute.recompute", "selective")
     status, output = trainer.run("--run.name", "m", *options, "--optim.epochs", "4", "--data.workers", "0")
     assert status == 0, output
     assert "student math" in output
@@ -121,9 +123,9 @@ def test_several_masks_per_clip_with_a_chosen_attention_and_recomputation(traine
 
 
 def test_an_attention_backend_that_is_missing_is_named(trainer):
-    status, output = trainer.run("--model.attention", "flash_attn_4")
+    status, output = trainer.run("--compute.attention", "flash_attn_4")
     assert status == 1
-    assert "error: model.attention = flash_attn_4" in output
+    assert "error: compute.attention = flash_attn_4" in output
     assert "pip install flash-attn-4" in output
 
 
@@ -135,7 +137,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processe
     os.killpg(child.pid, number) if processes == 1 else os.kill(child.pid, number)
     output, _ = child.communicate(timeout=60)
     if processes == 1:  # torchrun reports its own signal
-        assert child.returncode == 0, output
+        assert child.returncode == EXIT_STOPPED, output
     assert "saving after this step" in output
     (saved,) = trainer.checkpoints("s")
     step = checkpoint.load_checkpoint(saved)["clips_seen"] // (4 * processes)
@@ -245,10 +247,10 @@ def test_mistakes_are_told_in_one_line(trainer, tmp_path):
         ("--run.resume", "/nowhere.pth"): "cannot read checkpoint /nowhere.pth",
         ("--teacher-weights", ""): "no teacher weights are named",
         ("--teacher.width", "512"): "only one up to 256 wide may be `random`",
-        ("--run.stop-at", "0"): "run.stop_at = 0 is not a number of 1 or more",
-        ("--optim.lr", "nan"): "optim.lr = nan is not a number of 0 or more",
-        ("--data.read-timeout", "inf"): "data.read_timeout = inf is not a number of 1 or more",
-        ("--data.flip", "7"): "data.flip = 7.0 is not in [0, 1]",
+        ("--run.stop-at", "0"): "run.stop_at = 0: must be a finite number >= 1",
+        ("--optim.lr", "nan"): "optim.lr = nan: must be a finite number >= 0",
+        ("--data.read-timeout", "inf"): "data.read_timeout = inf: must be a finite number >= 1",
+        ("--data.flip", "7"): "data.flip = 7.0: must be in [0, 1]",
     }
     for options, message in cases.items():
         status, output = trainer.run(*options)

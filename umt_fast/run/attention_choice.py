@@ -72,23 +72,31 @@ def choose(wanted: str, use: Use, device: torch.device, dtype: torch.dtype, comp
         try:
             backend = load(wanted)
         except (ImportError, ValueError) as error:
-            raise ConfigError(f"model.attention = {wanted}: {error}") from None
+            raise ConfigError(f"compute.attention = {wanted}: {error}") from None
         reason = fault(backend, device, dtype, use.head_dim, use.gradients, compiled)
         if reason is not None:
-            raise ConfigError(f"model.attention = {wanted} does not run on this {device.type} in {dtype}: {reason}")
+            raise ConfigError(f"compute.attention = {wanted} does not run on this {device.type} in {dtype}: {reason}")
         return Choice(backend, "set")
     key = _key(use, device, dtype, compiled)
-    remembered = _read_cache().get(key)
-    if remembered in NAMES:
-        try:
-            return Choice(load(remembered), "fastest when measured")
-        except ImportError:
-            pass  # removed since, under the same version
-    seconds = measure(use, device, dtype, compiled)
-    best = min(seconds, key=seconds.__getitem__)
-    _remember(key, best)
-    times = ", ".join(f"{name} {1e3 * took:.3g} ms" for name, took in sorted(seconds.items(), key=lambda item: item[1]))
-    return Choice(load(best), f"fastest: {times}")
+    milliseconds, origin = _read_cache().get(key), "measured before"
+    if milliseconds is None:
+        seconds = measure(use, device, dtype, compiled)
+        milliseconds, origin = {name: round(1e3 * second, 4) for name, second in seconds.items()}, "measured"
+        _remember(key, milliseconds)
+    best = min(milliseconds, key=milliseconds.__getitem__)
+    times = ", ".join(f"{name} {took:.3g}" for name, took in sorted(milliseconds.items(), key=lambda item: item[1]))
+    return Choice(load(best), f"fastest; ms {origin}: {times}")
+
+
+def keep(stored: str | None, use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> Choice | None:
+    """The choice in a checkpoint, so that the resumed run computes the same bits; None if it cannot run here."""
+    try:
+        backend = load(stored or "")
+    except (ImportError, ValueError):
+        return None
+    if fault(backend, device, dtype, use.head_dim, use.gradients, compiled) is not None:
+        return None
+    return Choice(backend, "as in the checkpoint")
 
 
 def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> dict[str, float]:
@@ -120,9 +128,9 @@ def _median_seconds(backend: Backend, use: Use, device: torch.device, dtype: tor
         q = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
         inputs, call = (q, *packed.unbind(2)[1:]), attention
     grad = torch.randn(use.batch, use.queries, *shape, device=device, dtype=dtype)
-    took: list[float] = []
+    times: list[float] = []
     started = time.perf_counter()
-    while len(took) < REPEATS + 1 and (len(took) < 2 or time.perf_counter() - started < LONGEST):
+    while len(times) < REPEATS + 1 and (len(times) < 2 or time.perf_counter() - started < LONGEST):
         inputs = tuple(x.detach().requires_grad_(use.gradients) for x in inputs)
         _wait(device)
         begun = time.perf_counter()
@@ -131,8 +139,8 @@ def _median_seconds(backend: Backend, use: Use, device: torch.device, dtype: tor
             if use.gradients:
                 out.backward(grad)
         _wait(device)
-        took.append(time.perf_counter() - begun)
-    return statistics.median(took[1:])
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
 
 
 def _wait(device: torch.device) -> None:
@@ -157,22 +165,35 @@ def _key(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> 
     return json.dumps([gpu, asdict(use), str(dtype), compiled, versions])
 
 
-def _read_cache() -> dict[str, Any]:
-    """What was remembered; nothing if the file is missing or is not ours."""
+def _read_cache() -> dict[str, dict[str, float]]:
+    """Remembered milliseconds by backend, by key, less what is not ours or names a backend that is gone."""
     try:
         content = json.loads(cache_path().read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return {key: times for key, times in content.items() if _usable(times)} if isinstance(content, dict) else {}
 
 
-def _remember(key: str, name: str) -> None:
-    """Replace the file in one move: two runs at once lose at most a choice. Does without where it cannot write."""
+def _usable(times: Any) -> bool:
+    if not isinstance(times, dict) or not times:
+        return False
+    for name, took in times.items():
+        if name not in NAMES or not isinstance(took, int | float):
+            return False
+        try:
+            load(name)
+        except ImportError:
+            return False
+    return True
+
+
+def _remember(key: str, milliseconds: dict[str, float]) -> None:
+    """Replace the file in one move: two runs at once lose at most a choice. A folder that cannot be written is left."""
     path = cache_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump({**_read_cache(), key: name}, file, indent=1)
+            json.dump({**_read_cache(), key: milliseconds}, file, indent=1)
         os.replace(file.name, path)
     except OSError:
         return

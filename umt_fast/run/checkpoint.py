@@ -1,20 +1,157 @@
-"""Checkpoints of a run."""
+"""Checkpoints of a run: written whole or not at all, checked when they are read."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from umt_fast.errors import RunError
 from umt_fast.files import put_in_place
+from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
 
-FORMAT = 1
+FORMAT = 2
+"""2 names the optimiser's state by parameter; 1, of version 0.1, numbers it. Both are read."""
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_OWN = ("betas", "eps", "weight_decay", "capturable")
+"""Settings of an optimiser that are the resumed run's own, not those of the run that saved."""
+
+
+class CannotResume(RunError):
+    """A checkpoint that does not fit the run, or a folder that another run has filled."""
+
+
+class NotFinite(RunError):
+    """A loss, gradient or weight that is not finite."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read, and where it lies."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def clips_seen(self) -> int:
+        return self.content["clips_seen"]
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """The attention backends of the run, by use; empty for version 0.1."""
+        return self.content.get("attention", {})
+
+
+@dataclass
+class TrainState:
+    """Everything that a run must have again to go on as if it had not ended."""
+
+    model: nn.Module
+    """The bare model, or the one that FSDP has sharded; not DDP's wrapper."""
+    optimizer: torch.optim.Optimizer
+    world: World
+    config: Any
+    """The run's settings, a dataclass of sections."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What the schedule rests on, such as the number of videos."""
+    attention: dict[str, str] = field(default_factory=dict)
+    step: int = 0
+    clips_seen: int = 0
+    last_saved: Path | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def advance(self, clips: int) -> None:
+        """Count one step of `clips` clips over all ranks."""
+        self.step += 1
+        self.clips_seen += clips
+
+    def save_due(self, minutes: float | None) -> bool:
+        """Whether `minutes` have passed since the last save, by the main rank's clock; every rank calls it."""
+        return minutes is not None and self.world.gather(time.monotonic() - self.saved_at >= 60 * minutes)[0]
+
+    def save(self, folder: Path, keep: int) -> Path:
+        """Write a checkpoint and remove all but the newest `keep`; every rank returns once the file is there.
+
+        Does nothing if this state is saved already. Raises, on every rank, NotFinite for weights that are not
+        finite and OSError for a disk that is full.
+        """
+        path, problem = checkpoint_path(folder, self.clips_seen), None
+        if path == self.last_saved:
+            return path
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=_WHOLE)
+        rng = self.world.gather(get_rng_state(self.world.device))
+        if self.world.main:
+            content = {"model": model, "optimizer": optimizer, "rng": rng, "config": asdict(self.config)}
+            content |= {"schedule": self.plan, "attention": self.attention}
+            try:
+                if (bad := find_not_finite(model)) is not None:
+                    raise NotFinite(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
+                save_checkpoint(folder, self.clips_seen, content, keep)
+            except (RunError, OSError) as error:
+                problem = error
+        problem = self.world.gather(problem)[0]
+        if problem is not None:
+            raise problem
+        self.last_saved, self.saved_at = path, time.monotonic()
+        return path
+
+    def restore(self, folder: Path, found: Checkpoint | None = None, step_clips: int = 1) -> bool:
+        """Go on from the newest checkpoint in `folder`, or from `found`, which `find_checkpoint` has read.
+
+        Returns whether there was one. A run with another global batch, `step_clips`, counts its steps anew from the
+        clips seen; a rank that the checkpoint does not know starts with random numbers of its own.
+        """
+        found = found if found is not None else find_checkpoint(folder, self.world)
+        if found is None:
+            return False
+        content = found.content
+        set_model_state_dict(self.model, content["model"], options=StateDictOptions(full_state_dict=True))
+        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
+        state = content["optimizer"]
+        if content["format"] == 1:
+            state = _name_parameters(state, self.model, self.optimizer)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)
+        if self.world.rank < len(content["rng"]):
+            set_rng_state(content["rng"][self.world.rank], self.world.device)
+        self.clips_seen = found.clips_seen
+        self.step = self.clips_seen // step_clips
+        self.last_saved = found.path
+        return True
+
+
+def find_not_finite(state: Mapping[str, Any]) -> str | None:
+    """Name of the first tensor with a value that is not finite."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            return name
+    return None
+
+
+def _name_parameters(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A torch optimiser's own state dict, which numbers parameters in the order of its groups, by parameter names."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [ordered[i] for i in group["params"]]} for group in state["param_groups"]]
+    return {"state": {ordered[i]: values for i, values in state["state"].items()}, "param_groups": groups}
 
 
 def get_rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -62,23 +199,130 @@ def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep
         aside.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[:-keep]:
         if old != path:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return path
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a save left that was killed half-way. No other run may be saving there."""
+    """Remove what an interrupted save left. No other run may be saving there."""
     for aside in folder.glob(".clips_*.pth.*"):
-        aside.unlink()
+        aside.unlink(missing_ok=True)
+
+
+def find_checkpoint(
+    folder: Path, world: World, resume: str = "auto", say: Callable[[str], None] = print
+) -> Checkpoint | None:
+    """The checkpoint that a run in `folder` continues, the same on every rank; None if it starts anew.
+
+    resume  auto: the newest one in `folder` that is whole. One that is damaged is renamed to *.damaged, `say` reports
+    it, and the one before is tried. never: none, and CannotResume if the folder holds one. Else a file's path.
+    """
+    outcome: tuple[Path | None, Exception | None] = (None, None)
+    content = None
+    if world.main:
+        try:
+            path, content = _find(folder, resume, say)
+            outcome = (path, None)
+        except (RunError, OSError) as error:
+            outcome = (None, error)
+    path, problem = world.gather(outcome)[0]
+    if problem is not None:
+        raise problem
+    if path is None:
+        return None
+    return Checkpoint(path, load_checkpoint(path) if content is None else content)
+
+
+def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:
+    existing = list_checkpoints(folder)
+    if resume == "never":
+        if existing:
+            raise CannotResume(f"{folder} already holds {existing[-1].name}; choose another --run.name or remove it")
+        return None, None
+    if resume != "auto":
+        source = Path(resume).expanduser()
+        if existing and existing[-1].resolve() != source.resolve():
+            raise CannotResume(
+                f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW"
+            )
+        return source, load_checkpoint(source)
+    for path in reversed(existing):
+        try:
+            return path, load_checkpoint(path)
+        except WeightsError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            with contextlib.suppress(OSError):
+                path.rename(aside)
+            say(f"damaged checkpoint set aside as {aside}: {error}")
+    return None, None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote. Raises WeightsError if the file is not one."""
+    """Read a checkpoint. Raises WeightsError if the file is not one, or not as it was written.
+
+    The checksum is the CRC-32 that a zip archive, which torch's files are, holds of every member; torch itself does not
+    look at them.
+    """
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, missing, not a checkpoint
-        mend = "remove it to go on from the one before, or name another with --run.resume"
-        raise WeightsError(f"cannot read checkpoint {path}, {mend}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise WeightsError(f"{path} is no checkpoint of a run (format {FORMAT}); for weights alone use read_weights")
-    return content
+        fix = "remove it to go on from the one before, or name another with --run.resume"
+        raise WeightsError(f"cannot read checkpoint {path}, {fix}: {error}") from error
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
+        raise WeightsError(f"{path} is not a checkpoint of a run (format 1 or {FORMAT}); for weights use read_weights")
+    bad = find_not_finite(content["model"])
+    if bad is not None:
+        raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
+    return _upgrade(content) if content["format"] == 1 else content
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of version 0.1 with its settings in the present sections."""
+    config = dict(content["config"])
+    train, model, run = config.pop("train"), config.pop("model"), dict(config["run"])
+    config["mask"] = {**config["mask"], "masks_per_clip": train["masks_per_clip"]}
+    config["compute"] = {**model, "cuda_graph": train["cuda_graph"], "precision": run.pop("precision")}
+    return {**content, "config": {**config, "run": run}}
+
+
+def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> None:
+    """Raise CannotResume unless the settings called `names` (dotted) are those that the checkpoint was made with.
+
+    A setting that is younger than the checkpoint had its default value then.
+    """
+    then = {**_flatten(asdict(type(config)())), **_flatten(checkpoint.content["config"])}
+    for key, value in _flatten(asdict(config)).items():
+        if then[key] != value and any(key == name or key.startswith(f"{name}.") for name in names):
+            raise CannotResume(
+                f"{checkpoint.path} was made with {key} = {then[key]}, this run has {value}; choose another --run.name"
+            )
+
+
+def list_changes(checkpoint: Checkpoint, config: Any, plan: dict[str, Any]) -> list[str]:
+    """A line for each setting, and each fact of the plan, that is not what it was when the checkpoint was saved."""
+    then, now = (_flatten(tree) for tree in (checkpoint.content["config"], asdict(config)))
+    then |= {name.replace("_", " "): value for name, value in checkpoint.content["schedule"].items()}
+    now |= {name.replace("_", " "): value for name, value in plan.items()}
+    return [
+        f"note: {key} was {then[key]} when it was saved, now {value}"
+        for key, value in now.items()
+        if key in then and then[key] != value and key not in _FREE
+    ]
+
+
+_FREE = ("run.stop_at", "run.resume", "run.name", "run.dir")
+"""Settings that a resumed run may change without a note: the results do not depend on them."""
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+    return flat

@@ -1,8 +1,11 @@
-"""What makes both models run faster, or in less memory, without another result: set before the first step."""
+"""Precision, attention, recomputation and compilation: settings that make models faster or smaller, set before the
+first step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -10,11 +13,13 @@ from torch.torch_version import TorchVersion
 from umt_kernels.backend import lacking
 
 from umt_fast import masking
-from umt_fast.config import Config, ConfigError
+from umt_fast.config import ComputeConfig, ConfigError, PretrainConfig
 from umt_fast.models import attention
+from umt_fast.models.attention import Backend
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import VideoStudent
 from umt_fast.run import attention_choice
+from umt_fast.run.attention_choice import Use
 from umt_fast.run.low_precision import lower_precision, lower_student_precision
 from umt_fast.run.world import World
 
@@ -22,68 +27,92 @@ RECOMPUTES_COMPILED_UNDER_DDP = TorchVersion("2.9")
 """The first torch known to cut a compiled graph that recomputes at DDP's buckets; 2.8 fails in the first step."""
 
 
+def choose_attention(
+    compute: ComputeConfig,
+    uses: dict[str, Use],
+    world: World,
+    dtype: torch.dtype,
+    stored: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[dict[str, Backend], list[str]]:
+    """The backend of each use, and lines that say which and why. All ranks use the first one's choices.
+
+    `stored`: the choices of the checkpoint that the run continues, kept where they run here. Raises ConfigError for a
+    backend that was asked for and does not.
+    """
+    chosen, lines = {}, []
+    for name, use in uses.items():
+        choice = None
+        if compute.attention == "auto":
+            choice = attention_choice.keep(stored.get(name), use, world.device, dtype, compute.compile)
+        if choice is None:
+            choice = attention_choice.choose(compute.attention, use, world.device, dtype, compute.compile)
+        first, reason = world.gather((choice.backend.name, choice.reason))[0]
+        chosen[name] = attention.load(first)
+        lines.append(f"attention: {name} {first} ({reason})")
+    return chosen, lines
+
+
 def accelerate(
-    config: Config,
+    config: PretrainConfig,
     world: World,
     student: VideoStudent,
     teacher: ClipTeacher,
     bf16: bool,
     sample: Callable[[], Tensor],
-) -> list[str]:
-    """Give both models the run's attention, recomputation, precision and compilation. Returns what was done, in lines.
+    stored: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[dict[str, str], list[str]]:
+    """Give both models the run's attention, recomputation, precision and compilation.
 
-    Ranks take the first one's choices. `sample` gives clips [B,T,H,W,3] on which a quantised model is judged. Raises
-    ConfigError for what this device cannot do, or a model that is too far off.
+    `sample` gives clips [B,T,H,W,3] on which a quantised model is judged; `stored` is as in `choose_attention`. Returns
+    the attention choices by use, for the checkpoint, and lines that say what was done. Raises ConfigError for what
+    this device cannot do, or a model that is too far off.
     """
-    _refuse_what_fails(config, world)
+    _refuse_unsupported(config, world)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    student_config, mask, masks = config.student, config.mask, config.train.masks_per_clip
-    frames, patches = student_config.tokens // student_config.grid**2, student_config.grid**2
+    student_config, mask, masks = config.student, config.mask, config.mask.masks_per_clip
+    frames, patches = student_config.token_frames, student_config.patches
     seen = masking.count_seen(mask.rule, frames, patches, mask.ratio)
-    finished = patches if mask.rule == "random" else masks * masking.count_visible(patches, mask.ratio)
+    per_clip = masking.find_rule(mask.rule).counts == "per clip"
+    finished = patches if per_clip else masks * masking.count_visible(patches, mask.ratio)
     clips = config.optim.batch_size
     uses = attention_choice.uses(student_config, config.teacher, clips, masks * clips, seen, finished)
-    chosen = {}
-    for name, use in uses.items():
-        choice = attention_choice.choose(config.model.attention, use, world.device, dtype, config.model.compile)
-        chosen[name] = attention.load(world.gather(choice.backend.name)[0])
+    chosen, said = choose_attention(config.compute, uses, world, dtype, stored)
     if bf16:
         teacher.store_matmul_weights(torch.bfloat16)
     teacher.set_attention(chosen["teacher"], chosen["teacher's last block"])
     student.set_attention(chosen["student"])
-    said = ["attention: " + ", ".join(f"{name} {backend.name}" for name, backend in chosen.items())]
-    if config.model.teacher_precision != "same":
+    if config.compute.teacher_precision != "same":
         if not bf16:
-            raise ConfigError("model.teacher_precision is for runs in bf16; add --run.precision bf16")
-        precision, least = config.model.teacher_precision, config.model.least_teacher_cosine
+            raise ConfigError("compute.teacher_precision is for runs in bf16; add --compute.precision bf16")
+        precision, least = config.compute.teacher_precision, config.compute.least_teacher_cosine
         said.append(lower_precision(teacher, precision, sample().to(world.device), least))
-    if config.model.student_precision != "same":
+    if config.compute.student_precision != "same":
         if not bf16:
-            raise ConfigError("model.student_precision is for runs in bf16; add --run.precision bf16")
-        least = config.model.least_student_cosine
+            raise ConfigError("compute.student_precision is for runs in bf16; add --compute.precision bf16")
+        least = config.compute.least_student_cosine
         said.append(lower_student_precision(student, sample().to(world.device), masks * clips, seen, least))
-    if config.model.recompute != "none":
-        student.set_recompute(config.model.recompute)
-        said.append(f"recompute: {config.model.recompute}")
-    if config.model.compile:
+    if config.compute.recompute != "none":
+        student.set_recompute(config.compute.recompute)
+        said.append(f"recompute: {config.compute.recompute}")
+    if config.compute.compile:
         compile_models(student, teacher)
         said.append("torch.compile: both models; the first step takes minutes")
-    return said
+    return {name: backend.name for name, backend in chosen.items()}, said
 
 
-def _refuse_what_fails(config: Config, world: World) -> None:
+def _refuse_unsupported(config: PretrainConfig, world: World) -> None:
     """Raise ConfigError for settings whose first step is known to fail here."""
-    if config.train.cuda_graph and world.device.type != "cuda":
-        raise ConfigError(f"train.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
-    if config.train.cuda_graph and (lacks := lacking(world.device)) is not None:
+    if config.compute.cuda_graph and world.device.type != "cuda":
+        raise ConfigError(f"compute.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
+    if config.compute.cuda_graph and (lacks := lacking(world.device)) is not None:
         raise ConfigError(
-            f"train.cuda_graph records the Triton kernels, and this run takes plain PyTorch in their place: it needs "
-            f"{lacks}; or leave out --train.cuda-graph"
+            f"compute.cuda_graph records the Triton kernels, and this run takes plain PyTorch in their place: it needs "
+            f"{lacks}; or leave out --compute.cuda-graph"
         )
-    recomputes = config.model.compile and config.model.recompute != "none"
+    recomputes = config.compute.compile and config.compute.recompute != "none"
     if recomputes and world.size > 1 and TorchVersion(torch.__version__) < RECOMPUTES_COMPILED_UNDER_DDP:
         raise ConfigError(
-            f"model.recompute = {config.model.recompute} with --model.compile on several processes needs torch "
+            f"compute.recompute = {config.compute.recompute} with --compute.compile on several processes needs torch "
             f"{RECOMPUTES_COMPILED_UNDER_DDP} or later, this is {torch.__version__}; upgrade it, or leave out either"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from umt_fast import masking
-from umt_fast.config import MLP_RATIO, Config, Recompute, StudentConfig, TeacherConfig
+from umt_fast.config import MLP_RATIO, PretrainConfig, Recompute, StudentConfig, TeacherConfig
 
 GIB = 2**30
 
@@ -127,15 +127,15 @@ full       one residual
 """
 
 
-def step_memory(config: Config, bf16: bool) -> Memory:
+def step_memory(config: PretrainConfig, bf16: bool) -> Memory:
     """The peak of a step under `config`: the teacher at its widest, or the student before its backward pass."""
-    student, teacher, masks = config.student, config.teacher, config.train.masks_per_clip
-    frames, patches = student.tokens // student.grid**2, student.grid**2
+    student, teacher, masks = config.student, config.teacher, config.mask.masks_per_clip
+    frames, patches = student.token_frames, student.patches
     seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
     size = 2 if bf16 else 4
     # float32 weights, gradients and two moments; autocast's copy of the weights lasts until the backward pass
     states = student_parameters(student) * (16 + (2 if bf16 else 0)) + teacher_parameters(teacher) * size
-    single, run = KEPT[config.model.recompute]
+    single, run = KEPT[config.compute.recompute]
     width, out, layers = student.width, student.target_width, student.align_layers
     block = width * (single + run * size // 2)
     whole = width * (KEPT["none"][0] + KEPT["none"][1] * size // 2)  # one block computed again, or differentiated
@@ -149,16 +149,16 @@ def step_memory(config: Config, bf16: bool) -> Memory:
     return Memory(states, max(of_student, of_teacher))
 
 
-def plan(config: Config, bf16: bool, gpu_memory: float | None) -> str:
+def plan(config: PretrainConfig, bf16: bool, gpu_memory: float | None) -> str:
     """What a step of this run costs, in words, and the batches that fit `gpu_memory` GiB or some known GPUs."""
     optim, student = config.optim, config.student
-    frames, patches = student.tokens // student.grid**2, student.grid**2
+    frames, patches = student.token_frames, student.patches
     seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
-    flops = lean_flops(student, config.teacher, optim.batch_size, seen, config.train.masks_per_clip)
+    flops = lean_flops(student, config.teacher, optim.batch_size, seen, config.mask.masks_per_clip)
     memory = step_memory(config, bf16)
     lines = [
         f"one forward and backward pass of {optim.batch_size} clips per process, {seen} visible tokens each, "
-        f"{'bf16' if bf16 else 'float32'}, recompute {config.model.recompute}",
+        f"{'bf16' if bf16 else 'float32'}, recompute {config.compute.recompute}",
         f"  {flops.total / 1e12:.2f} TFLOP: " + ", ".join(f"{n} {f / 1e12:.2f}" for n, f in flops.by_phase().items()),
         f"  {memory.peak(optim.batch_size) / GIB:.1f} GiB at the peak, by arithmetic: {memory.states / GIB:.1f} of "
         f"weights, gradients and optimiser, {memory.per_clip / 2**20:.0f} MiB per clip",

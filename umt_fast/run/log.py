@@ -1,11 +1,15 @@
-"""What a run tells: a progress bar or lines, metrics.jsonl, TensorBoard, bad_files.txt."""
+"""The record of a run: a progress bar or lines, metrics.jsonl, TensorBoard, bad_files.txt."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,67 +20,66 @@ from torch import Tensor
 from tqdm import tqdm
 
 from umt_fast.errors import RunError
-from umt_fast.files import escape, read_reasons, write_reasons
+from umt_fast.files import escape, read_reasons, write_reasons, write_whole
+from umt_fast.run.checkpoint import NotFinite, TrainState
+from umt_fast.run.world import World
 
 
-class NotFinite(RunError):
-    """A loss or gradient that is not finite."""
+class TooManyBadFiles(RunError):
+    """More of the videos are unreadable than the run accepts."""
 
 
 @dataclass
 class _Step:
-    """What a step leaves to be looked at later."""
-
     number: int
-    losses: list[Tensor] = field(default_factory=list)
-    grad_norm: Tensor | None = None
-    files: list[str] = field(default_factory=list)
+    values: dict[str, Tensor]
+    grad_norm: Tensor
+    files: list[str]
 
 
-class Ledger:
-    """One rank's losses since the last log line. They stay on the device until `report` reads them, all at once."""
+class LossBuffer:
+    """One rank's losses since the last log line. They stay on the device until `take` reads them, all at once."""
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
         self._bad: list[tuple[str, str]] = []
         self._waited = 0.0
 
-    def begin(self, step: int) -> None:
-        self._steps.append(_Step(step))
+    def __len__(self) -> int:
+        return len(self._steps)
 
-    def drop(self) -> bool:
-        """Forget the step that was begun last. Returns whether one is left to report."""
-        self._steps.pop()
-        return bool(self._steps)
-
-    def add_batch(self, files: list[str], bad: list[tuple[str, str]], waited: float) -> None:
-        """The files of a batch of the present step, those that could not be read, and the seconds it was awaited."""
-        self._steps[-1].files += files
+    def add_data(self, bad: Sequence[tuple[str, str]], waited: float) -> None:
+        """Files that could not be read, each with the reason, and the seconds that a step's data was awaited."""
         self._bad += bad
         self._waited += waited
 
-    def add_loss(self, loss: Tensor) -> None:
-        self._steps[-1].losses.append(loss.detach())
+    def add(
+        self, step: int, losses: Sequence[Mapping[str, Tensor]], grad_norm: Tensor, files: Sequence[str] = ()
+    ) -> None:
+        """The losses of a step's micro-batches by name, its gradient norm and the files it was made of."""
+        values = {name: torch.stack([micro[name].detach() for micro in losses]).mean() for name in losses[0]}
+        self._steps.append(_Step(step, values, grad_norm, list(files)))
 
-    def end(self, grad_norm: Tensor) -> None:
-        self._steps[-1].grad_norm = grad_norm
-
-    def report(self) -> Report:
-        """What happened since the last report. Waits for the device."""
-        losses = torch.stack([torch.stack(step.losses).mean() for step in self._steps])
-        norms = torch.stack([step.grad_norm for step in self._steps if step.grad_norm is not None])
-        rows = torch.stack((losses.float(), norms.float())).T.tolist()
-        report = Report(bad=self._bad)
-        for step, (loss, norm) in zip(self._steps, rows, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                report.not_finite = (step.number, f"loss {loss}, gradient norm {norm}", step.files)
+    def take(self, device: torch.device) -> Report:
+        """What happened since the last time. Waits for the device."""
+        report = Report(bad=self._bad, waited=self._waited, peak_bytes=peak_memory(device))
+        steps, self._steps, self._bad, self._waited = self._steps, [], [], 0.0
+        if not steps:
+            return report
+        names = [*steps[0].values, "grad_norm"]
+        rows = torch.stack(
+            [torch.stack([*(v.float() for v in step.values.values()), step.grad_norm.float()]) for step in steps]
+        ).tolist()
+        for step, row in zip(steps, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                shown = ", ".join(
+                    f"{name.replace('grad_norm', 'gradient norm')} {v}" for name, v in zip(names, row, strict=True)
+                )
+                report.not_finite = (step.number, shown, step.files)
                 break
         report.means = {
-            "loss": sum(row[0] for row in rows) / len(rows),
-            "grad_norm": sum(row[1] for row in rows) / len(rows),
-            "data_wait_seconds": self._waited,
+            name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)
         }
-        self._steps, self._bad, self._waited = [], [], 0.0
         return report
 
 
@@ -86,8 +89,10 @@ class Report:
 
     means: dict[str, float] = field(default_factory=dict)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    waited: float = 0.0
+    peak_bytes: int = 0
     not_finite: tuple[int, str, list[str]] | None = None
-    """The first step whose loss or gradient is not finite, the values, and its files."""
+    """The first step with a loss or gradient that is not finite, the values, and its files."""
 
 
 def merge(reports: list[Report]) -> Report:
@@ -97,119 +102,209 @@ def merge(reports: list[Report]) -> Report:
     first = min(broken, default=None)
     if first is not None:
         first = (*first[:2], sorted({file for step, _, files in broken if step == first[0] for file in files}))
-    return Report(means, [file for report in reports for file in report.bad], first)
+    bad = [file for report in reports for file in report.bad]
+    waited = sum(report.waited for report in reports) / len(reports)
+    return Report(means, bad, waited, max(report.peak_bytes for report in reports), first)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What turns a step's time into the share of the hardware's arithmetic that it used (MFU, arXiv 2204.02311)."""
+
+    step_flops: float
+    """Operations of a step over all ranks."""
+    peak_flops: float
+    """Operations per second that all ranks' devices reach at most."""
 
 
 class RunLog:
-    """The written record of a run in `folder`; silent on all ranks but the main one.
+    """The written record of a run in `folder`; only the main rank writes.
 
-    A run resumed at `step` drops what an earlier session recorded after it.
+    A run resumed at `step` drops what an earlier run recorded after it. A log that cannot be written, because the
+    terminal or the pipe is gone, never ends a run.
     """
 
-    def __init__(self, folder: Path, main: bool, step: int, total_steps: int, global_batch: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        step: int,
+        total_steps: int,
+        step_clips: int,
+        throughput: Throughput | None = None,
+    ) -> None:
         self.folder = folder
-        self.main = main
-        self._global_batch = global_batch
+        self.metrics_path = folder / "metrics.jsonl"
+        self._bad_path = folder / "bad_files.txt"
+        self._world = world
+        self._step_clips = step_clips
         self._total_steps = total_steps
+        self._throughput = throughput
         self._since = (time.monotonic(), step)
         self._bad: set[str] = set()
         self._waited = self._elapsed = 0.0
-        if not main:
+        self._bar: tqdm | None = None
+        self._board: Any = None
+        if not world.main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._bad_path = folder / "bad_files.txt"
+        folder.mkdir(parents=True, exist_ok=True)
         if step and self._bad_path.exists():
             self._bad.update(read_reasons(self._bad_path.read_bytes()))
         else:
             self._bad_path.unlink(missing_ok=True)
-        self.metrics_path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step] if step else []
-        self.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = open(self.metrics_path, "a")  # noqa: SIM115, closed by close()
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
-        self._terminal = sys.stderr.isatty()
-        self._bar: tqdm | None = None
+        write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._purge_step = step or None
 
     def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text)
-            sys.stdout.flush()
+        """Print on the main rank."""
+        if self._world.main:
+            say(text)
 
-    def restart_clock(self, step: int) -> None:
+    def start_clock(self, step: int) -> None:
         """Leave what came before, say a checkpoint, out of the next rate."""
         self._since = (time.monotonic(), step)
-        if self.main and self._terminal and self._bar is None:
+        if self._world.main and self._bar is None and _is_terminal():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
         """One step done."""
-        if self.main and self._bar is not None:
-            self._bar.update()
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.update()
 
-    def record(self, step: int, values: dict[str, float]) -> dict[str, Any]:
-        """Write the metrics of the steps since the last record, adding their rate and the share of time spent waiting.
+    def report(self, state: TrainState, losses: LossBuffer, max_bad: float = math.inf, **values: float) -> None:
+        """Record the steps since the last report; every rank calls it.
 
-        The loop may wait for data while a GPU still has work: data_stall is the most that the device can have idled.
+        Raises NotFinite naming the step and its files, and TooManyBadFiles when more than `max_bad` videos of the list
+        could not be read.
         """
+        merged = merge(self._world.gather(losses.take(self._world.device)))
+        bad = self._world.gather(self._record_bad(merged.bad))[0]
+        if merged.not_finite is not None:
+            number, shown, files = merged.not_finite
+            raise NotFinite(
+                f"step {number} is not finite ({shown}). Last good checkpoint: {state.last_saved or 'none'}. "
+                f"Files of that step: {', '.join(files)}"
+            )
+        if merged.means:
+            self._record(state.step, merged, values)
+        if bad > max_bad:
+            raise TooManyBadFiles(
+                f"{bad} videos of the list could not be read, more than --data.max-bad-fraction allows; see "
+                f"{self._bad_path}"
+            )
+
+    def _record(self, step: int, merged: Report, values: dict[str, float]) -> None:
         now = time.monotonic()
-        seconds, steps = now - self._since[0], step - self._since[1]
+        seconds, steps = max(now - self._since[0], 1e-9), max(step - self._since[1], 1)
         self._since = (now, step)
-        rate = steps * self._global_batch / max(seconds, 1e-9)
-        stall = min(values["data_wait_seconds"] / max(seconds, 1e-9), 1.0)
+        stall = min(merged.waited / seconds, 1.0)
         self._waited += stall * seconds
         self._elapsed += seconds
-        line = {"step": step, **values, "data_stall": round(stall, 4), "clips_per_second": round(rate, 2)}
-        if not self.main:
-            return line
-        try:
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
-        shown = {"loss": f"{values['loss']:.4f}", "clips/s": f"{rate:.1f}", "data stall": f"{stall:.1%}"}
-        shown["lr"] = f"{values['lr']:.2e}"
+        line = {"step": step, **merged.means, "data_wait_seconds": merged.waited, **values}
+        # The loop may wait for data while a GPU still has work: data_stall is the most that the device can have idled.
+        line |= {"data_stall": round(stall, 4), "clips_per_second": round(steps * self._step_clips / seconds, 2)}
+        line |= {"step_ms": round(1e3 * seconds / steps, 3), "peak_gib": round(merged.peak_bytes / 2**30, 3)}
+        if self._throughput is not None:
+            line["mfu"] = round(self._throughput.step_flops * steps / seconds / self._throughput.peak_flops, 4)
+        if not self._world.main:
+            return
+        self._write(line)
+        shown = {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"} if "lr" in line else {}
+        shown |= {"ms": f"{line['step_ms']:.4g}", "clips/s": f"{line['clips_per_second']:.1f}"}
+        if "mfu" in line:
+            shown["MFU"] = f"{line['mfu']:.1%}"
+        shown |= {"peak GiB": f"{line['peak_gib']:.2f}", "data stall": f"{stall:.1%}"}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
-        else:
-            left = timedelta(seconds=round((self._total_steps - step) * seconds / max(steps, 1)))
-            parts = [f"step {step}/{self._total_steps}", *(f"{k} {v}" for k, v in shown.items()), f"ETA {left}"]
-            self.say("  ".join(parts))
-        return line
+            return
+        left = timedelta(seconds=round((self._total_steps - step) * seconds / steps))
+        self.say(
+            "  ".join((f"step {step}/{self._total_steps}", *(f"{k} {v}" for k, v in shown.items()), f"ETA {left}"))
+        )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Append to metrics.jsonl and TensorBoard, making the folder anew if it was removed meanwhile."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = self.folder / "tensorboard"
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            self.say(f"{self.folder} was removed meanwhile; it is made anew")
+        with open(self.metrics_path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is None or not board.is_dir():
+            self._board = SummaryWriter(str(board), purge_step=self._purge_step)
+        for name, value in line.items():
+            if name != "step":
+                self._board.add_scalar(name, value, line["step"])
 
     @property
     def stall(self) -> float:
         """Share of the time so far that the loop waited for data."""
         return self._waited / max(self._elapsed, 1e-9)
 
-    def record_bad(self, files: list[tuple[str, str]]) -> int:
+    def _record_bad(self, files: list[tuple[str, str]]) -> int:
         """Add unreadable videos to bad_files.txt, each once. Returns how many the main rank knows."""
         fresh = {name: reason for name, reason in files if name not in self._bad}
         self._bad.update(fresh)
-        if fresh and self.main:
+        if fresh and self._world.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._bad_path, "ab") as file:
                 file.write(write_reasons(fresh.items()))
             for name, reason in fresh.items():
-                self.say(f"skipped {escape(name)}: {reason}".encode("utf-8", "replace").decode())
+                self.say(f"skipped {escape(name)}: {reason}")
         return len(self._bad)
 
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        if self.main:
-            if self._bar is not None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
                 self._bar.close()
+        if self._board is not None:
             self._board.close()
-            self._metrics.close()
+
+
+def say(text: str) -> None:
+    """Print a line above a progress bar, if there is one. A reader that is gone (`| head`) silences the run only."""
+    encoding = sys.stdout.encoding or "utf-8"
+    printable = text.encode("utf-8", "replace").decode().encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        tqdm.write(printable)
+        sys.stdout.flush()
+    except (OSError, ValueError):  # ValueError: closed
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_terminal() -> bool:
+    try:
+        return sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl, less one that a crash cut off."""
+    """Lines of a metrics.jsonl that are records of a step; what a crash or another program left is skipped."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            lines.append(record)
     return lines

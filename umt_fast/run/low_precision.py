@@ -61,7 +61,7 @@ def check_device(setting: str, precision: TeacherPrecision, device: torch.device
 def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
     """Quantise the matmuls of the blocks in place. Raises ConfigError where torchao or the device cannot."""
     device = teacher.proj.device
-    check_device("model.teacher_precision", precision, device)
+    check_device("compute.teacher_precision", precision, device)
     blocks = [block for block in teacher.transformer.resblocks if isinstance(block, Block)]
     for block in blocks:
         if block is not blocks[-1]:
@@ -111,7 +111,8 @@ def lower_precision(teacher: ClipTeacher, precision: TeacherPrecision, clip: Ten
     )
     if not cosines.mean >= least_cosine:
         raise ConfigError(
-            f"model.teacher_precision = {precision} is refused: {error}; model.least_teacher_cosine is {least_cosine}"
+            f"compute.teacher_precision = {precision} is refused: {error}; "
+            f"compute.least_teacher_cosine is {least_cosine}"
         )
     return f"{precision} teacher: {error}"
 
@@ -123,10 +124,10 @@ def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool 
     ConfigError where torchao, the device or a size does not allow it.
     """
     if not emulate:
-        check_device("model.student_precision", "fp8", student.position.device)
+        check_device("compute.student_precision", "fp8", student.position.device)
     for name, size in (("student.width", student.config.width), ("visible tokens of a batch", batch * seen)):
         if size % FLOAT8_MULTIPLE:
-            raise ConfigError(f"model.student_precision = fp8: {name} = {size} is no multiple of {FLOAT8_MULTIPLE}")
+            raise ConfigError(f"compute.student_precision = fp8: {name} = {size} is no multiple of {FLOAT8_MULTIPLE}")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(student.encoder.blocks, config=Float8LinearConfig(emulate=emulate))
@@ -154,6 +155,6 @@ def lower_student_precision(
     error = f"cosine of its predictions with the exact ones: {cosines}"
     if not cosines.mean >= least_cosine:
         raise ConfigError(
-            f"model.student_precision = fp8 is refused: {error}; model.least_student_cosine is {least_cosine}"
+            f"compute.student_precision = fp8 is refused: {error}; compute.least_student_cosine is {least_cosine}"
         )
     return f"fp8 student: {error}"

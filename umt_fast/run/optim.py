@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, OptimConfig
+from umt_fast.run.parallel import whole
 
 
 def build_optimizer(
@@ -77,7 +78,7 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return norm
+    return whole(norm)
 
 
 def learning_rate(

@@ -1,26 +1,38 @@
-"""Stopping a run by signal: all ranks stop after the same step."""
+"""Stopping a run by signal: all ranks stop after the same step, save and exit with a code of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from umt_fast.run.world import World
 
+T = TypeVar("T")
+
+EXIT_STOPPED = 75
+"""Exit status of a run that a signal stopped before its end: EX_TEMPFAIL of sysexits.h, start it again to go on."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGUSR1 and SIGUSR2 are what SLURM and submitit send before a job's time ends, SIGHUP what a lost terminal sends."""
+
 
 class StopSignal:
-    """Turns SIGINT and SIGTERM into a wish to stop that all ranks learn of at the same step.
+    """A request to stop, by signal, on which all ranks act after the same step.
 
-    A second signal ends the process at once. Use as a context manager and ask `requested` once a step on every rank.
+    A second signal ends the process at once, even while it waits in a collective: a thread of its own reads the
+    signals, which Python's handlers would not see before the wait ends. Use it as a context manager.
     """
 
     _REPEAT_SECONDS = 1.0  # torchrun sends its children again the signal that the terminal sent them
@@ -31,49 +43,84 @@ class StopSignal:
         self._since = 0.0
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._waiting = False
         self._previous: dict[int, Any] = {}
+        self._previous_fd = -1
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._fetcher: threading.Thread | None = None
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, lambda *_: None)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._write)
+        self._tasks.put(None)
+        # Both end now, but for a fetch that waits for data. A thread that wakes while Python exits may abort it.
+        self._watcher.join()
+        if self._fetcher is not None:
+            self._fetcher.join(timeout=0.5)
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    @property
+    def received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return bool(self._name)
+
+    def _watch(self) -> None:
+        with os.fdopen(self._read, "rb", buffering=0) as pipe:
+            while numbers := pipe.read(64):
+                for number in numbers:
+                    if number in SIGNALS:
+                        self._receive(signal.Signals(number))
+
+    def _receive(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if not self._name:
-            self._name, self._since = signal.Signals(number).name, now
+            self._name, self._since = number.name, now
             if self._world.main:
-                os.write(
-                    sys.stderr.fileno(),
-                    f"\n{self._name}: saving after this step; once more ends the run at once\n".encode(),
-                )
-            if self._waiting:
-                raise KeyboardInterrupt
+                _tell(f"{number.name}: saving after this step; a second signal ends the run at once")
         elif self._world.size == 1 or now - self._since > self._REPEAT_SECONDS:
-            os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name} again: gone without saving\n".encode())
+            _tell(f"{number.name} again: ended without saving")
             os._exit(128 + number)
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around a wait for what may never come. In a run of one process the signal ends it with KeyboardInterrupt;
-        several could not agree on the step to stop at."""
-        self._waiting = self._world.size == 1
-        try:
-            if self._waiting and self._name:
-                raise KeyboardInterrupt
-            yield
-        finally:
-            self._waiting = False
+    def unless_requested(self, fetch: Callable[[], T]) -> T | None:
+        """`fetch()`, or None once a stop is requested while it has not returned: data may never come.
+
+        With several ranks it always waits, since they could not agree on the step to stop at.
+        """
+        if self._world.size > 1:
+            return fetch()
+        if self._fetcher is None:
+            self._fetcher = threading.Thread(target=self._fetch, daemon=True)
+            self._fetcher.start()
+        future: Future[T] = Future()
+        self._tasks.put((future, fetch))
+        while True:
+            with contextlib.suppress(FutureTimeout):
+                return future.result(timeout=0.1)
+            if self._name:
+                return None
+
+    def _fetch(self) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # the present device is a thread's own
+        while (task := self._tasks.get()) is not None:
+            future, fetch = task
+            try:
+                future.set_result(fetch())
+            except BaseException as error:  # raised again where the result is awaited
+                future.set_exception(error)
 
     def requested(self) -> bool:
-        """Whether any rank was told to stop. With several ranks the answer is that of the step before."""
+        """Whether any rank was asked to stop; every rank calls it once a step. With several, as of the step before."""
         if self._world.size == 1:
             return bool(self._name)
         stop = False
@@ -89,3 +136,8 @@ class StopSignal:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+        os.write(sys.stderr.fileno(), f"\n{text}\n".encode())

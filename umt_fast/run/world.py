@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,7 @@ class World:
     size: int
     device: torch.device
     host_group: Any = None
-    """A gloo group for talk between hosts, which keeps the device out of it."""
+    """A gloo group for talk between hosts, which leaves the device alone."""
 
     @property
     def main(self) -> bool:
@@ -41,23 +43,66 @@ class World:
             dist.destroy_process_group()
 
 
-def start(device: str) -> World:
-    """Join the run's processes. `device` is auto, cpu or cuda; auto takes a GPU if there is one."""
+def start(device: str, timeout: float = 1800.0) -> World:
+    """Join the run's processes, waiting for them up to `timeout` seconds.
+
+    `device` is auto, cpu or cuda; auto takes a GPU if there is one. Raises ConfigError for an environment that does
+    not say which process this is, or a device that is not there.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "run.device = cuda, but torch sees no GPU; use --run.device cpu, or see python -m umt_fast.doctor"
         )
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size, local = read_environment(os.environ)
     place = torch.device(device)
     if device == "cuda":
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if local >= torch.cuda.device_count():
+            raise ConfigError(f"LOCAL_RANK = {local}, but torch sees {torch.cuda.device_count()} GPUs on this node")
+        place = torch.device("cuda", local)
         torch.cuda.set_device(place)
     if size == 1:
         return World(rank, size, place)
-    if device == "cuda":
-        dist.init_process_group("nccl", device_id=place)
-        return World(rank, size, place, dist.new_group(backend="gloo"))
-    dist.init_process_group("gloo")
+    limit = timedelta(seconds=timeout)
+    try:
+        if device == "cuda":
+            dist.init_process_group("nccl", device_id=place, timeout=limit)
+            return World(rank, size, place, dist.new_group(backend="gloo", timeout=limit))
+        dist.init_process_group("gloo", timeout=limit)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"rank {rank} of {size} cannot join the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+            f"{reason}"
+        ) from error
     return World(rank, size, place, dist.group.WORLD)
+
+
+def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this node, as torchrun sets them. Raises ConfigError for what is half set."""
+    numbers: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
+        if (text := environment.get(name)) is None:
+            continue
+        try:
+            numbers[name] = int(text)
+        except ValueError:
+            raise ConfigError(f"{name} = {text!r} is not a number: start with torchrun, or unset {name}") from None
+    if "RANK" not in numbers:
+        if (size := numbers.get("WORLD_SIZE", 1)) != 1:
+            raise ConfigError(f"WORLD_SIZE = {size}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
+        if numbers.get("SLURM_NTASKS", 1) > 1 and "SLURM_PROCID" in numbers:
+            raise ConfigError(
+                f"SLURM started {numbers['SLURM_NTASKS']} tasks, but RANK is not set: start one torchrun per node with "
+                "srun --ntasks-per-node 1 (docs/reliability.md), or unset SLURM_PROCID to train in this process alone"
+            )
+    rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
+    if not 0 <= rank < size:
+        has = f"WORLD_SIZE = {size}" if "WORLD_SIZE" in numbers else "WORLD_SIZE is not set"
+        raise ConfigError(f"RANK = {rank}, but {has}: start with torchrun, or unset RANK")
+    if size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                raise ConfigError(f"WORLD_SIZE = {size}, but {name} is not set: start with torchrun")
+    return rank, size, numbers.get("LOCAL_RANK", 0)

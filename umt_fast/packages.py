@@ -1,0 +1,61 @@
+"""The packages that parts of the project use, and how each is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+
+from umt_fast.models.attention import LIBRARIES
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that some part of the project uses."""
+
+    module: str
+    distribution: str
+    purpose: str
+    install: str
+
+    def version(self) -> str | None:
+        """Version of the installed package, None if it is missing."""
+        try:
+            if importlib.util.find_spec(self.module) is None:
+                return None
+        except (ImportError, ValueError):  # no parent package; blocked in sys.modules
+            return None
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return "from a checkout"
+
+
+TRAIN = "pip install 'umt-fast[train]'"
+PACKAGES = (
+    Package("umt_kernels", "umt-kernels", "the ops", "pip install -e kernels"),
+    Package("triton", "triton", "fused kernels on GPUs", "pip install triton"),
+    Package("av", "av", "video decoding on the CPU", "pip install av"),
+    Package("nvidia.dali", "nvidia-dali-cuda130", "video decoding on the GPU", "pip install 'umt-fast[dali]'"),
+    Package("einops", "einops", "tensor reshaping", "pip install einops"),
+    Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors"),
+    Package("PIL", "pillow", "drawing the demo's videos", "pip install pillow"),
+    Package("tyro", "tyro", "command line", TRAIN),
+    Package("tqdm", "tqdm", "progress bars", TRAIN),
+    Package("tensorboard", "tensorboard", "TensorBoard logs", TRAIN),
+    Package("matplotlib", "matplotlib", "pictures", TRAIN),
+    Package("filelock", "filelock", "locks on folders", TRAIN),
+    Package("huggingface_hub", "huggingface_hub", "teacher weights by repo id", "pip install huggingface_hub"),
+    *(
+        Package(lib.module, lib.distribution, f"--compute.attention {name}", lib.install)
+        for name, lib in LIBRARIES.items()
+    ),
+)
+
+
+def explain_missing(error: ModuleNotFoundError) -> str | None:
+    """One line on a module that could not be imported: what needs it and how to install it. None: not one of these."""
+    for package in PACKAGES:
+        if package.module == error.name:
+            return f"{package.purpose} needs {package.distribution}, which is missing: {package.install}"
+    return None

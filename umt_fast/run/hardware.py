@@ -1,0 +1,69 @@
+"""What a device can do: bf16, which parts serve it, and the most operations per second that it reaches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from umt_fast.config import Decoder, Precision
+
+KNOWN_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
+"""Dense tensor-core rates of NVIDIA's data sheets, FLOP/s."""
+MEASURED_SIDE = {"cuda": 8192, "cpu": 1024}
+REPEATS = 4
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU multiplies in bfloat16 itself; where it emulates, float32 is faster."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> bool:
+    """Whether to run under bf16 autocast on `device`."""
+    if precision != "auto":
+        return precision == "bf16"
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_computes_bf16()
+
+
+def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
+    """Device, decoder and kernels of a run on `device`. Raises MissingDali."""
+    from umt_kernels.backend import kernels_on
+
+    from umt_fast.data.decode import choose_decoder
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+    return {"device": name, "decoder": choose_decoder(decoder, device).text, "kernels": kernels_on(device)}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of one device, and how they are known."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(device: torch.device, bf16: bool) -> Peak:
+    """From the data sheet for a known GPU in bf16; else measured by the fastest of a few square matmuls."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if bf16:
+        for model, flops in KNOWN_BF16.items():
+            if model in name:
+                return Peak(flops, f"data sheet of {model}")
+    side, dtype = MEASURED_SIDE[device.type], torch.bfloat16 if bf16 else torch.float32
+    left = torch.full((side, side), 0.5, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(REPEATS + 1):  # the first one starts the library
+        begun = time.perf_counter()
+        torch.mm(left, left)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begun)
+    return Peak(2 * side**3 / best, f"measured on a {side} x {side} matmul")

@@ -1,0 +1,70 @@
+"""What surrounds every training program: the recipe and flags, the processes, the folder's lock, the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from umt_fast import recipe
+from umt_fast.config import ConfigError
+from umt_fast.errors import RunError
+from umt_fast.packages import explain_missing
+from umt_fast.run import world as processes
+from umt_fast.run.folder import hold_folder
+from umt_fast.run.stop import EXIT_STOPPED
+from umt_fast.run.world import World
+
+T = TypeVar("T")
+
+
+def read_settings(
+    kind: type[T], recipes: Path, default: str, prog: str, description: str, arguments: list[str] | None
+) -> tuple[T, argparse.Namespace]:
+    """The settings of the recipe that --recipe names, with the flags on top; and --dry-run and --gpu-memory.
+
+    `recipes` is the folder of the job's own recipes, `default` the name of one. Raises ConfigError.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=default)
+    first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--gpu-memory", type=float)
+    named, flags = first.parse_known_args(arguments)
+    path = Path(named.recipe).expanduser() if named.recipe.endswith(".toml") else recipes / f"{named.recipe}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(found.stem for found in recipes.glob("*.toml")))
+        raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
+    return recipe.parse(kind, path, flags, prog, description), named
+
+
+def run(config: Any, train: Callable[[Any, World], bool]) -> None:
+    """Train in the run's folder, with all processes; exits with EXIT_STOPPED if `train` says a signal stopped it."""
+    world = processes.start(config.run.device)
+    try:
+        with hold_folder(config.run.folder, world):
+            finished = train(config, world)
+    finally:
+        world.close()
+    if not finished:
+        sys.exit(EXIT_STOPPED)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line for what its user can repair, and with 130 for Ctrl-C before the first step."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        yield
+    except (RunError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        if (missing := explain_missing(error)) is None:
+            raise
+        sys.exit(f"error: {missing}")
+    except KeyboardInterrupt:
+        sys.exit(130)
