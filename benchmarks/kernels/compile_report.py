@@ -113,7 +113,7 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
         least=least,
         occupancy=occupancy(ARCHITECTURES[arch], code.registers, launch.shared, launch.warps),
         warps=launch.warps,
-        note="halo: windows start off the 16-byte grid" if launch.arguments.get("HALO") else "",
+        note="halo: windows start off the 16-byte grid" if launch.arguments.get("HALO_WIDTH") else "",
     )
 
 

@@ -21,9 +21,9 @@ from umt_kernels import (
     sample_visible,
 )
 from umt_kernels.matmul import GROUP, matmul
-from umt_kernels.patch_embed import implicit_patch_embed
 
 from benchmarks.kernels.gpu_code import Launch, nbytes
+from benchmarks.kernels.implicit_patch_embed import implicit_patch_embed
 from benchmarks.kernels.shapes import MASK_RATIO, UMT_B, UMT_L, VIT_H, Shapes
 from umt_fast.masking import count_visible
 
@@ -254,7 +254,7 @@ def _pixels(m: Shapes) -> _Forms:
 
 _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
-    "patch_embed": _implicit,
+    "implicit_patch_embed": _implicit,
     "gather_layer_norm": _layer_norm,
     "add_layer_norm": _add_norm,
     "matmul": _matmul,
@@ -287,10 +287,10 @@ def layout_bytes(launch: Launch, name: str) -> int:
     tensor: Tensor = a[f"{name}_ptr"]
     size = tensor.element_size()
     if launch.kernel == "gather_patches":
-        if a["HALO"]:
-            return size  # windows start HALO pixels off their patch, and the border is replicated pixel by pixel
-        lines = tensor.stride()[: 3 if a["UINT8"] else 4]
-        step = a["PATCH"] * (3 if a["UINT8"] else 1)
+        if a["HALO_WIDTH"]:
+            return size  # windows start a halo off their patch, and the border is replicated pixel by pixel
+        lines = tensor.stride()[: 3 if a["INTERLEAVED"] else 4]
+        step = a["PATCH_WIDTH"] * (a["CHANNELS"] if a["INTERLEAVED"] else 1)
     else:
         lines = tensor.stride()[:-1]
         step = tensor.shape[-1]
@@ -309,11 +309,11 @@ def traffic(launch: Launch) -> tuple[int, int]:
 def _patches_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     clip, rows = a["clip_ptr"], a["rows_ptr"]
-    pixel = clip.element_size() * (3 if a["UINT8"] else 1)
+    pixel = clip.element_size() * (a["CHANNELS"] if a["INTERLEAVED"] else 1)
     sectors = 0
     for column in range(a["grid_width"]):
-        first = max(0, column * a["PATCH"] - a["HALO"]) * pixel
-        last = min(a["width"], (column + 1) * a["PATCH"] + a["HALO"]) * pixel - 1
+        first = max(0, column * a["PATCH_WIDTH"] - a["HALO_WIDTH"]) * pixel
+        last = min(a["width"], (column + 1) * a["PATCH_WIDTH"] + a["HALO_WIDTH"]) * pixel - 1
         sectors += last // SECTOR - first // SECTOR + 1
     wanted = rows.numel() * clip.element_size()
     written = nbytes(rows) + nbytes(a["ids_ptr"])
@@ -344,10 +344,14 @@ def _norm_forward_traffic(launch: Launch) -> tuple[int, int]:
 def _norm_backward_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     w, dx, partial_sums = a["w_ptr"], nbytes(a["dx_ptr"]), nbytes(a["partial_ptr"])
-    rows = a["rows"] * a["width"] * a["x_ptr"].element_size()
-    read = 2 * rows + nbytes(a["row_ids_ptr"]) + nbytes(a["statistics_ptr"])
-    zeroes = dx if a["GATHER"] else 0
-    return read + rows + zeroes + launch.programs * nbytes(w) + 2 * partial_sums, read + dx + 3 * nbytes(w)
+    read = 2 * nbytes(a["g_ptr"]) + nbytes(a["inverse_ptr"]) + nbytes(a["statistics_ptr"])
+    return read + dx + launch.programs * nbytes(w) + 2 * partial_sums, read + dx + 3 * nbytes(w)
+
+
+def _norm_invert_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    moved = nbytes(a["row_ids_ptr"]) + nbytes(a["inverse_ptr"])
+    return moved + 4 * a["row_ids_ptr"].numel(), moved
 
 
 def _add_norm_forward_traffic(launch: Launch) -> tuple[int, int]:
@@ -400,8 +404,8 @@ def _scores_backward_traffic(launch: Launch) -> tuple[int, int]:
 
 def _visible_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
-    scores, drawn = nbytes(a["scores_ptr"]), nbytes(a["drawn_ptr"])
-    return scores * (1 + -(-a["patches"] // a["BLOCK"])) + drawn + 8 * launch.programs, scores + drawn + 8
+    both = nbytes(a["scores_ptr"]) + nbytes(a["drawn_ptr"])
+    return both + 8 * launch.programs, both + 8
 
 
 def _loss_traffic(launch: Launch) -> tuple[int, int]:
@@ -410,7 +414,7 @@ def _loss_traffic(launch: Launch) -> tuple[int, int]:
     least = 2 * x + nbytes(a["ids_ptr"]) + nbytes(a["dx_ptr"])
     parameters = nbytes(a["w_ptr"]) + nbytes(a["b_ptr"])
     per_layer = launch.programs // len(a["x_ptr"])
-    moved = least + per_layer * parameters + 2 * (loss + nbytes(a["dw_ptr"]) + nbytes(a["db_ptr"]))
+    moved = least + per_layer * parameters + 2 * (loss + nbytes(a["affine_ptr"]))
     return moved, least + parameters * (2 if a["WITH_GRAD"] else 1) + 4
 
 
@@ -429,10 +433,11 @@ def _pixels_traffic(launch: Launch) -> tuple[int, int]:
 
 _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "gather_patches": _patches_traffic,
-    "patch_embed_implicit": _implicit_traffic,
+    "implicit_patch_embed": _implicit_traffic,
     "cosine_alignment_loss_scale": _scale_traffic,
     "gather_layer_norm_forward": _norm_forward_traffic,
     "gather_layer_norm_backward": _norm_backward_traffic,
+    "gather_layer_norm_invert": _norm_invert_traffic,
     "add_layer_norm_forward": _add_norm_forward_traffic,
     "add_layer_norm_backward": _add_norm_backward_traffic,
     "matmul": _matmul_traffic,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from umt_kernels import launch
 from umt_kernels.backend import INTERPRETED, triton
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
@@ -47,10 +48,15 @@ def needs_kernels(kernels: bool) -> None:
 
 
 @pytest.fixture
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that share rows among programs get two, so that each loops."""
     for name in ("cosine_alignment_loss", "gather_layer_norm"):
-        monkeypatch.setattr(importlib.import_module(f"umt_kernels.{name}"), "PROGRAMS", 2)
+        module = importlib.import_module(f"umt_kernels.{name}")
+        monkeypatch.setattr(module, "resident_programs", lambda *_: 2)
+    monkeypatch.setattr(importlib.import_module("umt_kernels.add_layer_norm"), "PROGRAMS", 2)
+    launch.PLANS.clear()
+    yield
+    launch.PLANS.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def test_cls_scores(device, needs_kernels, axis):
     far = far_apart(k, axis)
     assert torch.equal(cls_scores(q, far), cls_scores(q, k))
     grad = torch.linspace(-1, 1, 9, device=device).view(3, 3)
-    for ours, theirs in zip(backward(grad, q, far), backward(grad, q, k), strict=True):
+    for ours, theirs in zip(backward(grad, q, far, 1), backward(grad, q, k, 1), strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -176,3 +176,23 @@ def test_empty_batch(device):
 def test_gradcheck(device):
     q, k, _ = (x.double() for x in drawn(device, (2, 2, 4, 3), torch.float32))
     assert torch.autograd.gradcheck(cls_scores, (q.requires_grad_(), k.requires_grad_()))
+
+
+@pytest.mark.parametrize("prefix", [0, 3, 6])
+def test_registers_are_attended_to_and_dropped(device, prefix, assert_near):
+    q, k, _ = drawn(device, (2, 3, 6, 4), torch.float32)
+    weights = torch.softmax(torch.einsum("rhd,rhld->rhl", q.double(), k.double()) / 2, -1).mean(1)
+    upstream = torch.linspace(-1, 1, 2 * (6 - prefix), device=device).view(2, -1)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k)]
+        scores = cls_scores(*inputs, num_prefix_tokens=prefix)
+        assert_near(scores.detach(), weights[:, prefix:])
+        grads.append(torch.autograd.grad(scores, inputs, upstream.to(dtype)))
+    for ours, theirs in zip(*grads, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_more_prefix_tokens_than_keys_are_named():
+    with pytest.raises(ValueError, match="num_prefix_tokens = 7, but k has 6 tokens"):
+        cls_scores(torch.zeros(2, 3, 4), torch.zeros(2, 3, 6, 4), num_prefix_tokens=7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from umt_kernels import cosine_alignment_loss
+from umt_kernels import alignment_loss, cosine_alignment_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-3  # large enough to be seen
@@ -214,14 +214,6 @@ def test_backward_twice_no_grad_and_one_gradient(device):
     assert torch.equal(given["weight"].grad, grad_weight)
 
 
-def test_second_derivatives_are_refused(device, needs_kernels):
-    predictions, targets = pair(device, torch.float32)
-    loss = cosine_alignment_loss(predictions.requires_grad_(), targets)
-    (grad,) = torch.autograd.grad(loss, predictions, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        (loss + grad.square().sum()).backward()
-
-
 def test_scaling_a_row_changes_nothing(device):
     predictions, targets = pair(device)
     scale = torch.rand(3, 2, 5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 100 + 0.01
@@ -233,16 +225,23 @@ def test_scaling_a_row_changes_nothing(device):
         assert abs(cosine_alignment_loss(p, t * s) - loss) < tolerance
 
 
-def test_rows_of_zeros_are_finite(device):
-    predictions, targets = pair(device, torch.float32)
-    predictions[0, 0, 0] = 0
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("length", [0.0, 1e-6])
+def test_a_prediction_without_a_direction_gets_no_gradient(device, dtype, length):
+    """In float16 also a very short one: the gradient grows with 1 / length, beyond the largest float16."""
+    predictions, targets = pair(device, torch.float64)
+    predictions[0, 0, 0] *= length
     targets[1, 1, 1] = 0
-    loss = cosine_alignment_loss(predictions.requires_grad_(), targets)
-    loss.backward()
-    wide, wide_targets = predictions.detach().double(), targets.double()
-    assert abs(loss - cosine_alignment_loss(wide, wide_targets)) < 1e-6  # the reference: 1e-12 in place of a norm of 0
-    assert predictions.grad.isfinite().all()
-    assert (predictions.grad[1, 1, 1] == 0).all()
+    given = predictions.to(dtype).requires_grad_()
+    loss = cosine_alignment_loss(given, targets.to(dtype))
+    (65536 * loss if dtype == torch.float16 else loss).backward()
+    assert given.grad.isfinite().all()
+    assert (given.grad[1, 1, 1] == 0).all()
+    assert (given.grad[0, 0, 0] == 0).all() == (length == 0 or dtype == torch.float16)
+    assert (given.grad[0, 0, 1] != 0).any()
+    if length == 0:
+        expected = 2 - 2 * torch.cosine_similarity(given.double(), targets.to(dtype).double(), dim=-1)
+        assert abs(loss - expected.mean()) < 1e-6
 
 
 def test_autocast_changes_nothing(device):
@@ -296,3 +295,141 @@ def test_errors_name_the_value_and_the_place(change, error, words):
         run(given)
     for word in words:
         assert word in str(caught.value)
+
+
+def row_by_hand(distance: str, y: Tensor, t: Tensor) -> Tensor:
+    d = (y - t).abs()
+    if distance == "cosine":
+        return 2 - 2 * torch.cosine_similarity(y, t, dim=0)
+    if distance == "smooth_l1":
+        return torch.where(d < BETA, d.square() / (2 * BETA), d - BETA / 2).mean()
+    return (d if distance == "l1" else d.square()).mean()
+
+
+def rows_by_hand(
+    distance: str, p: Tensor, t: Tensor, weight: Tensor | None, bias: Tensor | None, ids: Tensor
+) -> Tensor:
+    """[k, r, m] in float64, row by row; ids -1 give 0."""
+    p, t = p.double(), t.double()
+    if weight is not None:
+        centred = p - p.mean(-1, keepdim=True)
+        p = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+        p = p * weight.double()[:, None, None] + bias.double()[:, None, None]
+    sets = len(ids) // t.shape[1]
+    rows = [
+        row_by_hand(distance, y[index, place], target[index // sets, wanted]) * (wanted >= 0)
+        for y, target in zip(p, t, strict=True)
+        for index, row in enumerate(ids.tolist())
+        for place, wanted in enumerate(row)
+    ]
+    return torch.stack(rows).view(len(p), *ids.shape)
+
+
+BETA = 0.7
+# distance, reduction, row weights, sets per sample (0: no ids), ids of -1, a norm before, layers (0: no such axis)
+FORMS = [
+    ("cosine", "none", "per layer", 2, True, True, 2),
+    ("cosine", "mean", "shared", 1, True, True, 3),
+    ("cosine", "mean", None, 1, True, False, 0),
+    ("cosine", "sum", "shared", 3, False, False, 0),
+    ("cosine", "mean", "per layer", 0, False, True, 2),
+    ("l1", "mean", None, 0, False, False, 0),
+    ("l1", "sum", "per layer", 2, True, True, 2),
+    ("l1", "none", None, 1, False, False, 1),
+    ("smooth_l1", "mean", "shared", 1, True, True, 2),
+    ("smooth_l1", "none", None, 0, False, False, 0),
+    ("mse", "mean", None, 1, True, True, 0),
+    ("mse", "mean", "per layer", 2, False, False, 2),
+    ("mse", "none", "shared", 2, True, False, 2),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_other_models_need(device, form, dtype, few_programs, assert_near):
+    distance, reduction, weighted, sets, padded, norm, layers = form
+    batch, kept, tokens, width, k = 2, 4, 4 if sets == 0 else 7, 20, max(1, layers)
+    rows = batch * max(1, sets)
+    generator = torch.Generator().manual_seed(len(distance) + sets)
+
+    def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    predictions, targets = draw(k, rows, kept, width, dtype=dtype), draw(k, batch, tokens, width, dtype=dtype)
+    weight, bias = (1 + 0.3 * draw(k, width), 0.3 * draw(k, width)) if norm else (None, None)
+    ids = torch.stack([torch.randperm(tokens, generator=generator)[:kept] for _ in range(rows)]).to(device)
+    if sets == 0:
+        ids = torch.arange(kept, device=device).expand(rows, -1)
+    if padded:
+        ids[0, 1] = ids[1, 3] = -1
+    factors = None if weighted is None else draw(*[k] * (weighted == "per layer"), rows, kept).abs()
+
+    def run_op(p: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        if layers == 0:
+            p, w, b = p[0], *(x if x is None else x[0] for x in (w, b))
+        return alignment_loss(
+            p,
+            targets[0] if layers == 0 else targets,
+            distance,
+            target_ids=ids if sets else None,
+            weight=w,
+            bias=b,
+            eps=EPS,
+            beta=BETA,
+            row_weights=factors[0] if layers == 0 and weighted == "per layer" else factors,
+            padded=padded,
+            reduction=reduction,
+        )
+
+    def by_definition(p: Tensor, w: Tensor | None, b: Tensor | None) -> Tensor:
+        loss = rows_by_hand(distance, p, targets, w, b, ids)
+        factor = torch.ones_like(loss) if factors is None else factors.double().expand(loss.shape)
+        factor = factor * (ids >= 0)
+        if reduction == "none":
+            return (loss * factor)[0] if layers == 0 else loss * factor
+        return (loss * factor).sum() / (factor.sum() if reduction == "mean" else 1)
+
+    results, upstream = [], None
+    for function in (run_op, by_definition):
+        wide = function is by_definition
+        given = [
+            None if x is None else (x.double() if wide else x).detach().requires_grad_()
+            for x in (predictions, weight, bias)
+        ]
+        loss = function(*given)
+        upstream = 0.5 + draw(*loss.shape).abs() if upstream is None else upstream
+        grads = torch.autograd.grad(loss, [x for x in given if x is not None], upstream.to(loss.dtype))
+        results.append([loss.detach(), *grads])
+    assert results[0][0].dtype == torch.float32
+    for ours, theirs in zip(*results, strict=True):
+        assert_near(ours, theirs, roundings=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"distance": "l2"}, ["distance = 'l2'", "cosine, l1, smooth_l1, mse"]),
+        ({"reduction": "max"}, ["reduction = 'max'", "mean, sum or none"]),
+        ({"beta": -1.0}, ["beta = -1.0"]),
+        ({"row_weights": torch.ones(2, 5)}, ["row_weights", "[2, 5]", "[2, 3, 5]"]),
+        ({"target_ids": torch.full((3, 5), -2), "padded": True}, ["target_ids[0, 0] = -2"]),
+        ({"predictions": torch.ones(2, 6, 5, 4)}, ["[2, 6, 5, 4]", "samples"]),
+    ],
+)
+def test_errors_of_the_general_form(change, words):
+    given = {"predictions": ONES, "targets": ONES, "distance": "mse", **change}
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the words follow
+        alignment_loss(**given)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_last_backward_scales_in_place_and_earlier_ones_do_not(device):
+    given = drawn(device, (2, 3, 5, 7, 24), torch.float32, True, False)
+    x = given["predictions"].requires_grad_()
+    loss = run(given)
+    (first,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(3 * loss, x)
+    assert torch.equal(first, kept)
+    assert (second - 1.5 * first).abs().max() < 1e-6 * first.abs().max()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from umt_kernels import gather_layer_norm
+from umt_kernels import gather_layer_norm, gather_rms_norm
 
 EPS = 1e-3  # large enough to be seen
 
@@ -88,7 +88,7 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda x, w, b: gather_layer_norm(x, w, b, EPS, **given), inputs)
 
 
-def test_gradients_match_float64_autograd_and_position_gets_none(device):
+def test_gradients_match_float64_autograd(device):
     given = case(device, torch.float32)
     wide = {k: v.double() if v.is_floating_point() else v for k, v in given.items()}
     upstream = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
@@ -97,10 +97,10 @@ def test_gradients_match_float64_autograd_and_position_gets_none(device):
             tensors[name].requires_grad_()
     run(given).backward(upstream)
     reference(**wide).backward(upstream.double())
-    for name in ("x", "weight", "bias"):
+    for name in ("x", "weight", "bias", "position"):
         assert (given[name].grad - wide[name].grad).abs().max() < 1e-4, name
-    assert given["position"].grad is None
-    assert wide["position"].grad.abs().max() > 0
+    assert (given["position"].grad[0] != 0).all()  # of two rows
+    assert (given["position"].grad[5] == 0).all()  # of none
     kept = torch.zeros(2, 9, dtype=torch.bool, device=device).scatter_(1, given["row_ids"], True)
     assert (given["x"].grad[~kept] == 0).all()
     assert (given["x"].grad[kept] != 0).any(-1).all()
@@ -115,7 +115,9 @@ def test_gradients_match_float64_autograd_and_position_gets_none(device):
         ({"row_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 9, 3]])}, ValueError, ["row_ids[1, 2] = 9", "9 rows"]),
         ({"row_ids": torch.tensor([[0, 1, -2, 3], [0, 1, 2, 3]])}, ValueError, ["row_ids[0, 2] = -2"]),
         ({"row_ids": torch.zeros(2, 4)}, TypeError, ["row_ids", "torch.float32"]),
-        ({"row_ids": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, ["row_ids", "[3, 4]", "[2, m]"]),
+        ({"row_ids": torch.zeros(3, 4, dtype=torch.int64)}, ValueError, ["row_ids", "[3, 4]", "[2, m]", "multiple"]),
+        ({"row_ids": torch.tensor([[0, 1, -2, 3], [0, 1, 2, 3]]), "padded": True}, ValueError, ["row_ids[0, 2] = -2"]),
+        ({"out_dtype": torch.int32}, TypeError, ["out_dtype = torch.int32"]),
         ({"row_ids": torch.zeros(2, 4, dtype=torch.int32, device="meta")}, ValueError, ["row_ids is on meta"]),
         ({"weight": torch.zeros(16, device="meta")}, ValueError, ["weight is on meta", "x is on cpu"]),
         ({"x": torch.zeros(2, 9, 16, dtype=torch.int64)}, TypeError, ["x has dtype torch.int64"]),
@@ -280,3 +282,107 @@ def test_nothing_kept(device, batch, kept):
     y.sum().backward()
     assert (x.grad == 0).all()
     assert (weight.grad == 0).all()
+
+
+def by_hand(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_ids: Tensor | None,
+    position: Tensor | None,
+    position_ids: Tensor | None,
+    rms: bool,
+) -> Tensor:
+    """Row by row in float64: [k, r, m, d]."""
+    layers = x.double() if x.dim() == 4 else x.double()[None]
+    batch, length, width = layers.shape[1:]
+    if row_ids is None:
+        row_ids = torch.arange(length, device=x.device).expand(batch, -1)
+    out = []
+    for layer in layers:
+        for index, ids in enumerate(row_ids.tolist()):
+            for place, row in enumerate(ids):
+                if row < 0:
+                    out.append(torch.zeros(width, dtype=torch.float64, device=x.device))
+                    continue
+                y = layer[index // (len(row_ids) // batch), row]
+                centred = y if rms else y - y.mean()
+                y = centred / (centred.square().mean() + EPS).sqrt()
+                y = y if weight is None else y * weight.double()
+                y = y if bias is None else y + bias.double()
+                if position is not None and position_ids[index, place] >= 0:
+                    y = y + position.double()[position_ids[index, place]]
+                out.append(y)
+    stacked = torch.stack(out).view(len(layers), *row_ids.shape, width)
+    return stacked if x.dim() == 4 else stacked[0]
+
+
+# Of samples, rows and sets: sets per sample, kept rows, layers (0: x has no such axis), and what is switched on
+FORMS = [
+    (2, 3, 0, ()),
+    (1, 4, 3, ("position",)),
+    (3, 4, 0, ("padded", "position")),
+    (2, 5, 2, ("padded", "position", "rms")),
+    (1, 5, 0, ("rms",)),
+    (1, 0, 2, ("rms", "position")),
+    (1, 4, 0, ("no weight", "position")),
+    (2, 4, 2, ("no bias", "padded")),
+    (1, 0, 0, ("no weight", "no bias")),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_what_other_models_need(device, form, out_dtype, few_programs, spread, assert_near):
+    sets, kept, layers, switches = form
+    batch, length, width = 2, 7, 20
+    generator = torch.Generator().manual_seed(kept + layers)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    row_ids = None
+    if kept:
+        row_ids = torch.stack([torch.randperm(length, generator=generator)[:kept] for _ in range(batch * sets)])
+    position_ids = torch.randint(6, (batch * sets, kept or length), generator=generator)
+    if "padded" in switches:
+        row_ids[0, 1] = row_ids[2, 3] = row_ids[2, 0] = -1
+        position_ids[1, 2] = position_ids[2, 0] = -1
+    tensors = {
+        "x": spread(draw(*[layers] * bool(layers), batch, length, width) + 1),
+        "weight": None if "no weight" in switches else draw(width),
+        "bias": None if "no bias" in switches or "rms" in switches else draw(width),
+        "position": draw(6, width) if "position" in switches else None,
+    }
+    ids = {"row_ids": None if row_ids is None else row_ids.to(device)}
+    ids["position_ids"] = position_ids.to(device) if "position" in switches else None
+
+    def run_op(x, weight, bias, position):
+        settings = {**ids, "position": position, "padded": "padded" in switches, "out_dtype": out_dtype}
+        if "rms" in switches:
+            return gather_rms_norm(x, weight, EPS, **settings)
+        return gather_layer_norm(x, weight, bias, EPS, **settings)
+
+    def by_definition(x, weight, bias, position):
+        return by_hand(x, weight, bias, ids["row_ids"], position, ids["position_ids"], "rms" in switches)
+
+    results, upstream = [], None
+    for function in (run_op, by_definition):
+        given = [None if x is None else x.detach().requires_grad_() for x in tensors.values()]
+        y = function(*given)
+        upstream = draw(*y.shape).to(out_dtype) if upstream is None else upstream
+        grads = torch.autograd.grad(y, [x for x in given if x is not None], upstream.to(y.dtype))
+        results.append([y.detach(), *grads])
+    assert results[0][0].dtype == out_dtype
+    for ours, theirs in zip(*results, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_a_row_that_no_set_keeps_gets_zeros_even_with_eps_0(device):
+    x = torch.zeros(1, 3, 4, device=device)
+    x[0, 1] = torch.arange(4.0)
+    x.requires_grad_()
+    y = gather_layer_norm(x, None, None, 0.0, row_ids=torch.tensor([[1]], device=device))
+    y.square().sum().backward()
+    assert (x.grad[0, ::2] == 0).all()
+    assert x.grad.isfinite().all()

@@ -186,7 +186,7 @@ def test_empty_batch_and_no_tokens(device, make):
     ("clip", "settings", "error", "words"),
     [
         (torch.zeros(1, 2, 8, 8, 3, dtype=torch.int32), {}, TypeError, ["torch.int32", "uint8"]),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {}, ValueError, ["[2, 8, 8, 3]", "[B,T,H,W,3]"]),
+        (torch.zeros(8, 8, 3, dtype=torch.uint8), {}, ValueError, ["[8, 8, 3]", "[B,T,H,W,3]"]),
         (torch.zeros(1, 3, 2, 8, 8, dtype=torch.uint8), {}, ValueError, ["[1, 3, 2, 8, 8]", "8 channels"]),
         (torch.zeros(1, 2, 8, 8, 3), {}, ValueError, ["[1, 2, 8, 8, 3]", "2 channels", "[B,3,T,H,W]"]),
         (torch.zeros(1, 3, 3, 8, 8), {"tubelet_size": 2}, ValueError, ["T = 3", "multiple of 2"]),

@@ -16,6 +16,7 @@ from umt_kernels import (
     add_layer_norm,
     cls_scores,
     cosine_alignment_loss,
+    dispatch,
     gather_layer_norm,
     gather_patches,
     linear,
@@ -53,11 +54,13 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
     rows, places = ids(device, 2, 3, 5), ids(device, 2, 3, 7)
     clip, kept = uint8_clip(device), ids(device, 2, 3, 8)
     mean, std = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]
+    x, w, w2 = r(2, 5, 6, grad=True), r(6, grad=True), r(2, 6, grad=True)
+    settings = (1e-6, 0.5, 1e-12)  # eps, beta, floor
     return {
         "gather_patches": [
-            (clip, 4, 1, kept, 0, mean, std, torch.bfloat16),
-            (clip, 4, 2, None, 1, mean, std, torch.float32),
-            (r(2, 3, 2, 8, 8).transpose(3, 4), 4, 1, kept.int(), 0, mean, std, torch.float32),
+            (clip, "BTHWC", [4, 4], 1, kept, [0, 0], mean, std, torch.bfloat16, False),
+            (clip, "BTHWC", [4, 2], 2, None, [1, 0], mean, std, torch.float32, False),
+            (r(2, 3, 2, 8, 8).mT, "BCTHW", [4, 4], 1, kept.int(), [0, 0], [], [], torch.float32, True),
         ],
         "add_layer_norm": [
             (
@@ -147,40 +150,51 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
             (r(5, 6).char(), r(4, 6).char(), torch.int8, False, None, None, None, None, False, False, r(1, 5), r(4)),
         ],
         "gather_layer_norm": [
-            (r(2, 5, 6, grad=True), r(6, grad=True), r(6, grad=True), 1e-6, rows, r(7, 6), places),
-            (r(2, 5, 12, grad=True)[..., ::2], r(12, grad=True)[::2], r(6, grad=True), 1e-6, None, None, None),
-            (r(2, 5, 6, grad=True, dtype=torch.bfloat16), r(6, grad=True), r(6, grad=True), 1e-6, rows, None, None),
+            (x, w, w + 1, 1e-6, rows, r(7, 6, grad=True), places, torch.float32, True, False),
+            (r(2, 5, 12, grad=True)[..., ::2], r(12)[::2], None, 1e-6, None, None, None, torch.bfloat16, False, True),
+            (r(3, 2, 5, 6, grad=True, dtype=torch.bfloat16), w, w, 1e-6, rows, None, None, torch.float32, False, False),
         ],
         "gather_layer_norm_backward": [
-            (r(2, 3, 6), r(2, 5, 6), r(6), r(6), r(2, 2, 3), rows),
-            (r(2, 5, 12)[..., ::2], r(5, 2, 6).transpose(0, 1), r(12)[::2], r(6), r(2, 2, 5), None),
+            (r(2, 3, 6), r(2, 5, 6), r(6), r(6), r(2, 2, 3), rows, False, False),
+            (r(2, 5, 12)[..., ::2], r(5, 2, 6).transpose(0, 1), r(12)[::2], None, r(2, 2, 5), None, False, True),
         ],
         "cls_scores": [
-            (r(2, 3, 4, grad=True), r(2, 3, 5, 4, grad=True)),
-            (r(2, 4, 3, grad=True).mT, r(2, 5, 3, 4, grad=True).transpose(1, 2)),
-            (r(2, 3, 4, grad=True, dtype=torch.float16), r(2, 3, 5, 4, grad=True, dtype=torch.float16)),
+            (r(2, 3, 4, grad=True), r(2, 3, 5, 4, grad=True), 1),
+            (r(2, 4, 3, grad=True).mT, r(2, 5, 3, 4, grad=True).transpose(1, 2), 2),
+            (r(2, 3, 4, grad=True, dtype=torch.float16), r(2, 3, 5, 4, grad=True, dtype=torch.float16), 1),
         ],
         "cls_scores_backward": [
-            (r(2, 4), r(2, 3, 4), r(2, 3, 5, 4)),
-            (r(4, 2).T, r(2, 4, 3).mT, r(2, 5, 3, 4).transpose(1, 2)),
+            (r(2, 4), r(2, 3, 4), r(2, 3, 5, 4), 1),
+            (r(3, 2).T, r(2, 4, 3).mT, r(2, 5, 3, 4).transpose(1, 2), 2),
         ],
         "sample_visible": [
-            (r(4, 9).abs(), 3, torch.tensor([5], device=device)),
-            (r(9, 4).abs().T, 9, torch.tensor([5], device=device)),
+            (r(4, 9).abs(), 3, torch.tensor([5], device=device), None),
+            (r(9, 4).abs().T, 9, torch.tensor([5], device=device), torch.tensor([0, 1, 2, 9], device=device)),
         ],
         "cosine_alignment_loss": [
-            (r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6), None, None, None, 1e-6, True),
-            (r(2, 2, 3, 6, grad=True), r(2, 2, 7, 6), places, r(2, 6, grad=True), r(2, 6, grad=True), 1e-6, True),
+            (r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6), None, None, None, None, 0, *settings, False, 0.5, False, True),
+            (r(2, 2, 3, 6, grad=True), r(2, 2, 7, 6), places, w2, w2, r(2, 3), 3, *settings, True, 1.0, False, True),
             (
                 r(2, 3, 2, 6, grad=True, dtype=torch.bfloat16).transpose(1, 2),
                 r(2, 2, 7, 6),
                 places.int(),
                 r(6, 2, grad=True).T,
                 r(6, 2, grad=True).T,
-                1e-6,
+                None,
+                1,
+                *settings,
+                False,
+                1.0,
+                False,
                 True,
             ),
-            (r(2, 2, 3, 6), r(2, 2, 3, 6), None, r(2, 6), r(2, 6), 1e-6, False),
+            (r(2, 2, 3, 6), r(2, 2, 3, 6), None, w2, w2, r(2, 2, 3), 2, *settings, False, 1.0, True, False),
+        ],
+        "pixel_errors": [
+            (r(2, 3, 48, grad=True), clip, kept, 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0]),
+        ],
+        "pixel_errors_backward": [
+            (r(2, 3, 48), clip, kept, r(2, 3), 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0]),
         ],
         "cosine_alignment_loss_backward": [
             (r(2, 2, 3, 6), torch.tensor(0.3, device=device)),
@@ -199,7 +213,7 @@ def test_opcheck(device, needs_kernels, name):
         # Of the loss, the outputs after the first are for its own backward; to differentiate them is no use of it.
         if name != "cosine_alignment_loss":
             tests += ["test_autograd_registration", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
-        elif arguments[-1]:
+        elif arguments[-1]:  # with gradients
             tests.append("test_autograd_registration")
         torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)
 
@@ -287,7 +301,7 @@ def public_cases(device: torch.device) -> dict[str, tuple[Callable, list[Tensor]
         ),
         "cosine_alignment_loss, no norm": (
             lambda x, targets: cosine_alignment_loss(x, targets),
-            [r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6)],
+            [r(2, 2, 3, 6, grad=True), r(2, 2, 3, 6).flip(3)],
         ),
     }
 
@@ -310,7 +324,11 @@ def value_and_gradients(function: Callable, inputs: list[Tensor], autocast: torc
 
 @pytest.mark.parametrize("name", PUBLIC_OPS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_whole(device, name, dynamic, assert_near):
+@pytest.mark.parametrize("form", ["plain", "kernels"])
+def test_compiled_whole(device, name, dynamic, form, assert_near, monkeypatch):
+    if form == "kernels":  # also of ops that give Inductor their plain form
+        every = {op.partition(",")[0] for op in PUBLIC_OPS}
+        monkeypatch.setattr(dispatch, "COMPILED_KERNELS", dispatch.COMPILED_KERNELS | every)
     function, inputs = public_cases(device)[name]
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, patch_embed
-from umt_kernels.backend import runs_triton
-from umt_kernels.patch_embed import implicit_patch_embed
+from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, gather_patches, launch, patch_embed, sample_visible
 
 PATCH = 4
 
@@ -59,14 +58,13 @@ def test_value_and_gradients(device, kind, halo, left_out, assert_near):
     results = []
     for function in (run, lambda given: convolved(**given)):
         tensors = {k: v if v is None else v.detach().clone() for k, v in given.items()}
-        inputs = [tensors[name].requires_grad_() for name in ("weight", "bias") if tensors[name] is not None]
+        names = ("weight", "bias", "position")
+        inputs = [tensors[name].requires_grad_() for name in names if tensors[name] is not None]
         if tensors["position"] is not None and function is run:
             tensors["position"].requires_grad_()
         embedded = function(tensors)
         upstream = torch.linspace(-1, 2, embedded.numel(), device=device).view_as(embedded).to(embedded.dtype)
         embedded.backward(upstream)
-        if function is run and tensors["position"] is not None:
-            assert tensors["position"].grad is None
         results.append([embedded.detach(), *(x.grad for x in inputs)])
     for ours, theirs in zip(*results, strict=True):
         assert_near(ours, theirs)
@@ -125,9 +123,9 @@ def test_empty_batch(device):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": torch.zeros(5, 3, 4, 4)}, ["[5, 3, 4, 4]", "[d, 3, t, k, k]"]),
+        ({"weight": torch.zeros(5, 3, 4)}, ["[5, 3, 4]", "[d, 3, t, k, k]"]),
         ({"weight": torch.zeros(5, 1, 2, 4, 4)}, ["[5, 1, 2, 4, 4]"]),
-        ({"weight": torch.zeros(5, 3, 2, 4, 6)}, ["[5, 3, 2, 4, 6]"]),
+        ({"weight": torch.zeros(5, 3, 2, 4, 5)}, ["5 px", "patch_size = 4"]),
         ({"weight": torch.zeros(5, 3, 2, 5, 5)}, ["5 px", "patch_size = 4"]),
         ({"weight": torch.zeros(5, 3, 2, 2, 2)}, ["2 px", "patch_size = 4"]),
         ({"weight": torch.zeros(5, 3, 3, 4, 4)}, ["T = 4", "multiple of 3"]),
@@ -155,13 +153,124 @@ def test_parameters_are_floats(name):
         run({**given, name: given[name].long()})
 
 
-@pytest.mark.parametrize("kind", ["uint8", "float"])
-@pytest.mark.parametrize("halo", [0, 1])
-def test_the_implicit_gemm_is_the_same_embedding(device, kind, halo):
-    x = case(device, kind, halo)
-    if not runs_triton(x["clip"]):
-        pytest.skip("a kernel without a reference of its own")
-    embedded = implicit_patch_embed(
-        x["clip"], x["weight"], x["bias"], PATCH, x["token_ids"], x["position"], torch.float32
+LAYOUTS = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4), "BCTHW": (0, 1, 2, 3, 4), "BHWC": None, "BCHW": None}
+# layout, channels, dtype, patch, halo, tubelet, sets per clip (0: all tokens), ids of -1
+FORMS = [
+    ("BTCHW", 3, torch.uint8, (4, 4), (0, 0), 2, 1, False),
+    ("BTCHW", 3, torch.uint8, (4, 6), (1, 2), 1, 2, True),
+    ("BTHWC", 1, torch.uint8, (2, 6), (0, 1), 2, 0, False),
+    ("BTHWC", 5, torch.float32, (6, 4), (1, 0), 1, 3, True),
+    ("BCTHW", 4, torch.float32, (4, 6), (2, 1), 2, 2, True),
+    ("BCTHW", 17, torch.uint8, (4, 6), (0, 0), 2, 0, False),
+    ("BHWC", 3, torch.uint8, (4, 6), (0, 0), 1, 1, True),
+    ("BCHW", 2, torch.float32, (4, 4), (1, 1), 1, 2, False),
+    ("BCHW", 3, torch.uint8, (4, 4), (0, 0), 1, 0, False),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_other_models_need(device, form, copied, assert_near):
+    """Against a float64 convolution of the clip in [B,C,T,H,W], row by row."""
+    layout, channels, dtype, patch, halo, tubelet, sets, padded = form
+    generator = torch.Generator().manual_seed(channels)
+    frames = 1 if len(layout) == 4 else 4
+    shape = (2, channels, frames, 12, 12)
+    clip = torch.randint(0, 256, shape, generator=generator) if dtype == torch.uint8 else torch.rand(shape)
+    clip = clip.to(device, dtype)
+    mean, std = ([(i + shift) / channels for i in range(channels)] for shift in (0.1, 0.7))
+    wide = clip.double() / (255 if dtype == torch.uint8 else 1)
+    wide = (wide - torch.tensor(mean, device=device).view(-1, 1, 1, 1)) / torch.tensor(std, device=device).view(
+        -1, 1, 1, 1
     )
-    assert (embedded - convolved(**x)).abs().max() < 1e-4
+    size = [inner + 2 * outer for inner, outer in zip(patch, halo, strict=True)]
+    weight = torch.randn(6, channels, tubelet, *size, generator=generator).to(device).requires_grad_()
+    tokens = frames // tubelet * (12 // patch[0]) * (12 // patch[1])
+    position = torch.randn(tokens, 6, generator=generator).to(device).requires_grad_()
+    bias = torch.randn(6, generator=generator).to(device).requires_grad_()
+    token_ids = torch.randint(tokens, (2 * sets, 5), generator=generator).to(device) if sets else None
+    if padded:
+        token_ids[0, 2] = token_ids[-1, 0] = token_ids[-1, 4] = -1
+
+    padded_clip = F.pad(wide, (halo[1], halo[1], halo[0], halo[0], 0, 0), mode="replicate")
+    everything = F.conv3d(padded_clip, weight.double(), bias.double(), stride=(tubelet, *patch)).flatten(2).mT
+    everything = everything + position.double()
+    expected = everything
+    if sets:
+        expected = torch.stack([everything[row // sets][ids] for row, ids in enumerate(token_ids)])
+        expected = torch.where((token_ids >= 0)[..., None], expected, 0)
+
+    if len(layout) == 5:
+        given = clip.permute(LAYOUTS[layout])
+    else:
+        given = clip[:, :, 0].permute(0, 2, 3, 1) if layout == "BHWC" else clip[:, :, 0]
+    given = given.contiguous() if copied else given
+    kernel = weight[:, :, 0] if len(layout) == 4 else weight
+    embedded = patch_embed(
+        given,
+        kernel,
+        bias,
+        patch,
+        token_ids=token_ids,
+        position=position,
+        mean=mean,
+        std=std,
+        layout=layout,
+        padded=padded,
+    )
+    upstream = torch.linspace(-1, 2, embedded.numel(), device=device).view_as(embedded)
+    assert_near(embedded.detach(), expected.detach(), 3e-5)
+    inputs = [weight, bias, position]
+    grads = torch.autograd.grad(expected, inputs, upstream.double(), retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad(embedded, inputs, upstream), grads, strict=True):
+        assert_near(ours, theirs, 3e-5)
+
+
+def test_planar_uint8_frames_are_read_where_they_lie(device, needs_kernels, monkeypatch):
+    """A decoder's [B,T,3,H,W]: no copy into another order."""
+    clip = torch.randint(0, 256, (1, 2, 3, 8, 8), dtype=torch.uint8, device=device)
+    seen = []
+    monkeypatch.setattr(launch.Plan, "launch", lambda plan, *tensors: seen.append(tensors[0].data_ptr()))
+    gather_patches(clip[:, :, :, ::2], 4, layout="BTCHW")
+    assert seen == [clip.data_ptr()]
+
+
+def test_floats_are_normalised_only_when_asked(device):
+    clip = torch.rand(1, 3, 1, 4, 4, device=device)
+    plain = gather_patches(clip, 4)
+    assert torch.equal(plain[0, 0], clip.flatten())
+    asked = gather_patches(clip, 4, mean=(0.5, 0.25, 0.0), std=(0.5, 2.0, 1.0))
+    expected = (clip - torch.tensor([0.5, 0.25, 0.0], device=device).view(1, 3, 1, 1, 1)) / torch.tensor(
+        [0.5, 2.0, 1.0], device=device
+    ).view(1, 3, 1, 1, 1)
+    assert (asked[0, 0] - expected.flatten()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numpy_integers_are_sizes(device, integer):
+    clip = case(device, "uint8")["clip"]
+    rows = gather_patches(clip, integer(4), integer(2), halo=integer(1))
+    assert torch.equal(rows, gather_patches(clip, 4, 2, halo=1))
+    assert sample_visible(torch.ones(2, 5, device=device), integer(3)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("clip", "settings", "words"),
+    [
+        (torch.zeros(1, 2, 5, 8, 8, dtype=torch.uint8), {"layout": "BTCHW"}, ["5 channels", "mean and std"]),
+        (torch.zeros(1, 2, 8, 8), {"layout": "BTCHW"}, ["[1, 2, 8, 8]", "'BTCHW'"]),
+        (torch.zeros(1, 2, 8, 8), {"layout": "HWC"}, ["layout = 'HWC'", "BTHWC"]),
+        (torch.zeros(1, 2, 8, 8), {}, ["[1, 2, 8, 8]", "2 channels", "[B,3,H,W]", "layout="]),
+        (torch.zeros(1, 2, 8, 8), {"layout": "BCHW", "mean": [0.0, 0.0]}, ["mean", "both or neither"]),
+        (torch.zeros(1, 2, 8, 8), {"layout": "BCHW", "mean": [0.0], "std": [1.0]}, ["2 numbers"]),
+        (torch.zeros(1, 3, 8, 8), {"patch_size": (4, 4, 4)}, ["patch_size = (4, 4, 4)"]),
+        (torch.zeros(1, 3, 8, 8), {"patch_size": (4, 3)}, ["W = 8", "multiple of 3"]),
+        (torch.zeros(2, 3, 8, 8), {"token_ids": torch.zeros(3, 1, dtype=torch.int64)}, ["[3, 1]", "multiple"]),
+        (torch.zeros(1, 3, 8, 8), {"token_ids": torch.tensor([[-2]]), "padded": True}, ["token_ids[0, 0] = -2"]),
+    ],
+)
+def test_errors_of_the_general_form(clip, settings, words):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the words follow
+        gather_patches(clip, **{"patch_size": 4, **settings})
+    for word in words:
+        assert word in str(caught.value)

@@ -6,8 +6,8 @@ definition in `umt_kernels.reference`, which the kernels are held to.
 
 from umt_kernels.add_layer_norm import add_layer_norm
 from umt_kernels.cls_scores import cls_scores
-from umt_kernels.cosine_alignment_loss import cosine_alignment_loss
-from umt_kernels.gather_layer_norm import gather_layer_norm
+from umt_kernels.cosine_alignment_loss import alignment_loss, cosine_alignment_loss
+from umt_kernels.gather_layer_norm import gather_layer_norm, gather_rms_norm
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
 from umt_kernels.linear import linear
 from umt_kernels.mlp import mlp
@@ -21,10 +21,12 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "add_layer_norm",
+    "alignment_loss",
     "cls_scores",
     "cosine_alignment_loss",
     "gather_layer_norm",
     "gather_patches",
+    "gather_rms_norm",
     "linear",
     "mlp",
     "patch_embed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 from torch import Tensor
 
 from umt_kernels.backend import KERNEL_DTYPES
+from umt_kernels.dispatch import is_plain, is_transformed
 
 EVERYWHERE = os.environ.get("UMT_KERNELS_CHECK_IDS", "0") == "1"
 """Debug switch: look at ids on GPUs too, which waits for the device at every call."""
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether `x` has numbers to look at: not while a program is traced or transformed."""
+    return not torch.compiler.is_compiling() and is_plain(x) and not is_transformed(x)
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -35,11 +42,17 @@ def check_floats(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; give float32, bfloat16, float16 or float64")
 
 
-def check_ints(**numbers: Any) -> None:
-    """Raise unless all are ints, or torch.compile's symbolic ones."""
+def check_ints(**numbers: Any) -> list[int]:
+    """The numbers as ints; NumPy's integers and torch.compile's symbolic ones count as such, bools do not."""
+    found = []
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+        if type(number) is int or isinstance(number, torch.SymInt):
+            found.append(number)
+        elif isinstance(number, bool) or not hasattr(number, "__index__") or isinstance(number, Tensor):
             raise TypeError(f"{name} = {number!r}; give an int")
+        else:
+            found.append(operator.index(number))
+    return found
 
 
 def check_eps(eps: float) -> None:
@@ -47,25 +60,37 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps = {eps}; it must be 0 or more")
 
 
-def check_ids(name: str, ids: Tensor, batch: int, limit: int, meaning: str, once: bool = False) -> None:
+def check_ids(
+    name: str,
+    ids: Tensor,
+    batch: int,
+    limit: int,
+    meaning: str,
+    once: bool = False,
+    *,
+    sets: bool = False,
+    padded: bool = False,
+) -> None:
     """Raise unless `ids` is an integer [batch, m] tensor with values in [0, limit), with `once` none twice in a row.
 
+    With `sets` the rows may be a multiple of `batch`; with `padded` an id may also be -1, as often as it likes.
     Values are looked at on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there
     unless the environment has UMT_KERNELS_CHECK_IDS=1.
     """
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {ids.dtype}; give int32 or int64")
-    if ids.dim() != 2 or ids.shape[0] != batch:
-        raise ValueError(f"{name} has shape {list(ids.shape)}; give [{batch}, m], one row per sample")
-    if torch.compiler.is_compiling() or ids.is_meta or not (ids.device.type == "cpu" or EVERYWHERE):
+    if ids.dim() != 2 or not (ids.shape[0] == batch or (sets and batch and ids.shape[0] % batch == 0)):
+        rows = f"[{batch}, m], one row per sample" + (", or a multiple of that many rows" if sets else "")
+        raise ValueError(f"{name} has shape {list(ids.shape)}; give {rows}")
+    if not (ids.device.type == "cpu" or EVERYWHERE) or ids.is_meta or not reads_values(ids):
         return
-    wrong = (ids < 0) | (ids >= limit)
+    wrong = (ids < (-1 if padded else 0)) | (ids >= limit)
     if wrong.any():
         row, column = (int(i) for i in wrong.nonzero()[0])
         raise ValueError(f"{name}[{row}, {column}] = {int(ids[row, column])}, but " + meaning.format(limit))
     if once:
         ordered, columns = ids.sort(dim=1, stable=True)
-        again = ordered[:, 1:] == ordered[:, :-1]
+        again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         if again.any():
             row, place = (int(i) for i in again.nonzero()[0])
             earlier, later = (int(columns[row, i]) for i in (place, place + 1))

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_floats, check_tensors
+from umt_kernels.backend import next_power_of_2, triton
+from umt_kernels.checks import check_floats, check_ints, check_tensors
+from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
+from umt_kernels.launch import Plan, plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,75 +23,60 @@ LONGEST = 4096
 """Keys per head that the kernel takes; longer rows take the reference."""
 
 
-def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"]) -> Float[Tensor, "r p"]:
-    """Attention of the class token to the patches: softmax over all keys, mean over heads, class token dropped.
+def cls_scores(
+    q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"], *, num_prefix_tokens: int = 1
+) -> Float[Tensor, "r p"]:
+    """Attention of the class token to the patches: softmax over all keys, mean over heads, other tokens dropped.
 
-    q  query of the class token; k  keys of the class token (first) and of the P = l - 1 patches, in any layout whose
-    last dimension is contiguous. The scale is d^-0.5. Returns [R, P], float32 (float64 for float64 inputs). No P x P
-    matrix is made; the backward recomputes the softmax.
+    q  query of the class token; k  keys of all tokens, in any layout whose last dimension is contiguous: first
+    `num_prefix_tokens` of class token and registers (arXiv 2309.16588), then P patches. The scale is d^-0.5. Returns
+    [R, P], float32 (float64 for float64 inputs). No P x P matrix is made; the backward recomputes the softmax.
 
     Raises ValueError when shapes or devices do not fit each other, TypeError for tensors that are not floats.
     """
     check_tensors(q=q, k=k)
     check_floats(q=q, k=k)
+    (prefix,) = check_ints(num_prefix_tokens=num_prefix_tokens)
     if q.dim() != 3 or k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[2]:
         raise ValueError(f"q {list(q.shape)} and k {list(k.shape)} do not fit; give q [r, h, d] and k [r, h, 1 + p, d]")
     if 0 in k.shape[1:]:
         raise ValueError(
             f"k has shape {list(k.shape)}; it needs a head, a key (the class token's is first) and a column"
         )
-    if not runs_triton(q, k) or k.shape[2] > LONGEST:
-        return reference.cls_scores(q, k)
-    return _forward(q, k)
+    if not 0 <= prefix <= k.shape[2]:
+        raise ValueError(f"num_prefix_tokens = {prefix}, but k has {k.shape[2]} tokens")
+    if not runs_kernel("cls_scores", q, k) or k.shape[2] > LONGEST:
+        return reference.cls_scores(q, k, prefix)
+    return _forward(q, k, prefix)
 
 
-@torch.library.custom_op("umt_kernels::cls_scores", mutates_args=())
-@on_its_device
-def _forward(q: Tensor, k: Tensor) -> Tensor:
-    rows, heads, length, depth = k.shape
+def _launch_forward(q: Tensor, k: Tensor, prefix: int) -> Tensor:
+    rows, _, length, _ = k.shape
     q = q.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
-    scores = q.new_empty(rows, length - 1, dtype=torch.float32)
+    scores = q.new_empty(rows, length - prefix, dtype=torch.float32)
     if scores.numel():
-        _forward_kernel[(rows,)](
-            q, k, scores, heads, length, depth, *k.stride()[:3], depth**-0.5, **config(length, depth, k.element_size())
-        )
+        key = ("cls_scores", k.shape, k.stride(), q.dtype, k.dtype, k.device, prefix)
+        plan(key, _plan, _forward_kernel, (rows,), k, prefix).launch(q, k, scores)
     return scores
 
 
-@_forward.register_fake
-def _(q, k):
-    return q.new_empty(k.shape[0], k.shape[2] - 1, dtype=torch.float32)
-
-
-@torch.library.custom_op("umt_kernels::cls_scores_backward", mutates_args=())
-@on_its_device
-def _backward(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_backward(grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Gradients of q and k; that of k is contiguous."""
-    rows, heads, length, depth = k.shape
+    rows, heads = k.shape[:2]
     q, grad = q.contiguous(), grad.contiguous()
     k = k if k.stride(3) == 1 else k.contiguous()
     grad_q, grad_k = torch.empty_like(q), k.new_empty(k.shape)
     if q.numel():
-        _backward_kernel[(rows, heads)](
-            grad,
-            q,
-            k,
-            grad_q,
-            grad_k,
-            heads,
-            length,
-            depth,
-            *k.stride()[:3],
-            depth**-0.5,
-            **config(length, depth, k.element_size()),
-        )
+        key = ("cls_scores_backward", k.shape, k.stride(), q.dtype, k.dtype, grad.dtype, k.device, prefix)
+        plan(key, _plan, _backward_kernel, (rows, heads), k, prefix).launch(grad, q, k, grad_q, grad_k)
     return grad_q, grad_k
 
 
-@_backward.register_fake
-def _(grad, q, k):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _plan(kernel, grid: tuple[int, ...], k: Tensor, prefix: int) -> Plan:
+    _, heads, length, depth = k.shape
+    numbers = (heads, length, depth, prefix, *k.stride()[:3], depth**-0.5)
+    return Plan(kernel, grid, numbers, config(length, depth, k.element_size()))
 
 
 def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
@@ -99,15 +86,33 @@ def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
     return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk * key_bytes // 2048))}
 
 
-def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+def _save(ctx, inputs, output):
+    q, k, ctx.prefix = inputs
+    ctx.save_for_backward(q, k)
 
 
 def _differentiate(ctx, grad):
-    return _backward(grad, *ctx.saved_tensors)
+    return *_backward(grad, *ctx.saved_tensors, ctx.prefix), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
+def _differentiate_again(ctx, grad):
+    def run(q, k):
+        return reference.cls_scores(q, k, ctx.prefix)
+
+    return *differentiate_reference(run, ctx.saved_tensors, grad), None
+
+
+_backward = KernelOp(
+    "cls_scores_backward", _launch_backward, lambda grad, q, k, prefix: (q.new_empty(q.shape), k.new_empty(k.shape))
+)
+_forward = KernelOp(
+    "cls_scores",
+    _launch_forward,
+    lambda q, k, prefix: q.new_empty(k.shape[0], k.shape[2] - prefix, dtype=torch.float32),
+    _save,
+    _differentiate,
+    _differentiate_again,
+)
 
 
 if triton is not None:
@@ -135,10 +140,11 @@ if triton is not None:
     def _forward_kernel(
         q_ptr,  # [R, H, D]
         k_ptr,  # [R, H, L, D]
-        scores_ptr,  # [R, L - 1]
+        scores_ptr,  # [R, L - prefix]
         heads,
         length,
         depth,
+        prefix,
         k_r,
         k_h,
         k_l,
@@ -153,12 +159,12 @@ if triton is not None:
             q_head = q_ptr + (row * heads + head) * depth
             k_head = k_ptr + row * k_r + tl.cast(head, tl.int64) * k_h
             total += _softmax(q_head, k_head, token, length, depth, k_l, scale, LENGTH, CHUNK)
-        place = row * (length - 1) + token - 1
-        tl.store(scores_ptr + place, total / heads, mask=(token > 0) & (token < length))
+        place = row * (length - prefix) + token - prefix
+        tl.store(scores_ptr + place, total / heads, mask=(token >= prefix) & (token < length))
 
     @triton.jit
     def _backward_kernel(
-        grad_ptr,  # [R, L - 1]
+        grad_ptr,  # [R, L - prefix]
         q_ptr,  # [R, H, D]
         k_ptr,  # [R, H, L, D]
         dq_ptr,  # [R, H, D]
@@ -166,6 +172,7 @@ if triton is not None:
         heads,
         length,
         depth,
+        prefix,
         k_r,
         k_h,
         k_l,
@@ -180,8 +187,8 @@ if triton is not None:
         q_ptr += base * depth
         k_ptr += row * k_r + head.to(tl.int64) * k_h
         weights = _softmax(q_ptr, k_ptr, token, length, depth, k_l, scale, LENGTH, CHUNK)
-        place = row * (length - 1) + token - 1
-        grad = tl.load(grad_ptr + place, mask=(token > 0) & (token < length), other=0.0).to(tl.float32) / heads
+        place = row * (length - prefix) + token - prefix
+        grad = tl.load(grad_ptr + place, mask=(token >= prefix) & (token < length), other=0.0).to(tl.float32) / heads
         logits = weights * (grad - tl.sum(weights * grad, axis=0)) * scale
         dk_row = (base * length + token) * depth
         for start in range(0, depth, CHUNK):  # the keys again: they are in a cache, and too many for registers

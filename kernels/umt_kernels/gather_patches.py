@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
 from umt_kernels.checks import check_ids, check_ints, check_tensors
+from umt_kernels.dispatch import KernelOp, runs_kernel
+from umt_kernels.launch import Plan, plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -21,159 +23,291 @@ if triton is not None:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Layout = Literal["BTHWC", "BTCHW", "BCTHW", "BHWC", "BCHW"]
+
+_VIDEO = {"BHWC": "BTHWC", "BCHW": "BCTHW"}  # an image as a clip of one frame
+MOST_CHANNELS = 16
+"""Channels that the kernel normalises, each with constants of its own in the code; more run the reference."""
+
 
 def gather_patches(
     clip: Shaped[Tensor, "b ..."],
-    patch_size: int,
+    patch_size: int | tuple[int, int],
     tubelet_size: int = 1,
     *,
-    token_ids: Int[Tensor, "b m"] | None = None,
-    halo: int = 0,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    token_ids: Int[Tensor, "r m"] | None = None,
+    halo: int | tuple[int, int] = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "b m f"]:
+    layout: Layout | None = None,
+    padded: bool = False,
+) -> Float[Tensor, "r m f"]:
     """Rows of pixels of the tokens `token_ids` (all tokens if None), one row per token.
 
-    clip       uint8 [B,T,H,W,3], normalised here with `mean` and `std`; or float [B,3,T,H,W], taken as normalised.
-    token_ids  index of each token in the flattened (t, h, w) grid, int32 or int64.
-    halo       pixels added on each side of a patch, the clip's border replicated: windows then overlap.
+    clip       a video or an image. Without `layout`: uint8 [B,T,H,W,3] or [B,H,W,3]; float [B,3,T,H,W] or [B,3,H,W].
+    patch_size, halo  one number, or (height, width). A halo of pixels surrounds each patch, the clip's border
+               replicated: windows then overlap.
+    token_ids  index of each token in the flattened (t, h, w) grid, int32 or int64. With r a multiple of b, sets
+               0 .. r/b - 1 are of clip 0, and so on.
+    mean, std  of each channel. uint8 pixels / 255 are normalised with them, by default ImageNet's; floats as they are,
+               by default not at all.
+    layout     order of the axes in memory, for another order or another number of channels.
+    padded     ids may be -1, which gives a row of zeros.
 
-    Returns [B, M, 3 * tubelet * (patch + 2 halo)^2] in `dtype`, in the order in which the clip lies in memory:
-    (time, row, column, channel) of a uint8 clip, (channel, time, row, column) of a float clip. `weight_matrix` puts a
-    Conv3d's weight into the same order. The clip gets no gradient.
+    Returns [R, M, F] in `dtype`, F = channels * tubelet * window, in the order of the clip's memory: (time, row,
+    column, channel) of BTHWC, (channel, time, row, column) of BCTHW, (time, channel, row, column) of BTCHW.
+    `weight_matrix` puts a convolution's weight into the same order. The clip gets no gradient.
 
     Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
-    range, tensors on two devices, or `mean` and `std` that are not three numbers, of `std` positive ones.
+    range, tensors on two devices, or `mean` and `std` that are not one number per channel, of `std` positive ones.
     """
     check_tensors(clip=clip, token_ids=token_ids)
-    check_ints(patch_size=patch_size, tubelet_size=tubelet_size, halo=halo)
-    if clip.dim() != 5:
-        raise ValueError(f"clip has shape {list(clip.shape)}; give uint8 [B,T,H,W,3] or float [B,3,T,H,W]")
-    if clip.dtype == torch.uint8:
-        frames, height, width, channels = clip.shape[1:]
-    elif clip.is_floating_point():
-        channels, frames, height, width = clip.shape[1:]
-    else:
-        raise TypeError(f"clip has dtype {clip.dtype}; give uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]")
-    if channels != 3:
-        layout = "uint8 [B,T,H,W,3]" if clip.dtype == torch.uint8 else "float [B,3,T,H,W]"
-        raise ValueError(f"clip has shape {list(clip.shape)}, {channels} channels; a {clip.dtype} clip is {layout}")
-    for name, size, step in (("T", frames, tubelet_size), ("H", height, patch_size), ("W", width, patch_size)):
+    (tubelet_size,) = check_ints(tubelet_size=tubelet_size)
+    patch_height, patch_width = _pair("patch_size", patch_size)
+    halo_height, halo_width = _pair("halo", halo)
+    clip, layout = as_video(clip, layout)
+    channels, frames, height, width = (clip.shape[layout.index(axis)] for axis in "CTHW")
+    steps = (("T", frames, tubelet_size), ("H", height, patch_height), ("W", width, patch_width))
+    for name, size, step in steps:
         if step < 1 or size % step or size == 0:
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
-    if halo < 0:
+    if halo_height < 0 or halo_width < 0:
         raise ValueError(f"halo = {halo}; it must be 0 or more")
-    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise ValueError(
-            f"mean = {mean} and std = {std}; give three numbers each, one per channel, of std positive ones"
-        )
+    mean, std = _normalisation(clip, channels, mean, std)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype = {dtype}; rows are floats")
     if token_ids is not None:
-        tokens = (frames // tubelet_size) * (height // patch_size) * (width // patch_size)
-        check_ids("token_ids", token_ids, clip.shape[0], tokens, "a clip has {} tokens")
+        tokens = (frames // tubelet_size) * (height // patch_height) * (width // patch_width)
+        meaning = "a clip has {} tokens"
+        check_ids("token_ids", token_ids, clip.shape[0], tokens, meaning, sets=True, padded=padded)
     clip = clip.detach()
-    if not runs_triton(clip) or dtype not in KERNEL_DTYPES:
-        return reference.gather_patches(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype)
-    return _forward(clip, patch_size, tubelet_size, token_ids, halo, list(mean), list(std), dtype)
+    patch, around = (patch_height, patch_width), (halo_height, halo_width)
+    if not _runs_kernel(clip, dtype, mean, patch, tubelet_size, around, token_ids):
+        return reference.gather_patches(
+            clip, patch, tubelet_size, token_ids, around, mean, std, dtype, layout, padded
+        )  # fmt: skip
+    constants = [] if mean is None else list(mean), [] if std is None else list(std)
+    return _forward(clip, layout, list(patch), tubelet_size, token_ids, list(around), *constants, dtype, padded)
 
 
-def weight_matrix(weight: Float[Tensor, "d 3 t k k"], clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "d f"]:
-    """A Conv3d's weight as the matrix [D, F] that goes with `gather_patches(clip, ...)`: rows @ matrix.T embeds."""
-    return (weight.permute(0, 2, 3, 4, 1) if clip.dtype == torch.uint8 else weight).flatten(1)
+def weight_matrix(
+    weight: Float[Tensor, "d c ..."], clip: Shaped[Tensor, "b ..."], layout: Layout | None = None
+) -> Float[Tensor, "d f"]:
+    """A Conv3d's or Conv2d's weight as the matrix [D, F] that goes with `gather_patches(clip, ..., layout=layout)`:
+    rows @ matrix.T embeds."""
+    weight = weight[:, :, None] if weight.dim() == 4 else weight
+    layout = _VIDEO.get(layout, layout) if layout is not None else default_layout(clip)
+    order = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4), "BCTHW": (0, 1, 2, 3, 4)}[layout]
+    return weight.permute(order).flatten(1)
 
 
-@torch.library.custom_op("umt_kernels::gather_patches", mutates_args=())
-@on_its_device
-def _forward(
+def default_layout(clip: Tensor) -> str:
+    """Of a video; that of an image has no time."""
+    return "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
+
+
+def as_video(clip: Tensor, layout: str | None) -> tuple[Tensor, str]:
+    """The clip with an axis of time, and the order of its five axes."""
+    if clip.dtype != torch.uint8 and not clip.is_floating_point():
+        raise TypeError(f"clip has dtype {clip.dtype}; give uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]")
+    if layout is None:
+        if clip.dim() not in (4, 5):
+            raise ValueError(
+                f"clip has shape {list(clip.shape)}; give uint8 [B,T,H,W,3] or float [B,3,T,H,W], or images without T"
+            )
+        video = default_layout(clip)
+        layout = video if clip.dim() == 5 else video.replace("T", "")
+        channels = clip.shape[layout.index("C")]
+        if channels != 3:
+            axes = ",".join(layout.replace("C", "3"))
+            raise ValueError(
+                f"clip has shape {list(clip.shape)}, {channels} channels; a {clip.dtype} clip is [{axes}], "
+                f"others need layout="
+            )
+    elif layout not in ("BTHWC", "BTCHW", "BCTHW", "BHWC", "BCHW"):
+        raise ValueError(f"layout = {layout!r}; give BTHWC, BTCHW, BCTHW, BHWC or BCHW")
+    elif clip.dim() != len(layout):
+        raise ValueError(f"clip has shape {list(clip.shape)}, but layout = {layout!r}")
+    video = _VIDEO.get(layout, layout)
+    return (clip if layout == video else clip.unsqueeze(video.index("T"))), video
+
+
+def _pair(name: str, size: int | tuple[int, int]) -> list[int]:
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise ValueError(f"{name} = {size}; give one number, or (height, width)")
+        return check_ints(**{f"{name}[0]": size[0], f"{name}[1]": size[1]})
+    return 2 * check_ints(**{name: size})
+
+
+def _normalisation(
+    clip: Tensor, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    if (mean is None) != (std is None):
+        if channels != 3:
+            raise ValueError(f"mean = {mean} and std = {std}; give both or neither")
+        mean, std = (IMAGENET_MEAN if mean is None else mean), (IMAGENET_STD if std is None else std)
+    if mean is None and clip.dtype == torch.uint8:
+        if channels != 3:
+            raise ValueError(f"clip has {channels} channels; give mean and std for each (ImageNet's are of three)")
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if mean is None or std is None:
+        return None, None
+    if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
+        number = "three numbers" if channels == 3 else f"{channels} numbers"
+        raise ValueError(f"mean = {mean} and std = {std}; give {number} each, one per channel, of std positive ones")
+    return mean, std
+
+
+def _runs_kernel(
     clip: Tensor,
-    patch_size: int,
-    tubelet_size: int,
+    dtype: torch.dtype,
+    mean: Sequence[float] | None,
+    patch: tuple[int, int],
+    tubelet: int,
+    halo: tuple[int, int],
     token_ids: Tensor | None,
-    halo: int,
+) -> bool:
+    if dtype not in KERNEL_DTYPES or not runs_kernel("gather_patches", clip):
+        return False
+    rows = clip.numel() // (patch[0] * patch[1] * tubelet) if token_ids is None else token_ids.numel()
+    lines = rows * tubelet * (patch[0] + 2 * halo[0])
+    return lines < 2**31 - 2**16 and (mean is None or len(mean) <= MOST_CHANNELS)  # lines are counted in int32
+
+
+def _shape(
+    clip: Tensor, layout: str, patch: list[int], tubelet: int, token_ids: Tensor | None, halo: list[int]
+) -> tuple[int, int, int]:
+    channels, frames, height, width = (clip.shape[layout.index(axis)] for axis in "CTHW")
+    features = channels * tubelet * (patch[0] + 2 * halo[0]) * (patch[1] + 2 * halo[1])
+    if token_ids is not None:
+        return *token_ids.shape, features
+    return clip.shape[0], frames // tubelet * (height // patch[0]) * (width // patch[1]), features
+
+
+def _launch(
+    clip: Tensor,
+    layout: str,
+    patch: list[int],
+    tubelet: int,
+    token_ids: Tensor | None,
+    halo: list[int],
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
+    padded: bool,
 ) -> Tensor:
-    rows = _empty_rows(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype)
+    rows = clip.new_empty(_shape(clip, layout, patch, tubelet, token_ids, halo), dtype=dtype)
     if rows.numel() == 0:
         return rows
-    settings = config(patch_size, tubelet_size, halo, clip.dtype == torch.uint8)
-    lines = rows.shape[0] * rows.shape[1] * settings["LINES_PER_TOKEN"]
-    clip, geometry = readable(clip, patch_size, mean, std)
-    _kernel[(triton.cdiv(lines, settings["LINES"]),)](
-        clip,
-        None if token_ids is None else token_ids.contiguous(),
-        rows,
-        lines,
-        rows.shape[1],
-        *geometry,
-        GATHER=token_ids is not None,
-        **settings,
-    )
+    clip = readable(clip, layout)
+    key = (
+        "gather_patches", clip.shape, clip.stride(), clip.dtype, clip.device, layout, *patch, tubelet, *halo, *mean,
+        *std, dtype, padded, None if token_ids is None else (token_ids.shape, token_ids.dtype),
+    )  # fmt: skip
+    found = plan(key, _plan, clip, layout, patch, tubelet, token_ids, halo, mean, std, rows, padded)
+    found.launch(clip, None if token_ids is None else token_ids.contiguous(), rows)
     return rows
 
 
-@_forward.register_fake
-def _empty_rows(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype):
-    frames, height, width = clip.shape[1:4] if clip.dtype == torch.uint8 else clip.shape[2:]
-    tokens = frames // tubelet_size * (height // patch_size) * (width // patch_size)
-    kept = tokens if token_ids is None else token_ids.shape[1]
-    return clip.new_empty(clip.shape[0], kept, 3 * tubelet_size * (patch_size + 2 * halo) ** 2, dtype=dtype)
+def _plan(
+    clip: Tensor,
+    layout: str,
+    patch: list[int],
+    tubelet: int,
+    token_ids: Tensor | None,
+    halo: list[int],
+    mean: list[float],
+    std: list[float],
+    rows: Tensor,
+    padded: bool,
+) -> Plan:
+    channels = clip.shape[layout.index("C")]
+    settings = config(layout, patch, tubelet, halo, channels)
+    lines = rows.shape[0] * rows.shape[1] * settings["LINES_PER_TOKEN"]
+    masks = 1 if token_ids is None else len(token_ids) // len(clip)
+    numbers = (lines, rows.shape[1], masks, *geometry(clip, layout, patch))
+    settings = {
+        "GATHER": token_ids is not None,
+        "PADDED": padded and token_ids is not None,
+        **normalisation(clip, mean, std),
+        **settings,
+    }
+    return Plan(_kernel, (triton.cdiv(lines, settings["LINES"]),), numbers, settings)
 
 
-def readable(clip: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, tuple]:
-    """The clip with the pixels of a line side by side, and what a kernel needs to find and normalise them.
-
-    That is: height and width of the grid and of a frame; strides of sample, channel, time and line; and for each
-    channel a scale and a shift, which take a byte to its normalised value.
-    """
-    bytes_in = clip.dtype == torch.uint8
-    if clip.stride()[3:] != (3, 1) if bytes_in else clip.stride(4) != 1:
-        clip = clip.contiguous()
-    height, width = clip.shape[2:4] if bytes_in else clip.shape[3:]
-    strides = (clip.stride(0), 0, *clip.stride()[1:3]) if bytes_in else clip.stride()[:4]
-    scales = (1 / (255 * s) for s in std)
-    shifts = (-m / s for m, s in zip(mean, std, strict=True))
-    return clip, (height // patch_size, width // patch_size, height, width, *strides, *scales, *shifts)
+def readable(clip: Tensor, layout: str) -> Tensor:
+    """The clip, copied where the pixels of a line are not side by side."""
+    *_, before, last = clip.stride()
+    side_by_side = last == 1 and (layout != "BTHWC" or before == clip.shape[4])
+    return clip if side_by_side else clip.contiguous()
 
 
-def config(patch_size: int, tubelet_size: int, halo: int, bytes_in: bool) -> dict[str, int]:
-    """A line is what a window reads from one row of the frame: all channels of a uint8 clip, one of a float clip."""
-    window = patch_size + 2 * halo
-    columns = 3 * window if bytes_in else window
+def geometry(clip: Tensor, layout: str, patch: list[int]) -> tuple[int, ...]:
+    """Height and width of the grid and of a frame; strides of sample, channel, time and line."""
+    height, width = (clip.shape[layout.index(axis)] for axis in "HW")
+    strides = (clip.stride(layout.index(axis)) for axis in "BCTH")
+    return height // patch[0], width // patch[1], height, width, *strides
+
+
+def normalisation(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
+    """Compile-time scale and shift of each channel, which bring a pixel to its normalised value."""
+    top = 255 if clip.dtype == torch.uint8 else 1
+    scales = tuple(1 / (top * s) for s in std)
+    return {"SCALES": scales, "SHIFTS": tuple(-m / s for m, s in zip(mean, std, strict=True)), "NORMALISE": bool(std)}
+
+
+def config(layout: str, patch: Sequence[int], tubelet: int, halo: Sequence[int], channels: int) -> dict[str, int]:
+    """A line is what a window reads from one row of the frame: of BTHWC all channels, of the others one."""
+    interleaved = layout == "BTHWC"
+    columns = (channels if interleaved else 1) * (patch[1] + 2 * halo[1])
     block = next_power_of_2(columns)
-    tile = 1024 if halo or patch_size % 16 else 4096  # narrow loads each need an address: fewer of them per thread
+    tile = 1024 if halo[1] or patch[1] % 16 else 4096  # narrow loads each need an address: fewer of them per thread
     return {
-        "UINT8": bytes_in,
-        "PATCH": patch_size,
-        "TUBELET": tubelet_size,
-        "HALO": halo,
+        "INTERLEAVED": interleaved,
+        "TIME_FIRST": layout == "BTCHW",
+        "CHANNELS": channels,
+        "PATCH_HEIGHT": patch[0],
+        "PATCH_WIDTH": patch[1],
+        "TUBELET": tubelet,
+        "HALO_HEIGHT": halo[0],
+        "HALO_WIDTH": halo[1],
         "COLUMNS": columns,
-        "LINES_PER_TOKEN": tubelet_size * window * (1 if bytes_in else 3),
+        "LINES_PER_TOKEN": tubelet * (patch[0] + 2 * halo[0]) * (1 if interleaved else channels),
         "LINES": max(1, tile // block),
         "BLOCK": block,
         "num_warps": 4,
     }
 
 
+def _fake(clip, layout, patch, tubelet, token_ids, halo, mean, std, dtype, padded):
+    return clip.new_empty(_shape(clip, layout, patch, tubelet, token_ids, halo), dtype=dtype)
+
+
+_forward = KernelOp("gather_patches", _launch, _fake)
+
+
 if triton is not None:
 
     @triton.jit
-    def normalised(values, channel, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b):
-        """Bytes [rows, columns], each column of one channel."""
-        scale = tl.where(channel == 0, scale_r, tl.where(channel == 1, scale_g, scale_b))
-        shift = tl.where(channel == 0, shift_r, tl.where(channel == 1, shift_g, shift_b))
-        return values.to(tl.float32) * scale[None, :] + shift[None, :]
+    def normalised(values, channel, SCALES: tl.constexpr, SHIFTS: tl.constexpr, CHANNELS: tl.constexpr):
+        """Pixels of any dtype, each of the channel that `channel` gives, as float32."""
+        scale = tl.zeros_like(channel).to(tl.float32)
+        shift = tl.zeros_like(channel).to(tl.float32)
+        for index in tl.static_range(CHANNELS):
+            scale = tl.where(channel == index, SCALES[index], scale)
+            shift = tl.where(channel == index, SHIFTS[index], shift)
+        return values.to(tl.float32) * scale + shift
 
     @triton.jit
     def _kernel(
         clip_ptr,
-        ids_ptr,  # [B, M]
-        rows_ptr,  # [B, M, LINES_PER_TOKEN * COLUMNS]
+        ids_ptr,  # [R, M]
+        rows_ptr,  # [R, M, LINES_PER_TOKEN * COLUMNS]
         lines,
         kept,
+        masks,  # R / B
         grid_height,
         grid_width,
         height,
@@ -182,55 +316,72 @@ if triton is not None:
         stride_c,
         stride_t,
         stride_h,
-        scale_r,
-        scale_g,
-        scale_b,
-        shift_r,
-        shift_g,
-        shift_b,
         GATHER: tl.constexpr,
-        UINT8: tl.constexpr,
-        PATCH: tl.constexpr,
+        PADDED: tl.constexpr,
+        SCALES: tl.constexpr,
+        SHIFTS: tl.constexpr,
+        NORMALISE: tl.constexpr,
+        INTERLEAVED: tl.constexpr,
+        TIME_FIRST: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        PATCH_HEIGHT: tl.constexpr,
+        PATCH_WIDTH: tl.constexpr,
         TUBELET: tl.constexpr,
-        HALO: tl.constexpr,
+        HALO_HEIGHT: tl.constexpr,
+        HALO_WIDTH: tl.constexpr,
         COLUMNS: tl.constexpr,
         LINES_PER_TOKEN: tl.constexpr,
         LINES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        WINDOW: tl.constexpr = PATCH + 2 * HALO
-        line = tl.program_id(0).to(tl.int64) * LINES + tl.arange(0, LINES)
+        WINDOW: tl.constexpr = PATCH_HEIGHT + 2 * HALO_HEIGHT
+        line = tl.program_id(0) * LINES + tl.arange(0, LINES)
         column = tl.arange(0, BLOCK)
         here = line < lines
         mask = here[:, None] & (column < COLUMNS)[None, :]
         token = line // LINES_PER_TOKEN
-        within = (line % LINES_PER_TOKEN).to(tl.int32)
-        sample = token // kept
+        within = line - token * LINES_PER_TOKEN
+        row_set = token // kept
         if GATHER:
             place = tl.load(ids_ptr + token, mask=here, other=0).to(tl.int32)
         else:
-            place = (token % kept).to(tl.int32)
-        frame = place // (grid_height * grid_width) * TUBELET + within // WINDOW % TUBELET
-        y = place // grid_width % grid_height * PATCH + within % WINDOW - HALO
-        x = place % grid_width * PATCH
-        if HALO > 0:
-            y = tl.minimum(tl.maximum(y, 0), height - 1)
-        start = sample * stride_b + frame.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
-        if UINT8:
-            if HALO > 0:
-                pixel = tl.minimum(tl.maximum(x[:, None] + (column // 3 - HALO)[None, :], 0), width - 1)
-                offset = start[:, None] + pixel * 3 + (column % 3)[None, :]
-            else:
-                offset = start[:, None] + x[:, None] * 3 + column[None, :]
-            values = tl.load(clip_ptr + offset, mask=mask, other=0)
-            values = normalised(values, column % 3, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b)
+            place = token - row_set * kept
+        read = mask
+        if PADDED:
+            read = mask & (place >= 0)[:, None]
+        if INTERLEAVED:
+            time = within // WINDOW
+            channel = column % CHANNELS
+        elif TIME_FIRST:
+            time = within // (WINDOW * CHANNELS)
+            channel = within // WINDOW % CHANNELS
         else:
-            start += (within // (TUBELET * WINDOW)).to(tl.int64) * stride_c
-            if HALO > 0:
-                pixel = tl.minimum(tl.maximum(x[:, None] + (column - HALO)[None, :], 0), width - 1)
+            time = within // WINDOW % TUBELET
+            channel = within // (WINDOW * TUBELET)
+        frame = place // (grid_height * grid_width) * TUBELET + time
+        y = place // grid_width % grid_height * PATCH_HEIGHT + within % WINDOW - HALO_HEIGHT
+        x = place % grid_width * PATCH_WIDTH
+        if HALO_HEIGHT > 0:
+            y = tl.minimum(tl.maximum(y, 0), height - 1)
+        start = (row_set // masks).to(tl.int64) * stride_b + frame.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
+        if INTERLEAVED:
+            if HALO_WIDTH > 0:
+                pixel = tl.minimum(tl.maximum(x[:, None] + (column // CHANNELS - HALO_WIDTH)[None, :], 0), width - 1)
+                offset = start[:, None] + pixel * CHANNELS + (column % CHANNELS)[None, :]
+            else:
+                offset = start[:, None] + x[:, None] * CHANNELS + column[None, :]
+        else:
+            start += channel.to(tl.int64) * stride_c
+            if HALO_WIDTH > 0:
+                pixel = tl.minimum(tl.maximum(x[:, None] + (column - HALO_WIDTH)[None, :], 0), width - 1)
                 offset = start[:, None] + pixel
             else:
                 offset = start[:, None] + x[:, None] + column[None, :]
-            values = tl.load(clip_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        to = line[:, None] * COLUMNS + column[None, :]
+        values = tl.load(clip_ptr + offset, mask=read, other=0)
+        if NORMALISE:
+            channels = channel[None, :] if INTERLEAVED else channel[:, None]
+            values = normalised(values, channels, SCALES, SHIFTS, CHANNELS)
+        if PADDED:
+            values = tl.where(read, values, 0)
+        to = line.to(tl.int64)[:, None] * COLUMNS + column[None, :]
         tl.store(rows_ptr + to, values.to(rows_ptr.dtype.element_ty), mask=mask)

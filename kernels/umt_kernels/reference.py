@@ -38,101 +38,184 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+_TO_CHANNELS_LAST = {"BTHWC": (0, 1, 2, 3, 4), "BTCHW": (0, 1, 3, 4, 2), "BCTHW": (0, 2, 3, 4, 1)}
+# From (sample, row, channel, time, y, x): the order of features in a row is that of the clip's memory.
+_FEATURES = {"BTHWC": (0, 1, 3, 4, 5, 2), "BTCHW": (0, 1, 3, 2, 4, 5), "BCTHW": (0, 1, 2, 3, 4, 5)}
+
+
 @_outside_autocast
 def gather_patches(
     clip: Shaped[Tensor, "b ..."],
-    patch_size: int,
+    patch_size: int | tuple[int, int],
     tubelet_size: int,
-    token_ids: Int[Tensor, "b m"] | None,
-    halo: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    token_ids: Int[Tensor, "r m"] | None,
+    halo: int | tuple[int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     dtype: torch.dtype,
-) -> Float[Tensor, "b m f"]:
-    """Windows of the clip in the order of its memory; see `umt_kernels.gather_patches`."""
-    pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B,T,H,W,3]
-    batch, _, height, width, _ = pixels.shape
-    if halo:  # replicate the border by clamped indices, which also works on uint8
-        for axis, size in ((2, height), (3, width)):
-            index = torch.arange(-halo, size + halo, device=clip.device).clamp(0, size - 1)
+    layout: str | None = None,
+    padded: bool = False,
+) -> Float[Tensor, "r m f"]:
+    """Windows of the clip, 5-D, in the order of its memory; see `umt_kernels.gather_patches`."""
+    if layout is None:
+        layout = "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
+    halos, sizes = ((x, x) if isinstance(x, int) else x for x in (halo, patch_size))
+    pixels = clip.permute(_TO_CHANNELS_LAST[layout])
+    batch, _, *lengths, _ = pixels.shape
+    for axis, length, around in zip((2, 3), lengths, halos, strict=True):
+        if around:  # replicate the border by clamped indices, which also works on uint8
+            index = torch.arange(-around, length + around, device=clip.device).clamp(0, length - 1)
             pixels = pixels.index_select(axis, index)
-    window = patch_size + 2 * halo
-    # A view: [B, T/t, h, w, 3, window, window, t]. Only the windows that are asked for are read.
-    windows = pixels.unfold(2, window, patch_size).unfold(3, window, patch_size).unfold(1, tubelet_size, tubelet_size)
+    for axis, size, around in zip((2, 3), sizes, halos, strict=True):
+        pixels = pixels.unfold(axis, size + 2 * around, size)
+    # A view: [B, T/t, h, w, C, window, window, t]. Only the windows that are asked for are read.
+    windows = pixels.unfold(1, tubelet_size, tubelet_size)
     if token_ids is None:
         rows = windows.flatten(1, 3)
     else:
         grid_height, grid_width = windows.shape[2:4]
-        ids = token_ids.long()
-        sample = torch.arange(batch, device=clip.device)[:, None]
+        ids = token_ids.long().clamp_min(0) if padded else token_ids.long()
+        sample = torch.arange(len(ids), device=clip.device)[:, None] // max(1, len(ids) // max(1, batch))
         frame = ids // (grid_height * grid_width)
         rows = windows[sample, frame, ids // grid_width % grid_height, ids % grid_width]
-    rows = rows.permute(0, 1, 2, 5, 3, 4)  # [B, M, 3, t, window, window]
-    if clip.dtype == torch.uint8:
+    rows = rows.permute(0, 1, 2, 5, 3, 4)  # [R, M, C, t, window, window]
+    if mean is not None and std is not None:
+        rows = _wide(rows)
+        top = 255 if clip.dtype == torch.uint8 else 1
         # Channel by channel with Python numbers: constants in a tensor would be a copy that stops the host.
-        channels = zip(rows.float().unbind(2), mean, std, strict=True)
-        rows = torch.stack([pixels * (1 / (255 * s)) - m / s for pixels, m, s in channels], dim=-1)
-    return rows.flatten(2).to(dtype)
+        channels = zip(rows.unbind(2), mean, std, strict=True)
+        rows = torch.stack([pixels * (1 / (top * s)) - m / s for pixels, m, s in channels], dim=2)
+    rows = rows.permute(_FEATURES[layout]).flatten(2).to(dtype)
+    return rows.masked_fill((token_ids < 0)[..., None], 0) if padded and token_ids is not None else rows
 
 
 def sample_visible(
-    scores: Float[Tensor, "r p"], num_visible: int, generator: torch.Generator | None
+    scores: Float[Tensor, "r p"],
+    num_visible: int,
+    generator: torch.Generator | None,
+    counts: Int[Tensor, " r"] | None = None,
 ) -> Int[Tensor, "r n"]:
     """Exponential race: patch j arrives at time e_j / score_j; the first n to arrive are the draw.
 
-    The order of arrival is that of successive draws without replacement, hence the law of torch.multinomial.
+    The order of arrival is that of successive draws without replacement, hence the law of torch.multinomial. Arrivals
+    are compared as logarithms, in which no score is too large.
     """
     # Not empty_like: in the layout of scores, the same seed would draw otherwise.
     waits = torch.empty(scores.shape, dtype=torch.float32, device=scores.device).exponential_(generator=generator)
-    scores = scores.float()
-    speed = torch.where(scores > 0, scores / waits, -waits)  # score 0: after all others, uniformly
-    drawn = speed.topk(num_visible, dim=-1, sorted=False).indices
-    return drawn.sort(dim=-1).values.int()
+    waits = waits.clamp_min(torch.finfo(torch.float32).tiny).double()
+    scores = scores.detach().double()
+    largest = torch.finfo(torch.float64).max
+    # Score 0: after all others, in the order of their waits.
+    early = torch.where(scores > 0, scores.clamp_max(largest).log() - waits.log(), -1e6 * (1 + waits))
+    if counts is None:
+        return early.topk(num_visible, dim=-1, sorted=False).indices.sort(dim=-1).values.int()
+    patches = scores.shape[1]
+    places = torch.arange(num_visible, device=scores.device)
+    drawn = early.topk(num_visible, dim=-1).indices.masked_fill(places >= counts[:, None], patches)
+    drawn = drawn.sort(dim=-1).values
+    return drawn.masked_fill(drawn == patches, -1).int()
 
 
 @_outside_autocast
-def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"]) -> Float[Tensor, "r p"]:
+def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"], prefix: int = 1) -> Float[Tensor, "r p"]:
     dtype = torch.promote_types(_wide(q).dtype, k.dtype)
-    q, k = q.to(dtype), k.to(dtype)
-    logits = torch.einsum("rhd,rhld->rhl", q * q.shape[-1] ** -0.5, k)
-    return logits.softmax(dim=-1).mean(dim=1)[:, 1:]
+    q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
+    # Compiled: a sum of products, which is fused with the cast. A matmul would write the keys in float32 first.
+    logits = (q[:, :, None] * k).sum(-1) if torch.compiler.is_compiling() else torch.einsum("rhd,rhld->rhl", q, k)
+    return logits.softmax(dim=-1).mean(dim=1)[:, prefix:]
+
+
+def _choose(x: Shaped[Tensor, "*k b l d"], ids: Int[Tensor, "r m"], padded: bool) -> Shaped[Tensor, "*k r m d"]:
+    """Rows of each sample; sets r/b i .. r/b (i + 1) - 1 are of sample i, and with `padded` id -1 gives zeros."""
+    per_sample = (ids[..., None] if len(ids) == x.shape[-3] else ids.reshape(x.shape[-3], -1, 1)).long()
+    chosen = x.gather(-2, (per_sample.clamp_min(0) if padded else per_sample).expand(*x.shape[:-2], -1, x.shape[-1]))
+    if padded:
+        chosen = chosen.masked_fill(per_sample < 0, 0)
+    return chosen.reshape(*x.shape[:-3], *ids.shape, x.shape[-1])
 
 
 @_outside_autocast
 def gather_layer_norm(
-    x: Float[Tensor, "b l d"],
-    weight: Float[Tensor, " d"],
-    bias: Float[Tensor, " d"],
+    x: Float[Tensor, "*k b l d"],
+    weight: Float[Tensor, " d"] | None,
+    bias: Float[Tensor, " d"] | None,
     eps: float,
-    row_ids: Int[Tensor, "b m"] | None,
+    row_ids: Int[Tensor, "r m"] | None,
     position: Float[Tensor, "n d"] | None,
-    position_ids: Int[Tensor, "b m"] | None,
-) -> Float[Tensor, "b m d"]:
-    rows = x if row_ids is None else x.gather(1, row_ids.long()[..., None].expand(-1, -1, x.shape[-1]))
-    rows = _wide(rows)
-    y = F.layer_norm(rows, (x.shape[-1],), weight.to(rows.dtype), bias.to(rows.dtype), eps)
+    position_ids: Int[Tensor, "r m"] | None,
+    dtype: torch.dtype | None = None,
+    padded: bool = False,
+    rms: bool = False,
+) -> Float[Tensor, "*k r m d"]:
+    rows = _wide(x if row_ids is None else _choose(x, row_ids, padded))
+    width = rows.shape[-1:]
+    weight, bias = (p if p is None else p.to(rows.dtype) for p in (weight, bias))
+    y = F.rms_norm(rows, width, weight, eps) if rms else F.layer_norm(rows, width, weight, bias, eps)
     if position is not None:
         assert position_ids is not None
-        y = y + position[position_ids.long()].to(y.dtype)
-    return y.to(x.dtype)
+        ids = position_ids.long()
+        shift = position[ids.clamp_min(0) if padded else ids].to(y.dtype)
+        y = y + (shift.masked_fill((ids < 0)[..., None], 0) if padded else shift)
+    if padded and row_ids is not None:
+        y = y.masked_fill((row_ids < 0)[..., None], 0)
+    return y.to(x.dtype if dtype is None else dtype)
+
+
+def cosine_alignment_loss(
+    predictions: Float[Tensor, "*k r m c"],
+    targets: Float[Tensor, "*k b n c"],
+    target_ids: Int[Tensor, "r m"] | None,
+    weight: Float[Tensor, "*k c"] | None,
+    bias: Float[Tensor, "*k c"] | None,
+    eps: float,
+) -> Float[Tensor, " "]:
+    floor = 1e-4 if predictions.dtype == torch.float16 else 1e-12
+    return alignment_rows(predictions, targets, target_ids, weight, bias, 0, eps, 1.0, floor).mean()
 
 
 @_outside_autocast
-def cosine_alignment_loss(
-    predictions: Float[Tensor, "k b m c"],
-    targets: Float[Tensor, "k b n c"],
-    target_ids: Int[Tensor, "b m"] | None,
-    weight: Float[Tensor, "k c"] | None,
-    bias: Float[Tensor, "k c"] | None,
+def alignment_rows(
+    predictions: Float[Tensor, "*k r m c"],
+    targets: Float[Tensor, "*k b n c"],
+    target_ids: Int[Tensor, "r m"] | None,
+    weight: Float[Tensor, "*k c"] | None,
+    bias: Float[Tensor, "*k c"] | None,
+    kind: int,
     eps: float,
-) -> Float[Tensor, " "]:
+    beta: float,
+    floor: float,
+    padded: bool = False,
+) -> Float[Tensor, "*k r m"]:
+    """Loss of every row: 2 - 2 cos (kind 0), or the columns' mean L1 (1), smooth L1 (2) or squared (3) distance."""
     y, t = _wide(predictions), _wide(targets)
     if weight is not None and bias is not None:
-        y = F.layer_norm(y, y.shape[-1:], eps=eps) * weight.to(y.dtype)[:, None, None] + bias.to(y.dtype)[:, None, None]
+        y = F.layer_norm(y, y.shape[-1:], eps=eps)
+        y = y * weight.to(y.dtype)[..., None, None, :] + bias.to(y.dtype)[..., None, None, :]
     if target_ids is not None:
-        t = t.gather(2, target_ids.long()[None, ..., None].expand(len(t), -1, -1, t.shape[-1]))
-    cosine = (F.normalize(y, dim=-1) * F.normalize(t, dim=-1)).sum(dim=-1)
-    return (2 - 2 * cosine).mean()
+        t = _choose(t, target_ids, padded)
+    if kind == 1:
+        return (y - t).abs().mean(-1)
+    if kind == 2:
+        return F.smooth_l1_loss(y, t.to(y.dtype), reduction="none", beta=beta).mean(-1)
+    if kind == 3:
+        return (y - t).square().mean(-1)
+    # A row without a direction: its norm is replaced before the division, or 0 * inf would be its gradient.
+    square = y.square().sum(-1, keepdim=True)
+    short = square <= floor**2
+    y = (y / square.masked_fill(short, 1).sqrt()).masked_fill(short, 0)
+    return 2 - 2 * (y * F.normalize(t, dim=-1)).sum(-1)
+
+
+def reduce_rows(rows: Float[Tensor, "*k r m"], weights: Float[Tensor, ...] | None, reduction: str) -> Tensor:
+    """Rows times their weights, their sum, or that over the sum of the weights."""
+    if weights is not None:
+        weights = weights.to(rows.dtype).expand(rows.shape)
+        rows = rows * weights
+    if reduction == "none":
+        return rows
+    if reduction == "sum" or weights is None:
+        return rows.sum() if reduction == "sum" else rows.mean()
+    return rows.sum() / weights.sum()
 
 
 @_outside_autocast

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_ints, check_tensors
+from umt_kernels.backend import next_power_of_2, triton
+from umt_kernels.checks import check_ints, check_tensors, reads_values
+from umt_kernels.dispatch import KernelOp, runs_kernel
+from umt_kernels.launch import Plan, plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -17,103 +19,153 @@ if TYPE_CHECKING:
 if triton is not None:
     import triton.language as tl
 
+LONGEST = 16384
+"""Scores per row that the kernel keeps in registers; longer rows run the reference."""
+
 
 def sample_visible(
-    scores: Float[Tensor, "r p"], num_visible: int, generator: torch.Generator | None = None
+    scores: Float[Tensor, "r p"],
+    num_visible: int,
+    generator: torch.Generator | None = None,
+    *,
+    counts: Int[Tensor, " r"] | None = None,
 ) -> Int[Tensor, "r n"]:
     """`num_visible` different ids per row, ascending int32, drawn without replacement in proportion to `scores`.
 
     The law is that of `torch.multinomial(scores, num_visible)` (UMT, arXiv 2303.16058, section 3.1, semantic
     masking), which does not need the rows to sum to 1. A row with fewer positive scores than `num_visible` gives
     all of them, and the rest uniformly among its other ids; a score that is not above 0, NaN included, counts as 0.
-    No value is read on the host. `generator` (on the scores' device; torch.compile takes none) gives one 8-byte
-    seed, a launch of its own; the kernel's own numbers come from Philox, so they differ from the reference's, with
-    the same law.
 
-    Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P or `generator` is on another device.
+    generator  on the scores' device; torch.compile supports none. It gives one 8-byte seed, a launch of its own.
+    counts     how many ids each row draws, 0 to `num_visible`; -1 fills the rest of the row.
+
+    No value is read on the host. The kernel's own numbers come from Philox, so they differ from the reference's, with
+    the same law. Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P, `counts` is not [R] or a
+    device differs.
     """
-    check_tensors(scores=scores)
-    check_ints(num_visible=num_visible)
+    check_tensors(scores=scores, counts=counts)
+    (num_visible,) = check_ints(num_visible=num_visible)
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"scores is {scores.dtype} {list(scores.shape)}; give floats of shape [rows, patches]")
     if not 1 <= num_visible <= scores.shape[1]:
         raise ValueError(f"num_visible = {num_visible}, but a row of scores has {scores.shape[1]} entries")
+    if counts is not None:
+        _check_counts(counts, len(scores), num_visible)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator is a {type(generator).__name__}; give a torch.Generator")
     if generator is not None and generator.device.type != scores.device.type:
         raise ValueError(f"generator is on {generator.device}, but scores is on {scores.device}; bring them together")
-    if not runs_triton(scores):
-        return reference.sample_visible(scores, num_visible, generator)
+    if scores.shape[1] > LONGEST or not runs_kernel("sample_visible", scores):
+        return reference.sample_visible(scores, num_visible, generator, counts)
     # On the device, so that it can be captured in a CUDA graph and drawn anew at every replay.
     seed = torch.randint(2**62, (1,), device=scores.device, generator=generator)
-    return _draw(scores, num_visible, seed)
+    return _draw(scores.detach(), num_visible, seed, counts)
 
 
-@torch.library.custom_op("umt_kernels::sample_visible", mutates_args=())
-@on_its_device
-def _draw(scores: Tensor, num_visible: int, seed: Tensor) -> Tensor:
+def _check_counts(counts: Tensor, rows: int, most: int) -> None:
+    if counts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"counts has dtype {counts.dtype}; give int32 or int64")
+    if counts.shape != (rows,):
+        raise ValueError(f"counts has shape {list(counts.shape)}; give [{rows}], one per row of scores")
+    if counts.device.type == "cpu" and reads_values(counts):
+        wrong = ((counts < 0) | (counts > most)).nonzero()
+        if len(wrong):
+            row = int(wrong[0, 0])
+            raise ValueError(f"counts[{row}] = {int(counts[row])}; give 0 to num_visible = {most}")
+
+
+def _launch(scores: Tensor, num_visible: int, seed: Tensor, counts: Tensor | None) -> Tensor:
     rows, patches = scores.shape
     drawn = scores.new_empty(rows, num_visible, dtype=torch.int32)
     if rows:
         scores = scores if scores.stride(1) == 1 else scores.contiguous()
-        _kernel[(rows,)](scores, seed, drawn, patches, num_visible, scores.stride(0), **config(patches))
+        key = (
+            "sample_visible", rows, patches, num_visible, scores.stride(0), scores.dtype, scores.device,
+            None if counts is None else counts.dtype,
+        )  # fmt: skip
+        numbers = (rows, patches, num_visible, scores.stride(0))
+        settings = {"COUNTED": counts is not None, **config(patches)}
+        found = plan(key, Plan, _kernel, (triton.cdiv(rows, settings["ROWS"]),), numbers, settings)
+        found.launch(scores, seed, None if counts is None else counts.contiguous(), drawn)
     return drawn
 
 
-@_draw.register_fake
-def _(scores, num_visible, seed):
-    return scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32)
-
-
 def config(patches: int) -> dict[str, int]:
-    """The comparisons of a tile, 16 of each thread, stay in registers; with 32 half as many programs would fit."""
+    """Whole rows in registers, 8 scores to a thread; a row of up to 256 scores in one warp, which need not wait."""
     block = next_power_of_2(patches)
-    return {"BLOCK": min(block, 256), "OTHERS": min(block, 16), "num_warps": 8}
+    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
+
+
+_draw = KernelOp(
+    "sample_visible",
+    _launch,
+    lambda scores, num_visible, seed, counts: scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32),
+)
 
 
 if triton is not None:
 
     @triton.jit
-    def _speeds(scores_ptr, seed, row, patch, patches):
-        """How early each patch arrives: score / Exp(1), and after all of those, at random, the ones without score."""
-        score = tl.load(scores_ptr + patch, mask=patch < patches, other=0.0).to(tl.float32)
+    def _keys(scores_ptr, seed, row, stride, patch, mask):
+        """Logarithm of how early each patch arrives in the race: log(score) - log(wait), as float32.
+
+        Patches without a score arrive after all others, in the order of their waits: a power of two apart from any
+        positive score's key, and exact.
+        """
+        score = tl.load(scores_ptr + row[:, None] * stride + patch[None, :], mask=mask, other=0.0).to(tl.float32)
         # 23 random bits and a half are exact in float32: never 0, never 1, so the wait is positive and finite.
         # The row goes into Philox's key and the patch, a 32-bit number, into its counter.
-        uniform = (tl.randint(seed + row, patch).to(tl.uint32, bitcast=True) >> 9).to(tl.float32)
+        counter = tl.zeros_like(score).to(tl.int32) + patch[None, :]
+        uniform = (tl.randint(seed + row[:, None], counter).to(tl.uint32, bitcast=True) >> 9).to(tl.float32)
         wait = -tl.log((uniform + 0.5) * (1.0 / 8388608.0))
-        speed = tl.where(score > 0, score / wait, -wait)
-        return tl.where(patch < patches, speed, float("-inf"))
+        # By its bits: where floats too small to be normal are read as 0, such a score still comes before a real 0.
+        bits = score.to(tl.int32, bitcast=True)
+        positive = (bits > 0) & (bits <= 0x7F800000)
+        score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)
+        key = tl.where(positive, tl.log(score) - tl.log(wait), -1099511627776.0 * wait)
+        return tl.where(mask, key, float("-inf"))
 
     @triton.jit
     def _kernel(
         scores_ptr,  # [R, P]
         seed_ptr,  # [1]
+        counts_ptr,  # [R]
         drawn_ptr,  # [R, n]
+        rows,
         patches,
         num_visible,
         stride,
+        COUNTED: tl.constexpr,
+        ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
-        OTHERS: tl.constexpr,
     ):
-        """A patch is drawn if fewer than n others arrive before it; its place is the number of drawn ones below it.
-
-        Speeds are computed again wherever they are needed: Philox makes any of them from its index.
-        """
-        row = tl.program_id(0).to(tl.int64)
-        seed = tl.load(seed_ptr)
-        scores_ptr += row * stride
-        before = 0
-        for first in range(0, patches, BLOCK):
-            patch = first + tl.arange(0, BLOCK)
-            speed = _speeds(scores_ptr, seed, row, patch, patches)
-            rank = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, patches, OTHERS):
-                other = start + tl.arange(0, OTHERS)
-                theirs = _speeds(scores_ptr, seed, row, other, patches)
-                earlier = theirs[None, :] > speed[:, None]
-                tie = (theirs[None, :] == speed[:, None]) & (other[None, :] < patch[:, None])
-                rank += tl.sum((earlier | tie).to(tl.int32), axis=1)
-            drawn = (rank < num_visible) & (patch < patches)
-            place = before + tl.cumsum(drawn.to(tl.int32), axis=0) - 1
-            tl.store(drawn_ptr + row * num_visible + place, patch, mask=drawn)
-            before += tl.sum(drawn.to(tl.int32), axis=0)
+        """Find each row's n-th largest key bit by bit; draw all above it, and of those equal to it the first."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        patch = tl.arange(0, BLOCK)
+        here = row < rows
+        mask = here[:, None] & (patch < patches)[None, :]
+        key = _keys(scores_ptr, tl.load(seed_ptr), row, stride, patch, mask)
+        # Order of floats as that of unsigned integers: flip all bits of a negative number, the sign of another.
+        bits = key.to(tl.uint32, bitcast=True)
+        order = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+        wanted = tl.zeros((ROWS,), tl.int32) + num_visible
+        if COUNTED:
+            count = tl.load(counts_ptr + row, mask=here, other=0)
+            wanted = tl.minimum(tl.maximum(count, 0), num_visible).to(tl.int32)
+        threshold = tl.zeros((ROWS,), tl.uint32)
+        bit = tl.zeros((ROWS,), tl.uint32) + 0x80000000
+        for _ in range(32):
+            candidate = threshold | bit
+            enough = tl.sum((order >= candidate[:, None]).to(tl.int32), axis=1) >= wanted
+            threshold = tl.where(enough, candidate, threshold)
+            bit = bit >> 1
+        above = (order > threshold[:, None]) & mask
+        equal = (order == threshold[:, None]) & mask
+        left = wanted - tl.sum(above.to(tl.int32), axis=1)
+        drawn = above | (equal & (tl.cumsum(equal.to(tl.int32), axis=1) <= left[:, None]))
+        place = tl.cumsum(drawn.to(tl.int32), axis=1) - 1
+        first = row[:, None] * num_visible
+        tl.store(drawn_ptr + first + place, tl.zeros_like(place) + patch[None, :], mask=drawn)
+        if COUNTED:
+            rest = here[:, None] & (patch >= wanted[:, None]) & (patch < num_visible)[None, :]
+            tl.store(drawn_ptr + first + patch[None, :], tl.zeros_like(place) - 1, mask=rest)

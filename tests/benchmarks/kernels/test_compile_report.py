@@ -1,5 +1,6 @@
 """The compile gate lets the kernels through, and stops kernels that are made to break its rules."""
 
+import importlib
 import inspect
 import json
 import shutil
@@ -14,6 +15,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from benchmarks.kernels import compile_report, gpu_code, launches  # noqa: E402
+from benchmarks.kernels.implicit_patch_embed import implicit_patch_embed  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes the compiler's place"),
@@ -87,6 +89,9 @@ def test_the_whole_of_a_launch_is_seen():
         row.kernel: row for row in compile_report.report(find_case("gather_layer_norm", FIRST["gather_layer_norm"]), 80)
     }
     assert set(rows) == {"gather_layer_norm_forward", "gather_layer_norm_backward"}
+    norm = importlib.import_module("umt_kernels.gather_layer_norm")
+    assert rows["gather_layer_norm_forward"].registers <= norm.FORWARD_REGISTERS
+    assert rows["gather_layer_norm_backward"].registers <= norm.BACKWARD_REGISTERS
     assert set(rows["gather_layer_norm_forward"].loads) == {"x", "w", "b", "position", "position_ids"}
     assert rows["gather_layer_norm_backward"].bulk == {"g": (128, 128), "x": (128, 128)}
 
@@ -95,7 +100,8 @@ def test_every_kernel_has_cases():
     """A kernel that is added to umt_kernels is added to the report."""
     kernels = set()
     for op in {case.op for case in launches.cases()}:
-        module = inspect.getmodule(inspect.unwrap(getattr(umt_kernels, op)))
+        function = implicit_patch_embed if op == "implicit_patch_embed" else getattr(umt_kernels, op)
+        module = inspect.getmodule(inspect.unwrap(function))
         kernels |= {op + name.removesuffix("_kernel") for name in vars(module) if name.endswith("_kernel")}
     assert kernels == set(launches._TRAFFIC)
     assert set(launches.BULK) < kernels
