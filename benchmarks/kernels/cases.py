@@ -223,7 +223,6 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
             x["position"] = sinusoid_positions(s.tokens, s.width).to(**options)
         return _with_grad(x, leaves, backward, (batch, kept, s.width))
 
-    optional = ("row_ids", "position", "position_ids")
     rows, row = batch * kept, s.width * s.dtype.itemsize
     positions = 0 if gather else min(s.tokens, rows) * row
     affine = 2 * row
@@ -233,11 +232,17 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
         s,
         make,
         lambda x: umt_kernels.gather_layer_norm(
-            x["x"], x["weight"], x["bias"], LAYER_NORM_EPS, **{name: x.get(name) for name in optional}
+            x["x"],
+            x["weight"],
+            x["bias"],
+            LAYER_NORM_EPS,
+            row_ids=x.get("row_ids"),
+            position=x.get("position"),
+            position_ids=x.get("position_ids"),
         ),
         published.gather_layer_norm_rows if gather else published.gather_layer_norm_position,
         lambda x, dtype: reference.gather_layer_norm(
-            x["x"], x["weight"], x["bias"], LAYER_NORM_EPS, *(x.get(name) for name in optional)
+            x["x"], x["weight"], x["bias"], LAYER_NORM_EPS, x.get("row_ids"), x.get("position"), x.get("position_ids")
         ),
         # Backward: the rows, their gradients and the weight.
         read=rows * (row + IDS) + affine + positions + backward * (rows * (2 * row + gather * IDS) + row),

@@ -83,7 +83,7 @@ def config(patch_size: int, tubelet_size: int, halo: int, bytes_in: bool, dtype:
 
 
 @triton.jit
-def _kernel(
+def _kernel(  # type: ignore[no-untyped-def]
     clip_ptr,
     ids_ptr,  # [B, M]
     matrix_ptr,  # [D, F]

@@ -42,7 +42,7 @@ def check_floats(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name} has dtype {tensor.dtype}; give float32, bfloat16, float16 or float64")
 
 
-def check_ints(**numbers: Any) -> list[int]:
+def check_ints(**numbers: Any) -> list[Any]:
     """The numbers as ints; NumPy's integers and torch.compile's symbolic ones count as such, bools do not."""
     found = []
     for name, number in numbers.items():

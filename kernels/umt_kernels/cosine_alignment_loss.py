@@ -117,7 +117,7 @@ def alignment_loss(
     if predictions.dtype == torch.float16:  # no room for the gradient of a mean over many rows
         after, scale = (scale if after is None else after), 1.0
     elif after is not None:
-        row_weights, after = row_weights * after, None  # type: ignore[operator]
+        row_weights, after = row_weights * after, None  # type: ignore[operator,assignment]
     inputs = (predictions, weight, bias)
     per_row = reduction == "none"
     with_grad = not per_row and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -242,7 +242,8 @@ def _launch_backward(
     width = x.shape[-1]
     grad_x = x.new_empty(x.shape)
     if grad.numel() == 0:
-        return grad_x.zero_(), *(x.new_zeros(0) if p is None else torch.zeros_like(p) for p in (weight, bias))
+        nothing = [x.new_zeros(0) if p is None else torch.zeros_like(p) for p in (weight, bias)]
+        return grad_x.zero_(), nothing[0], nothing[1]
     x, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, grad))
     key = (
         "gather_layer_norm_backward", x.shape, x.stride(), x.dtype, x.device, grad.stride(), grad.dtype, padded, rms,
@@ -254,11 +255,11 @@ def _launch_backward(
     inverse = None if row_ids is None else _invert(row_ids, x.shape[-2])
     partial = x.new_empty(2, found.grid[0], width, dtype=torch.float32)
     found.launch(grad, x, _contiguous(weight), inverse, statistics, grad_x, partial)
-    sums = (
+    sums = [
         x.new_empty(0) if p is None else part.sum(0).to(p.dtype)
         for part, p in zip(partial, (weight, bias), strict=True)
-    )
-    return grad_x, *sums
+    ]
+    return grad_x, sums[0], sums[1]
 
 
 def _plan_backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,8 +66,8 @@ def gather_patches(
     (tubelet_size,) = check_ints(tubelet_size=tubelet_size)
     patch_height, patch_width = _pair("patch_size", patch_size)
     halo_height, halo_width = _pair("halo", halo)
-    clip, layout = as_video(clip, layout)
-    channels, frames, height, width = (clip.shape[layout.index(axis)] for axis in "CTHW")
+    clip, order = as_video(clip, layout)
+    channels, frames, height, width = (clip.shape[order.index(axis)] for axis in "CTHW")
     steps = (("T", frames, tubelet_size), ("H", height, patch_height), ("W", width, patch_width))
     for name, size, step in steps:
         if step < 1 or size % step or size == 0:
@@ -85,10 +85,10 @@ def gather_patches(
     patch, around = (patch_height, patch_width), (halo_height, halo_width)
     if not _runs_kernel(clip, dtype, mean, patch, tubelet_size, around, token_ids):
         return reference.gather_patches(
-            clip, patch, tubelet_size, token_ids, around, mean, std, dtype, layout, padded
+            clip, patch, tubelet_size, token_ids, around, mean, std, dtype, order, padded
         )  # fmt: skip
     constants = [] if mean is None else list(mean), [] if std is None else list(std)
-    return _forward(clip, layout, list(patch), tubelet_size, token_ids, list(around), *constants, dtype, padded)
+    return _forward(clip, order, list(patch), tubelet_size, token_ids, list(around), *constants, dtype, padded)
 
 
 def weight_matrix(
@@ -97,8 +97,8 @@ def weight_matrix(
     """A Conv3d's or Conv2d's weight as the matrix [D, F] that goes with `gather_patches(clip, ..., layout=layout)`:
     rows @ matrix.T embeds."""
     weight = weight[:, :, None] if weight.dim() == 4 else weight
-    layout = _VIDEO.get(layout, layout) if layout is not None else default_layout(clip)
-    order = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4), "BCTHW": (0, 1, 2, 3, 4)}[layout]
+    video = default_layout(clip) if layout is None else _VIDEO.get(layout, layout)
+    order = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4), "BCTHW": (0, 1, 2, 3, 4)}[video]
     return weight.permute(order).flatten(1)
 
 
@@ -224,7 +224,7 @@ def _plan(
     padded: bool,
 ) -> Plan:
     channels = clip.shape[layout.index("C")]
-    settings = config(layout, patch, tubelet, halo, channels)
+    settings: dict[str, Any] = config(layout, patch, tubelet, halo, channels)
     lines = rows.shape[0] * rows.shape[1] * settings["LINES_PER_TOKEN"]
     masks = 1 if token_ids is None else len(token_ids) // len(clip)
     numbers = (lines, rows.shape[1], masks, *geometry(clip, layout, patch))
@@ -251,7 +251,7 @@ def geometry(clip: Tensor, layout: str, patch: list[int]) -> tuple[int, ...]:
     return height // patch[0], width // patch[1], height, width, *strides
 
 
-def normalisation(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> dict[str, object]:
+def normalisation(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """Compile-time scale and shift of each channel, which bring a pixel to its normalised value."""
     top = 255 if clip.dtype == torch.uint8 else 1
     scales = tuple(1 / (top * s) for s in std)

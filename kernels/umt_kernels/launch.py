@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABSENT_GPU = (132, 2048, 65536)
-"""Multiprocessors, threads and registers of each, where there is no GPU to ask: an H100's."""
+ABSENT_GPU = (132, 2048)
+"""Multiprocessors and threads of each, where there is no GPU to ask: an H100's."""
+
+REGISTERS = 65536
+"""Of each multiprocessor, since compute capability 5.0 (CUDA C++ Programming Guide)."""
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> tuple[int, int, int]:
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return ABSENT_GPU
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.max_threads_per_multi_processor, found.regs_per_multiprocessor
+    return found.multi_processor_count, found.max_threads_per_multi_processor
 
 
 def resident_programs(device: torch.device, warps: int, registers: int) -> int:
     """Programs of `warps` warps that the device can run at a time, each thread with `registers` registers."""
-    count, threads, available = _multiprocessors(device)
-    return count * max(1, min(32, threads // (32 * warps), available // (32 * warps * registers)))
+    count, threads = _multiprocessors(device)
+    return count * max(1, min(32, threads // (32 * warps), REGISTERS // (32 * warps * registers)))
 
 
 class Plan:
