@@ -19,6 +19,7 @@ TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"
 Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
 Recompute = Literal["none", "selective", "full"]
 Parallel = Literal["ddp", "fsdp"]
+FrameRule = Literal["sparse", "dense", "segment"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
 GatherGradient = Literal["published", "true"]
@@ -472,6 +473,10 @@ STUDENTS = {
 _CLIP_L14 = TeacherConfig(
     image_size=196, patch_size=14, input_size=224, width=1024, depth=24, heads=16, target_width=768
 )
+CLASSIFIERS = {
+    "vit_b16": ClassifierConfig(drop_path=0.1),
+    "vit_l16": ClassifierConfig(width=1024, depth=24, heads=16, drop_path=0.2),
+}
 TEACHERS = {
     "clip_b16": TeacherConfig(),
     "clip_l14": _CLIP_L14,
@@ -670,4 +675,117 @@ class PretrainConfig:
             raise ConfigError(
                 "compute.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
                 "--compute.recompute selective or --student.drop-path 0"
+            )
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """Labelled videos for training, validation and test. `crop_scales` is stage 1's; see `augment.crop_area`."""
+
+    validation: str = ""
+    """List that chooses the best checkpoint, after every epoch; empty: the last one is the best."""
+    test: str = ""
+    """List for the multi-view test at the end; empty: none."""
+    classes: str = ""
+    """File of class names, one a line, in order of their numbers; empty: numbers, or the list's names, sorted."""
+    count_classes: bool = False
+    """Take the number of classes from the training list (or the class file) in place of classifier.num_classes."""
+    rule: FrameRule = "sparse"
+    """Frames of a clip: sparse, over the whole video; dense, at a fixed rate; segment, as Something-Something."""
+    rate: float = 4.0
+    """Frames of the video per frame of a dense clip."""
+    fps: float | None = None
+    """Frames per second of a dense clip, in place of `rate`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < math.inf or (self.fps is not None and not 0 < self.fps < math.inf):
+            raise ConfigError(f"data.rate = {self.rate}, data.fps = {self.fps}: must be above 0")
+
+
+@dataclass(frozen=True)
+class FinetuneOptimConfig(OptimConfig):
+    """AdamW with layer-wise learning rates, its schedule, its batches, and a moving average of the weights."""
+
+    epochs: int = 5
+    warmup_epochs: float = 1
+    batch_size: int = 32
+    """Clips per process and forward pass; data.crops_per_clip of them are of one video."""
+    lr: float = 2e-5
+    min_lr: float = 1e-6
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step, for 256 clips per step like the others."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.75
+    """Factor of the learning rate from one block to the one before; 1: none."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, which validation and test then use; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, "optim", warmup_lr=0)
+        _check_share("optim.ema_decay", self.ema_decay, below_one=True)
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay = {self.layer_decay}: must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The weights that fine-tuning starts from."""
+
+    checkpoint: str = ""
+    """A pre-trained or fine-tuned file, ours or a published one, a folder or a Hugging Face repo; empty: random
+    weights. Also `--init FILE`."""
+    strict: bool = True
+    """Refuse a file with other keys or shapes than fine-tuning expects; false: only report them."""
+    delete_head: bool = False
+    """Start with a new head where the file's would fit."""
+    class_map: str = ""
+    """JSON list with the file's row for each class, to cut a K710 head down to K600 or K700."""
+    scale: float = 0.001
+    """Factor of a new head's initial weights."""
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """The multi-view test, and validation."""
+
+    segments: int = 4
+    """Views in time."""
+    crops: int = 3
+    """Views along the frame's longer side."""
+    merge: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged over the views."""
+    clips_per_pass: int = 16
+    """Clips of a forward pass."""
+    every_epochs: int = 1
+    """Epochs between validations."""
+
+    __test__ = False  # pytest would collect it where it is imported
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "test", segments=1, crops=1, clips_per_pass=1, every_epochs=1)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning on labels."""
+
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="finetune"))
+
+    def __post_init__(self) -> None:
+        _divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.mix.mixes and self.optim.batch_size % 2:
+            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: mixup and cutmix need an even number")
+        if self.compute.cuda_graph:
+            raise ConfigError(
+                "compute.cuda_graph is for pre-training; fine-tuning draws how to mix a batch on the host"
             )

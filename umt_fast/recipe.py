@@ -20,11 +20,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from umt_fast.config import STUDENTS, TEACHERS, ConfigError
+from umt_fast.config import CLASSIFIERS, STUDENTS, TEACHERS, ConfigError
 
 T = TypeVar("T")
 
-PRESETS: dict[str, dict[str, Any]] = {"student": STUDENTS, "teacher": TEACHERS}
+PRESETS: dict[str, dict[str, Any]] = {"student": STUDENTS, "teacher": TEACHERS, "classifier": CLASSIFIERS}
 """Named sizes by section: `preset = NAME` in a recipe, `--SECTION.preset NAME` on the command line."""
 
 _MODEL: tuple[str, ...] = ("attention", "compile", "recompute", "teacher_precision", "student_precision")

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from umt_fast.config import AugmentConfig
+from umt_fast.config import AugmentConfig, FrameRule
 from umt_fast.data.index import BadVideo
-from umt_fast.data.sampling import Draws, FrameRule, Timeline, train_frames
+from umt_fast.data.sampling import Draws, Timeline, train_frames
 from umt_fast.data.views import Box
 
 if TYPE_CHECKING:

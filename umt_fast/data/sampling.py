@@ -14,15 +14,15 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from umt_fast.config import FrameRule
+
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-FrameRule = Literal["sparse", "dense", "segment"]
 
 
 @dataclass(frozen=True)

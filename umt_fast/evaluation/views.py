@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from umt_fast.config import DataConfig
+from umt_fast.config import DataConfig, FrameRule
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
-from umt_fast.data.sampling import FrameRule, Timeline, test_frames, validation_frames
+from umt_fast.data.sampling import Timeline, test_frames, validation_frames
 from umt_fast.data.views import centre_box, crop_boxes, resize_bilinear, resized_size
 
 if TYPE_CHECKING:

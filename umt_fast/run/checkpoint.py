@@ -72,6 +72,8 @@ class TrainState:
     plan: dict[str, Any] = field(default_factory=dict)
     """What the schedule rests on, such as the number of videos."""
     attention: dict[str, str] = field(default_factory=dict)
+    companions: dict[str, nn.Module] = field(default_factory=dict)
+    """Other modules to save and restore by name, such as a moving average of the weights."""
     step: int = 0
     clips_seen: int = 0
     last_saved: Path | None = None
@@ -100,6 +102,7 @@ class TrainState:
         if self.world.main:
             content = {"model": model, "optimizer": optimizer, "rng": rng, "config": asdict(self.config)}
             content |= {"schedule": self.plan, "attention": self.attention}
+            content |= {name: module.state_dict() for name, module in self.companions.items()}
             try:
                 if (bad := find_not_finite(model)) is not None:
                     raise NotFinite(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
@@ -132,6 +135,8 @@ class TrainState:
             group.update(settings)
         if self.world.rank < len(content["rng"]):
             set_rng_state(content["rng"][self.world.rank], self.world.device)
+        for name, module in self.companions.items():
+            module.load_state_dict(content[name])
         self.clips_seen = found.clips_seen
         self.step = self.clips_seen // step_clips
         self.last_saved = found.path

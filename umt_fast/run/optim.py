@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from umt_fast.config import ConfigError, OptimConfig
+from umt_fast.config import ConfigError, FinetuneOptimConfig, OptimConfig
 from umt_fast.run.parallel import whole
 
 
@@ -118,3 +119,41 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak, self.final)
+
+
+class EpochSchedule:
+    """Learning rate of each step of fine-tuning. An epoch is a whole number of steps; what is left comes in the next.
+
+    All rates are for 256 clips per step and scaled linearly with the batch.
+    """
+
+    def __init__(self, config: FinetuneOptimConfig, videos: int, clips_per_video: int, step_clips: int) -> None:
+        self.epoch_steps = videos * clips_per_video // step_clips
+        if self.epoch_steps < 1:
+            raise ConfigError(
+                f"{videos} videos with {clips_per_video} clips each are fewer clips than a step has ({step_clips}); "
+                "lower --optim.batch-size"
+            )
+        self.total_steps = config.epochs * self.epoch_steps
+        self.warmup_steps = min(int(config.warmup_epochs * self.epoch_steps), self.total_steps)
+        scale = step_clips / 256
+        self.start, self.peak, self.final = config.warmup_lr * scale, config.lr * scale, config.min_lr * scale
+
+    def __call__(self, step: int) -> float:
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak, self.final, self.start)
+
+
+class MovingAverage(nn.Module):
+    """decay * average + (1 - decay) * weights after every step, of the whole state (arXiv 1703.01780)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of the model that this was made from."""
+        own, new = self.module.state_dict(), model.state_dict()
+        floats = [key for key, value in own.items() if value.is_floating_point()]
+        torch._foreach_lerp_([own[key] for key in floats], [new[key].detach() for key in floats], 1 - self.decay)

@@ -22,14 +22,14 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], path: Path) -> None:
+def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, label: str = "loss: mean of 2 - 2 cos") -> None:
     """Loss and learning rate over the steps."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
     steps = [line["step"] for line in metrics]
     axes.plot(steps, [line["loss"] for line in metrics], color="C0", marker="." if len(steps) < 40 else "")
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss: mean of 2 - 2 cos", color="C0")
+    axes.set_ylabel(label, color="C0")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     rate = axes.twinx()

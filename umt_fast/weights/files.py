@@ -75,7 +75,8 @@ def read_weights(source: str | Path) -> Weights:
 def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
     """As `read_weights`, with the settings that the file holds beside them, by name; {} where there are none.
 
-    They are the `config` of a checkpoint of ours, or the argument object of a published one.
+    They are the `config` of a checkpoint of ours and, if it is a classifier, its class names under `classes`; or the
+    argument object of a published one.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix != ".safetensors" and not is_torchscript(path):
@@ -83,6 +84,8 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
         settings = content.get("config", content.get("args")) if isinstance(content, dict) else None
         if isinstance(settings, argparse.Namespace):
             settings = vars(settings)
+        if isinstance(settings, dict) and isinstance(content.get("schedule"), dict):
+            settings = {**settings, "classes": content["schedule"].get("classes")}
         return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
     return read_weights(source), {}
 

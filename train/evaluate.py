@@ -1,0 +1,168 @@
+"""Test a classifier's checkpoint on a labelled list, on one or several processes.
+
+    python -m train.evaluate --checkpoint runs/k400_b16/best.pth --data.test val.csv
+    torchrun --nproc-per-node 8 -m train.evaluate --checkpoint published.pth --data.test val.csv
+
+The checkpoint is one of ours or a published one. Its settings say how clips are sampled and how many views there are;
+the flags below override them. Leaves test.json, predictions.npz and pictures in the run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import tyro
+
+import umt_fast
+from umt_fast.config import (
+    ClassifierConfig,
+    ComputeConfig,
+    ConfigError,
+    FrameRule,
+    LabelledDataConfig,
+    RunConfig,
+    TestConfig,
+)
+from umt_fast.data.labels import read_classes, read_labelled
+from umt_fast.evaluation.classification import predict
+from umt_fast.evaluation.features import infer_sizes
+from umt_fast.evaluation.report import write_report
+from umt_fast.evaluation.views import Views
+from umt_fast.run import launch
+from umt_fast.run.attention_choice import Use
+from umt_fast.run.compute import choose_attention
+from umt_fast.run.hardware import in_use, resolve_precision
+from umt_fast.run.log import say
+from umt_fast.run.world import World
+from umt_fast.weights import TensorDict, WeightsError, load_classifier, read_model, strip_prefixes
+
+DATA_SETS: dict[str, FrameRule] = {"SSV2": "segment", "Kinetics": "dense", "UCF101": "dense", "HMDB51": "dense"}
+"""Frame rules of the published data sets; the others are sparse."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A test of one checkpoint."""
+
+    checkpoint: str = ""
+    """A fine-tuned classifier: ours, a published .pth, .safetensors, a folder or a Hugging Face repo."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="evaluate"))
+
+
+def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDict, list[str] | None]:
+    """The flags on top of the checkpoint's settings, its tensors, and its class names if it has them."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", default="")
+    named, _ = first.parse_known_args(arguments)
+    if not named.checkpoint:
+        tyro.cli(EvaluateConfig, args=arguments, prog="train.evaluate", description=__doc__)  # for --help
+        raise ConfigError("give --checkpoint a fine-tuned classifier")
+    state, settings = read_model(named.checkpoint)
+    state = strip_prefixes(state)
+    if "head.weight" not in state:
+        raise WeightsError(f"{named.checkpoint} has no head: it is not fine-tuned; see train.finetune --init")
+    sizes = infer_sizes(state, settings, named.checkpoint)
+    data, test = settings.get("data", {}), settings.get("test", {})
+    rule = data.get("rule") or DATA_SETS.get(str(settings.get("data_set", "")), "sparse")
+    default = EvaluateConfig(
+        classifier=sizes,
+        data=LabelledDataConfig(
+            rule=rule, rate=float(data.get("rate") or settings.get("sampling_rate") or 4), fps=data.get("fps")
+        ),
+        test=TestConfig(
+            segments=test.get("segments") or settings.get("test_num_segment") or (2 if rule == "segment" else 4),
+            crops=test.get("crops") or settings.get("test_num_crop") or 3,
+            merge=test.get("merge", "probabilities"),
+        ),
+    )
+    config = tyro.cli(EvaluateConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
+    return config, state, settings.get("classes")
+
+
+def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | None, world: World) -> None:
+    """Test, print the scores and write the report."""
+    data, sizes, test = config.data, config.classifier, config.test
+    if not data.test:
+        raise ConfigError("give --data.test a list of videos with labels")
+    names: Any = read_classes(data.classes) if data.classes else classes or sizes.num_classes
+    listed = read_labelled(data.test, data.prefix, names, data.read_timeout)
+    model = umt_fast.VideoClassifier(sizes)
+    report = load_classifier(model, state)
+    wrong = [line for line in report.lines() if "pos_embed" not in line]
+    if wrong:
+        raise WeightsError(f"{config.checkpoint} does not fit:\n  " + "\n  ".join(wrong[:8]))
+    model.to(world.device).requires_grad_(False)
+    bf16 = resolve_precision(config.compute.precision, world.device)
+    views = Views(sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, test.segments, test.crops)
+    heads = (sizes.heads, sizes.width // sizes.heads)
+    use = Use(test.clips_per_pass, sizes.tokens, sizes.tokens, *heads, False)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    chosen, lines = choose_attention(config.compute, {"classifier": use}, world, dtype)
+    model.set_attention(chosen["classifier"])
+    if config.compute.compile:
+        model.compile(fullgraph=True, dynamic=False)
+    if world.main:
+        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, "pyav").items())
+        say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
+        say(
+            f"{len(listed.videos)} videos, {test.segments} x {test.crops} views of {sizes.frames} frames ({data.rule}) "
+            f"at {sizes.image_size} px, {sizes.num_classes} classes"
+        )
+        say("\n".join(lines))
+    found = predict(
+        model,
+        listed.videos,
+        views,
+        data,
+        world,
+        clips_per_pass=test.clips_per_pass,
+        bf16=bf16,
+        merge=test.merge,
+        say=progress if world.main else lambda *_: None,
+    )
+    if not world.main:
+        return
+    about = {
+        "checkpoint": config.checkpoint,
+        "list": data.test,
+        "views": [test.segments, test.crops],
+        "settings": dataclasses.asdict(config),
+    }
+    scores = write_report(config.run.folder, found, listed, about)
+    for row, name, reason in found.bad:
+        say(f"could not be read, row {row + 1}: {name}: {reason}")
+    say(
+        f"top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  mean per class {scores.mean_class:.2f}  "
+        f"loss {scores.loss:.4f}  ({scores.videos} videos, {len(found.bad)} could not be read); "
+        f"report in {config.run.folder}"
+    )
+
+
+def progress(done: int, total: int) -> None:
+    """A line for each tenth of this rank's share."""
+    if done == total or done * 10 // total > (done - 1) * 10 // total:
+        say(f"{done} of {total} batches")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with launch.one_line_errors():
+        config, state, classes = read_settings(sys.argv[1:] if arguments is None else arguments)
+
+        def run(_config: EvaluateConfig, world: World) -> bool:
+            evaluate(config, state, classes, world)
+            return True
+
+        launch.run(config, run)
+
+
+if __name__ == "__main__":
+    main()
