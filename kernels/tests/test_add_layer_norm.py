@@ -15,6 +15,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = {
     "plain": set(),
     "drop path, bias": {"scale", "branch_bias"},
+    "number": {"number"},
     "rows, position": {"row_ids", "position", "position_ids"},
     "everything": {"scale", "branch_bias", "row_ids", "position", "position_ids"},
 }
@@ -45,7 +46,8 @@ def drawn(
         "position_ids": torch.randint(11, (batch, kept), generator=generator).to(device),
     }
     optional = ("branch_bias", "scale", "row_ids", "position", "position_ids")
-    return {**given, **{name: None for name in optional if name not in FORMS[form]}}
+    given |= {name: None for name in optional if name not in FORMS[form]}
+    return {**given, "scale": 1.5} if form == "number" else given
 
 
 def widened(given: dict) -> dict:
@@ -59,7 +61,9 @@ def expected(given: dict, rms: bool = False, post_norm: bool = False, stored: Te
         rows = torch.stack([sample[i] for sample, i in zip(rows, given["row_ids"], strict=True)])
     if given["branch_bias"] is not None:
         added = added + given["branch_bias"]
-    if given["scale"] is not None:
+    if isinstance(given["scale"], float):
+        added = added * given["scale"]
+    elif given["scale"] is not None:
         added = added * given["scale"][:, None, None]
     x = rows + added
     normed = x if stored is None else x + (stored.double() - x).detach()

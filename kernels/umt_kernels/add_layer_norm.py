@@ -26,7 +26,7 @@ def add_layer_norm(
     eps: float,
     *,
     branch_bias: Float[Tensor, " d"] | None = None,
-    scale: Float[Tensor, " b"] | None = None,
+    scale: Float[Tensor, " b"] | float | None = None,
     row_ids: Int[Tensor, "b m"] | None = None,
     position: Float[Tensor, "n d"] | None = None,
     position_ids: Int[Tensor, "b m"] | None = None,
@@ -36,7 +36,8 @@ def add_layer_norm(
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
     """The new residual x = residual + scale * (branch + branch_bias) in its own dtype, and LayerNorm(x) in `out_dtype`.
 
-    scale         factor of each sample's branch, as stochastic depth (arXiv 1603.09382) draws it; it gets no gradient.
+    scale         a number, or a factor of each sample's branch as stochastic depth (arXiv 1603.09382) draws it, which
+                  gets no gradient.
     row_ids       rows of the residual that the branch's rows belong to, none twice where it has a gradient; None: all.
     position      table whose rows `position_ids` are added after the norm; it must not require a gradient.
     out_dtype     dtype of the second output; None is the residual's.
@@ -47,6 +48,9 @@ def add_layer_norm(
     ValueError for shapes, devices or ids that do not fit, TypeError for a dtype that does not.
     """
     check_eps(eps)
+    factor = 1.0
+    if scale is not None and not isinstance(scale, Tensor):
+        scale, factor = None, float(scale)
     _check(residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
     out_dtype = residual.dtype if out_dtype is None else out_dtype
     if not out_dtype.is_floating_point:
@@ -56,11 +60,11 @@ def add_layer_norm(
     if out_dtype not in KERNEL_DTYPES or not runs_triton(*given):
         return reference.add_layer_norm(
             residual, branch, weight, bias, eps, branch_bias, scale, row_ids, position, position_ids,
-            out_dtype, rms, post_norm,
+            out_dtype, rms, post_norm, factor,
         )  # fmt: skip
     x, y, _ = _forward(
         residual, branch, weight, bias, eps, branch_bias, scale, row_ids, position, position_ids,
-        out_dtype, rms, post_norm,
+        out_dtype, rms, post_norm, factor,
     )  # fmt: skip
     return (y, y) if post_norm and out_dtype == residual.dtype else (x, y)
 
@@ -125,6 +129,7 @@ def _forward(
     out_dtype: torch.dtype,
     rms: bool,
     post_norm: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """New residual [b,m,d], normalised rows [b,m,d], and mean and 1 / standard deviation of each row [2,b,m].
 
@@ -158,6 +163,7 @@ def _forward(
         *residual.stride()[:2],
         *branch.stride()[:2],
         eps,
+        factor,
         RMS=rms,
         POST=post_norm,
         **config,
@@ -174,8 +180,9 @@ def _outputs(residual: Tensor, branch: Tensor, out_dtype: torch.dtype, post_norm
 
 @_forward.register_fake
 def _(
-    residual, branch, weight, bias, eps, branch_bias, scale, row_ids, position, position_ids, out_dtype, rms, post_norm
-):
+    residual, branch, weight, bias, eps, branch_bias, scale, row_ids, position, position_ids, out_dtype,
+    rms, post_norm, factor=1.0,
+):  # fmt: skip
     return _outputs(residual, branch, out_dtype, post_norm)
 
 
@@ -196,6 +203,7 @@ def _backward(
     rms: bool,
     post_norm: bool,
     biased: bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the residual, of the branch (empty where it is the residual's), of weight, bias and branch_bias.
 
@@ -203,7 +211,8 @@ def _backward(
     """
     batch, kept, width = grad_y.shape
     rows = batch * kept
-    grads = _gradients(x, grad_y, weight, branch_bias, scale, row_ids, residual_shape, branch_dtype, biased)
+    scaled = scale is not None or factor != 1
+    grads = _gradients(x, grad_y, weight, branch_bias, scaled, row_ids, residual_shape, branch_dtype, biased)
     grad_residual, grad_branch, grad_weight, grad_bias, grad_branch_bias = grads
     if rows == 0 or row_ids is not None:
         grad_residual.zero_()
@@ -239,6 +248,7 @@ def _backward(
         *((0, 0) if grad_x is None else grad_x.stride()[:2]),
         *x.stride()[:2],
         *((0, 0) if branch is None else branch.stride()[:2]),
+        factor,
         RMS=rms,
         POST=post_norm,
         WEIGHT_GRAD=wanted[0],
@@ -255,7 +265,7 @@ def _gradients(
     grad_y: Tensor,
     weight: Tensor | None,
     branch_bias: Tensor | None,
-    scale: Tensor | None,
+    scaled: bool,
     row_ids: Tensor | None,
     residual_shape: list[int],
     branch_dtype: torch.dtype,
@@ -263,7 +273,7 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """Unwritten outputs of the backward."""
     width = grad_y.shape[2]
-    same = scale is None and row_ids is None and branch_dtype == x.dtype
+    same = not scaled and row_ids is None and branch_dtype == x.dtype
     like = x if weight is None else weight
     return (
         x.new_empty(residual_shape),
@@ -277,9 +287,10 @@ def _gradients(
 @_backward.register_fake
 def _(
     grad_y, grad_x, x, branch, weight, branch_bias, scale, row_ids, statistics, residual_shape, branch_dtype,
-    rms, post_norm, biased,
+    rms, post_norm, biased, factor=1.0,
 ):  # fmt: skip
-    return _gradients(x, grad_y, weight, branch_bias, scale, row_ids, residual_shape, branch_dtype, biased)
+    scaled = scale is not None or factor != 1
+    return _gradients(x, grad_y, weight, branch_bias, scaled, row_ids, residual_shape, branch_dtype, biased)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -303,14 +314,14 @@ def backward_config(width: int) -> dict[str, int]:
 
 
 def _setup(ctx, inputs, output):
-    residual, branch, weight, bias, _, branch_bias, scale, row_ids, _, _, _, rms, post_norm = inputs
+    residual, branch, weight, bias, _, branch_bias, scale, row_ids, _, _, _, rms, post_norm, factor = inputs
     x, _, statistics = output
     ctx.set_materialize_grads(False)  # where only the normalised rows are used, nothing is read for the residual
     kept = (residual, branch) if post_norm else (x, None)
     ctx.save_for_backward(*kept, weight, branch_bias, scale, row_ids, statistics)
     ctx.residual_shape, ctx.branch_dtype = residual.shape, branch.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.rms, ctx.post_norm = rms, post_norm
+    ctx.rms, ctx.post_norm, ctx.factor = rms, post_norm, factor
 
 
 def _differentiate(ctx, grad_x, grad_y, _grad_statistics):
@@ -322,9 +333,9 @@ def _differentiate(ctx, grad_x, grad_y, _grad_statistics):
     biased = ctx.bias_dtype is not None
     residual, added, grad_weight, grad_bias, grad_branch_bias = _backward(
         grad_y, grad_x, x, branch, weight, branch_bias, scale, row_ids, statistics,
-        list(ctx.residual_shape), ctx.branch_dtype, ctx.rms, ctx.post_norm, biased,
+        list(ctx.residual_shape), ctx.branch_dtype, ctx.rms, ctx.post_norm, biased, ctx.factor,
     )  # fmt: skip
-    same = scale is None and row_ids is None and ctx.branch_dtype == residual.dtype
+    same = scale is None and ctx.factor == 1 and row_ids is None and ctx.branch_dtype == residual.dtype
     return (
         residual,
         residual if same else added,
@@ -332,7 +343,7 @@ def _differentiate(ctx, grad_x, grad_y, _grad_statistics):
         grad_bias.to(ctx.bias_dtype) if biased else None,
         None,
         None if branch_bias is None else grad_branch_bias,
-        *(None,) * 7,
+        *(None,) * 8,
     )
 
 
@@ -364,6 +375,7 @@ if triton is not None:
         branch_b,
         branch_m,
         eps,
+        factor,
         RMS: tl.constexpr,
         POST: tl.constexpr,
         ROWS: tl.constexpr,
@@ -389,7 +401,7 @@ if triton is not None:
                 added += tl.load(branch_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
             if scale_ptr is not None:
                 added *= tl.load(scale_ptr + sample, mask=here, other=0.0).to(tl.float32)[:, None]
-            x += added
+            x += added * factor
             y_row = row * width
             if not POST:
                 stored = x.to(x_ptr.dtype.element_ty)
@@ -442,6 +454,7 @@ if triton is not None:
         x_l,
         branch_b,
         branch_m,
+        factor,
         RMS: tl.constexpr,
         POST: tl.constexpr,
         WEIGHT_GRAD: tl.constexpr,
@@ -483,7 +496,7 @@ if triton is not None:
                     added += tl.load(branch_bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
                 if scale_ptr is not None:
                     added *= scale
-                x += added
+                x += added * factor
                 if gx_ptr is not None:
                     g += gx
             mean = tl.load(statistics_ptr + row, mask=here, other=0.0)
@@ -504,6 +517,7 @@ if triton is not None:
             dresidual_row = (sample * length + place) * width
             dresidual = dx.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + dresidual_row[:, None] + column[None, :], dresidual, mask=mask)
+            dx *= factor
             if scale_ptr is not None:
                 dx *= scale
             if dbranch_ptr is not None:

@@ -233,6 +233,7 @@ def add_layer_norm(
     out_dtype: torch.dtype,
     rms: bool,
     post_norm: bool,
+    factor: float = 1.0,
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
     rows = residual
     if row_ids is not None:
@@ -242,9 +243,16 @@ def add_layer_norm(
         branch = branch.to(wide) + branch_bias
     if scale is not None:
         branch = branch.to(wide) * scale[:, None, None]
-    x = rows.to(wide) + branch
+    if post_norm or factor != 1 or rows.dtype != branch.dtype:
+        rows = rows.to(wide)  # else the sum is in half precision, which is rounded once too
+    x = torch.add(rows, branch, alpha=factor)
     if not post_norm:
         x = x.to(residual.dtype)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    plain = not (differentiated or rms or position is not None)
+    if plain and x.device.type == "cpu" and x.dtype == out_dtype == torch.bfloat16:
+        # The same without float32 copies of the rows, which a CPU would write to memory. Its gradients are coarser.
+        return x, F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
     if rms:
         y = F.rms_norm(x.to(wide), x.shape[-1:], weight, eps)

@@ -96,8 +96,8 @@ def test_the_lean_last_block_is_the_block():
     x = torch.randn(3, 17, 48)
     k, v = last.attn.key_value(last.ln_1(x))
     row_ids = torch.tensor([[1, 5, 16], [0, 2, 3], [7, 8, 9]])
-    rows = last.rows(x, k, v, row_ids)
-    expected = torch.stack([y[i] for y, i in zip(last(x), row_ids, strict=True)])
+    rows = sum(last.rows(x, k, v, row_ids))
+    expected = torch.stack([y[i] for y, i in zip(sum(last(x, last.ln_1(x))), row_ids, strict=True)])
     assert (rows - expected).abs().max() < 1e-5
 
 
@@ -245,3 +245,23 @@ def test_frames_that_tubelets_do_not_divide_are_named():
     teacher = small_teacher(TeacherConfig(32, 16, 2, None, 32, 2, 2, 16, 2))
     with pytest.raises(ValueError, match="T = 3"):
         teacher.encode(torch.zeros(1, 3, 3, 32, 32))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_the_bf16_residual_stream_stays_near_float32(activation):
+    """As deep as CLIP-B/16: roundings of the stream add up over the blocks."""
+    teacher = small_teacher(TeacherConfig(64, 16, 1, None, 96, 12, 3, 32, 6, activation=activation))
+    clip = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
+    exact = teacher.encode(clip)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = teacher.encode(clip)
+        targets = teacher.targets(rounded, all_patches(2, 2, 16))
+    assert {x.dtype for x in (rounded.x, *rounded.aligned, rounded.k, targets)} == {torch.bfloat16}
+    cosine = F.cosine_similarity(targets.float(), teacher.targets(exact, all_patches(2, 2, 16)), dim=-1)
+    off = (rounded.scores - exact.scores).abs().max() / exact.scores.max()
+    print(
+        f"bf16 residual, {activation}: cosine mean {cosine.mean():.6f}, least {cosine.min():.6f}; scores off {off:.2%}"
+    )
+    assert cosine.mean() > 0.999
+    assert cosine.min() > 0.998
+    assert off < 0.05

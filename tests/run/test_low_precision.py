@@ -60,7 +60,7 @@ def test_the_measured_cosine_is_that_of_the_targets(teacher, clip):
     def targets():
         with torch.autocast("cpu", torch.bfloat16):
             state = teacher.encode(clip)
-            assert state.x.dtype == torch.float32
+            assert state.x.dtype == torch.bfloat16
             assert state.k.dtype == torch.bfloat16
             return teacher.targets(state, visible).float()
 

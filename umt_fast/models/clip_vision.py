@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from umt_kernels import cls_scores, gather_layer_norm, patch_embed
+from umt_kernels import add_layer_norm, cls_scores, gather_layer_norm, patch_embed
 
 from umt_fast.config import MLP_RATIO, Activation, TeacherConfig
 from umt_fast.models.attention import SDPA, Backend, attention, self_attention
@@ -66,26 +66,28 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, activation: Activation) -> None:
         super().__init__()
-        self.scale = QUICK if activation == "quick_gelu" else 1.0
-        """`forward` returns the layer's output times this."""
+        self.activation = activation
         self.c_fc = nn.Linear(width, MLP_RATIO * width)
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        """The layer's output times `scale`, which the residual sum takes out again.
-
-        QuickGELU x sigmoid(1.702 x) is silu(1.702 x) / 1.702, and the division waits for the sum: the hidden layer,
-        four times as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
+        """QuickGELU x sigmoid(1.702 x) is silu(1.702 x) / 1.702, and the matmul divides: the hidden layer, four times
+        as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
         """
         hidden = self.c_fc(x.to(self.c_fc.weight.dtype))
-        if self.scale == 1:
+        if self.activation == "gelu":
             return self.c_proj(F.gelu(hidden))
         hidden = F.silu(hidden.mul_(QUICK), inplace=True)
-        weight = self.c_proj.weight
-        return F.linear(hidden, weight, (QUICK * self.c_proj.bias).to(weight.dtype))
+        weight, bias = self.c_proj.weight, self.c_proj.bias
+        if type(weight) is not nn.Parameter:  # torchao's matmul has no factor; torch.compile fuses this one
+            return self.c_proj(hidden.mul_(1 / QUICK))
+        rows = torch.addmm(bias.to(weight.dtype), hidden.flatten(0, -2), weight.T, alpha=1 / QUICK)
+        return rows.unflatten(0, x.shape[:-1])
 
 
 class Block(nn.Module):
+    """Pre-norm block. The sum of its last branch belongs to the next norm, which computes both in one pass."""
+
     def __init__(self, width: int, heads: int, activation: Activation) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -93,9 +95,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, activation)
 
-    def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        x = x + self.attn(self.ln_1(x))  # not in place: what comes in may be an aligned output
-        return x.add_(self.mlp(self.ln_2(x)), alpha=1 / self.mlp.scale)
+    def enter(self, x: Float[Tensor, "r l d"], branch: Float[Tensor, "r l d"]) -> tuple[Tensor, Tensor]:
+        """x + branch, this block's input, and what its attention reads."""
+        return add_norm(x, branch, self.ln_1)
+
+    def forward(self, x: Float[Tensor, "r l d"], normed: Float[Tensor, "r l d"]) -> tuple[Tensor, Tensor]:
+        """The residual and the branch whose sum is this block's output, from its input and `ln_1` of that."""
+        x, normed = add_norm(x, self.attn(normed), self.ln_2)
+        return x, self.mlp(normed)
 
     def rows(
         self,
@@ -103,12 +110,22 @@ class Block(nn.Module):
         k: Float[Tensor, "r l h e"],
         v: Float[Tensor, "r l h e"],
         row_ids: Int[Tensor, "r n"],
-    ) -> Float[Tensor, "r n d"]:
-        """The rows `row_ids` of this block's output, from the keys and values of all rows."""
-        kept = x.gather(1, row_ids[..., None].expand(-1, -1, x.shape[-1]))
+    ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+        """`forward` for the rows `row_ids`, from the keys and values of all rows."""
         q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
-        kept = kept + self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
-        return kept.add(self.mlp(self.ln_2(kept)), alpha=1 / self.mlp.scale)
+        attended = self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
+        kept, normed = add_norm(x, attended, self.ln_2, row_ids)
+        return kept, self.mlp(normed)
+
+
+def add_norm(
+    x: Float[Tensor, "r l d"],
+    branch: Float[Tensor, "r n d"],
+    norm: nn.LayerNorm,
+    row_ids: Int[Tensor, "r n"] | None = None,
+) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
+    """The new residual x + branch (of the rows `row_ids`), and its norm, in the dtype of the branch: a matmul's."""
+    return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, row_ids=row_ids, out_dtype=branch.dtype)
 
 
 class Transformer(nn.Module):
@@ -222,16 +239,17 @@ class ClipTeacher(nn.Module):
         frames = x.shape[1] // patches
         x = rearrange(x, "b (t p) d -> (b t) p d", p=patches)  # every frame is an image of its own
         cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding)
-        blocks = self.transformer.resblocks
+        # Embeddings are in the matmuls' dtype. The residual stream keeps it, as the published teacher's under autocast.
+        x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding).to(x.dtype)
+        blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         aligned = []
+        normed = blocks[0].ln_1(x)
         for index, block in enumerate(blocks[:-1]):
-            x = block(x)
+            x, branch = block(x, normed)
+            x, normed = blocks[index + 1].enter(x, branch)
             if index in config.aligned_blocks:
                 aligned.append(x)
         last = blocks[-1]
-        assert isinstance(last, Block)
-        normed = last.ln_1(x)
         k, v = last.attn.key_value(normed)
         scores = cls_scores(last.attn.query(normed[:, 0]), k.transpose(1, 2))
         return TeacherState(scores.unflatten(0, (clip.shape[0], frames)), aligned, x, k, v)
@@ -255,8 +273,7 @@ class ClipTeacher(nn.Module):
         outputs = [
             gather_layer_norm(x, norm.weight, norm.bias, norm.eps, row_ids=row_ids) @ self.proj for x in state.aligned
         ]
-        deepest = last.rows(state.x, state.k, state.v, row_ids)
-        outputs.append(gather_layer_norm(deepest, norm.weight, norm.bias, norm.eps) @ self.proj)
+        outputs.append(add_norm(*last.rows(state.x, state.k, state.v, row_ids), norm)[1] @ self.proj)
         if within_frames:
             return rearrange(outputs, "k (b t) (s n) c -> k (b s) (t n) c", b=batch, n=visible.shape[2])
         targets = rearrange(outputs, "k (b t) p c -> k b (t p) c", b=batch)

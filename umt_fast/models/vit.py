@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from umt_kernels import patch_embed
+from umt_kernels import add_layer_norm, patch_embed
 
 from umt_fast.config import MLP_RATIO, Recompute, VitConfig
 from umt_fast.models.attention import SDPA, Backend, self_attention
@@ -84,16 +84,20 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, hidden or MLP_RATIO * width)
 
-    def _maybe_drop(self, branch: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        """Stochastic depth (arXiv 1603.09382): a sample's branch is dropped whole, the others scaled to make up."""
+    def _draw(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, " b"] | None:
+        """Stochastic depth (arXiv 1603.09382): factor of each sample's branch, 0 or 1 / (1 - drop_path)."""
         if not self.training or self.drop_path == 0:
-            return branch
+            return None
         keep = 1 - self.drop_path
-        return branch * (torch.rand(len(branch), 1, 1, device=branch.device) < keep).to(branch.dtype) / keep
+        return (torch.rand(len(x), device=x.device) < keep).float() / keep
 
     def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        x = x + self._maybe_drop(self.attn(self.norm1(x)))
-        return x + self._maybe_drop(self.mlp(self.norm2(x)))
+        branch, norm = self.attn(self.norm1(x)), self.norm2
+        x, normed = add_layer_norm(
+            x, branch, norm.weight, norm.bias, norm.eps, scale=self._draw(x), out_dtype=branch.dtype
+        )
+        branch, scale = self.mlp(normed), self._draw(x)
+        return x + (branch if scale is None else branch * scale.to(branch.dtype)[:, None, None])
 
 
 class PatchEmbed(nn.Module):
