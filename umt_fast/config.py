@@ -531,10 +531,17 @@ class DataConfig:
     """Share of the list that may turn out unreadable before the run stops."""
     read_timeout: float = 60.0
     """Seconds within which a video must have come from a URL, all attempts together; then it counts as unreadable."""
+    max_bytes: int = 256 << 20
+    """Largest video or list that is read from a URL, bytes; each worker holds up to 8 at a time. A larger one counts as
+    unreadable."""
+    max_pixels: int = 1 << 25
+    """Largest frame, width times height in pixels: 8K by default. A video with a larger one counts as unreadable."""
+    time_limit: float = 120.0
+    """Seconds that the decoding of one video may take while training; then it counts as unreadable."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, "data", workers=0, prefetch=1, pipelines=0, pipeline_visits=0, crops_per_clip=1)
-        _check_at_least(self, "data", read_timeout=1)
+        _check_at_least(self, "data", read_timeout=1, max_bytes=1, max_pixels=1, time_limit=1)
         _check_share("data.flip", self.flip)
         _check_share("data.max_bad_fraction", self.max_bad_fraction)
         _check_share("data.crop_scales", *self.crop_scales)

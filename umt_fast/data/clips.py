@@ -15,7 +15,7 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import Clip, Crop, View, draw_view
-from umt_fast.data.index import VideoList
+from umt_fast.data.index import Limits, VideoList
 from umt_fast.data.sampling import FrameSampling, Timeline, epoch_order, sample_rng, segment_frames
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class ClipStream:
     """Whether another video takes the place of an unreadable one. False: its clips are missing from the batch."""
 
     def __post_init__(self) -> None:
+        self.videos.limits = Limits.of(self.config)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     @property

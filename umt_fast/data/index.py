@@ -23,10 +23,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import posixpath
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -97,6 +98,20 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a file may cost, whatever it says of itself; the settings of the same names."""
+
+    max_bytes: int = DataConfig.max_bytes
+    max_pixels: int = DataConfig.max_pixels
+    time_limit: float = math.inf
+    """None unless training: `prepare` has a limit of its own."""
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Limits:
+        return cls(config.max_bytes, config.max_pixels, config.time_limit)
+
+
+@dataclass(frozen=True)
 class Video:
     """A video file, or one in a shard."""
 
@@ -114,6 +129,9 @@ class Video:
     caption: str | None = None
     read_timeout: float = DataConfig.read_timeout
     """Seconds within which it must have come, if it is remote."""
+    limits: Limits = Limits()
+    refused: str = ""
+    """Why it must not be read, if so."""
 
     @property
     def name(self) -> str:
@@ -132,7 +150,8 @@ class VideoList(Sequence[Video]):
     of them, page by page, as they count its references.
     """
 
-    def __init__(self, rows: Iterable[bytes], base: str = "") -> None:
+    def __init__(self, rows: Iterable[bytes], base: str = "", confined: bool = False) -> None:
+        """`confined`: a row that names a file outside `base` gives a video that is refused."""
         rows = list(rows)
         self._base = base
         self._rows = b"".join(rows)
@@ -140,6 +159,9 @@ class VideoList(Sequence[Video]):
         self.may_be_remote = is_url(base) or b"://" in self._rows
         self.read_timeout = DataConfig.read_timeout
         """Of its videos."""
+        self.limits = Limits()
+        """Likewise."""
+        self._confined = confined
 
     @classmethod
     def of_rows(cls, rows: Iterable[dict[str, Any]], base: str = "") -> VideoList:
@@ -163,15 +185,17 @@ class VideoList(Sequence[Video]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
         try:
-            return _parse(json.loads(self._row(row)), self._base, self.read_timeout)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # an IndexError would end a loop
+            video = _parse(self._load(row), self._base)
+            return replace(video, read_timeout=self.read_timeout, limits=self.limits)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            # An IndexError would end a loop. Deep nesting ends in a RecursionError.
             raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as in an index, with a path of its own instead of one relative to the index."""
         for number in range(len(self)):
-            row = json.loads(self._row(number))
-            place = "path" if row.get("shard") is None else "shard"
+            row = self._load(number)
+            place = _place(row)
             yield {**row, place: join(self._base, row[place])}
 
     def count_distinct(self) -> int:
@@ -182,8 +206,24 @@ class VideoList(Sequence[Video]):
         """Tells this list from others, whatever their lengths."""
         return hashlib.sha256(self._rows).hexdigest()[:12]
 
+    def _load(self, index: int) -> dict[str, Any]:
+        row = json.loads(self._row(index))
+        if self._confined and not _is_inside(row[_place(row)]):
+            row["refused"] = "it lies outside the folder of its index"
+        return row
+
     def _row(self, index: int) -> bytes:
         return self._rows[self._ends[index] : self._ends[index + 1]]
+
+
+def _place(row: dict[str, Any]) -> str:
+    """Which key of a row names its file."""
+    return "path" if row.get("shard") is None else "shard"
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path of an index stays in the folder of the index."""
+    return not (is_url(path) or path.startswith("/") or posixpath.normpath(path).split("/")[0] == "..")
 
 
 def is_url(path: str) -> bool:
@@ -205,13 +245,13 @@ def parse_index(content: bytes, where: str) -> VideoList:
     rows = [row for row in rows if row.strip()]
     try:
         found = json.loads(head)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if found != FORMAT:
         raise BadIndex(f"{where} does not begin with {json.dumps(FORMAT)}; make an index with umt_fast.data.prepare")
     if not rows:
         raise BadIndex(f"{where} lists no video")
-    videos = VideoList(rows, posixpath.dirname(where))
+    videos = VideoList(rows, posixpath.dirname(where), confined=True)
     for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
         try:
             videos[index]
@@ -243,7 +283,7 @@ def describe(facts: Facts) -> dict[str, Any]:
     return row
 
 
-def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
+def _parse(row: dict[str, Any], base: str) -> Video:
     facts = None
     if "times" in row:
         first, *steps = row["times"]
@@ -257,8 +297,12 @@ def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
             setup = base64.b64decode(where["setup"], validate=True)
             packets = Packets(_whole(where, "sizes"), _whole(where, "first"), setup)
         width, height = _whole(row, "width"), _whole(row, "height")
+        if not isinstance(row["fps"], int | float) or not 0 <= row["fps"] < 1 << 31:
+            raise ValueError(f"fps = {row['fps']!r}")
         facts = Facts(width, height, row["fps"], str(row["codec"]), times, keys, packets=packets)
     path, shard = row["path"], row.get("shard")
+    if not (isinstance(row.get("label"), int | None) and isinstance(row.get("caption"), str | None)):
+        raise ValueError("label must be an integer, caption a text")
     return Video(
         path=join(base, path if shard is None else shard),
         member="" if shard is None else path,
@@ -267,7 +311,7 @@ def _parse(row: dict[str, Any], base: str, read_timeout: float) -> Video:
         facts=facts,
         label=row.get("label"),
         caption=row.get("caption"),
-        read_timeout=read_timeout,
+        refused=str(row.get("refused", "")),
     )
 
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from umt_fast.data.clips import REPLACEMENTS, ClipStream
 from umt_fast.data.crops import Clip
 from umt_fast.data.decode import open_video, read_places
+from umt_fast.data.decode.time_limit import time_limit
 from umt_fast.data.index import BadIndex, BadVideo, Video
 from umt_fast.data.shared_memory import BufferPool, Lease
 from umt_fast.data.storage import start_reading
@@ -153,7 +154,8 @@ def read_visit(
             video = stream.videos[row]
             name = video.name
             fetched, content = content, None  # it belongs to the first attempt
-            read(video, rng, None if fetched is None else fetched.result())
+            with time_limit(video.limits.time_limit):
+                read(video, rng, None if fetched is None else fetched.result())
         except (BadVideo, OSError) as error:
             bad.append((name, str(error)))
         except Exception as error:  # an unexpected error of a decoder must not end the run either

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import os
+import stat
 import sys
 import threading
 import time
@@ -28,23 +29,44 @@ SHARE = 0.5
 """Of the time that is left, what one attempt may take: a slow answer gets most of it, a lost one leaves some."""
 
 
+SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "az", "abfs", "file", "memory"})
+"""File systems of fsspec that a list may name. Others open what the remote author says: `reference` reads any file and
+runs templates, `zip` and the like open what they hold."""
+CACHES = frozenset({"simplecache", "filecache", "blockcache"})
+"""Caches of fsspec that may stand before one of these, as in `simplecache::https://...`."""
+_BLOCK = 1 << 20
+"""Bytes of an answer that are looked at before more are taken."""
+
 _TOO_LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same from Python 3.11 on
 
 
 class CannotReach(RunError):
-    """A URL that this installation cannot open."""
+    """A URL that is not allowed, or that this installation cannot open."""
+
+
+class TooLarge(OSError):
+    """More bytes than `--data.max-bytes`."""
 
 
 def file_size(video: Video) -> int:
     """Bytes of a local video; of one in a shard, those that are there. Raises OSError."""
-    size = os.path.getsize(video.path)
+    status = os.stat(video.path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
+        raise OSError("a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    size = status.st_size
     return size if video.offset is None else max(min(video.size or 0, size - video.offset), 0)
 
 
 def read_video(video: Video) -> bytes:
     """The bytes of a video file, local or remote. Raises OSError and CannotReach as `read`."""
+    if video.refused:
+        raise OSError(video.refused)
+    most = video.limits.max_bytes
+    size = video.size if video.remote else file_size(video)
+    if size is not None and size > most:
+        raise _too_large(video.path, most)
     start = video.offset or 0
-    return read(video.path, start, None if video.size is None else start + video.size, video.read_timeout)
+    return read(video.path, start, None if video.size is None else start + video.size, video.read_timeout, most)
 
 
 def start_reading(video: Video) -> Future[bytes]:
@@ -52,12 +74,18 @@ def start_reading(video: Video) -> Future[bytes]:
     return _in_a_thread(functools.partial(read_video, video))
 
 
-def read(path: str, start: int = 0, end: int | None = None, timeout: float = DataConfig.read_timeout) -> bytes:
-    """Bytes `start` to `end` of a file or URL.
+def read(
+    path: str,
+    start: int = 0,
+    end: int | None = None,
+    timeout: float = DataConfig.read_timeout,
+    max_bytes: int = DataConfig.max_bytes,
+) -> bytes:
+    """Bytes `start` to `end` of a file or URL; of a URL without `end`, at most `max_bytes`.
 
     Raises OSError; for a URL after ATTEMPTS or `timeout` seconds, with what each attempt said. An answer of another
-    length than asked for is a failed attempt: connections break in the middle. Raises CannotReach for a URL of a kind
-    that needs a package.
+    length than asked for is a failed attempt: connections break in the middle. Raises CannotReach for a URL that is
+    not allowed or needs a package.
     """
     if not is_url(path):
         with open(path, "rb") as file:
@@ -67,13 +95,21 @@ def read(path: str, start: int = 0, end: int | None = None, timeout: float = Dat
         return b""
 
     def attempt(seconds: float) -> bytes:
-        content = _fetch(path, start, end, seconds)
-        if end is not None and len(content) != end - start:
-            hint = "; does the server answer range requests?" if len(content) > end - start else ""
-            raise OSError(f"{len(content)} bytes came where {end - start} were asked for{hint}")
+        most = max_bytes if end is None else end - start
+        content = _fetch(path, start, end, most, seconds)
+        if end is None and len(content) > most:
+            raise _too_large(path, most)
+        if end is not None and len(content) != most:
+            hint = "; does the server answer range requests?" if len(content) > most else ""
+            came = f"more than {most}" if len(content) > most else f"{len(content)}"
+            raise OSError(f"{came} bytes came where {most} were asked for{hint}")
         return content
 
     return _persist(path, attempt, timeout)
+
+
+def _too_large(path: str, most: int) -> TooLarge:
+    return TooLarge(f"{path}: larger than --data.max-bytes {most}")
 
 
 def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
@@ -103,7 +139,7 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
             return attempt(SHARE * left)
         except FileNotFoundError:
             raise FileNotFoundError(2, "no such file", url) from None
-        except CannotReach:
+        except (CannotReach, TooLarge):
             raise
         except _TOO_LATE:
             reasons.append(f"no answer in time (read timeout {timeout:g} s)")
@@ -130,19 +166,70 @@ def _tell_of_silence(server: str, seconds: float) -> None:
         print(f"note: {server} did not answer for {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
 
 
+def check_url(url: str) -> None:
+    """Raise CannotReach unless a URL names an allowed file system, at most behind caches."""
+    from fsspec.registry import known_implementations, registry
+
+    *caches, inner = url.split("::")
+    scheme = inner.partition("://")[0].lower()
+    # One that the program itself has registered is its own decision.
+    own = scheme in registry and scheme not in known_implementations
+    if "://" not in inner or not (scheme in SCHEMES or own) or not CACHES.issuperset(caches):
+        raise CannotReach(
+            f"cannot open {url}: allowed are {', '.join(sorted(SCHEMES - {'memory'}))}, and of chains only "
+            f"{', '.join(sorted(CACHES))} before one of them"
+        )
+
+
 def _open(url: str) -> tuple[Any, str]:
     """The file system that knows a URL, and its name for it."""
     import fsspec
 
+    check_url(url)
     try:
         return fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise CannotReach(f"cannot open {url}: {error}") from None
 
 
-def _fetch(url: str, start: int, end: int | None, timeout: float) -> bytes:
+def _fetch(url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
+    """Bytes from `start` on: those to `end`, or one more than `most` where there are more than that."""
     system, path = _open(url)
-    return _call(system, "cat_file", path, timeout, **({} if end is None else {"start": start, "end": end}))
+    if "http" in system.protocol:
+        from fsspec.asyn import sync
+
+        return sync(system.loop, _get, system, path, start, end, most, timeout, timeout=timeout)
+    if "::" in url:  # a cache copies the whole file to the disk
+        size = _call(system, "size", path, timeout)
+        if size is None or (size > most and end is None):
+            raise _too_large(url, most)
+    return _call(system, "cat_file", path, timeout, start=start, end=start + most + (end is None))
+
+
+async def _get(system: Any, url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
+    """An answer of an HTTP server, which is dropped where it becomes too long: it may have no end."""
+    options = dict(system.kwargs)
+    headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
+    if start or end is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+
+    async def get() -> bytes:
+        session = await system.set_session()
+        content = bytearray()
+        async with session.get(system.encode_url(url), headers=headers, **options) as answer:
+            if answer.status == 404:
+                raise FileNotFoundError(url)
+            answer.raise_for_status()
+            encoding = answer.headers.get("Content-Encoding", "identity")
+            if encoding != "identity":  # could be a bomb
+                raise OSError(f"the answer is compressed ({encoding}), which was not asked for")
+            async for block in answer.content.iter_chunked(_BLOCK):
+                content += block
+                if len(content) > most:
+                    break
+        return bytes(content)
+
+    return await asyncio.wait_for(get(), timeout)
 
 
 def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -> Any:

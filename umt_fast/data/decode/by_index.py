@@ -18,6 +18,7 @@ from umt_fast.data.decode.container import RgbConverter, as_bad_video, fetch
 from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.orientation import orientation_of
+from umt_fast.data.decode.time_limit import check_time
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
@@ -38,7 +39,7 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
     content, size = fetch(video, content)
     with _bytes_of(video, content) as read:
         with as_bad_video():
-            reader = Reader(video.facts, video.facts.packets, read)
+            reader = Reader(video.facts, video.facts.packets, read, video.limits.max_pixels)
         if reader.bounds[-1] > size:
             raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
         yield reader
@@ -66,13 +67,13 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
 class Reader:
     """A video's decoder and the places of its packets."""
 
-    def __init__(self, facts: Facts, packets: Packets, read: Callable[[int, int], bytes]) -> None:
+    def __init__(self, facts: Facts, packets: Packets, read: Callable[[int, int], bytes], max_pixels: int) -> None:
         self.facts = facts
         self.timeline = facts.timeline
         self.read_bytes = read
         sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
         self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
-        self.decoder = _open_decoder(facts.codec, packets.setup)
+        self.decoder = _open_decoder(facts.codec, packets.setup, max_pixels)
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
@@ -98,6 +99,7 @@ class Reader:
         content = self.read_bytes(bounds[0], bounds[-1])
         shown: list[av.VideoFrame] = []
         for number, (begin, end) in enumerate(itertools.pairwise(bounds), first):
+            check_time()
             packet = _packet(content[begin - bounds[0] : end - bounds[0]])
             packet.pts = number
             shown = self.decoder.decode(packet)
@@ -117,11 +119,12 @@ def _decoder_of(codec: str) -> str | None:
     return name if name in av.codecs_available else None
 
 
-def _open_decoder(codec: str, setup: bytes) -> av.VideoCodecContext:
+def _open_decoder(codec: str, setup: bytes, max_pixels: int) -> av.VideoCodecContext:
     """Open a decoder for a codec that FFmpeg can decode."""
     decoder = av.CodecContext.create(_decoder_of(codec) or codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = setup
+    decoder.options = {"max_pixels": str(max_pixels)}
     decoder.thread_count = 1  # the workers are the parallelism
     return decoder
 
@@ -152,7 +155,9 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
         if _decoder_of(facts.codec) is None:
             return None
         setup = bytes(stream.codec_context.extradata or b"")
-        shown = _open_decoder(facts.codec, setup).decode(_packet(read(first, first + int(sizes[0]))))
+        shown = _open_decoder(facts.codec, setup, video.limits.max_pixels).decode(
+            _packet(read(first, first + int(sizes[0])))
+        )
         container.seek(int(times[0]), stream=stream)
         expected = next(decode(container, stream))
         same = len(shown) == 1 and _is_like(shown[0], expected)

@@ -31,6 +31,12 @@ _SLACK_SHARE = 0.05
 
 _CUT_ANYWHERE = ("mpegts", "mpeg")
 """Containers that recorders cut at any packet."""
+CONTAINERS = (
+    # Not the formats that name other files to open: playlists (hls, dash, concat), SDP and scripts.
+    "3gp asf av1 avi dv dvd flv gif gxf h261 h263 h264 hevc ivf m4v matroska mjpeg mov mpeg mpegts mpegvideo mpjpeg "
+    "mxf nut obu ogg rm swf vc1 vob wtv y4m yuv4mpegpipe aac ac3 aiff amr caf flac mp3 wav"
+).replace(" ", ",")
+"""FFmpeg's names of the formats that are opened; those of sound alone, to say that there is no video in them."""
 
 ONE_THREAD = 1
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
@@ -91,6 +97,13 @@ def _container(video: Video, content: bytes | None) -> Iterator[av.container.Inp
     with as_bad_video():
         container = _open(video, content)
     with container:
+        if not container.streams.video or container.streams.video[0].codec_context is None:
+            raise BadVideo("no video stream that can be decoded")
+        context = container.streams.video[0].codec_context
+        if context.width * context.height > video.limits.max_pixels:
+            raise BadVideo(
+                f"frames of {context.width} x {context.height}, more than --data.max-pixels {video.limits.max_pixels}"
+            )
         yield container
 
 
@@ -113,6 +126,8 @@ def find_film(container: av.container.InputContainer) -> av.VideoStream:
 def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
     """The video's bytes, if it is remote or they are given, and their number. Raises BadVideo if the index says
     another."""
+    if video.refused:
+        raise BadVideo(video.refused)
     try:
         if content is None and video.remote:
             content = read_video(video)
@@ -138,12 +153,23 @@ def as_bad_video() -> Iterator[None]:
 
 
 def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
+    # What a file says is not trusted: which other files FFmpeg opens for it, nor the memory for its frames.
+    options = {"format_whitelist": CONTAINERS, "max_pixels": str(video.limits.max_pixels)}
+    options["protocol_whitelist"] = "file,subfile" if content is None else "none"
     if content is not None:
-        return av.open(io.BytesIO(content), "r")
+        return _limited(av.open(io.BytesIO(content), "r", options=options), options)
     path = "file:" + video.path  # otherwise FFmpeg reads what precedes a colon in a name as a protocol
     if video.offset is not None:
         path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
-    return av.open(path, "r")
+    return _limited(av.open(path, "r", options=options), options)
+
+
+def _limited(container: av.container.InputContainer, options: dict[str, str]) -> av.container.InputContainer:
+    """The container, its decoders limited too: frames may grow behind the header."""
+    for stream in container.streams.video:
+        if stream.codec_context is not None:
+            stream.codec_context.options = {"max_pixels": options["max_pixels"]}
+    return container
 
 
 class Reader:

@@ -13,10 +13,14 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from umt_fast.data.decode.time_limit import check_time
+
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     # Python closes a generator that is dropped, which PyAV's compiled ones are not, and with it what it yields from.
-    yield from container.demux(stream)
+    for packet in container.demux(stream):
+        check_time()
+        yield packet
 
 
 def decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+"""Others are refused whatever the name says: Pillow runs Ghostscript on EPS."""
+
+
 class Still:
     """A picture, as a `Reader`."""
 
@@ -35,7 +39,10 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
     """Decode a picture as RGB. Raises BadVideo for a file that is missing or not a picture that Pillow reads whole."""
     try:
         data = read_video(video) if content is None else content
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+            width, height = picture.size
+            if width * height > video.limits.max_pixels:
+                raise ValueError(f"{width} x {height}, more than --data.max-pixels {video.limits.max_pixels}")
             frame = np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadVideo(f"not a picture: {error}") from None
