@@ -15,8 +15,10 @@ from umt_fast.config import DataConfig
 from umt_fast.data.index import is_url
 from umt_fast.data.storage import read, url_size
 
-_LONGEST_CAPTION = 1 << 20
-"""Bytes of a member that may hold a caption; a larger one is something else."""
+_LONGEST_TEXT = 1 << 20
+"""Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
+_DIGITS = 19
+"""Of a label: one of more does not fit into 64 bits."""
 _HEADERS_AT_ONCE = 64 << 10
 """Bytes read of a remote shard for a member's header, and what follows."""
 
@@ -35,24 +37,34 @@ def list_shard(
     labels: dict[str, bytes] = {}
     captions: dict[str, dict[str, bytes]] = {".txt": {}, ".json": {}}
     try:
-        with raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+        with raw, tarfile.open(fileobj=_Headers(raw), mode="r:") as tar:
             for member in tar:
+                if member.size < 0:  # tarfile would go round in circles
+                    raise tarfile.ReadError(f"a member of {member.size} bytes")
                 stem, suffix = posixpath.splitext(member.name)
                 if not member.isfile():
                     continue
                 if suffix.lower() in suffixes:
                     place = {"shard": path, "offset": member.offset_data, "bytes": member.size}
                     rows.append({"path": member.name, **place})
-                elif suffix == ".cls" and (file := tar.extractfile(member)) is not None:
+                elif (
+                    suffix == ".cls" and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)) is not None
+                ):
                     labels[stem] = file.read()
-                elif suffix in captions and member.size <= _LONGEST_CAPTION and (file := tar.extractfile(member)):
+                elif suffix in captions and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)):
                     captions[suffix][stem] = file.read()
-    except tarfile.TarError as error:
+    except (
+        tarfile.TarError,
+        ValueError,
+        RecursionError,
+        IndexError,
+        TypeError,
+    ) as error:  # the last of damaged headers
         raise OSError(f"no tar file: {error}") from None
     for row in rows:
         stem = posixpath.splitext(row["path"])[0]
         label = labels.get(stem, b"").strip()
-        if label.isdigit():
+        if len(label) < _DIGITS and label.isdigit():
             row["label"] = int(label)
         caption = _caption(captions[".txt"].get(stem), captions[".json"].get(stem))
         if caption is not None:
@@ -66,7 +78,7 @@ def _caption(text: bytes | None, described: bytes | None) -> str | None:
         return text.decode("utf-8", "replace").strip()
     try:
         found = json.loads(described or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     caption = found.get("caption") if isinstance(found, dict) else None
     return caption if isinstance(caption, str) else None
@@ -113,6 +125,19 @@ def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
         raw.flush()
         os.fsync(raw.fileno())
     return offsets
+
+
+class _Headers:
+    """A file to list as tar: an extended header of gigabytes is refused before it is read."""
+
+    def __init__(self, raw: Any) -> None:
+        self._raw = raw
+        self.seek, self.tell, self.close = raw.seek, raw.tell, raw.close
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _LONGEST_TEXT:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._raw.read(size)
 
 
 class _Remote(io.RawIOBase):

@@ -151,7 +151,7 @@ class _Preparation:
         self.out = Path(settings.out)
         self.temporary = self.out / STATE_NAME / "aside"
         self.unpacked = self.out / STATE_NAME / "copies"
-        self.failures: dict[str, str] = {}
+        self.failures = dict(plan.failures)
         self.fresh: set[str] = set()
         shutil.rmtree(self.temporary, ignore_errors=True)  # files that a killed run was writing
         self.temporary.mkdir()
@@ -225,7 +225,8 @@ class _Preparation:
 
     def _add(self, item: Item, pool: Workers) -> None:
         temporary = self.temporary / f"{item.number}.mp4"
-        task = CopyTask(item, str(temporary), str(self._target(item)), self.settings.recipe)
+        root = self.unpacked if self.plan.shards else self.out
+        task = CopyTask(item, str(temporary), str(root / item.path), str(root), self.settings.recipe)
         pool.add(task, time_limit=self.settings.time_limit)
 
     def _copied(self, task: CopyTask, outcome: Any, pool: Workers) -> None:
@@ -283,7 +284,8 @@ class _Preparation:
                 row |= {"shard": shard, "offset": self.journal.shards[shard]["offsets"][item.name]}
             given = {"label": line.label, "caption": line.caption}
             rows.append(row | {key: value for key, value in given.items() if value is not None})
-        failed = [item.name for item in self.plan.items if item.name in self.failures]
+        failed = [*self.plan.failures]
+        failed += [item.name for item in self.plan.items if item.name in self.failures]
         if failed:
             write_whole(self.out / FAILED_NAME, write_reasons((name, self.failures[name]) for name in failed))
         else:

@@ -7,12 +7,15 @@ import hashlib
 import json
 import os
 import posixpath
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from umt_fast.data.index import Video, is_url
 from umt_fast.errors import RunError
+
+LONGEST_CAPTION = 64 << 10
+"""Bytes of a text file beside a video; a larger one is something else."""
 
 
 class CannotPrepare(RunError):
@@ -66,24 +69,31 @@ class Plan:
     items: list[Item]
     lines: list[Line]
     shards: list[Shard] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """Videos that cannot be copied, and why, by name."""
 
 
 def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Plan:
     """One copy of each distinct video: in a tree like the sources', or numbered in shards of `per_shard`."""
+    good, failures = _sort_out(videos, os.path.abspath(source) if os.path.isdir(source) else None)
     numbers: dict[str, int] = {}
     distinct: list[Video] = []
-    lines = []
-    for video in videos:
+    for video in good:
         if video.name not in numbers:
             numbers[video.name] = len(distinct)
             distinct.append(video)
-        caption = _read_caption(video) if video.caption is None else video.caption
-        lines.append(Line(numbers[video.name], video.label, caption))
+    if not distinct:
+        name, reason = next(iter(failures.items()))
+        raise CannotPrepare(f"none of the {len(failures)} videos can be copied; {name}: {reason}")
     places = [_place(video) for video in distinct]
     base = os.path.abspath(source) if os.path.isdir(source) else os.path.commonpath([*map(os.path.dirname, places)])
+    lines = [
+        Line(numbers[video.name], video.label, _read_caption(video, base) if video.caption is None else video.caption)
+        for video in good
+    ]
     if per_shard is None:
         paths = _copy_paths([os.path.relpath(place, base) for place in places])
-        return Plan(base, [Item(i, video, paths[i]) for i, video in enumerate(distinct)], lines)
+        return Plan(base, [Item(i, video, paths[i]) for i, video in enumerate(distinct)], lines, [], failures)
     items = [Item(i, video, f"{i:08d}.mp4") for i, video in enumerate(distinct)]
     firsts: dict[int, Line] = {}
     for line in lines:
@@ -92,18 +102,44 @@ def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Pl
     for number, start in enumerate(range(0, len(items), per_shard)):
         part = items[start : start + per_shard]
         shards.append(Shard(f"shard-{number:06d}.tar", part, [firsts[item.number] for item in part]))
-    return Plan(base, items, lines, shards)
+    return Plan(base, items, lines, shards, failures)
 
 
-def _read_caption(video: Video) -> str | None:
-    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, if there is one, as in WebDataset."""
+def _sort_out(videos: Sequence[Video], folder: str | None) -> tuple[list[Video], dict[str, str]]:
+    """The videos that may be copied, and the others with the reason. A copy lies in OUT as its video in `folder`."""
+    good, failures = [], {}
+    for video in videos:
+        outside = folder is not None and os.path.commonpath([folder, _place(video)]) != folder
+        if video.refused or outside:
+            failures[video.name] = video.refused or "its copy would lie outside OUT"
+        else:
+            good.append(video)
+    return good, failures
+
+
+def _read_caption(video: Video, base: str) -> str | None:
+    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, if there is one, as in WebDataset.
+
+    Not that of a link to outside the source folder, a pipe or device, or a file of more than LONGEST_CAPTION bytes.
+    """
     if video.remote or video.offset is not None:
         return None
+    path = os.path.splitext(video.path)[0] + ".txt"
     try:
-        text = Path(os.path.splitext(video.path)[0] + ".txt").read_text("utf-8", "replace").strip()
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+            root = os.path.realpath(base)
+            if os.path.commonpath([root, path]) != root:
+                return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)  # a pipe would wait
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_CAPTION:
+                return None
+            content = file.read(LONGEST_CAPTION)
     except (OSError, ValueError):
         return None
-    return text or None
+    return content.decode("utf-8", "replace").strip() or None
 
 
 def _place(video: Video) -> str:

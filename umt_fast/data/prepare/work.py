@@ -44,6 +44,8 @@ class CopyTask:
     item: Item
     temporary: str
     target: str
+    root: str
+    """Folder of all copies, out of which none may be written."""
     recipe: Recipe
 
 
@@ -94,10 +96,23 @@ def _make_copy(task: CopyTask) -> dict[str, Any]:
     facts, seconds = write_copy(video, task.temporary, task.recipe, content)
     size, digest = hash_bytes(Video(task.temporary))
     target = Path(task.target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_inside(target.parent, Path(task.root))
+    if not video.remote and target.exists() and target.samefile(video.path):
+        raise BadVideo("its copy would replace it")
     put_in_place(Path(task.temporary), target)
     row = {"path": task.item.path, "bytes": size, "sha256": digest, **describe(facts)}
     return {"row": row, "source_bytes": source_bytes, "seconds": seconds}
+
+
+def make_inside(folder: Path, root: Path) -> None:
+    """Make `folder`, a subfolder of `root`. Raises BadVideo for one that links lead out of it."""
+    real = root.resolve()
+    for part in [*reversed(folder.parents), folder]:
+        if root in part.parents and not part.resolve().is_relative_to(real):
+            raise BadVideo(f"its copy would lie outside {root}: {part} is a link")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.resolve().is_relative_to(real):
+        raise BadVideo(f"its copy would lie outside {root}")
 
 
 def _make_shard(task: PackTask) -> dict[str, Any]:
