@@ -37,7 +37,8 @@ def list_shard(
     labels: dict[str, bytes] = {}
     captions: dict[str, dict[str, bytes]] = {".txt": {}, ".json": {}}
     try:
-        with raw, tarfile.open(fileobj=_Headers(raw), mode="r:") as tar:
+        headers: Any = _Headers(raw)
+        with raw, tarfile.open(fileobj=headers, mode="r:") as tar:
             for member in tar:
                 if member.size < 0:  # tarfile would go round in circles
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
@@ -47,19 +48,14 @@ def list_shard(
                 if suffix.lower() in suffixes:
                     place = {"shard": path, "offset": member.offset_data, "bytes": member.size}
                     rows.append({"path": member.name, **place})
-                elif (
-                    suffix == ".cls" and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)) is not None
-                ):
+                elif member.size > _LONGEST_TEXT:
+                    continue
+                elif suffix == ".cls" and (file := tar.extractfile(member)) is not None:
                     labels[stem] = file.read()
-                elif suffix in captions and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)):
+                elif suffix in captions and (file := tar.extractfile(member)):
                     captions[suffix][stem] = file.read()
-    except (
-        tarfile.TarError,
-        ValueError,
-        RecursionError,
-        IndexError,
-        TypeError,
-    ) as error:  # the last of damaged headers
+    except (tarfile.TarError, ValueError, RecursionError, IndexError, TypeError) as error:
+        # tarfile lets the others through for damaged headers.
         raise OSError(f"no tar file: {error}") from None
     for row in rows:
         stem = posixpath.splitext(row["path"])[0]

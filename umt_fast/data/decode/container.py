@@ -97,9 +97,7 @@ def _container(video: Video, content: bytes | None) -> Iterator[av.container.Inp
     with as_bad_video():
         container = _open(video, content)
     with container:
-        if not container.streams.video or container.streams.video[0].codec_context is None:
-            raise BadVideo("no video stream that can be decoded")
-        context = container.streams.video[0].codec_context
+        context = find_film(container).codec_context
         if context.width * context.height > video.limits.max_pixels:
             raise BadVideo(
                 f"frames of {context.width} x {context.height}, more than --data.max-pixels {video.limits.max_pixels}"

@@ -18,9 +18,13 @@ from umt_fast.data.decode.time_limit import check_time
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     # Python closes a generator that is dropped, which PyAV's compiled ones are not, and with it what it yields from.
-    for packet in container.demux(stream):
-        check_time()
-        yield packet
+    packets = container.demux(stream)
+    try:
+        for packet in packets:
+            check_time()
+            yield packet
+    finally:
+        packets.close()
 
 
 def decode(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
