@@ -1,12 +1,14 @@
 """A small set of real video files to try the trainer on: shapes that move, rendered and encoded.
 
-`python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format.
+`python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format; with --captions
+it writes videos of one shape and FOLDER/train.json and test.json, which name its colour, shape and motion.
 """
 
 from __future__ import annotations
 
 import argparse
 import colorsys
+import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,6 +20,8 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("bounce", "orbit", "spin", "pulse")
+COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.33, "blue": 0.6, "purple": 0.78, "white": None}
+"""Hues of captioned shapes."""
 WIDTH, HEIGHT, FPS, FRAMES = 192, 144, 15, 48
 _SMOOTH = 2  # drawn this much larger, then reduced
 
@@ -45,6 +49,36 @@ def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
     return listing
 
 
+def write_captioned(folder: Path, train: int = 480, test: int = 96, seed: int = 0) -> tuple[Path, Path]:
+    """Write short videos of one shape each, and lists with captions of its colour, shape and motion.
+
+    Returns train.json and test.json, as stage 2 reads them. No two of the first 96 videos of a list have one caption.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = [(colour, shape, motion) for colour in COLOURS for shape in SHAPES for motion in MOTIONS]
+    lists = []
+    for part, count in (("train", train), ("test", test)):
+        order = np.random.default_rng((seed, part == "test")).permutation(len(kinds))
+        entries = []
+        for number in range(count):
+            rng = np.random.default_rng((seed, part == "test", number))
+            colour, shape, motion = kinds[order[number % len(kinds)]]
+            path = folder / f"{part}_{number:04d}.mp4"
+            _encode(path, _render_one(colour, shape, motion, rng))
+            phrase = "{} {} {}s" if number % 2 else "{} {} that {}s"
+            entries.append({"video": str(path), "caption": "a " + phrase.format(colour, shape, motion)})
+        lists.append(folder / f"{part}.json")
+        lists[-1].write_text(json.dumps(entries, indent=0))
+    return lists[0], lists[1]
+
+
+def _render_one(colour: str, shape: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
+    """Half as many frames of one shape over a patterned ground."""
+    hue = COLOURS[colour]
+    filled = (240, 240, 240) if hue is None else tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
+    return _draw_frames(_ground(rng), [(shape, _path(motion, 0.22, rng), filled)], FRAMES // 2)
+
+
 def _render(motion: str, shape: str, rng: np.random.Generator) -> list[np.ndarray]:
     """Frames [H,W,3] of one large and one small shape over a patterned ground."""
     ground = _ground(rng)
@@ -53,8 +87,14 @@ def _render(motion: str, shape: str, rng: np.random.Generator) -> list[np.ndarra
         (shape, _path(motion, 0.20, rng), _colour(rng)),
         (SHAPES[others[0]], _path(MOTIONS[others[1]], 0.10, rng), _colour(rng)),
     ]
+    return _draw_frames(ground, actors, FRAMES)
+
+
+def _draw_frames(
+    ground: Image.Image, actors: list[tuple[str, Path2D, tuple[int, ...]]], count: int
+) -> list[np.ndarray]:
     frames = []
-    for index in range(FRAMES):
+    for index in range(count):
         image = ground.copy()
         draw = ImageDraw.Draw(image)
         for name, path, colour in actors:
@@ -139,7 +179,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=32, help="videos to write (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--captions", action="store_true", help="train.json and test.json with captions instead")
     arguments = parser.parse_args()
+    if arguments.captions:
+        for path in write_captioned(arguments.folder, seed=arguments.seed):
+            print(f"wrote {path}")
+        return
     listing = write_videos(arguments.folder, arguments.count, arguments.seed)
     print(f"wrote {arguments.count} videos and their list {listing}")
 
