@@ -163,14 +163,13 @@ def train(config: Stage2Config, world: World) -> bool:
 def prepare(config: Stage2Config, world: World) -> Job:
     """Data, model, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
-    folder, settings = run.folder / "checkpoints", dataclasses.asdict(config)
-    found = checkpoint.find_checkpoint(folder, world, run.resume, say)
-    if found is not None:
-        checkpoint.check_same(found, settings, FIXED)
+    folder = run.folder / "checkpoints"
     lists, questions = read_lists(config)
     tokenizer = find_tokenizer(config, lists, world)
     config = dataclasses.replace(config, text=fit_text(config.text, tokenizer))
-    settings["text"] = dataclasses.asdict(config.text)
+    found = checkpoint.find_checkpoint(folder, world, run.resume, say)
+    if found is not None:
+        checkpoint.check_same(found, config, FIXED)
 
     torch.manual_seed(run.seed)  # the same initial model on every rank
     model, notes = build_model(config, started=found is not None)
@@ -182,17 +181,17 @@ def prepare(config: Stage2Config, world: World) -> Job:
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets, negatives and words
 
     step_clips = world.size * optim.batch_size * optim.accumulate
-    alternation = Alternation({kind: len(found) // step_clips for kind, found in lists.items()}, run.seed)
+    alternation = Alternation({kind: len(listed) // step_clips for kind, listed in lists.items()}, run.seed)
     if not alternation.batches:
-        counts = ", ".join(f"{len(found)} {kind}s" for kind, found in lists.items())
+        counts = ", ".join(f"{len(listed)} {kind}s" for kind, listed in lists.items())
         raise ConfigError(f"{counts} do not fill one batch of {step_clips}; lower --optim.batch-size")
     total = optim.epochs * alternation.per_epoch
     warmup = optim.warmup_epochs * alternation.per_epoch
-    plan = {kind: found.videos.digest() for kind, found in lists.items()} | {"total_steps": total}
-    state = TrainState(model, optimizer, world, settings, plan, attention)
+    plan = {f"list of {kind}s": listed.videos.digest() for kind, listed in lists.items()} | {"total_steps": total}
+    state = TrainState(model, optimizer, world, config, plan, attention)
     if found is not None:
         state.restore(folder, found, step_clips)
-        notes = [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, settings, plan)]
+        notes = [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, config, plan)]
     if world.main:
         checkpoint.remove_unfinished(folder)
         tokenizer.write(run.folder / VOCABULARY)
@@ -218,7 +217,7 @@ def prepare(config: Stage2Config, world: World) -> Job:
         objective = make_answering(config, wrapped, tokenizer, questions, bf16)
     else:
         objective = make_objective(config, wrapped, tokenizer, lists, streams, bf16)
-    max_bad = data.max_bad_fraction * sum(found.videos.count_distinct() for found in lists.values())
+    max_bad = data.max_bad_fraction * sum(listed.videos.count_distinct() for listed in lists.values())
 
     def schedule(step: int) -> float:
         return floored_cosine(step, total, warmup, optim.lr, optim.min_lr / optim.lr if optim.lr else 0.0)

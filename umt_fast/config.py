@@ -23,6 +23,7 @@ FrameRule = Literal["sparse", "dense", "segment"]
 TeacherPrecision = Literal["same", "int8", "fp8"]
 StudentPrecision = Literal["same", "fp8"]
 GatherGradient = Literal["published", "true"]
+Stage2Job = Literal["pretrain", "retrieval", "qa"]
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -466,6 +467,10 @@ class VideoTextObjective:
             raise ConfigError(f"objective: mlm_probability = {self.mlm_probability} is not in (0, 1]")
 
 
+TEXTS = {
+    "bert_base": TextConfig(),
+    "bert_large": TextConfig(width=1024, depth=24, heads=16, fusion_layer=19, mlp_width=4096),
+}
 STUDENTS = {
     "umt_b16": StudentConfig(drop_path=0.1),
     "umt_l16": StudentConfig(width=1024, depth=24, heads=16, drop_path=0.2, target_width=768),
@@ -796,3 +801,100 @@ class FinetuneConfig:
             raise ConfigError(
                 "compute.cuda_graph is for pre-training; fine-tuning draws how to mix a batch on the host"
             )
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """The space in which video and text meet, and how stage 2 differs from stage 1 in the video encoder."""
+
+    width: int = 512
+    temperature: float = 0.07
+    """What similarities are divided by, at the start; it is learned."""
+    align_eps: float = 1e-5
+    """Epsilon of the alignment heads' LayerNorm: 1e-5 as published for stage 2, where stage 1 has 1e-6."""
+    position_frames: int | None = None
+    """Frames of the position table; another number of frames interpolates it in time. None: one table of any length."""
+
+
+@dataclass(frozen=True)
+class CaptionDataConfig(DataConfig):
+    """Lists with captions: LIST, LIST=ROOT or LIST=ROOT*WEIGHT (docs/stage2.md)."""
+
+    images: tuple[str, ...] = ()
+    """Lists of pictures."""
+    videos: tuple[str, ...] = ()
+    """Lists of videos; in fine-tuning pictures may be among them."""
+    identity: Literal["published", "distinct"] = "published"
+    """published: rows of different lists with one place count as the same sample; distinct: they do not."""
+    replaced_captions: Literal["published", "replacement"] = "published"
+    """Caption of a video that takes a broken one's place: published, the broken one's; or its own."""
+    last_frames: bool = False
+    """Draw from whole intervals; the published code never draws the last frame of one."""
+    antialias: bool = False
+    """Antialias when frames are made smaller; the published code does not."""
+    closing_sep: bool = False
+    """End texts with [SEP], as BERT was trained; the published tokenizer does not."""
+    max_words: int = 32
+    """Longest text or question, in tokens."""
+    max_answer_words: int = 5
+    join_captions: bool = False
+    """Retrieval: all captions of an entry are one text (DiDeMo, ActivityNet)."""
+    same_caption: bool = False
+    """Retrieval: entries with equal captions match each other (Something-Something V2)."""
+    max_seconds: float | None = None
+    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least(self, "data", max_words=3, max_answer_words=3, max_seconds=0)
+        if self.crops_per_clip != 1:
+            raise ConfigError(f"data.crops_per_clip = {self.crops_per_clip}: stage 2 makes one clip of a video; use 1")
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Stage 2 and its fine-tunings: video and text."""
+
+    job: Stage2Job = "pretrain"
+    init: str = ""
+    """Where to start: for pre-training a stage-1 checkpoint or a stage-2 one, else a stage-2 one."""
+    bert: str = "bert-base-uncased"
+    """Hugging Face folder or repo id of the text encoder and its vocabulary; or `random`."""
+    vocabulary: str = ""
+    """A vocab.txt; empty: that of the BERT or of the checkpoint's run."""
+    teacher_weights: str = ""
+    """As for stage 1; or `random`."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Only pre-training has one."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Sizes; the vocabulary's size comes from the vocabulary, and is the most that a new one may have."""
+    joint: JointConfig = field(default_factory=JointConfig)
+    objective: VideoTextObjective = field(default_factory=VideoTextObjective)
+    data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """`lr` and `min_lr` are not scaled by the batch; the rate never falls below `min_lr`."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.video_text  # checks the sizes
+        if self.job != "qa" and self.optim.batch_size < 2 and self.objective.vtm > 0:
+            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: matching needs negatives; use 2 or more")
+        if self.compute.cuda_graph:
+            raise ConfigError("compute.cuda_graph is for stage 1: here the length of the texts differs between batches")
+        if self.compute.parallel != "ddp":
+            raise ConfigError(f"compute.parallel = {self.compute.parallel}: stage 2 trains with ddp")
+
+    @property
+    def video_text(self) -> VideoTextConfig:
+        joint = self.joint
+        return VideoTextConfig(
+            vision=self.student,
+            teacher=self.teacher if self.job == "pretrain" else None,
+            text=self.text,
+            joint_width=joint.width,
+            temperature=joint.temperature,
+            align_eps=joint.align_eps,
+            position_frames=joint.position_frames,
+        )

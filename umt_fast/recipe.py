@@ -20,11 +20,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from umt_fast.config import CLASSIFIERS, STUDENTS, TEACHERS, ConfigError
+from umt_fast.config import CLASSIFIERS, STUDENTS, TEACHERS, TEXTS, ConfigError
 
 T = TypeVar("T")
 
-PRESETS: dict[str, dict[str, Any]] = {"student": STUDENTS, "teacher": TEACHERS, "classifier": CLASSIFIERS}
+PRESETS: dict[str, dict[str, Any]] = {
+    "student": STUDENTS,
+    "teacher": TEACHERS,
+    "classifier": CLASSIFIERS,
+    "text": TEXTS,
+}
 """Named sizes by section: `preset = NAME` in a recipe, `--SECTION.preset NAME` on the command line."""
 
 _MODEL: tuple[str, ...] = ("attention", "compile", "recompute", "teacher_precision", "student_precision")

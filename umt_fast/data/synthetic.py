@@ -1,7 +1,7 @@
 """A small set of real video files to try the trainer on: shapes that move, rendered and encoded.
 
-`python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format; with --captions
-it writes videos of one shape and FOLDER/train.json and test.json, which name its colour, shape and motion.
+`python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format. With
+--captions it writes videos of one shape, and FOLDER/train.json and test.json with its colour, shape and motion.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from umt_kernels import cosine_alignment_loss
 
 from umt_fast import masking
 from umt_fast.config import TextConfig, VideoTextObjective
+from umt_fast.errors import RunError
 from umt_fast.models.text import BertWithHead, Context, Pairing, cut_padding, padding_mask
 from umt_fast.models.video_text import VideoTextModel, bare_video_text
 from umt_fast.objectives.contrast import contrastive_loss, unit_mean
@@ -31,6 +32,10 @@ TEMPERATURES = (0.001, 0.5)
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 PUBLISHED = VideoTextObjective()
+
+
+class NoNegatives(RunError, ValueError):
+    """A batch in which a sample has nothing that does not match it."""
 
 
 @dataclass
@@ -233,11 +238,11 @@ def negative_weights(similarity: Float[Tensor, "a b"], idx: Int[Tensor, " b"]) -
 
 
 def check_negatives(idx: Int[Tensor, " b"]) -> None:
-    """Raise ValueError if all samples have one number: none has a negative. Looks at tensors on the CPU only."""
+    """Raise NoNegatives if all samples have one number: none has a negative. Looks at tensors on the CPU only."""
     if len(idx) < 2:
-        raise ValueError("a batch of one sample has no negatives: VTM needs at least 2 with different idx")
+        raise NoNegatives("a batch of one sample has no negatives: VTM needs at least 2 with different idx")
     if idx.device.type == "cpu" and bool((idx == idx[0]).all()):
-        raise ValueError(
+        raise NoNegatives(
             f"all {len(idx)} samples of the batch have idx = {int(idx[0])}, so none has a negative for VTM; "
             f"shuffle the data, or use a larger batch"
         )
