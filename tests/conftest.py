@@ -28,6 +28,7 @@ READ_VIDEOS = (
     TESTS / "data",
     TESTS / "benchmarks" / "input_pipeline",
     TESTS / "evaluation" / "test_classification.py",
+    TESTS / "evaluation" / "test_extract.py",
 )
 
 

@@ -24,6 +24,9 @@ from umt_fast.evaluation.views import Views
 from umt_fast.run.world import World
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def test_merges_as_published(recorded):
     case = recorded("d_merge")
     t, order = case.tensors, case.tensors["sampler_row"]

@@ -36,6 +36,8 @@ from umt_fast.run.checkpoint import CannotResume
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, write_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 SIZES = {"image_size": 32, "patch_size": 16, "frames": 2, "width": 32, "depth": 2, "heads": 2}
 ALONE = World(0, 1, torch.device("cpu"))

@@ -1,18 +1,28 @@
-"""Features of videos: a trained encoder from its file."""
+"""Features of videos: a trained encoder from its file, as a function or for a whole list.
+
+    python -m umt_fast.evaluation.features --checkpoint x.pth --data list.csv --out features/train
+
+Writes one vector (or, with --kind tokens, every token) of each video to shards in a folder. The same command goes on
+with an extraction that was interrupted; under torchrun the processes share out the shards.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from umt_fast.config import ClassifierConfig, VitConfig
+from umt_fast.config import ClassifierConfig, DataConfig, VitConfig
 from umt_fast.models.classifier import classifier_positions
 from umt_fast.models.encoder import Pool, VideoEncoder
 from umt_fast.models.positions import resize_positions, sinusoid_positions
 from umt_fast.weights import TensorDict, WeightsError, fit_positions, read_model, strip_prefixes
+
+if TYPE_CHECKING:
+    from umt_fast.run.world import World
 
 _HEAD_WIDTH = 64
 """Width of an attention head in every published model."""
@@ -121,3 +131,85 @@ def _from_table(rows: int, tubelet: int, patch: int, frames: Any, size: Any) -> 
         if grid and rows % grid**2 == 0:
             return rows // grid**2 * tubelet, grid * patch
     return frames, size
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write features of a list's videos to a folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m umt_fast.evaluation.features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, help="a pre-trained or fine-tuned file")
+    parser.add_argument("--data", required=True, help="a list or folder of videos, with labels or without")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the features")
+    parser.add_argument("--prefix", default="", help="folder that relative paths of the list start from")
+    parser.add_argument("--classes", default="", help="class file that numbers the labels' names")
+    parser.add_argument("--kind", choices=("pooled", "tokens"), default="pooled")
+    parser.add_argument("--layer", type=int, default=-1, help="block, negative from the end (default: the last)")
+    parser.add_argument("--segments", type=int, default=1, help="views in time (default 1)")
+    parser.add_argument("--crops", type=int, default=1, help="views in space (default 1)")
+    parser.add_argument("--rule", choices=("sparse", "dense", "segment"), default="sparse")
+    parser.add_argument("--rate", type=float, default=4, help="frames of the video per frame of a dense clip")
+    parser.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
+    parser.add_argument("--image-size", type=int, help="side of a clip (default: the checkpoint's)")
+    parser.add_argument("--heads", type=int, help="attention heads, where the file does not say")
+    parser.add_argument("--shard", type=int, default=512, help="videos in a file (default 512)")
+    parser.add_argument("--half", action="store_true", help="store float16")
+    parser.add_argument("--clips-per-pass", type=int, default=16)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    from umt_fast.run import launch, world  # load_encoder does without what these and the list need
+
+    with launch.one_line_errors():
+        given = parser.parse_args(arguments)
+        processes = world.start(given.device)
+        try:
+            _extract(given, processes)
+        finally:
+            processes.close()
+
+
+def _extract(given: argparse.Namespace, world: World) -> None:
+    from umt_fast.data.labels import LabelError, LabelledVideos, read_classes, read_labelled
+    from umt_fast.data.manifest import read_manifest
+    from umt_fast.evaluation.extract import Extraction, FeaturesError, extract
+    from umt_fast.evaluation.views import Views
+    from umt_fast.run.hardware import resolve_precision
+
+    encoder = load_encoder(
+        given.checkpoint, frames=given.frames, image_size=given.image_size, heads=given.heads, device=world.device
+    )
+    sizes = encoder.config
+    depth = sizes.depth
+    if not -depth <= given.layer < depth or min(given.segments, given.crops, given.shard, given.clips_per_pass) < 1:
+        raise FeaturesError(f"--layer must be in {-depth}..{depth - 1}; segments, crops, shard and clips at least 1")
+    listed: LabelledVideos | None = None
+    try:
+        names = read_classes(given.classes) if given.classes else None
+        listed = read_labelled(given.data, given.prefix, names)
+    except LabelError:
+        if given.classes:
+            raise
+    videos = read_manifest(given.data, given.prefix) if listed is None else listed.videos
+    views = Views(sizes.frames, sizes.image_size, given.rule, given.rate, segments=given.segments, crops=given.crops)
+    settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass)
+    about = {"checkpoint": str(given.checkpoint), "classes": None if listed is None else list(listed.classes)}
+    extract(
+        encoder,
+        videos,
+        None if listed is None else listed.labels.tolist(),
+        settings,
+        DataConfig(workers=given.workers),
+        world,
+        given.out,
+        about,
+        bf16=resolve_precision(given.precision, world.device),
+    )
+    if world.main:
+        print(f"features of {len(videos)} videos{' without labels' if listed is None else ''} in {given.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Features in a folder, and the probes that are fitted on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast import ClassifierConfig, VideoClassifier, load_encoder
+from umt_fast.config import DataConfig
+from umt_fast.data.labels import read_labelled
+from umt_fast.data.loader import ClipLoader
+from umt_fast.evaluation import features, probe
+from umt_fast.evaluation.extract import Extraction, Features, FeaturesError, extract, read_features, shard_path
+from umt_fast.evaluation.views import Views, view_stream
+from umt_fast.run.world import World
+from umt_fast.weights import write_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = {"image_size": 32, "patch_size": 16, "frames": 2, "width": 64, "depth": 2, "heads": 1}
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("checkpoint") / "x.pth"
+    write_weights(path, VideoClassifier(ClassifierConfig(**SIZES, num_classes=2)).state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def listing(demo_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("list")
+    lines = demo_videos.read_text().splitlines()[:5]
+    paths = [line.rpartition(",")[0] for line in lines]
+    paths.insert(2, str(folder / "none.mp4"))
+    (folder / "list.csv").write_text("".join(f"{path},{'ab'[i % 2]}\n" for i, path in enumerate(paths)))
+    return folder / "list.csv"
+
+
+def command(checkpoint: Path, listing: Path, out: Path, *more: str) -> list[str]:
+    options = ["--checkpoint", f"{checkpoint}", "--data", f"{listing}", "--out", f"{out}", "--workers", "0"]
+    return [*options, "--frames", "2", "--image-size", "32", "--precision", "fp32", "--shard", "2", *more]
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("pooled", -1), ("tokens", -1), ("pooled", 0)])
+def test_the_command_writes_what_the_encoder_gives(checkpoint, listing, tmp_path, kind, layer):
+    more = ["--kind", kind, "--layer", str(layer), "--segments", "2", "--clips-per-pass", "4"]
+    features.main(command(checkpoint, listing, tmp_path / "f", *more))
+    found = read_features(tmp_path / "f")
+    assert found.rows.tolist() == [0, 1, 3, 4, 5]
+    assert found.labels.tolist() == [0, 1, 1, 0, 1]
+    assert found.classes == ["a", "b"]
+    assert found.features.shape == ((5, 2, 64) if kind == "pooled" else (5, 2, 8, 64))
+    assert len(list((tmp_path / "f").glob("*.safetensors"))) == 3
+    encoder, views = load_encoder(checkpoint, frames=2, image_size=32), Views(2, 32, segments=2)
+    videos = read_labelled(str(listing)).videos
+    with ClipLoader(
+        view_stream(videos, views, DataConfig(workers=0)), start=0, end=6, batches=3, batch_size=4
+    ) as loader:
+        clips = torch.cat([batch.clip for batch in loader])
+    with torch.inference_mode():
+        (hidden,) = encoder.hidden(clips, (layer,))
+        expected = encoder.pool_tokens(hidden) if kind == "pooled" else encoder.norm(hidden)
+    assert torch.allclose(found.features.flatten(0, 1), expected, atol=1e-5)
+
+
+def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys):
+    out = tmp_path / "f"
+    features.main(command(checkpoint, listing, out))
+    whole = read_features(out)
+    shard_path(out, 1).unlink()
+    with pytest.raises(FeaturesError, match="lacks 1 of 3 shards"):
+        read_features(out)
+    before = shard_path(out, 0).stat().st_mtime_ns
+    features.main(command(checkpoint, listing, out))
+    assert shard_path(out, 0).stat().st_mtime_ns == before
+    assert "2 of 3 shards are there already" in capsys.readouterr().out
+    assert torch.equal(read_features(out).features, whole.features)
+    with pytest.raises(SystemExit, match=r"holds features with settings .* give another --out"):
+        features.main(command(checkpoint, listing, out, "--layer", "0"))
+
+
+def test_processes_share_out_the_shards(checkpoint, listing, tmp_path):
+    encoder, listed = load_encoder(checkpoint, frames=2, image_size=32), read_labelled(str(listing))
+    settings = Extraction(Views(2, 32), shard=2)
+    arguments = encoder, listed.videos, listed.labels.tolist(), settings, DataConfig(workers=0)
+    extract(*arguments, ALONE, tmp_path / "one", {})
+    for rank in (0, 1):
+
+        @dataclasses.dataclass(frozen=True)
+        class Apart(World):
+            def gather(self, value):
+                return [value]
+
+        extract(*arguments, Apart(rank, 2, torch.device("cpu")), tmp_path / "two", {"n": 1})
+    assert torch.equal(read_features(tmp_path / "one").features, read_features(tmp_path / "two").features)
+
+
+def test_a_list_without_labels(checkpoint, demo_videos, tmp_path):
+    paths = [line.rpartition(",")[0] for line in demo_videos.read_text().splitlines()[:2]]
+    (tmp_path / "list.txt").write_text("\n".join(paths))
+    features.main(command(checkpoint, tmp_path / "list.txt", tmp_path / "f"))
+    found = read_features(tmp_path / "f")
+    assert found.labels.tolist() == [-1, -1]
+    with pytest.raises(FeaturesError, match="--train has features without labels"):
+        probe.check("knn", found, found)
+
+
+def clusters(count: int, tokens: int | None = None) -> Features:
+    """Three classes as noisy directions; as tokens, one of many shows the class."""
+    generator = torch.Generator().manual_seed(count)
+    labels = torch.arange(count) % 3
+    centres = torch.eye(3, 12) * 4
+    if tokens is None:
+        made = centres[labels] + torch.randn(count, 12, generator=generator)
+        return Features(made[:, None], torch.arange(count), labels, ["x", "y", "z"])
+    made = torch.randn(count, tokens, 12, generator=generator)
+    made[torch.arange(count), torch.randint(tokens, (count,), generator=generator)] += 3 * centres[labels]
+    return Features(made[:, None], torch.arange(count), labels, ["x", "y", "z"])
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_probes_find_separable_classes(kind):
+    scores = probe.probe(kind, clusters(120), clusters(61), probe.AttentiveSettings())
+    assert scores.top1 > 95
+    shuffled = clusters(120)
+    shuffled.labels = shuffled.labels[torch.randperm(120, generator=torch.Generator().manual_seed(1))]
+    assert probe.probe(kind, shuffled, clusters(61), probe.AttentiveSettings()).top1 < 60
+
+
+def test_the_attentive_probe_finds_the_token():
+    settings = probe.AttentiveSettings(epochs=30, lr=1e-2, heads=2)
+    scores = probe.probe("attentive", clusters(150, tokens=6), clusters(61, tokens=6), settings)
+    assert scores.top1 > 90
+    again = probe.probe("attentive", clusters(150, tokens=6), clusters(61, tokens=6), settings)
+    assert again == scores
+    with pytest.raises(FeaturesError, match="needs tokens features"):
+        probe.probe("attentive", clusters(30), clusters(30), settings)
+
+
+def test_the_nearest_neighbours_vote_by_similarity():
+    train = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    got = probe.knn(train, torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]), 2, k=2, temperature=0.1)
+    near = torch.nn.functional.normalize(train[1], dim=0)[0]
+    votes = torch.tensor([1.0, float(((near - 1) / 0.1).exp())], dtype=torch.float64)
+    assert torch.allclose(got[0], votes / votes.sum())
+
+
+def test_the_probe_command(checkpoint, listing, tmp_path, capsys):
+    features.main(command(checkpoint, listing, tmp_path / "f"))
+    folders = ["--train", f"{tmp_path / 'f'}", "--test", f"{tmp_path / 'f'}"]
+    probe.main(["knn", *folders, "--out", f"{tmp_path / 'scores.json'}"])
+    assert "knn: top-1" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["videos"] == 5
+    with pytest.raises(SystemExit, match="the attentive probe needs tokens features"):
+        probe.main(["attentive", *folders])
+    with pytest.raises(SystemExit, match=r"cannot read .*none"):
+        probe.main(["knn", "--train", f"{tmp_path / 'none'}", "--test", f"{tmp_path / 'f'}"])

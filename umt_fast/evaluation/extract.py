@@ -1,0 +1,203 @@
+"""Features of a list's videos in a folder of shards, computed once; an interrupted extraction goes on.
+
+features.json              settings, and how many rows, channels and shards there are
+features_00000.safetensors features [n,V,D] (or [n,V,N,D] of all tokens), rows [n], labels [n] of up to
+                           `shard` videos; in its metadata, the videos that could not be read
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from umt_fast.config import DataConfig
+from umt_fast.data.index import VideoList
+from umt_fast.data.loader import ClipLoader
+from umt_fast.errors import RunError
+from umt_fast.evaluation.views import Views, view_stream
+from umt_fast.files import put_in_place, write_whole
+from umt_fast.models.encoder import VideoEncoder
+from umt_fast.run.world import World
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+INDEX = "features.json"
+NO_LABEL = -1
+
+
+class FeaturesError(RunError, ValueError):
+    """A folder of features that does not fit, or is not complete."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is stored of each video."""
+
+    views: Views
+    kind: Literal["pooled", "tokens"] = "pooled"
+    """One vector for each view, or one for each token."""
+    layer: int = -1
+    """Block whose outputs are stored, after the encoder's last norm; negative counts from the end."""
+    shard: int = 512
+    """Videos in a file."""
+    half: bool = False
+    """Store float16 in place of float32."""
+    clips_per_pass: int = 16
+
+
+@dataclass
+class Features:
+    """Features of a folder, of the videos that could be read, by row of the list."""
+
+    features: Float[Tensor, "n v ..."]
+    rows: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    """-1 where the list had none."""
+    classes: list[str]
+
+
+@torch.inference_mode()
+def extract(
+    encoder: VideoEncoder,
+    videos: VideoList,
+    labels: Sequence[int] | None,
+    settings: Extraction,
+    config: DataConfig,
+    world: World,
+    folder: Path,
+    about: dict[str, Any],
+    *,
+    bf16: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the features of all videos to `folder`; the processes share out the shards, and none is made twice.
+
+    `about` is stored in features.json and, like the settings and the list, must be the same when an extraction goes
+    on. Raises FeaturesError where it is not.
+    """
+    count = -(-len(videos) // settings.shard)
+    index = {"list": videos.digest(), "videos": len(videos), "shards": count, "settings": asdict(settings), **about}
+    index = json.loads(json.dumps(index))
+    if world.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_same(folder / INDEX, index)
+        write_whole(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    world.gather(None)
+    own = [number for number in range(world.rank, count, world.size) if not shard_path(folder, number).exists()]
+    present = len(range(world.rank, count, world.size)) - len(own)
+    if world.main and present:
+        say(f"{present} of {present + len(own)} shards are there already")
+    for done, number in enumerate(own, 1):
+        first = number * settings.shard
+        last = min(first + settings.shard, len(videos))
+        _write_shard(encoder, videos, labels, range(first, last), settings, config, world, folder, number, bf16)
+        if world.main:
+            say(f"shard {done} of {len(own)}: videos {first + 1} to {last}")
+    world.gather(None)
+
+
+def check_same(path: Path, index: dict[str, Any]) -> None:
+    """Raise FeaturesError if a folder holds features of another list, checkpoint or setting."""
+    if not path.exists():
+        return
+    before = _read_index(path)
+    for key, value in index.items():
+        if before.get(key) != value:
+            raise FeaturesError(
+                f"{path.parent} holds features with {key} = {before.get(key)}, these have {value}; give another --out"
+            )
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"features_{number:05d}.safetensors"
+
+
+def _write_shard(
+    encoder: VideoEncoder,
+    videos: VideoList,
+    labels: Sequence[int] | None,
+    rows: range,
+    settings: Extraction,
+    config: DataConfig,
+    world: World,
+    folder: Path,
+    number: int,
+    bf16: bool,
+) -> None:
+    from safetensors.torch import save_file
+
+    views, parts, found, bad = settings.views, [], [], []
+    group = max(settings.clips_per_pass // views.clips, 1)
+    loader = ClipLoader(
+        view_stream(videos, views, config),
+        start=rows.start * views.clips,
+        end=rows.stop,
+        batches=-(-len(rows) // group),
+        batch_size=group * views.clips,
+        pin_memory=world.device.type == "cuda",
+    )
+    with loader:
+        for batch in loader:
+            bad += batch.bad
+            if batch.rows:
+                made = features_of(encoder, batch.clip.to(world.device), settings, bf16)
+                parts.append(made.unflatten(0, (len(batch.rows), views.clips)).cpu())
+                found += batch.rows
+    tensors = {
+        "features": torch.cat(parts) if parts else torch.zeros(0, views.clips, encoder.config.width),
+        "rows": torch.tensor(found, dtype=torch.int64),
+        "labels": torch.tensor([NO_LABEL if labels is None else int(labels[row]) for row in found], dtype=torch.int64),
+    }
+    path = shard_path(folder, number)
+    aside = path.with_name(f".{path.name}")
+    save_file(tensors, aside, {"unreadable": json.dumps(bad)})
+    put_in_place(aside, path)
+
+
+def features_of(encoder: VideoEncoder, clips: Tensor, settings: Extraction, bf16: bool) -> Tensor:
+    """Features of clips, in passes of the same size."""
+    made = []
+    for part in clips.split(settings.clips_per_pass):
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=bf16):
+            (hidden,) = encoder.hidden(part, (settings.layer,))
+            made.append(encoder.norm(hidden) if settings.kind == "tokens" else encoder.pool_tokens(hidden))
+    return torch.cat(made).to(torch.float16 if settings.half else torch.float32)
+
+
+def read_features(folder: str | Path) -> Features:
+    """All features of a folder. Raises FeaturesError for one that is missing, damaged or not complete."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder).expanduser()
+    index = _read_index(folder / INDEX)
+    paths = [shard_path(folder, number) for number in range(int(index.get("shards", 0)))]
+    missing = [path for path in paths if not path.exists()]
+    if missing or not paths:
+        raise FeaturesError(f"{folder} lacks {len(missing)} of {len(paths)} shards; run the extraction again")
+    try:
+        shards = [load_file(path) for path in paths]
+    except (OSError, SafetensorError) as error:
+        raise FeaturesError(f"cannot read a shard of {folder}: {error}") from None
+    shards = [shard for shard in shards if len(shard["rows"])]
+    if not shards:
+        raise FeaturesError(f"{folder}: none of the videos could be read")
+    features, rows, labels = (torch.cat([shard[key] for shard in shards]) for key in ("features", "rows", "labels"))
+    return Features(features, rows, labels, list(index.get("classes") or []))
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FeaturesError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise FeaturesError(f"{path} is not an index of features")
+    return content
