@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels test-gpu
+.PHONY: demo test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -75,15 +75,15 @@ ON_GPU := $(if $(filter .venv/bin/python,$(PY)),.venv/.dev)
 bench: .venv/.dev ## time the training step on this machine, rung by rung
 	$(BIN)/python -m benchmarks.step_time
 
-bench-gpu: $(ON_GPU) ## GPU tests, step time, kernel times, in stages of 8 minutes; call again to go on
-	$(PY) -m benchmarks.gpu_session
+MINUTES ?= 9
+bench-gpu: $(ON_GPU) ## measure this GPU in MINUTES (9): smoke, best rungs, ladder, kernels, decoding; call again to go on
+	$(PY) -m benchmarks.gpu_session --minutes $(MINUTES)
+
+rehearse: .venv/.dev ## the stages of bench-gpu on the CPU, with tiny models, in 3 minutes
+	$(BIN)/python -m benchmarks.gpu_session --rehearse --out runs/rehearsal
 
 bench-kernels: $(ON_GPU) ## time the kernels on this GPU; results in benchmarks/results/<gpu>
-	@set -e; gpu=$$($(PY) -m benchmarks.environment); out=benchmarks/results/$$gpu; mkdir -p $$out; \
-	status=0; $(PY) -m pytest benchmarks/kernels --benchmark-json=$$out/new.json || status=$$?; \
-	if [ ! -s $$out/new.json ]; then rm -f $$out/new.json; echo "nothing was measured"; exit 1; fi; \
-	mv $$out/new.json $$out/kernels.json; \
-	$(PY) -m benchmarks.kernels.report $$out/kernels.json; $(PY) -m benchmarks.kernels.report; exit $$status
+	$(PY) -m benchmarks.kernels
 
 test-gpu: $(ON_GPU) ## run every test on this GPU, and every kernel's opcheck under compute-sanitizer
 	@$(PY) -m benchmarks.environment

@@ -1,90 +1,282 @@
-"""Everything that wants a GPU, most important first: `make bench-gpu`, or python -m benchmarks.gpu_session.
+"""Everything that needs a GPU, most important first, in one command that ends in time:
 
-Each stage gets at most 8 minutes, so that a borrowed GPU gives what it can. A stage that was cut off or failed is
-gone through again by the next call, a finished one is not while the commit stays the same. Step times that were cut
-off go on where they were; kernel times leave what they had and begin anew. Results and logs are in
-benchmarks/results/<gpu>, ready to commit.
+    python -m benchmarks.gpu_session --minutes 9 --out DIR      # call it again to go on
+    python -m benchmarks.gpu_session --rehearse --out DIR       # the same stages on a CPU, tiny models, 3 minutes
+
+    1  smoke       one step of every rung on UMT-B with its loss, and the numbers of each op against float64
+    2  best        the baseline against the best rung, UMT-B/16, then UMT-L/16
+    3  ladder      the other rungs
+    4  kernels     each op beside eager, torch.compile and other libraries
+    5  decoding    the loader, on NVDEC where DALI is installed
+
+Leaves session.json, session.md and session.log in DIR, and compile_cache.tar.gz where that is under 15 MiB: flat, for
+machines from which a few files come back. session.json is written every few seconds, so that a killed session leaves
+what it had. A session goes on from the session.json in DIR or, failing that, in benchmarks/results/<gpu>: what the same
+sources have measured on the same device is not measured again.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import IO, Any
 
 import torch
 
-from benchmarks.environment import RESULTS, describe, gpu_name
+from benchmarks import gpu_session_page
+from benchmarks.environment import RESULTS, ROOT, describe, gpu_name
+from benchmarks.step_time.ladder import BEST, ladder
 
-LIMIT = 8 * 60
-GRACE = 20
-"""Seconds that a stage which is out of time gets to write what it has."""
-ROOT = Path(__file__).parents[1]
+GRACE = 10
+"""Seconds that a stage gets after its interrupt to write what it has."""
+RESERVE = 15
+"""Seconds kept for the end of the session: the last results, the page, the cache."""
+LEAST = 10
+"""A stage is not begun with fewer seconds left."""
+SAVE_EVERY = 5
+LARGEST_CACHE = 15 * 2**20
+CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+PARTS = {
+    "smoke": "smoke/step_time.json",
+    "checks": "checks/kernels.json",
+    "step_time": "step_time/step_time.json",
+    "kernels": "kernels/kernels.json",
+    "decoding": "decoding/input_pipeline.json",
+}
+"""The results that session.json holds, and the file of the work folder that each comes from."""
 
 
 @dataclass(frozen=True)
 class Stage:
     name: str
     command: tuple[str, ...]
+    limit: float = float("inf")
+    """Seconds."""
 
 
-def stages(folder: Path) -> list[Stage]:
-    python, pytest = (sys.executable, "-m"), (sys.executable, "-m", "pytest", "-q")
-    step_time = (*python, "benchmarks.step_time", "--resume", "--fp8-student", "--models")
-    ladder = (folder / "kernels.json").as_posix()
+@dataclass
+class StageEnd:
+    """How a stage ended."""
+
+    name: str
+    state: str
+    seconds: float
+
+
+def stages(work: Path, rehearse: bool) -> list[Stage]:
+    """What is run, in order, with its results below `work`."""
+    run = (sys.executable, "-u", "-m")
+    time_step: tuple[str, ...] = (*run, "benchmarks.step_time", "--resume", "--no-decoding")
+    base, large = "umt_b16", "umt_l16"
+    check_kernels: tuple[str, ...] = (*run, "benchmarks.kernels", "--resume")
+    decode: tuple[str, ...] = (*run, "benchmarks.input_pipeline", "--rounds", "1", "--out", str(work / "decoding"))
+    if rehearse:
+        quick = ("--device", "cpu", "--batch", "2", "--repeats", "2", "--compile-backend", "aot_eager")
+        time_step, base, large = (*time_step, *quick), "tiny", "tiny"
+        decode = (*decode, "--as-they-are", "--seconds", "0.2", "--workers", "1", "--batch", "2")
+        models: tuple[str, ...] = ()
+    else:
+        models = ("--models", "umt_b16")
+        decode = (*decode, "--seconds", "3")
+    first = ("baseline", "+ lean math, eager", BEST)  # the others as far as the minute goes
+    rest = (rung.name for rung in ladder(torch.device("cpu" if rehearse else "cuda")) if rung.name not in first)
+    time_smoke = (*time_step, "--rungs", *first, *rest)
+    smoke = (*time_smoke, "--check-only", "1", "--models", base, "--out", str(work / "smoke"))
+    timed = (*time_step, "--out", str(work / "step_time"), "--models")
+    best = ("--rungs", "baseline", BEST)
     return [
-        Stage("tests of the models on the GPU", (*pytest, "tests/models", "tests/run/test_compute.py")),
-        Stage("step time of UMT-B", (*step_time, "umt_b16", "--out", str(folder / "umt_b16"))),
-        Stage("step time of UMT-L", (*step_time, "umt_l16", "--out", str(folder / "umt_l16"))),
-        Stage("tests of the kernels on the GPU", (*pytest, "kernels/tests", "-m", "gpu")),
-        Stage("memory and low precision", (*pytest, "tests/run/test_costs.py", "tests/run/test_low_precision.py")),
-        Stage("losses of the rungs", (*pytest, "tests/benchmarks/step_time/test_step_time.py", "-k", "rung_of_a_gpu")),
-        Stage("kernel times", (*pytest, "benchmarks/kernels", f"--benchmark-json={ladder}")),
-        Stage("table of the kernels", (*python, "benchmarks.kernels.report", ladder)),
+        Stage("smoke: rungs", smoke, 100),
+        Stage("smoke: ops", (*check_kernels, "--check", *models, "--out", str(work / "checks")), 60),
+        Stage("best: UMT-B", (*timed, base, *best)),
+        Stage("best: UMT-L", (*timed, large, *best)),
+        Stage("ladder: UMT-B", (*timed, base, "--fp8-student")),
+        Stage("ladder: UMT-L", (*timed, large, "--fp8-student")),
+        Stage("kernels", (*check_kernels, "--out", str(work / "kernels"))),
+        Stage("decoding", decode),
     ]
 
 
-def run(stage: Stage, folder: Path, commit: str, limit: float = LIMIT) -> str:
-    """One stage: done, failed, out of time, or done before. Its output is in a log beside the results."""
-    place = folder / "logs" / stage.name.replace(" ", "_")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    stamp = place.with_suffix(".done")
-    if stamp.exists() and stamp.read_text() == commit and not commit.endswith("+"):
-        return "done before"
-    with open(place.with_suffix(".log"), "w") as log:
-        child = subprocess.Popen(stage.command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+class Session:
+    """One call: its folder, deadline, log and results so far."""
+
+    def __init__(self, folder: Path, work: Path, seconds: float, facts: dict[str, Any], log: IO[str]) -> None:
+        self.folder, self.work, self.log = folder, work, log
+        self.deadline = time.monotonic() + seconds - RESERVE
+        self.content: dict[str, Any] = {"facts": facts, "stages": []}
+
+    def seed(self, before: dict[str, Any]) -> None:
+        """Give the stages the results of an earlier session; they keep what is of these sources and this device."""
+        for part, place in PARTS.items():
+            found = before.get(part)
+            if not found or (part == "decoding" and found["facts"].get("sources") != self.content["facts"]["sources"]):
+                continue
+            path = self.work / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found))
+
+    def save(self) -> None:
+        """session.json from the files of the stages, in one move."""
+        for part, place in PARTS.items():
+            with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
+                self.content[part] = json.loads((self.work / place).read_text())
+        new = self.folder / "session.json.new"
+        new.write_text(json.dumps(self.content, indent=1) + "\n")
+        new.replace(self.folder / "session.json")
+
+    def run(self, stage: Stage) -> StageEnd:
+        """One stage, ended at its limit or the session's deadline; its output goes to the log."""
+        begun = time.monotonic()
+        end = StageEnd(stage.name, "running", 0.0)
+        left = self.deadline - begun
+        if stage.name == "decoding" and (self.work / PARTS["decoding"]).exists():
+            end.state = "done before"
+        elif left < LEAST:
+            end.state = "not begun: no time left"
+        else:
+            self.content["stages"].append(asdict(end))
+            end.state = self._wait(stage, begun + min(stage.limit, left))
+            self.content["stages"].pop()
+        end.seconds = round(time.monotonic() - begun, 1)
+        self.content["stages"].append(asdict(end))
+        self.save()
+        return end
+
+    def _wait(self, stage: Stage, until: float) -> str:
+        self.log.write(f"\n=== {stage.name}: {' '.join(stage.command)}\n")
+        self.log.flush()
+        env = {**os.environ, **{name: str(self.work / "cache" / place) for name, place in CACHES.items()}}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), env.get("PYTHONPATH", "")])
+        if self.content["facts"]["rehearsal"]:
+            env["CUDA_VISIBLE_DEVICES"] = ""
+        child = subprocess.Popen(
+            stage.command, cwd=ROOT, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
-            status = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGINT)  # pytest then writes what was measured
+            while (left := until - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    status = child.wait(min(SAVE_EVERY, left))
+                    return "done" if status == 0 else f"failed with {status}; see session.log"
+                self.save()
+            child.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE)
-            return f"out of time after {limit:.0f} s"
+            return "out of time"
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-    if status:
-        return f"failed with {status}; see {place.with_suffix('.log')}"
-    stamp.write_text(commit)
-    return "done"
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA GPU is visible to PyTorch, and everything here wants one")
-    folder, commit = RESULTS / gpu_name(torch.cuda.get_device_name()), describe()["commit"]
-    ends = []
-    for stage in stages(folder):
-        started = time.monotonic()
-        ends.append(run(stage, folder, commit))
-        print(f"{stage.name}: {ends[-1]} ({time.monotonic() - started:.0f} s)", flush=True)
-    if any(not end.startswith("done") for end in ends):
+def unpack_cache(archive: Path, work: Path) -> None:
+    """The compiled kernels of an earlier session, from a folder that the user named or the tree's own results."""
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(work, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        print(f"{archive} is not used: {error}")
+
+
+def pack_cache(work: Path, archive: Path) -> str:
+    """Keep the compiled kernels beside the results where they fit. Returns what was done."""
+    if not (work / "cache").is_dir():
+        return "no compile cache"
+    with tempfile.TemporaryDirectory() as folder:
+        packed = Path(folder) / archive.name
+        with tarfile.open(packed, "w:gz") as tar:
+            tar.add(work / "cache", "cache")
+        size = packed.stat().st_size
+        if size > LARGEST_CACHE:
+            return f"compile cache left out: {size / 2**20:.1f} MiB, the limit is {LARGEST_CACHE / 2**20:.0f}"
+        archive.write_bytes(packed.read_bytes())
+    return f"compile cache: {size / 2**20:.1f} MiB"
+
+
+def read_before(*folders: Path) -> tuple[dict[str, Any], Path | None]:
+    """The newest earlier session: of the first of the folders that holds one."""
+    for folder in folders:
+        try:
+            return json.loads((folder / "session.json").read_text()), folder
+        except OSError:
+            continue
+        except ValueError as error:
+            print(f"{folder / 'session.json'} is not used: {error}")
+    return {}, None
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, a request to end (SIGTERM) raises SystemExit, so that what there is gets written."""
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(f"ended by signal {number}")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.gpu_session", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, help="the session ends by itself in this time (default 9; 3)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<gpu>")
+    parser.add_argument("--rehearse", action="store_true", help="the same stages on the CPU, with tiny models")
+    options = parser.parse_args(arguments)
+    if options.minutes is None:
+        options.minutes = 3.0 if options.rehearse else 9.0
+    if not options.minutes * 60 > RESERVE + LEAST:  # NaN included
+        parser.error(f"--minutes {options.minutes:g}: must be above {(RESERVE + LEAST) / 60:.2f}")
+    if options.rehearse and options.out is None:
+        parser.error("--rehearse: give a folder by --out; a rehearsal has no place among the results")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    started = time.monotonic()
+    if not options.rehearse and not torch.cuda.is_available():
+        sys.exit("error: PyTorch sees no CUDA GPU, and every stage needs one; --rehearse tries them on the CPU")
+    facts = {**describe(), "date": time.strftime("%Y-%m-%d %H:%M"), "rehearsal": options.rehearse}
+    own = RESULTS / ("cpu" if options.rehearse else gpu_name(facts["device"]))
+    folder: Path = options.out or own
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="gpu-session-") as temporary,
+        open(folder / "session.log", "a") as log,
+        _ended_by_signals(),
+    ):
+        work = Path(temporary)
+        session = Session(folder, work, 60 * options.minutes - (time.monotonic() - started), facts, log)
+        before, place = read_before(folder) if options.rehearse else read_before(folder, own)
+        session.seed(before)
+        if place is not None and (place / "compile_cache.tar.gz").exists():
+            unpack_cache(place / "compile_cache.tar.gz", work)
+        ends = []
+        try:
+            for stage in stages(work, options.rehearse):
+                ends.append(session.run(stage))
+                print(f"{stage.name}: {ends[-1].state} ({ends[-1].seconds:.0f} s)", flush=True)
+        finally:
+            session.save()
+            (folder / "session.md").write_text(gpu_session_page.page(session.content))
+            print(pack_cache(work, folder / "compile_cache.tar.gz"))
+    print(f"in {folder}: session.json, session.md, session.log")
+    if any(not end.state.startswith("done") for end in ends):
         sys.exit("not everything is done; the same command goes on")
 
 

@@ -35,6 +35,7 @@ from benchmarks.input_pipeline import cost, report
 from benchmarks.input_pipeline.contenders import FRAMES, Row, loader_of, measure_bare, measure_loader
 from benchmarks.input_pipeline.files import Files, make_originals, prepare, read_files
 from benchmarks.step_time.jobs.pretrain import MODELS
+from umt_fast.data import synthetic
 from umt_fast.data.dali_loader import DaliSupport
 from umt_fast.data.decode import choose_decoder, has_dali, nvdec
 from umt_fast.data.decode.container import look_up
@@ -107,8 +108,14 @@ def run(options: argparse.Namespace, device: torch.device, work: Path) -> tuple[
     return files, rows
 
 
+SYNTHETIC_VIDEOS = 8
+
+
 def make_files(options: argparse.Namespace, work: Path) -> list[Files]:
     original = options.videos
+    if original is None:
+        (work / "synthetic").mkdir()
+        original = options.videos = str(synthetic.write_videos(work / "synthetic", SYNTHETIC_VIDEOS))
     if not options.as_they_are:
         original = work / "original"
         original.mkdir()
@@ -128,7 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.input_pipeline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("videos", help="what --data.train takes")
+    parser.add_argument("videos", nargs="?", help="as --data.train; default: synthetic ones, far easier than real ones")
     parser.add_argument(
         "--out", type=Path, help="folder for input_pipeline.json, .md and .png; without it, a table only"
     )

@@ -1,4 +1,4 @@
-"""What a case of the benchmark is: an op at a model's shapes, its contenders, its least bytes, its right result."""
+"""A case of the benchmark: an op at a model's shapes, its contenders, its least bytes, its right result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[[Inputs], Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Case:
+class OpCase:
     """One op, direction and model. All contenders take the same `Inputs`."""
 
     op: str
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def group(self) -> str:
-        """pytest-benchmark's group: "op form model", or "op-backward form model" for forward and backward together."""
+        """ "op form model", or "op-backward form model" for forward and backward together."""
         return f"{self.op}{'-backward' if self.backward else ''} {self.form} {self.shapes.model}"
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, reference, weight_matrix
 
 from benchmarks.kernels import libraries, published
-from benchmarks.kernels.case import Case, Run
+from benchmarks.kernels.case import OpCase, Run
 from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs
 from benchmarks.kernels.shapes import MASK_RATIO, Shapes
 from umt_fast.masking import count_visible
@@ -45,7 +45,7 @@ def _patches(x: Inputs, s: Shapes, halo: int, dtype: torch.dtype) -> Tensor:
     return reference.gather_patches(x["clip"], s.patch, 1, ids, halo, IMAGENET_MEAN, IMAGENET_STD, dtype)
 
 
-def gather_patches(s: Shapes) -> Iterator[Case]:
+def gather_patches(s: Shapes) -> Iterator[OpCase]:
     """All tokens (the teacher's input without a resize), visible tokens (the student's), all with a halo."""
     yield _gather_patches(s, "all tokens")
     yield _gather_patches(s, "visible tokens", visible=True)
@@ -53,13 +53,13 @@ def gather_patches(s: Shapes) -> Iterator[Case]:
         yield _gather_patches(s, "all tokens, halo", halo=s.halo)
 
 
-def _gather_patches(s: Shapes, form: str, visible: bool = False, halo: int = 0) -> Case:
+def _gather_patches(s: Shapes, form: str, visible: bool = False, halo: int = 0) -> OpCase:
     count = s.batch * (s.kept if visible else s.tokens)
 
     def make(device: torch.device) -> Inputs:
         return {"clip": _clip(s, device), **(_visible(s, device) if visible else {})}
 
-    return Case(
+    return OpCase(
         "gather_patches",
         form,
         s,
@@ -74,7 +74,7 @@ def _gather_patches(s: Shapes, form: str, visible: bool = False, halo: int = 0) 
     )
 
 
-def patch_embed(s: Shapes) -> Iterator[Case]:
+def patch_embed(s: Shapes) -> Iterator[OpCase]:
     """The student's (visible tokens, bias, positions; trained) and the teacher's (all tokens; frozen)."""
     item, features = s.dtype.itemsize, 3 * s.patch**2
     leaves = ("weight", "bias")
@@ -96,7 +96,7 @@ def patch_embed(s: Shapes) -> Iterator[Case]:
     read = pixels + matrix + rows * IDS + min(s.tokens, rows) * s.width * item
     flops = 2 * pixels * s.width
     for backward in (False, True):
-        yield Case(
+        yield OpCase(
             "patch_embed",
             "visible tokens",
             s,
@@ -126,7 +126,7 @@ def patch_embed(s: Shapes) -> Iterator[Case]:
 
     halo = s.halo  # here: torch.compile would trace its computation too
     rows, window = s.batch * s.tokens, 3 * (s.patch + 2 * halo) ** 2
-    yield Case(
+    yield OpCase(
         "patch_embed",
         "all tokens",
         s,
@@ -140,14 +140,14 @@ def patch_embed(s: Shapes) -> Iterator[Case]:
     )
 
 
-def sample_visible(s: Shapes) -> Iterator[Case]:
+def sample_visible(s: Shapes) -> Iterator[OpCase]:
     """Per frame by the teacher's scores, and over the whole clip with equal ones."""
     yield _sample_visible(s, "per frame", s.images, s.patches, s.num_visible, spread=1.0)
     yield _sample_visible(s, "whole clip", s.batch, s.tokens, count_visible(s.tokens, MASK_RATIO), spread=0.0)
 
 
-def _sample_visible(s: Shapes, form: str, rows: int, ids: int, count: int, spread: float) -> Case:
-    return Case(
+def _sample_visible(s: Shapes, form: str, rows: int, ids: int, count: int, spread: float) -> OpCase:
+    return OpCase(
         "sample_visible",
         form,
         s,
@@ -160,7 +160,7 @@ def _sample_visible(s: Shapes, form: str, rows: int, ids: int, count: int, sprea
     )
 
 
-def cls_scores(s: Shapes) -> Iterator[Case]:
+def cls_scores(s: Shapes) -> Iterator[OpCase]:
     """The teacher's last block: keys as they come out of its joint projection of keys and values."""
     length, depth = s.patches + 1, s.width // s.heads
     leaves = ("q", "k")
@@ -182,7 +182,7 @@ def cls_scores(s: Shapes) -> Iterator[Case]:
     inputs = rows * (length + 1) * depth * s.dtype.itemsize
     scores = s.images * s.patches * 4
     for backward in (False, True):
-        yield Case(
+        yield OpCase(
             "cls_scores",
             "last block",
             s,
@@ -198,7 +198,7 @@ def cls_scores(s: Shapes) -> Iterator[Case]:
         )
 
 
-def gather_layer_norm(s: Shapes) -> Iterator[Case]:
+def gather_layer_norm(s: Shapes) -> Iterator[OpCase]:
     """The teacher's ln_post at the visible rows of each frame, and the student's norm with each token's position."""
     for backward in (False, True):
         yield _gather_layer_norm(s, "rows", backward, s.images, s.patches + 1, s.num_visible)
@@ -206,7 +206,7 @@ def gather_layer_norm(s: Shapes) -> Iterator[Case]:
         yield _gather_layer_norm(s, "position", backward, s.batch, s.kept, s.kept)
 
 
-def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length: int, kept: int) -> Case:
+def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length: int, kept: int) -> OpCase:
     gather = form == "rows"
     leaves = ("x", "weight", "bias")
 
@@ -226,7 +226,7 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
     rows, row = batch * kept, s.width * s.dtype.itemsize
     positions = 0 if gather else min(s.tokens, rows) * row
     affine = 2 * row
-    return Case(
+    return OpCase(
         "gather_layer_norm",
         form,
         s,
@@ -256,7 +256,7 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
     )
 
 
-def cosine_alignment_loss(s: Shapes) -> Iterator[Case]:
+def cosine_alignment_loss(s: Shapes) -> Iterator[OpCase]:
     """All aligned layers, with each one's LayerNorm."""
     shape = (s.layers, s.batch, s.kept, s.target_width)
     leaves = ("predictions", "weight", "bias")
@@ -269,7 +269,7 @@ def cosine_alignment_loss(s: Shapes) -> Iterator[Case]:
 
     size, affine = math.prod(shape) * s.dtype.itemsize, 2 * s.layers * s.target_width * s.dtype.itemsize
     for backward in (False, True):
-        yield Case(
+        yield OpCase(
             "cosine_alignment_loss",
             "with LayerNorm",
             s,
@@ -318,6 +318,6 @@ def _with_library(run: Callable[..., Tensor], backward: bool) -> dict[str, Run]:
 OPS = (gather_patches, patch_embed, sample_visible, cls_scores, gather_layer_norm, cosine_alignment_loss)
 
 
-def cases(shapes: Shapes) -> list[Case]:
+def cases(shapes: Shapes) -> list[OpCase]:
     """Every op and direction at these shapes."""
     return [case for op in OPS for case in op(shapes)]

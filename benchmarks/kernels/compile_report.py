@@ -32,7 +32,7 @@ from pathlib import Path
 import triton
 
 from benchmarks.kernels.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
-from benchmarks.kernels.launches import BULK, MATRIX_UNITS, Case, cases, layout_bytes, traffic
+from benchmarks.kernels.launches import BULK, MATRIX_UNITS, LaunchCase, cases, layout_bytes, traffic
 
 PROCESSES = 2
 """Compiling is work for one core each, and CI has two."""
@@ -80,7 +80,7 @@ class Row:
         return [f"{self.kernel} [{self.case}] sm_{self.arch}: {reason}" for reason in found]
 
 
-def report(case: Case, arch: int) -> list[Row]:
+def report(case: LaunchCase, arch: int) -> list[Row]:
     """Compile what a case launches, for one architecture."""
     with compile_only(arch) as launches:
         case.run()
@@ -118,7 +118,7 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
 
 
 @cache
-def _cases() -> dict[tuple[str, str], Case]:
+def _cases() -> dict[tuple[str, str], LaunchCase]:
     return {(case.op, case.name): case for case in cases()}
 
 

@@ -37,7 +37,7 @@ MODELS = (UMT_B, UMT_L, VIT_H)
 
 
 @dataclass(frozen=True)
-class Case:
+class LaunchCase:
     """A call of an op on tensors of a model's sizes. Nothing is in the tensors."""
 
     op: str
@@ -47,13 +47,13 @@ class Case:
     """The first architecture that has what the call needs."""
 
 
-def cases() -> list[Case]:
+def cases() -> list[LaunchCase]:
     """Every op in every form that pre-training one of the models, or a builder's code of its sizes, calls it in."""
     found = []
     for model in MODELS:
         for op, listed in _FORMS.items():
             for name, run in listed(model):
-                found.append(Case(op, f"{model.title} {name}", run, 90 if name.startswith("fp8") else 80))
+                found.append(LaunchCase(op, f"{model.title} {name}", run, 90 if name.startswith("fp8") else 80))
     return found
 
 

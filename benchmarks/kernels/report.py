@@ -1,205 +1,190 @@
-"""Tables and a plot of the kernels' times.
-
-    python -m benchmarks.kernels.report benchmarks/results/h200/kernels.json   # kernels.md and kernels.png beside it
-    python -m benchmarks.kernels.report                                        # benchmarks/results/README.md
-
-What a file does not hold is "not measured" in the table; nothing is estimated.
-"""
+"""Table and plot of a kernels.json: `python -m benchmarks.kernels` writes it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernels.case import Case
-from benchmarks.kernels.cases import cases
-from benchmarks.kernels.shapes import UMT_B, UMT_L
+from benchmarks.environment import gpu_name
+from benchmarks.kernels.case import OpCase
+from benchmarks.rates import GPUS
 
-RESULTS = Path(__file__).parents[1] / "results"
-GPUS = ("h200", "a100")
-"""GPUs that the README lists even before anything is measured on them."""
-NOT_MEASURED = "not measured"
+Content = dict[str, Any]
+"""What kernels.json holds: `facts` of the machine, and `results`, a KernelTime each."""
+
+Key = tuple[str, str, str, str]
+"""op, form, direction, model"""
+
 OWN = ("triton", "eager", "compiled")
+REFUSED = "refused"
+CHECKED = "numbers right"
+MARGIN = 1.03
+"""How much faster a rival must be to replace an op: less is noise."""
 
 HEADER = (
-    *("op", "direction", "model", "triton us", "eager us", "compiled us", "library us"),
-    *("eager / triton", "compiled / triton", "GB/s", "% of copy", "TFLOP/s"),
+    *("op", "direction", "model", "predicted us", "triton us", "eager us", "compiled us", "library us"),
+    *("eager / triton", "compiled / triton", "GB/s", "% of copy", "TFLOP/s", "verdict"),
 )
 
 HOW = """\
 Median GPU time of one call, in microseconds. `backward` is forward and backward together. `triton` is the op of
 `umt_kernels`, `eager` plain PyTorch as UMT's published code does it, `compiled` torch.compile of the op's reference,
-`library` the fastest of the other libraries' kernels that could be run (for patch_embed: the implicit GEMM). A ratio
-over 1 means that `triton` is faster. GB/s are the least bytes the op must move (each input read once, each output
-written once, in each direction) over the time of `triton`, and % of copy is their share of what a large copy reached
-in the same run.
+`library` the fastest of the other libraries' kernels that run here (for patch_embed: the implicit GEMM). `predicted` is
+the longer of the least bytes (each input read once, each output written once, in each direction) at the rate of a large
+copy, and the operations at the rate of a large matmul. GB/s are the least bytes over the time of `triton`.
 """
 
-README = """\
-# Results
 
-Step times of whole training are in `cpu/step_time.md` and, once `make bench-gpu` has run on a GPU, in
-`<gpu>/umt_b16/step_time.md` and `<gpu>/umt_l16/step_time.md`; see docs/performance.md.
+@dataclass
+class KernelTime:
+    """One contender of one case. Without `seconds`, `not_run` says why."""
 
-# Kernel times
-
-One folder per GPU, one table for each below. To measure a GPU, on a machine that has one:
-
-    make bench-kernels                                        # with the project's own .venv
-    make bench-kernels PY=python3 PYTHONPATH=.:kernels        # a plain checkout; needs torch, triton, pytest-benchmark
-
-That writes `<gpu>/kernels.json`, `kernels.md` and `kernels.png`, and this page. A contender whose numbers are wrong
-is refused, and its place says "not measured". Other libraries' kernels (liger-kernel, quack-kernels) are timed where
-they are installed.
-
-"""
-
-Key = tuple[str, str, str, str]
-"""op, form, direction, model"""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One contender's median."""
-
+    op: str
+    form: str
+    direction: str
+    model: str
     contender: str
-    seconds: float
+    batch: int
     least_bytes: int
     flops: int
-    copy_bytes_per_second: float | None
+    seconds: float | None = None
+    not_run: str | None = None
+
+    def is_final(self, check: bool) -> bool:
+        """Whether another run of the same sources need not measure it again."""
+        missing = (self.not_run or "").startswith("not run")
+        return self.seconds is not None or missing or (check and self.not_run == CHECKED)
 
 
-Results = dict[Key, dict[str, Result]]
+def load(found: dict[str, Any]) -> KernelTime:
+    return KernelTime(**found)
 
 
-def read(path: Path) -> tuple[Results, dict[str, str]]:
-    """The results in a pytest-benchmark JSON, and what they were taken on.
-
-    Raises ValueError if the file holds results of several devices, or none of `benchmarks/kernels`.
-    """
-    results: Results = {}
-    facts: set[tuple[tuple[str, str], ...]] = set()
-    for benchmark in json.loads(path.read_text())["benchmarks"]:
-        info: dict[str, Any] = benchmark["extra_info"]
-        if "contender" not in info:
-            continue
-        key = (info["op"], info["form"], info["direction"], info["model"])
-        results.setdefault(key, {})[info["contender"]] = Result(
-            info["contender"],
-            benchmark["stats"]["median"],
-            info["least_bytes"],
-            info["flops"],
-            info.get("copy_bytes_per_second"),
-        )
-        facts.add(tuple((name, info[name]) for name in ("device", "torch", "triton", "commit")))
-    if len(facts) != 1:
-        raise ValueError(f"{path} holds kernel results of {len(facts)} devices or versions; give a file of one run")
-    return results, dict(facts.pop())
-
-
-def row(case: Case, measured: dict[str, Result]) -> list[str]:
-    """A line of the table, in the order of HEADER."""
-    seconds = {name: measured[name].seconds for name in OWN if name in measured}
-    library = min(
-        (measured[name] for name in case.libraries if name in measured), key=lambda r: r.seconds, default=None
-    )
-    cells = [f"{case.op} ({case.form})", case.direction, case.shapes.model]
-    cells += [f"{1e6 * seconds[name]:.1f}" if name in seconds else NOT_MEASURED for name in OWN]
-    if not case.libraries:
-        cells.append("none known")
-    else:
-        cells.append(f"{1e6 * library.seconds:.1f} ({library.contender})" if library else NOT_MEASURED)
-    for other in ("eager", "compiled"):
-        both = other in seconds and "triton" in seconds
-        cells.append(f"{seconds[other] / seconds['triton']:.2f}" if both else NOT_MEASURED)
-    own = measured.get("triton")
-    if own is None:
-        return [*cells, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED if case.flops else "-"]
-    rate = own.least_bytes / own.seconds
-    share = f"{100 * rate / own.copy_bytes_per_second:.1f}" if own.copy_bytes_per_second else NOT_MEASURED
-    return [*cells, f"{rate / 1e9:.1f}", share, f"{own.flops / own.seconds / 1e12:.1f}" if own.flops else "-"]
-
-
-def table(results: Results) -> str:
-    """All cases of both models as Markdown."""
-    lines = [HEADER, tuple("---" for _ in HEADER)]
-    for case in every_case():
-        lines.append(tuple(row(case, results.get(key(case), {}))))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def every_case() -> Iterable[Case]:
-    return (case for shapes in (UMT_B, UMT_L) for case in cases(shapes))
-
-
-def key(case: Case) -> Key:
+def key(case: OpCase) -> Key:
     return case.op, case.form, case.direction, case.shapes.model
 
 
-def page(results: Results, facts: dict[str, str]) -> str:
-    """kernels.md of one GPU."""
-    copies = {r.copy_bytes_per_second for one in results.values() for r in one.values()} - {None}
-    copied = f", copy {max(c for c in copies if c) / 1e9:.0f} GB/s" if copies else ""
+def key_of(found: KernelTime) -> tuple[Key, str]:
+    return (found.op, found.form, found.direction, found.model), found.contender
+
+
+def read(path: Path) -> Content:
+    """A kernels.json. Raises SystemExit naming the file if it is something else."""
+    try:
+        content = json.loads(path.read_text())
+        content["facts"]["device"]
+        [load(found) for found in content["results"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"error: {path} is not a kernels.json: {error!r}") from None
+    return content
+
+
+def grouped(content: Content) -> dict[Key, dict[str, KernelTime]]:
+    """Contenders by case, in the order of the file."""
+    found: dict[Key, dict[str, KernelTime]] = {}
+    for one in map(load, content["results"]):
+        found.setdefault(key_of(one)[0], {})[one.contender] = one
+    return found
+
+
+def predicted_seconds(one: KernelTime, facts: dict[str, Any]) -> float | None:
+    """By arithmetic; None for a device whose rates are not known."""
+    sheet = GPUS.get(gpu_name(facts["device"]))
+    copy = facts.get("copy_bytes_per_second") or (sheet and sheet.copy)
+    if not copy or sheet is None:
+        return None
+    return max(one.least_bytes / copy, one.flops / sheet.matmul)
+
+
+def verdict(contenders: dict[str, KernelTime]) -> str:
+    """Whether the op earns its place: `delete`, and what is faster, where a rival wins by more than noise."""
+    own = contenders.get("triton")
+    if own is None:
+        return ""
+    if own.seconds is None:
+        return own.not_run or ""
+    rivals = {name: one.seconds for name, one in contenders.items() if name != "triton" and one.seconds}
+    if not rivals:
+        return "no rival measured"
+    best = min(rivals, key=rivals.__getitem__)
+    ratio = own.seconds / rivals[best]
+    return f"delete: {best} is {ratio:.2f}x faster" if ratio > MARGIN else "keep"
+
+
+def rows(content: Content) -> list[list[str]]:
+    """Lines of the table, in the order of HEADER."""
+    return [_row(contenders, content["facts"]) for contenders in grouped(content).values()]
+
+
+def _row(contenders: dict[str, KernelTime], facts: dict[str, Any]) -> list[str]:
+    one = next(iter(contenders.values()))
+    seconds = {name: found.seconds for name, found in contenders.items() if found.seconds}
+    libraries = {name: took for name, took in seconds.items() if name not in OWN}
+    expected = predicted_seconds(one, facts)
+    cells = [f"{one.op} ({one.form})", one.direction, one.model, f"{1e6 * expected:.1f}" if expected else ""]
+    cells += [f"{1e6 * seconds[name]:.1f}" if name in seconds else "" for name in OWN]
+    best = min(libraries, key=libraries.__getitem__, default=None)
+    cells.append(f"{1e6 * libraries[best]:.1f} ({best})" if best else "")
+    own = seconds.get("triton")
+    for other in ("eager", "compiled"):
+        cells.append(f"{seconds[other] / own:.2f}" if own and other in seconds else "")
+    copy = facts.get("copy_bytes_per_second")
+    rate = one.least_bytes / own if own else None
+    cells.append(f"{rate / 1e9:.1f}" if rate else "")
+    cells.append(f"{100 * rate / copy:.1f}" if rate and copy else "")
+    cells.append(f"{one.flops / own / 1e12:.1f}" if own and one.flops else "")
+    return [*cells, verdict(contenders) if facts["device"] != "cpu" else ""]  # a CPU runs the plain forms
+
+
+def table(content: Content) -> str:
+    """All measured cases as Markdown, without empty columns."""
+    lines = rows(content)
+    kept = [column for column in range(len(HEADER)) if any(line[column] for line in lines)]
+    shown = [[line[column] for column in kept] for line in ([*HEADER], ["---"] * len(HEADER), *lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
+
+
+def write(content: Content, folder: Path) -> None:
+    """kernels.md and, with matplotlib, kernels.png."""
+    facts = content["facts"]
+    copy = facts.get("copy_bytes_per_second")
+    copied = f", copy {copy / 1e9:.0f} GB/s" if copy else ""
     taken = f"{facts['device']}{copied}; torch {facts['torch']}, triton {facts['triton']}, commit {facts['commit']}."
-    return f"# Kernels on {facts['device']}\n\n{HOW}\n{taken}\n\n{table(results)}\n![Times](kernels.png)\n"
+    shown = "\n![Times](kernels.png)\n"
+    try:
+        plot(content, folder / "kernels.png")
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error.name} is missing (pip install {error.name})")
+        shown = ""
+    text = f"# Kernels on {facts['device']}\n\n{HOW}\n{taken}\n\n{table(content)}{shown}"
+    (folder / "kernels.md").write_text(text)
 
 
-def plot(results: Results, title: str, path: Path) -> None:
+def plot(content: Content, path: Path) -> None:
     """Median times of the contenders, one panel per model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(14, 7), layout="constrained")
-    for panel, shapes in zip(panels, (UMT_B, UMT_L), strict=True):
-        shown = [case for case in cases(shapes) if key(case) in results]
+    found = grouped(content)
+    models = list(dict.fromkeys(one[3] for one in found))
+    figure, panels = plt.subplots(1, len(models), figsize=(7 * len(models), 7), layout="constrained", squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        shown = [one for one in found if one[3] == model]
         for place, contender in enumerate((*OWN, "liger", "quack", "implicit")):
-            found = [(y, results[key(case)].get(contender)) for y, case in enumerate(shown)]
-            bars = [(y + (place - 2) * 0.16, 1e6 * result.seconds) for y, result in found if result]
+            times = [(y, found[one].get(contender)) for y, one in enumerate(shown)]
+            bars = [(y + (place - 2) * 0.16, 1e6 * one.seconds) for y, one in times if one and one.seconds]
             if bars:
                 heights, lengths = zip(*bars, strict=True)
                 panel.barh(heights, lengths, height=0.15, label=contender, color=f"C{place}")
-        panel.set_yticks(range(len(shown)), [f"{case.op}\n{case.form}, {case.direction}" for case in shown], fontsize=7)
+        panel.set_yticks(range(len(shown)), [f"{one[0]}\n{one[1]}, {one[2]}" for one in shown], fontsize=7)
         panel.invert_yaxis()
-        if shown:
-            panel.set_xscale("log")
-            panel.legend()
-        panel.set(title=f"{shapes.model}, batch {shapes.batch}", xlabel="median time, us")
-    figure.suptitle(title)
+        panel.set_xscale("log")
+        panel.legend()
+        panel.set(title=model, xlabel="median time, us")
+    figure.suptitle(content["facts"]["device"])
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def index(folder: Path) -> str:
-    """results/README.md: where each GPU's table is, and a table of "not measured" for a GPU without results."""
-    measured = sorted(path.parent.name for path in folder.glob("*/kernels.json"))
-    parts = [f"## {gpu}\n\nSee [{gpu}/kernels.md]({gpu}/kernels.md).\n" for gpu in measured]
-    parts += [f"## {gpu}\n\nNot measured yet.\n\n{table({})}" for gpu in GPUS if gpu not in measured]
-    return README + HOW + "\n" + "\n".join(parts)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, nargs="?", help="kernels.json of one GPU; without it, the README is written")
-    path: Path | None = parser.parse_args().json
-    if path is None:
-        (RESULTS / "README.md").write_text(index(RESULTS))
-        return
-    if not path.is_file():
-        sys.exit(f"{path} is not there; `make bench-kernels` on a GPU makes it")
-    results, facts = read(path)
-    path.with_suffix(".md").write_text(page(results, facts))
-    try:
-        plot(results, facts["device"], path.with_suffix(".png"))
-    except ModuleNotFoundError as error:
-        print(f"no plot: {error.name} is missing (pip install {error.name})")
-
-
-if __name__ == "__main__":
-    main()

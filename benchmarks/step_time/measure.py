@@ -173,7 +173,7 @@ def measure_model(
             if contender.check(reference, check_only or CHECKED_STEPS):
                 reference = reference or result.losses
                 if check_only:
-                    result.not_run = f"{report.CHECKED} on {check_only} steps, not timed"
+                    result.not_run = f"{report.CHECKED} over {len(result.losses)} step(s), not timed"
                 elif not rung.timed:
                     result.not_run = "not timed: the reference of the losses"
                 else:

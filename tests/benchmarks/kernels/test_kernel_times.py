@@ -1,81 +1,90 @@
-"""The kernels' benchmark on tiny shapes, what it refuses, its clock, and its report."""
+"""The kernels' times on tiny shapes, what is refused, the clock, and the report."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark")
-
 from benchmarks import environment
-from benchmarks.kernels import report, timing
-from benchmarks.kernels.case import Case, draw_fault
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.kernels import published, report, timing
+from benchmarks.kernels.case import OpCase, draw_fault
 from benchmarks.kernels.cases import cases
 from benchmarks.kernels.shapes import TINY, UMT_B, UMT_L
+from benchmarks.rates import GPUS
 
-ROOT = Path(__file__).parents[3]
 CONTENDERS = ("triton", "eager", "compiled")
 
-
-def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Python code in the checkout, without a GPU."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="tiny shapes on a CPU"
+)
 
 
-def suite(path: Path, prelude: str = "", *arguments: str) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    """The suite after the code `prelude`, and what it measured."""
-    code = f"import sys, pytest\n{prelude}\nsys.exit(pytest.main(sys.argv[1:]))"
-    plugins = ("-p", "no:cacheprovider", "-p", "no:xdist")
-    done = run(code, "benchmarks/kernels", "-q", *plugins, f"--benchmark-json={path}", *arguments)
-    return done, json.loads(path.read_text())["benchmarks"] if path.is_file() and path.stat().st_size else []
-
-
-def case(op: str, backward: bool = False) -> Case:
+def case(op: str, backward: bool = False) -> OpCase:
     return next(case for case in cases(TINY) if case.op == op and case.backward == backward)
 
 
-def results_on_disk() -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in report.RESULTS.rglob("*")}
+def test_every_case_is_right_and_timed_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(OpCase, "contenders", property(lambda _case: ["triton", "eager"]))
+    kernels.main(["--out", str(tmp_path)])
+    content = report.read(tmp_path / "kernels.json")
+    found = {report.key_of(report.load(one)): one for one in content["results"]}
+    assert set(found) == {(report.key(one), name) for one in cases(TINY) for name in ("triton", "eager")}
+    assert all(one["seconds"] > 0 and one["least_bytes"] > 0 for one in found.values())
+    assert content["facts"]["device"] == "cpu"
+    assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
+    text = (tmp_path / "kernels.md").read_text()
+    assert "verdict" not in text  # a CPU decides nothing
+    assert "cls_scores (last block) | backward | tiny" in text
 
 
-def test_every_case_runs_on_the_cpu_and_writes_no_results(tmp_path):
-    before = results_on_disk()
-    done, measured = suite(tmp_path / "kernels.json")
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    found = {(b["group"], b["extra_info"]["contender"]) for b in measured}
-    assert found == {(one.group, name) for one in cases(TINY) for name in CONTENDERS}
-    for benchmark in measured:
-        info = benchmark["extra_info"]
-        assert info["model"] == "tiny"
-        assert info["device"] == "cpu"
-        assert info["least_bytes"] > 0
-        assert info["torch"] == torch.__version__
-        assert "copy_bytes_per_second" not in info
-        assert benchmark["stats"]["rounds"] == 2
-    assert "node" not in json.loads((tmp_path / "kernels.json").read_text())["machine_info"]
-    assert results_on_disk() == before
+def test_contenders_of_the_library_and_the_compiler():
+    found = [
+        kernels.measure(case("gather_layer_norm"), name, torch.device("cpu"), False) for name in ("compiled", "liger")
+    ]
+    assert found[0].seconds > 0
+    assert found[1].not_run == "not run: liger-kernel needs a GPU"
 
 
-def test_a_contender_with_wrong_numbers_is_not_timed(tmp_path):
-    prelude = (
-        "from benchmarks.kernels import published\n"
-        "right = published.cls_scores\n"
-        "published.cls_scores = lambda x: 1.05 * right(x)"
+def test_checking_times_nothing_and_a_second_call_repeats_nothing(tmp_path, monkeypatch, capsys):
+    command = ["--check", "--resume", "--ops", "cls_scores", "--out", str(tmp_path)]
+    kernels.main(command)
+    (forward, backward) = report.read(tmp_path / "kernels.json")["results"]
+    assert forward["not_run"] == backward["not_run"] == report.CHECKED
+    monkeypatch.setattr(kernels, "measure", lambda *_: 1 / 0)
+    kernels.main(command)
+    assert capsys.readouterr().out.count("numbers right") == 2
+    monkeypatch.setattr(kernels, "describe", lambda: {"device": "cpu", "torch": "x", "triton": "x", "sources": "x"})
+    with pytest.raises(ZeroDivisionError):
+        kernels.main(command)
+
+
+def test_a_contender_with_wrong_numbers_is_not_timed(tmp_path, monkeypatch):
+    right = published.cls_scores
+    monkeypatch.setattr(published, "cls_scores", lambda x: 1.05 * right(x))
+    monkeypatch.setattr(OpCase, "contenders", property(lambda _case: ["triton", "eager"]))
+    with pytest.raises(SystemExit, match=r"cls_scores \(last block\) forward, eager: refused: output is off by 0.05"):
+        kernels.main(["--ops", "cls_scores", "--out", str(tmp_path)])
+    found = report.read(tmp_path / "kernels.json")["results"]
+    assert [one["seconds"] is None for one in found] == [False, True, False, True]
+
+
+def test_an_element_that_nobody_writes_is_seen(monkeypatch):
+    one = dataclasses.replace(case("cls_scores"), triton=lambda x: torch.empty(4, 4).expand(4, 4))
+    monkeypatch.setattr(OpCase, "truth", lambda _case, x: (torch.zeros(4, 4, dtype=torch.float64),))
+    assert (
+        kernels.measure(one, "triton", torch.device("cpu"), True).not_run
+        == "refused: output is off by nan of its norm, over 0.0001"
     )
-    done, measured = suite(tmp_path / "kernels.json", prelude, "-k", "cls_scores_last and not compiled")
-    assert done.returncode == 1
-    assert "refused: cls_scores last block tiny, eager: output is off by 0.05" in done.stdout
-    assert [b["extra_info"]["contender"] for b in measured] == ["triton"]
+
+
+def test_a_contender_that_breaks_leaves_the_others():
+    one = dataclasses.replace(case("cls_scores"), eager=lambda x: 1 / 0)
+    assert kernels.measure(one, "eager", torch.device("cpu"), False).not_run == "failed: division by zero"
 
 
 def test_faults_are_named():
@@ -134,7 +143,7 @@ def test_least_bytes_are_those_counted_by_hand():
     assert embed.flops == 2 * rows * 768 * 1024
 
 
-def test_the_clock_gives_seconds_and_leads_only_before_a_start(monkeypatch):
+def test_the_clock_gives_seconds_per_call_with_a_lead_before_each_round(monkeypatch):
     log = []
 
     class Event:
@@ -145,9 +154,6 @@ def test_the_clock_gives_seconds_and_leads_only_before_a_start(monkeypatch):
             log.append("event")
             self.milliseconds = 2.0 * len(log)
 
-        def synchronize(self) -> None:
-            pass
-
         def elapsed_time(self, later: Event) -> float:
             return later.milliseconds - self.milliseconds
 
@@ -156,14 +162,13 @@ def test_the_clock_gives_seconds_and_leads_only_before_a_start(monkeypatch):
             log.append("lead")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    clock = timing.EventTimer()
-    clock._buffer, clock._filler_seconds = Buffer(), 0.001
-    clock.lead(0.0021)
-    for _ in range(2):
-        start = clock()
-        log.append("call")
-        assert clock() - start == pytest.approx(0.004)
-    assert log == 2 * ["lead", "lead", "lead", "event", "call", "event"]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_buffer", lambda: (Buffer(), 0.001))
+    monkeypatch.setattr(timing, "_round", lambda call: (2, 0.0021))
+    seconds = timing.median_seconds(lambda: log.append("call"), torch.device("cuda"))
+    assert seconds == pytest.approx(0.003)  # two calls and the later event, 2 ms each, over two calls
+    assert log[:7] == ["lead", "lead", "lead", "event", "call", "call", "event"]
+    assert len(log) == 7 * 150  # rounds of 1 ms behind 3 ms of lead in 0.6 s
 
 
 @pytest.mark.parametrize(
@@ -180,69 +185,47 @@ def test_gpu_names(device, name):
     assert environment.gpu_name(device) == name
 
 
-def test_no_gpu_no_results():
-    done = run("import runpy; runpy.run_module('benchmarks.environment', run_name='__main__')")
-    assert done.returncode == 1
-    assert "no CUDA GPU" in done.stderr
+def time_of(one: OpCase, contender: str, microseconds: float) -> dict:
+    found = report.KernelTime(
+        one.op, one.form, one.direction, one.shapes.model, contender, one.shapes.batch, one.least_bytes, one.flops
+    )
+    found.seconds = microseconds / 1e6
+    return dataclasses.asdict(found)
 
 
-def entry(one: Case, contender: str, microseconds: float) -> dict:
-    info = {"op": one.op, "form": one.form, "direction": one.direction, "model": one.shapes.model}
-    info |= {"contender": contender, "least_bytes": one.least_bytes, "flops": one.flops}
-    info |= {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc", "copy_bytes_per_second": 4e12}
-    return {"extra_info": info, "stats": {"median": microseconds / 1e6}}
-
-
-def test_report_of_a_small_file(tmp_path, monkeypatch):
+def test_report_of_a_small_file(tmp_path):
     found = {(one.op, one.form, one.direction): one for one in cases(UMT_B)}
     norm = found["gather_layer_norm", "rows", "forward"]
     embed = found["patch_embed", "all tokens", "forward"]
-    times = {"triton": 25.0, "eager": 250.0, "compiled": 30.0, "liger": 80.0, "quack": 70.0}
-    entries = [entry(norm, name, time) for name, time in times.items()] + [entry(embed, "triton", 400.0)]
-    path = tmp_path / "kernels.json"
-    path.write_text(json.dumps({"benchmarks": entries}))
-    monkeypatch.setattr(sys, "argv", ["report", str(path)])
-    report.main()
-    assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
+    times = {"triton": 25.0, "eager": 250.0, "compiled": 30.0, "liger": 80.0, "quack": 20.0}
+    entries = [time_of(norm, name, time) for name, time in times.items()] + [time_of(embed, "triton", 400.0)]
+    facts = {"device": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "commit": "abc", "copy_bytes_per_second": 4e12}
+    content = {"facts": facts, "results": entries}
+    report.write(content, tmp_path)
     text = (tmp_path / "kernels.md").read_text()
     assert "copy 4000 GB/s; torch 2.11, triton 3.6, commit abc" in text
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines() if line[:1] == "|"]
     table = {tuple(line[:3]): dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
-    assert len(table) == len(cases(UMT_B)) + len(cases(UMT_L))
+    assert len(table) == 2
     row = table["gather_layer_norm (rows)", "forward", "umt_b16"]
     assert [float(row[f"{name} us"]) for name in CONTENDERS] == [25.0, 250.0, 30.0]
-    assert row["library us"] == "70.0 (quack)"
+    assert row["library us"] == "20.0 (quack)"
     assert [float(row[f"{name} / triton"]) for name in ("eager", "compiled")] == [10.0, 1.2]
+    assert row["verdict"] == "delete: quack is 1.25x faster"
+    assert float(row["predicted us"]) == pytest.approx(1e6 * norm.least_bytes / 4e12, abs=0.05)
     rate = norm.least_bytes / 25e-6
     assert float(row["GB/s"]) == pytest.approx(rate / 1e9, abs=0.05)
     assert float(row["% of copy"]) == pytest.approx(100 * rate / 4e12, abs=0.05)
     row = table["patch_embed (all tokens)", "forward", "umt_b16"]
     assert float(row["TFLOP/s"]) == pytest.approx(2 * 64 * 1568 * 768 * 768 / 400e-6 / 1e12, abs=0.05)
-    assert row["eager us"] == row["eager / triton"] == "not measured"
-    row = table["cls_scores (last block)", "backward", "umt_l16"]
-    assert {row[f"{name} us"] for name in CONTENDERS} == {row["GB/s"], row["% of copy"]} == {"not measured"}
+    assert float(row["predicted us"]) == pytest.approx(1e6 * embed.flops / GPUS["h200"].matmul, abs=0.05)
+    assert row["eager us"] == row["eager / triton"] == ""
+    assert row["verdict"] == "no rival measured"
 
 
-def test_report_refuses_results_of_two_machines(tmp_path):
-    entries = [entry(case("cls_scores"), name, 1.0) for name in ("triton", "eager")]
-    entries[0]["extra_info"]["device"] = "NVIDIA A100-SXM4-80GB"
-    path = tmp_path / "kernels.json"
-    path.write_text(json.dumps({"benchmarks": entries}))
-    with pytest.raises(ValueError, match="2 devices"):
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"facts": {"device": "cpu"}, "results": [{"op": 1}]}'])
+def test_a_file_of_something_else_is_refused(text, tmp_path):
+    path = Path(tmp_path / "kernels.json")
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=r"kernels\.json is not a kernels\.json"):
         report.read(path)
-
-
-def test_readme_of_the_results_is_up_to_date():
-    assert (report.RESULTS / "README.md").read_text() == report.index(report.RESULTS), (
-        "run `python -m benchmarks.kernels.report`"
-    )
-
-
-def test_a_gpu_without_results_has_a_table_of_nothing(tmp_path):
-    (tmp_path / "h200").mkdir()
-    (tmp_path / "h200" / "kernels.json").write_text("{}")
-    text = report.index(tmp_path)
-    assert "[h200/kernels.md](h200/kernels.md)" in text
-    a100 = text.split("## a100")[1]
-    assert "Not measured yet." in a100
-    assert not any(character.isdigit() for line in a100.splitlines() for character in "".join(line.split("|")[4:]))
