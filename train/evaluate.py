@@ -1,4 +1,5 @@
-"""Test a classifier's checkpoint on a labelled list, on one or several processes.
+"""Test a classifier's checkpoint on a labelled list, on one or several processes. `--job retrieval`,
+`multiple_choice` and `qa` test a stage-2 model: `train.evaluate_video_text`.
 
     python -m train.evaluate --checkpoint runs/k400_b16/best.pth --data.test val.csv
     torchrun --nproc-per-node 8 -m train.evaluate --checkpoint published.pth --data.test val.csv
@@ -155,7 +156,17 @@ def progress(done: int, total: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
-        config, state, classes = read_settings(sys.argv[1:] if arguments is None else arguments)
+        job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        job.add_argument("--job", default="labels")
+        given = sys.argv[1:] if arguments is None else arguments
+        if job.parse_known_args(given)[0].job != "labels":
+            from train import evaluate_video_text
+
+            evaluate_video_text.main(given)
+            return
+        config, state, classes = read_settings(
+            [flag for flag in given if flag not in ("--job", "labels", "--job=labels")]
+        )
 
         def run(_config: EvaluateConfig, world: World) -> bool:
             evaluate(config, state, classes, world)

@@ -155,6 +155,43 @@ def test_parts_of_a_video_cover_it(trained, demo_videos):
         assert (parts[1:, 0] == parts[:-1, 1]).all()
 
 
+def test_evaluate_runs_each_job(trained, listed, tmp_path, capsys):
+    from train import evaluate
+
+    checkpoints, options = trained / "checkpoints", ["--run.dir", str(tmp_path), "--data.workers", "0"]
+    options += ["--run.device", "cpu", "--compute.precision", "fp32"]
+
+    def run(job: str, name: str, data: str, *more: str) -> tuple[str, Path]:
+        arguments = ["--job", job, "--checkpoint", str(checkpoints / f"{name}.pth"), "--data.test", data]
+        evaluate.main([*arguments, *options, "--run.name", job, *more])
+        return capsys.readouterr().out, tmp_path / job
+
+    out, folder = run("retrieval", "retrieval", listed, "--frames", "3", "--k", "4")
+    assert "8 videos, 8 texts" in out
+    assert "missing.mp4" in out
+    assert "12.50" in out  # of chance
+    assert json.loads((folder / "retrieval.json").read_text())["frames"] == 3
+    assert {path.name for path in folder.iterdir()} >= {"retrieval.png", "scores.safetensors"}
+    entries = json.loads(Path(listed).read_text())
+    choices = [{"video": entry["video"], "caption": WORDS[:4], "answer": 1} for entry in entries]
+    (tmp_path / "mc.json").write_text(json.dumps(choices))
+    out, folder = run("multiple_choice", "retrieval", str(tmp_path / "mc.json"))
+    chosen = json.loads((folder / "multiple_choice.json").read_text())["chosen"]
+    assert f"accuracy {100 * list(chosen.values()).count(1) / 8:.2f} of 8 videos" in out
+    (tmp_path / "answers.json").write_text('["star", "circle"]')
+    asked = [{"video": entry["video"], "question": "what is it?", "answer": "star"} for entry in entries]
+    (tmp_path / "qa.json").write_text(json.dumps(asked))
+    out, folder = run("qa", "qa", str(tmp_path / "qa.json"), "--data.answers", str(tmp_path / "answers.json"))
+    said = json.loads((folder / "qa.json").read_text())["answers"]
+    assert "7 of 8 questions answered from a list of 2" in out
+    assert f"accuracy {100 * list(said.values()).count('star') / 8:.2f}" in out
+    (tmp_path / "mc.json").write_text('[{"video": "a.mp4", "caption": ["x"], "answer": 1}]')
+    with pytest.raises(SystemExit, match="entry 0: give a video, a list of captions and the place of the right one"):
+        run("multiple_choice", "retrieval", str(tmp_path / "mc.json"))
+    with pytest.raises(SystemExit, match=r"give --data\.answers a JSON list"):
+        run("qa", "qa", str(tmp_path / "qa.json"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

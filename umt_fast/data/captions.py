@@ -198,14 +198,14 @@ def read_questions(source: str) -> list[Question]:
     """A JSON list of {"video", "question", "question_id", "answer": string or list}. Raises CaptionError."""
     parsed = Source.parse(source)
     questions = []
-    for place, entry in enumerate(_json_list(parsed.path)):
+    for place, entry in enumerate(read_json_list(parsed.path)):
         where = f"{parsed.path}, entry {place}"
         path = entry.get("video", entry.get("image")) if isinstance(entry, dict) else None
         if not isinstance(path, str) or not isinstance(entry.get("question"), str):
             raise CaptionError(f"{where}: give an object with a video and a question")
         answers = _texts(entry.get("answer", []), where, "answer", may_be_empty=True)
         number = str(entry.get("question_id", place))
-        questions.append(Question(_join(parsed.root, path), entry["question"], number, answers))
+        questions.append(Question(join_root(parsed.root, path), entry["question"], number, answers))
     if not questions:
         raise CaptionError(f"{parsed.path} lists nothing")
     return questions
@@ -213,13 +213,14 @@ def read_questions(source: str) -> list[Question]:
 
 def read_answers(path: str) -> list[str]:
     """The answers to choose from: a JSON list of strings, each once. Raises CaptionError."""
-    answers = _json_list(path)
+    answers = read_json_list(path)
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise CaptionError(f"{path} is not a list of answers: give a JSON list of strings, none of them empty")
     return list(dict.fromkeys(answers))
 
 
-def _json_list(path: str, read_timeout: float = DataConfig.read_timeout) -> list[Any]:
+def read_json_list(path: str, read_timeout: float = DataConfig.read_timeout) -> list[Any]:
+    """A JSON file that holds a list. Raises CaptionError."""
     try:
         content = json.loads(read(path if is_url(path) else os.path.expanduser(path), timeout=read_timeout))
     except OSError as error:
@@ -232,7 +233,7 @@ def _json_list(path: str, read_timeout: float = DataConfig.read_timeout) -> list
 
 
 def _of_json(source: Source, read_timeout: float) -> Iterator[Annotation]:
-    for place, entry in enumerate(_json_list(source.path, read_timeout)):
+    for place, entry in enumerate(read_json_list(source.path, read_timeout)):
         where = f"{source.path}, entry {place}"
         if not isinstance(entry, dict):
             raise CaptionError(f"{where} is not an object with a file and a caption")
@@ -240,7 +241,9 @@ def _of_json(source: Source, read_timeout: float) -> Iterator[Annotation]:
         if files is None or "caption" not in entry:
             raise CaptionError(f"{where} has no {'caption' if files is not None else 'video or image'}")
         paths = _texts(files, where, "file")
-        yield Annotation(tuple(_join(source.root, path) for path in paths), _texts(entry["caption"], where, "caption"))
+        yield Annotation(
+            tuple(join_root(source.root, path) for path in paths), _texts(entry["caption"], where, "caption")
+        )
 
 
 def _texts(value: Any, where: str, name: str, may_be_empty: bool = False) -> tuple[str, ...]:
@@ -262,7 +265,7 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
                     raise CaptionError(f"{path}, table annos: id {number} in place {place}; ids must run from 0 on")
                 if not isinstance(name, str) or not isinstance(caption, str):
                     raise CaptionError(f"{path}, table annos, id {number}: file name and caption must be text")
-                yield Annotation((_join(source.root, name),), (caption,))
+                yield Annotation((join_root(source.root, name),), (caption,))
         finally:
             connection.close()
     except sqlite3.Error as error:
@@ -285,7 +288,7 @@ def _of_lines(source: Source, separator: str, read_timeout: float) -> Iterator[A
             path, found, caption = line.strip().partition(separator)
             if not found:
                 raise CaptionError(f"{source.path}, line {number}: no caption; give `path{separator!r}caption`")
-            yield Annotation((_join(source.root, path.strip()),), (caption.strip().strip('"'),))
+            yield Annotation((join_root(source.root, path.strip()),), (caption.strip().strip('"'),))
 
 
 def _shard_rows(pattern: str, read_timeout: float) -> Iterator[dict[str, Any]]:
@@ -313,7 +316,8 @@ def _list(rows: list[dict[str, Any]], read_timeout: float) -> VideoList:
     return videos
 
 
-def _join(root: str, path: str) -> str:
+def join_root(root: str, path: str) -> str:
+    """A path of a list, relative to the list's root unless it is absolute or a URL."""
     if is_url(path) or not root:
         return path
     return posixpath.join(root if is_url(root) else os.path.expanduser(root), path)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from umt_fast.config import DataConfig
 from umt_fast.data import open_loader
-from umt_fast.data.captions import Question, RetrievalSet
+from umt_fast.data.captions import CaptionError, Question, RetrievalSet, Source, join_root, read_json_list
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
 from umt_fast.data.pairs import IntervalSampling, PairTransform
@@ -24,6 +25,9 @@ from umt_fast.evaluation.retrieval import Retrieval
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
 from umt_fast.files import write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
+
+if TYPE_CHECKING:
+    from umt_fast.data.loader import Batch
 
 SHOWN = 8
 """Queries in the picture, evenly spread over the list."""
@@ -94,13 +98,16 @@ def pick_queries(found: RetrievalSet, result: Retrieval, count: int = SHOWN) -> 
     return queries
 
 
-def recall_table(recalls: dict[str, float], coarse: dict[str, float]) -> str:
-    """The six recalls of both scores as lines for people."""
+def recall_table(recalls: dict[str, float], coarse: dict[str, float], chance: dict[str, float] | None = None) -> str:
+    """The six recalls of both scores, and those of chance, as lines for people."""
     lines = [f"{'':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
     for name, values in (("re-ranked", recalls), ("coarse", coarse)):
         for key, way in (("img", "text to video"), ("txt", "video to text")):
             figures = "".join(f"{values[f'{key}_{part}']:8.2f}" for part in ("r1", "r5", "r10", "r_mean"))
             lines.append(f"{way:16}{figures}  {name}")
+    for key, way in (("img", "text to video"), ("txt", "video to text")) if chance else ():
+        figures = "".join(f"{chance[f'{key}_r{n}']:8.2f}" for n in retrieval.RECALLS) if chance else ""
+        lines.append(f"{way:16}{figures}{'':8}  chance")
     return "\n".join(lines)
 
 
@@ -130,6 +137,84 @@ def _none_of(total: int, right: int, drawn: int) -> float:
     return share
 
 
+@dataclass(frozen=True)
+class Choices:
+    """A video with several captions of which one is right (MSRVTT-MC)."""
+
+    path: str
+    captions: tuple[str, ...]
+    answer: int
+
+
+def read_choices(source: str) -> list[Choices]:
+    """A JSON list of {"video", "caption": list of options, "answer": place of the right one}. Raises CaptionError."""
+    parsed = Source.parse(source)
+    found = []
+    for place, entry in enumerate(read_json_list(parsed.path)):
+        entry = entry if isinstance(entry, dict) else {}
+        options, answer = entry.get("caption"), entry.get("answer")
+        if not (
+            isinstance(options, list)
+            and all(isinstance(option, str) for option in options)
+            and isinstance(entry.get("video"), str)
+            and isinstance(answer, int)
+            and 0 <= answer < len(options)
+        ):
+            raise CaptionError(
+                f"{parsed.path}, entry {place}: give a video, a list of captions and the place of the right one, from 0"
+            )
+        found.append(Choices(join_root(parsed.root, entry["video"]), tuple(options), answer))
+    if len({len(choices.captions) for choices in found}) != 1:
+        raise CaptionError(f"{parsed.path}: every entry must have the same number of captions")
+    return found
+
+
+@torch.no_grad()
+def choose_options(
+    loaded: Loaded, questions: Sequence[Choices], settings: EmbedSettings, data: DataConfig
+) -> tuple[dict[int, int], list[tuple[str, str]]]:
+    """For each video, by its place in the list, the option that fits best; and the videos that could not be read.
+
+    In several processes each looks at a part; all get all choices.
+    """
+    model = loaded.model
+    assert isinstance(model, VideoTextModel)
+    device = model.temp.device
+    chosen: dict[int, int] = {}
+    bad: list[tuple[str, str]] = []
+    for batch in _batches(loaded, [question.path for question in questions], settings, data):
+        bad += batch.bad
+        if len(batch.clip):
+            texts = [clean_text(caption) for row in batch.rows for caption in questions[row].captions]
+            ids, mask = (x.to(device) for x in loaded.tokenizer(texts, settings.max_words))
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                scores = retrieval.multiple_choice(model, batch.clip.to(device, non_blocking=True), ids, mask)
+            chosen |= dict(zip(batch.rows, scores.argmax(1).tolist(), strict=True))
+    everything = {row: option for part in _gather(chosen) for row, option in part.items()}
+    return everything, [file for part in _gather(bad) for file in part]
+
+
+def _batches(loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data: DataConfig) -> Iterator[Batch]:
+    """Clips of this rank's part of a list, in order; unreadable videos are left out."""
+    rank, world_size = _place()
+    rows = range(len(paths) * rank // world_size, len(paths) * (rank + 1) // world_size)
+    if not rows:
+        return
+    vision = loaded.model.config.vision
+    sampling = IntervalSampling(vision.frames, max_seconds=settings.max_seconds)
+    transform = PairTransform(vision.frames, vision.image_size, antialias=settings.antialias)
+    videos = VideoList.of_rows({"path": path} for path in paths)
+    stream = ClipStream(
+        videos, data, vision.frames, vision.image_size, 0, sampling, transform, shuffle=False, replace=False
+    )
+    batches = -(-len(rows) // settings.batch_size)
+    device = loaded.model.vision_encoder.position.device
+    options: dict[str, Any] = {"start": rows.start, "batches": batches, "batch_size": settings.batch_size}
+    with open_loader(stream, device, end=rows.stop, **options) as loader:
+        for _ in range(batches):
+            yield next(loader)
+
+
 @torch.no_grad()
 def answer_questions(
     loaded: Loaded,
@@ -147,36 +232,23 @@ def answer_questions(
     """
     model = loaded.model
     assert isinstance(model, VideoQaModel)
-    device, vision = model.vision_encoder.position.device, model.config.vision
-    rank, world_size = _place()
-    rows = range(len(questions) * rank // world_size, len(questions) * (rank + 1) // world_size)
-    videos = VideoList.of_rows({"path": question.path} for question in questions)
-    sampling = IntervalSampling(vision.frames, max_seconds=settings.max_seconds)
-    transform = PairTransform(vision.frames, vision.image_size, antialias=settings.antialias)
-    stream = ClipStream(
-        videos, data, vision.frames, vision.image_size, 0, sampling, transform, shuffle=False, replace=False
-    )
+    device = model.vision_encoder.position.device
     listed = loaded.tokenizer([f"{answer} [SEP]" for answer in answers], max_answer_words)
     answer_ids, answer_mask = (x.to(device) for x in listed)
     said: dict[str, str] = {}
     bad: list[tuple[str, str]] = []
-    batches = -(-len(rows) // settings.batch_size)
-    options: dict[str, Any] = {"start": rows.start, "batches": batches, "batch_size": settings.batch_size}
-    if rows:
-        with open_loader(stream, device, end=rows.stop, **options) as loader:
-            for _ in range(batches):
-                batch = next(loader)
-                bad += batch.bad
-                if not len(batch.clip):
-                    continue
-                asked = [questions[row] for row in batch.rows]
-                texts = [clean_text(question.question) for question in asked]
-                ids, mask = (x.to(device) for x in loaded.tokenizer(texts, settings.max_words))
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                    clip = batch.clip.to(device, non_blocking=True)
-                    ranked = rank_answers(model, clip, ids, mask, answer_ids, answer_mask, k, first_token)
-                best = ranked.answers[:, 0].tolist()
-                said |= {question.number: answers[place] for question, place in zip(asked, best, strict=True)}
+    for batch in _batches(loaded, [question.path for question in questions], settings, data):
+        bad += batch.bad
+        if not len(batch.clip):
+            continue
+        asked = [questions[row] for row in batch.rows]
+        texts = [clean_text(question.question) for question in asked]
+        ids, mask = (x.to(device) for x in loaded.tokenizer(texts, settings.max_words))
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            clip = batch.clip.to(device, non_blocking=True)
+            ranked = rank_answers(model, clip, ids, mask, answer_ids, answer_mask, k, first_token)
+        best = ranked.answers[:, 0].tolist()
+        said |= {question.number: answers[place] for question, place in zip(asked, best, strict=True)}
     everything = {number: answer for part in _gather(said) for number, answer in part.items()}
     return everything, [file for part in _gather(bad) for file in part]
 

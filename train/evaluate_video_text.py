@@ -1,0 +1,173 @@
+"""Test a stage-2 model: retrieval, multiple choice, question answering. `train.evaluate --job` starts it.
+
+    python -m train.evaluate --job retrieval --checkpoint stage2.pth --data.test msrvtt_1k.json=/data --frames 4
+    torchrun --nproc-per-node 8 -m train.evaluate --job qa --checkpoint qa.pth --data.test q.json --data.answers a.json
+
+Leaves the figures (JSON), the scores or answers, and for retrieval a page of pictures in the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+
+import umt_fast
+from umt_fast.config import ComputeConfig, ConfigError, DataConfig, RunConfig
+from umt_fast.data.captions import read_answers, read_questions, read_retrieval
+from umt_fast.evaluation import video_text_report as report
+from umt_fast.evaluation.qa import FirstToken
+from umt_fast.evaluation.retrieval import PUBLISHED_K
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model
+from umt_fast.files import write_whole
+from umt_fast.models import attention
+from umt_fast.run import launch
+from umt_fast.run.hardware import in_use, resolve_precision
+from umt_fast.run.log import say
+from umt_fast.run.world import World
+from umt_fast.weights import read_model
+
+VideoTextTestJob = Literal["retrieval", "multiple_choice", "qa"]
+
+
+@dataclass(frozen=True)
+class TestDataConfig(DataConfig):
+    """The list of a test."""
+
+    test: str = ""
+    """LIST or LIST=ROOT: captions, or questions for qa (docs/stage2.md)."""
+    answers: str = ""
+    """Questions: a JSON list of the answers to choose from."""
+    max_words: int = 32
+    """Longest text or question, in tokens."""
+    max_answer_words: int = 5
+    join_captions: bool = False
+    """All captions of an entry are one text (DiDeMo, ActivityNet)."""
+    max_seconds: float | None = None
+    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+    antialias: bool = False
+
+    __test__ = False  # pytest would collect it where it is imported
+
+
+@dataclass(frozen=True)
+class VideoTextTestConfig:
+    """A test of one stage-2 checkpoint."""
+
+    job: VideoTextTestJob = "retrieval"
+    checkpoint: str = ""
+    """A stage-2 or fine-tuned file, ours or a published one."""
+    vocabulary: str = ""
+    """vocab.txt or BERT folder; empty: that of the run's folder."""
+    frames: int | None = None
+    """Of a clip; None: those of training. Published: 4 for zero-shot, 12 after fine-tuning."""
+    k: int = PUBLISHED_K
+    """Candidates that the fusion layers score."""
+    first_token: FirstToken = "twice"
+    """Questions: the published score counts the likelihood of an answer's first word twice; once is the right one."""
+    batch_size: int = 8
+    """Videos at once."""
+    data: TestDataConfig = field(default_factory=TestDataConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="evaluate"))
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.batch_size < 1:
+            raise ConfigError(f"k = {self.k}, batch_size = {self.batch_size}: give 1 or more")
+
+
+def main(arguments: list[str]) -> None:
+    launch.run(read_settings(arguments), evaluate)
+
+
+def read_settings(arguments: list[str]) -> VideoTextTestConfig:
+    """The flags on top of what the checkpoint was trained with."""
+    checkpoint = next((arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag == "--checkpoint"), "")
+    default = VideoTextTestConfig()
+    if checkpoint:
+        trained = read_model(checkpoint)[1].get("data", {})
+        kept = {
+            name: trained[name]
+            for name in ("max_words", "join_captions", "max_seconds", "antialias")
+            if name in trained
+        }
+        default = VideoTextTestConfig(data=TestDataConfig(**kept))
+    config = tyro.cli(VideoTextTestConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
+    if not config.checkpoint or not config.data.test:
+        raise ConfigError("give --checkpoint a stage-2 model and --data.test a list")
+    return config
+
+
+def evaluate(config: VideoTextTestConfig, world: World) -> bool:
+    """Run the test, print its figures and write its report."""
+    bf16 = resolve_precision(config.compute.precision, world.device)
+    loaded = load_model(
+        config.checkpoint, config.vocabulary, config.frames, device=world.device, answers=config.job == "qa"
+    )
+    if config.compute.attention != "auto":
+        backend = attention.load(config.compute.attention)
+        loaded.model.set_attention(backend, backend)
+    vision = loaded.model.config.vision
+    if world.main:
+        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, "pyav").items())
+        say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
+        say(f"{config.job}: {vision.frames} frames of {vision.image_size} px, {config.checkpoint}")
+    data = config.data
+    settings = EmbedSettings(config.batch_size, data.max_words, data.max_seconds, data.antialias, bf16)
+    run = {"retrieval": retrieve, "multiple_choice": choose, "qa": ask}[config.job]
+    lines, bad = run(config, loaded, settings, world)
+    if world.main:
+        for name, reason in bad:
+            say(f"could not be read: {name}: {reason}")
+        say("\n".join((*lines, f"report in {config.run.folder}")))
+    return True
+
+
+def retrieve(
+    config: VideoTextTestConfig, loaded: Loaded, settings: EmbedSettings, world: World
+) -> tuple[list[str], list[tuple[str, str]]]:
+    found = read_retrieval(config.data.test, config.data.join_captions, config.data.read_timeout)
+    about: dict[str, Any] = {"checkpoint": config.checkpoint, "list": config.data.test, "chance": report.chance(found)}
+    about |= {"frames": loaded.model.config.vision.frames, "k": config.k}
+    result, bad = report.run_retrieval(loaded, found, config.run.folder, settings, config.data, config.k, about)
+    lines = [f"{len(found.videos)} videos, {len(found.texts)} texts"]
+    return [*lines, report.recall_table(result.recalls, result.coarse_recalls, about["chance"])], bad
+
+
+def choose(
+    config: VideoTextTestConfig, loaded: Loaded, settings: EmbedSettings, world: World
+) -> tuple[list[str], list[tuple[str, str]]]:
+    questions = report.read_choices(config.data.test)
+    chosen, bad = report.choose_options(loaded, questions, settings, config.data)
+    right = 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
+    write(config, world, {"accuracy": round(right, 2), "chosen": chosen})
+    return [f"accuracy {right:.2f} of {len(questions)} videos"], bad
+
+
+def ask(
+    config: VideoTextTestConfig, loaded: Loaded, settings: EmbedSettings, world: World
+) -> tuple[list[str], list[tuple[str, str]]]:
+    if not config.data.answers:
+        raise ConfigError("give --data.answers a JSON list of answers to choose from")
+    questions, answers = read_questions(config.data.test), read_answers(config.data.answers)
+    said, bad = report.answer_questions(
+        loaded, questions, answers, settings, config.data, config.k, config.first_token, config.data.max_answer_words
+    )
+    known = [question for question in questions if question.answers]
+    content: dict[str, Any] = {"answers": said}
+    lines = [f"{len(said)} of {len(questions)} questions answered from a list of {len(answers)}"]
+    if known:
+        content["accuracy"] = round(report.question_accuracy(said, known), 2)
+        lines.append(f"accuracy {content['accuracy']:.2f}")
+    write(config, world, content)
+    return lines, bad
+
+
+def write(config: VideoTextTestConfig, world: World, content: dict[str, Any]) -> None:
+    if world.main:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        about = {"checkpoint": config.checkpoint, "list": config.data.test}
+        text = json.dumps({**content, **about}, indent=2, ensure_ascii=False) + "\n"
+        write_whole(config.run.folder / f"{config.job}.json", text.encode("utf-8", "replace"))
