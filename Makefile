@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: demo demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -15,6 +15,15 @@ endif
 		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
 
 # One thread per process: the processes take all cores between them.
+# From the stage-1 checkpoint of `make demo`, if there is one.
+demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, test retrieval; results in runs/demo-text
+	rm -rf runs/demo-text runs/demo-text-retrieval
+	$(BIN)/python -m umt_fast.data.synthetic runs/demo-text-videos --captions
+	$(BIN)/python -m train.stage2 --recipe tiny --run.name demo-text --data.videos runs/demo-text-videos/train.json \
+		$(addprefix --init ,$(lastword $(sort $(wildcard runs/demo/checkpoints/*.pth))))
+	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval \
+		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
+
 test: lint ## install what is needed and run every check and test, in plain PyTorch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 

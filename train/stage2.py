@@ -86,8 +86,8 @@ class Job(NamedTuple):
     """As its processes train it: bare or in DDP's wrapper."""
     alternation: Alternation
     loaders: dict[str, Loader]
-    objective: Callable[[Batch], dict[str, Tensor]]
-    """A batch -> its losses by name; `loss` is the one to minimise."""
+    objective: Callable[[str, Batch], dict[str, Tensor]]
+    """A kind and a batch of it -> its losses by name; `loss` is the one to minimise."""
     log: RunLog
     schedule: Callable[[int], float]
     total: int
@@ -130,7 +130,7 @@ def train(config: Stage2Config, world: World) -> bool:
             values = []
             for i, batch in enumerate(batches):
                 with parallel.reduce_if(model, i == optim.accumulate - 1):
-                    out = job.objective(batch)
+                    out = job.objective(kind, batch)
                     (out["loss"] / optim.accumulate).backward()
                 values.append(out)
             norm = clip_gradients(state.model, optim.clip_grad)
@@ -360,12 +360,11 @@ def make_objective(
     lists: dict[str, CaptionList],
     streams: dict[str, ClipStream],
     bf16: bool,
-) -> Callable[[Batch], dict[str, Tensor]]:
+) -> Callable[[str, Batch], dict[str, Tensor]]:
     """A batch of clips or pictures -> the four losses and, as `loss`, their sum."""
     data, device = config.data, next(model.parameters()).device
 
-    def objective(batch: Batch) -> dict[str, Tensor]:
-        kind = "image" if batch.clip.shape[1] == 1 and "image" in lists else "video"
+    def objective(kind: str, batch: Batch) -> dict[str, Tensor]:
         texts = [video.caption or "" for video in batch.videos]
         if data.replaced_captions == "published" and kind == "video":
             # A broken video's place is taken by another one, but its own caption stays.
@@ -387,11 +386,11 @@ def make_objective(
 
 def make_answering(
     config: Stage2Config, model: nn.Module, tokenizer: Tokenizer, questions: list[Question], bf16: bool
-) -> Callable[[Batch], dict[str, Tensor]]:
+) -> Callable[[str, Batch], dict[str, Tensor]]:
     """A batch of questions about clips -> the likelihood of their answers, weighted by the votes for each."""
     data, device = config.data, next(model.parameters()).device
 
-    def objective(batch: Batch) -> dict[str, Tensor]:
+    def objective(_kind: str, batch: Batch) -> dict[str, Tensor]:
         votes = [count_votes(questions[row].answers) for row in batch.rows]
         texts = [f"{answer} [SEP]" for answers in votes for answer in answers]
         shares = torch.tensor([share for answers in votes for share in answers.values()])
