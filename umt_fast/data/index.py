@@ -111,6 +111,9 @@ class Limits:
         return cls(config.max_bytes, config.max_pixels, config.time_limit)
 
 
+DEFAULT_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Video:
     """A video file, or one in a shard."""
@@ -129,7 +132,7 @@ class Video:
     caption: str | None = None
     read_timeout: float = DataConfig.read_timeout
     """Seconds within which it must have come, if it is remote."""
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
     refused: str = ""
     """Why it must not be read, if so."""
 
@@ -159,7 +162,7 @@ class VideoList(Sequence[Video]):
         self.may_be_remote = is_url(base) or b"://" in self._rows
         self.read_timeout = DataConfig.read_timeout
         """Of its videos."""
-        self.limits = Limits()
+        self.limits = DEFAULT_LIMITS
         """Likewise."""
         self._confined = confined
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umt_fast.config import DataConfig
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, VideoList, is_url, parse_index
+from umt_fast.data.index import DEFAULT_LIMITS, INDEX_NAME, STATE_NAME, Limits, VideoList, is_url, parse_index
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
 from umt_fast.errors import RunError
@@ -24,7 +24,9 @@ class ManifestError(RunError, ValueError):
     """A list of videos that cannot be used."""
 
 
-def read_manifest(source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout) -> VideoList:
+def read_manifest(
+    source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout, limits: Limits = DEFAULT_LIMITS
+) -> VideoList:
     """The videos that `source` names, which is one of
 
     - an index that `umt_fast.data.prepare` wrote, or the folder that holds it;
@@ -34,14 +36,15 @@ def read_manifest(source: str, prefix: str = "", read_timeout: float = DataConfi
       relative ones start from `prefix`, or from the working directory.
 
     Indices, shards and lists may be URLs, and a URL that names none of them is a folder with an index. `read_timeout`:
-    seconds for each read from a URL, now and of the videos later. Raises ManifestError if there is nothing to read.
+    seconds for each read from a URL, now and of the videos later. `limits` hold likewise. Raises ManifestError if there
+    is nothing to read.
     """
-    videos = _read(source, prefix, read_timeout)
-    videos.read_timeout = read_timeout
+    videos = _read(source, prefix, read_timeout, limits.max_bytes)
+    videos.read_timeout, videos.limits = read_timeout, limits
     return videos
 
 
-def _read(source: str, prefix: str, read_timeout: float) -> VideoList:
+def _read(source: str, prefix: str, read_timeout: float, max_bytes: int) -> VideoList:
     if not source:
         raise ManifestError("no training data: give --data.train a list file or a folder of videos")
     source = source if is_url(source) else str(Path(source).expanduser())
@@ -57,7 +60,7 @@ def _read(source: str, prefix: str, read_timeout: float) -> VideoList:
     if suffix in VIDEO_SUFFIXES:
         raise ManifestError(f"{source} is one video; give --data.train a list file or a folder of videos")
     try:
-        content = read(source, timeout=read_timeout)
+        content = read(source, timeout=read_timeout, max_bytes=max_bytes)
     except OSError as error:
         raise ManifestError(f"cannot read the list {source}: {error.strerror or error}") from None
     return parse_index(content, source) if suffix == ".jsonl" else _list(content, source, prefix)

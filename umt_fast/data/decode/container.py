@@ -20,7 +20,7 @@ from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
 from umt_fast.data.index import BadVideo, Facts, Video
 from umt_fast.data.sampling import Timeline
-from umt_fast.data.storage import file_size, read_video
+from umt_fast.data.storage import CannotReach, file_size, read_video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -130,7 +130,7 @@ def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
         if content is None and video.remote:
             content = read_video(video)
         size = file_size(video) if content is None else len(content)
-    except (OSError, ValueError) as error:  # ValueError: not a possible file name
+    except (OSError, ValueError, CannotReach) as error:  # ValueError: not a possible file name
         raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
     if size == 0:
         raise BadVideo("empty file")
@@ -147,6 +147,8 @@ def as_bad_video() -> Iterator[None]:
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         # IndexError: PyAV's own, where a damaged file grows a stream while it is read
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, av.error.ArgumentError):  # how decoders and demuxers answer to the limits set in `_open`
+            reason = "not a video format that is read here, or frames larger than --data.max-pixels"
         raise BadVideo(f"not readable as video: {reason}") from error
 
 

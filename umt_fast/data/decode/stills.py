@@ -12,7 +12,7 @@ from PIL import Image
 
 from umt_fast.data.index import BadVideo, Video
 from umt_fast.data.sampling import Timeline
-from umt_fast.data.storage import read_video
+from umt_fast.data.storage import CannotReach, read_video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -44,6 +44,6 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
             if width * height > video.limits.max_pixels:
                 raise ValueError(f"{width} x {height}, more than --data.max-pixels {video.limits.max_pixels}")
             frame = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, CannotReach, Image.DecompressionBombError) as error:
         raise BadVideo(f"not a picture: {error}") from None
     yield Still(frame)

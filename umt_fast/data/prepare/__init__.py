@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from umt_fast.config import ConfigError, DataConfig
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, is_url, write_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, Limits, is_url, write_index
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
@@ -51,9 +51,13 @@ class Settings:
     """Seconds within which a video must have come from a URL."""
     time_limit: float = TIME_LIMIT
     """Seconds that one video may take."""
+    max_bytes: int = DataConfig.max_bytes
+    """Largest video or list that is read from a URL."""
+    max_pixels: int = DataConfig.max_pixels
+    """Largest frame, width times height."""
 
     def __post_init__(self) -> None:
-        for name in ("per_shard", "workers"):
+        for name in ("per_shard", "workers", "max_bytes", "max_pixels"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: must be an integer >= 1")
@@ -106,7 +110,9 @@ def prepare(settings: Settings) -> Report:
     source, out = settings.source, Path(settings.out)
     if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
-    plan = make_plan(read_manifest(source, settings.prefix, settings.read_timeout), source, settings.per_shard)
+    limits = Limits(settings.max_bytes, settings.max_pixels)
+    videos = read_manifest(source, settings.prefix, settings.read_timeout, limits)
+    plan = make_plan(videos, source, settings.per_shard)
     if out.exists() and not out.is_dir():
         raise CannotPrepare(f"OUT {out} is a file; give a folder")
     try:

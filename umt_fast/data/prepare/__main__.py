@@ -44,6 +44,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
         type=float,
         help=f"seconds within which a video must have come from a URL, default {Settings.read_timeout:g}",
     )
+    add("--max-bytes", type=int, help=f"largest video or list from a URL, default {Settings.max_bytes}")
+    add("--max-pixels", type=int, help=f"largest frame, width times height, default {Settings.max_pixels}")
     add("--verify", metavar="OUT", help="check the copies in OUT and compare them with their sources")
     given = vars(parser.parse_args(arguments))
     if ("verify" in given) == ("out" in given):
