@@ -50,11 +50,11 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.run_block = RUN_BLOCK["none"]
 
-    def set_attention(self, backend: Backend) -> None:
-        """Use `backend` in every block; before torch.compile, which takes it in."""
-        for module in self.modules():
+    def set_attention(self, encoder: Backend, decoder: Backend) -> None:
+        """Use these backends in the blocks of either part; before torch.compile, which takes them in."""
+        for name, module in self.named_modules():
             if isinstance(module, (Attention, SeparateAttention)):
-                module.backend = backend
+                module.backend = decoder if name.startswith("decoder") else encoder
 
     def set_recompute(self, recompute: Recompute) -> None:
         """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
