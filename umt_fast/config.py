@@ -891,6 +891,30 @@ class Stage2Config:
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     """`lr` and `min_lr` are not scaled by the batch; the rate never falls below `min_lr`."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.video_text  # checks the sizes
+        if self.job != "qa" and self.optim.batch_size < 2 and self.objective.vtm > 0:
+            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: matching needs negatives; use 2 or more")
+        if self.compute.cuda_graph:
+            raise ConfigError("compute.cuda_graph is for stage 1: here the length of the texts differs between batches")
+        if self.compute.parallel != "ddp":
+            raise ConfigError(f"compute.parallel = {self.compute.parallel}: stage 2 trains with ddp")
+
+    @property
+    def video_text(self) -> VideoTextConfig:
+        joint = self.joint
+        return VideoTextConfig(
+            vision=self.student,
+            teacher=self.teacher if self.job == "pretrain" else None,
+            text=self.text,
+            joint_width=joint.width,
+            temperature=joint.temperature,
+            align_eps=joint.align_eps,
+            position_frames=joint.position_frames,
+        )
 
 
 @dataclass(frozen=True)
@@ -919,29 +943,6 @@ class _PixelsConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _ = self.video_text  # checks the sizes
-        if self.job != "qa" and self.optim.batch_size < 2 and self.objective.vtm > 0:
-            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: matching needs negatives; use 2 or more")
-        if self.compute.cuda_graph:
-            raise ConfigError("compute.cuda_graph is for stage 1: here the length of the texts differs between batches")
-        if self.compute.parallel != "ddp":
-            raise ConfigError(f"compute.parallel = {self.compute.parallel}: stage 2 trains with ddp")
-
-    @property
-    def video_text(self) -> VideoTextConfig:
-        joint = self.joint
-        return VideoTextConfig(
-            vision=self.student,
-            teacher=self.teacher if self.job == "pretrain" else None,
-            text=self.text,
-            joint_width=joint.width,
-            temperature=joint.temperature,
-            align_eps=joint.align_eps,
-            position_frames=joint.position_frames,
-        )
-
-
-@dataclass(frozen=True)
         _divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
         if self.compute.cuda_graph and self.optim.accumulate > 1:
             raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
