@@ -196,9 +196,8 @@ class MaeStEncoder(MaskedAutoencoder):
         """Outputs of the last block at the tokens `visible` (all if None), the class token first if there is one."""
         check_clip(clip, self.config.image_size, self.config.frames)
         conv = self.patch_embed.proj
-        x = patch_embed(
-            clip, conv.weight, conv.bias, self.config.patch_size, token_ids=visible, mean=MAE_ST_MEAN, std=MAE_ST_STD
-        )
+        mean, std = (MAE_ST_MEAN, MAE_ST_STD) if clip.dtype == torch.uint8 else (None, None)
+        x = patch_embed(clip, conv.weight, conv.bias, self.config.patch_size, token_ids=visible, mean=mean, std=std)
         table, class_token = self.positions()
         x = x + (table if visible is None else table[visible]).to(x.dtype)
         if class_token is not None:
