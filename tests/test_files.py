@@ -9,9 +9,11 @@ import signal
 import time
 
 import pytest
+import torch
 
 from umt_fast.files import FolderInUse, escape, lock_folder, read_reasons, unescape, write_reasons
 from umt_fast.run.log import RunLog
+from umt_fast.run.world import World
 
 STRANGE = ["a\tb.mp4", "a\nb.mp4", "c\r\n.mp4", "\x1b[31m\x00\x7f\x85.mp4", "a\u2028b\u2029.mp4", "\udcff\udc80.mp4"]
 BACKSLASHES = ["\\", "\\t.mp4", "x$\\foo$.mp4", "\\\\n", "\\x1b", "\\u2028", "a\\\tb"]
@@ -48,8 +50,8 @@ def test_a_line_is_a_file():
 def test_a_resumed_run_knows_its_bad_files(tmp_path, capsys):
     bad = [(name, "broken") for name in STRANGE]
     for step, count in ((0, len(bad)), (3, len(bad) + 1)):
-        log = RunLog(tmp_path, True, step, 10, 4)
-        assert log.record_bad([*bad, ("other", "empty")][:count]) == count
+        log = RunLog(tmp_path, World(0, 1, torch.device("cpu")), step, 10, 4)
+        assert log._record_bad([*bad, ("other", "empty")][:count]) == count
         log.close()
     assert read_reasons((tmp_path / "bad_files.txt").read_bytes()) == {**dict(bad), "other": "empty"}
     assert "\x1b" not in capsys.readouterr().out

@@ -232,13 +232,6 @@ class MaeStConfig(VitConfig):
         if self.decoder_depth < 1:
             raise ConfigError(f"mae_st: decoder_depth = {self.decoder_depth} is not 1 or more")
 
-    @property
-    def target_frame_ids(self) -> list[int]:
-        """Frames of a clip that are predicted: evenly spread from the first to the last, rounded down."""
-        if self.target_frames == 1:
-            return [0]
-        return [(self.frames - 1) * i // (self.target_frames - 1) for i in range(self.target_frames)]
-
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -539,10 +532,6 @@ class DataConfig:
     """Crop sides as shares of the short side."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    crop_area: tuple[float, float] | None = None
-    """Random resized crops of such a share of the frame, sides in a ratio of 3/4 to 4/3; None: multi-scale crops."""
-    frame_step: int | None = None
-    """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
     max_bad_fraction: float = 0.1
     """Share of the list that may turn out unreadable before the run stops."""
     read_timeout: float = 60.0
@@ -554,18 +543,15 @@ class DataConfig:
     """Largest frame, width times height in pixels: 8K by default. A video with a larger one counts as unreadable."""
     time_limit: float = 120.0
     """Seconds that the decoding of one video may take while training; then it counts as unreadable."""
+    stall_timeout: float = 300.0
+    """Seconds that a worker may read one video before it is killed and the video is left out."""
 
     def __post_init__(self) -> None:
         _check_at_least(self, "data", workers=0, prefetch=1, pipelines=0, pipeline_visits=0, crops_per_clip=1)
-        _check_at_least(self, "data", read_timeout=1, max_bytes=1, max_pixels=1, time_limit=1)
+        _check_at_least(self, "data", read_timeout=1, max_bytes=1, max_pixels=1, time_limit=1, stall_timeout=1)
         _check_share("data.flip", self.flip)
         _check_share("data.max_bad_fraction", self.max_bad_fraction)
         _check_share("data.crop_scales", *self.crop_scales)
-        _check_at_least(self, "data", frame_step=1)
-        if self.crop_area is not None:
-            _check_share("data.crop_area", *self.crop_area)
-            if not 0 < self.crop_area[0] <= self.crop_area[1]:
-                raise ConfigError(f"data.crop_area = {self.crop_area}: give the least and the largest share, above 0")
         if not self.crop_scales:
             raise ConfigError("data.crop_scales is empty: give at least one share of the short side")
 
@@ -668,9 +654,24 @@ class RunConfig:
     """auto: go on from this run's last checkpoint if it has one; never; or a checkpoint's path."""
     stop_at: int | None = None
     """Save and stop after this step; the schedule stays that of the whole run."""
+    start_timeout: float = 1800.0
+    """Seconds that the processes wait for each other until the first step."""
+    step_timeout: float = 600.0
+    """Seconds that they wait for each other from then on; then the run ends and names the one that was waited for."""
 
     def __post_init__(self) -> None:
-        _check_at_least(self, "run", seed=0, log_every=1, save_every=1, keep=1, stop_at=1, save_minutes=0)
+        _check_at_least(
+            self,
+            "run",
+            seed=0,
+            log_every=1,
+            save_every=1,
+            keep=1,
+            stop_at=1,
+            save_minutes=0,
+            start_timeout=1,
+            step_timeout=1,
+        )
         if not self.name or Path(self.name).name != self.name:
             raise ConfigError(f"run.name = {self.name!r} is not a plain folder name")
 
@@ -683,11 +684,13 @@ class RunConfig:
 class PretrainConfig:
     """Stage 1: a student aligned with a frozen CLIP teacher."""
 
-    objective: Literal["alignment"] = "alignment"
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
+    init: str = ""
+    """Weights that the student starts from, such as a checkpoint of another run; frames and image size may differ.
+    Empty: drawn at random."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -915,64 +918,3 @@ class Stage2Config:
             align_eps=joint.align_eps,
             position_frames=joint.position_frames,
         )
-
-
-@dataclass(frozen=True)
-class PixelMaskConfig:
-    """Which tokens the encoder sees, and which the decoder predicts."""
-
-    rule: Literal["tube", "random", "frame", "mae_st"] = "tube"
-    ratio: float = 0.9
-    """Share of the patches that the encoder does not see."""
-    decoder_ratio: float | None = None
-    """Share of the patches that the decoder leaves out by a running cell (VideoMAE V2): 0.25, 0.5 or 0.75. None: it
-    predicts all hidden patches."""
-
-    def __post_init__(self) -> None:
-        _check_share("mask.ratio", self.ratio, below_one=True)
-        if self.decoder_ratio not in (None, 0.25, 0.5, 0.75):
-            raise ConfigError(f"mask.decoder_ratio = {self.decoder_ratio}: give 0.25, 0.5 or 0.75")
-
-
-@dataclass(frozen=True)
-class _PixelsConfig:
-    mask: PixelMaskConfig = field(default_factory=PixelMaskConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(frame_step=4, flip=0.0))
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        _divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
-        if self.compute.cuda_graph and self.optim.accumulate > 1:
-            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
-
-
-@dataclass(frozen=True)
-class VideoMaePretrainConfig(_PixelsConfig):
-    """VideoMAE and VideoMAE V2: pixels of hidden tokens; `adamae` draws the visible ones by a learned network."""
-
-    objective: Literal["videomae", "adamae"] = "videomae"
-    model: VideoMaeConfig = field(default_factory=VideoMaeConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask.decoder_ratio is not None:
-            if self.model.grid % 2:
-                raise ConfigError(f"mask.decoder_ratio needs an even grid of patches; model has {self.model.grid}")
-            if self.objective == "adamae":
-                raise ConfigError("mask.decoder_ratio is not for objective = adamae, which predicts all hidden tokens")
-
-
-@dataclass(frozen=True)
-class MaeStPretrainConfig(_PixelsConfig):
-    """MAE-ST: pixels of hidden tokens, learned positions."""
-
-    objective: Literal["mae_st"] = "mae_st"
-    model: MaeStConfig = field(default_factory=MaeStConfig)
-    mask: PixelMaskConfig = field(default_factory=lambda: PixelMaskConfig("mae_st"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask.decoder_ratio is not None:
-            raise ConfigError("mask.decoder_ratio is not for objective = mae_st, whose decoder sees all tokens")

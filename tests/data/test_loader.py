@@ -7,8 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
-import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -23,7 +21,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data import loader as loading
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable, WorkerDied
+from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable
 from umt_fast.data.shared_memory import BufferPool
 from umt_fast.errors import RunError
 
@@ -353,18 +351,6 @@ def test_leaving_the_block_by_an_error_leaves_no_process(videos):
     with pytest.raises(RuntimeError, match="step"):
         train()
     assert _no_children_left()
-
-
-def test_a_killed_worker_is_told_wherever_the_program_is(videos):
-    def lose_a_worker() -> None:
-        with ClipLoader(_stream(videos, workers=1), start=0, batches=4, batch_size=1) as loader:
-            next(loader)
-            (worker,) = multiprocessing.active_children()
-            os.kill(worker.pid, signal.SIGKILL)
-            time.sleep(30)
-
-    with pytest.raises(WorkerDied, match="is there memory enough"):
-        lose_a_worker()
 
 
 def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos, monkeypatch):

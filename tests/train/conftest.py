@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from train import pretrain
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,18 +57,35 @@ class Trainer:
         self.videos = videos
         self.children: list[subprocess.Popen[str]] = []
 
+    def arguments(self, *options: str) -> list[str]:
+        given = ["--recipe", str(self.recipe), "--run.dir", str(self.folder), *options]
+        return given if "--data.train" in options else [*given, "--data.train", str(self.videos)]
+
+    def run_here(self, *options: str) -> int | str | None:
+        """Exit status of a run in this process, which saves the start of another; a message for status 1."""
+        try:
+            pretrain.main(self.arguments(*options))
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
     def start(
-        self, *options: str, processes: int = 1, limit: Callable[[], None] | None = None
+        self,
+        *options: str,
+        processes: int = 1,
+        limit: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
+        launcher: Sequence[str] = (),
     ) -> subprocess.Popen[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [*launcher, "-m", "train.pretrain", "--recipe", str(self.recipe), "--run.dir", str(self.folder)]
-        if "--data.train" not in options:
-            command += ["--data.train", str(self.videos)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        """A run of its own; `launcher`: the options of torchrun, if it starts the run."""
+        if processes > 1 and not launcher:
+            launcher = ("--standalone", "--nproc-per-node", str(processes))
+        command = [sys.executable, *(("-m", "torch.distributed.run", *launcher) if launcher else ())]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | (
+            environment or {}
+        )
         child = subprocess.Popen(
-            [*command, *options],
+            [*command, "-m", "train.pretrain", *self.arguments(*options)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

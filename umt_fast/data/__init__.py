@@ -26,7 +26,7 @@ def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], N
     if not choice.dali:
         from umt_fast.data.loader import ClipLoader  # it imports PyAV; doctor reports where that is missing
 
-        return ClipLoader(stream, pin_memory=pinned, **options)
+        return ClipLoader(stream, pin_memory=pinned, say=say, **options)
     from umt_fast.data.dali_loader import DaliLoader
 
     return DaliLoader(stream, device, choice.engines, say=say, pin_memory=pinned, **options)

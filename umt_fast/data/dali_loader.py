@@ -244,7 +244,9 @@ class DaliLoader(Loader):
         if engines is not None:
             first = options["start"] // stream.clips_per_visit
             support = replace(support, distrusted=self._find_wrong(support, range(first, first + CHECKED_VISITS)))
-        self._plans = WorkerBatches(BatchPlanDataset(stream, support), stream, batch_size=batch_size, **options)
+        self._plans = WorkerBatches(
+            BatchPlanDataset(stream, support), stream, batch_size=batch_size, say=say, **options
+        )
         self._jobs: deque[_Job] = deque()
         self._waiting: deque[_Group] = deque()
         self._ended = False

@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import math
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ from umt_fast.data.decode.time_limit import time_limit
 from umt_fast.data.index import BadIndex, BadVideo, Video
 from umt_fast.data.shared_memory import BufferPool, Lease
 from umt_fast.data.storage import start_reading
-from umt_fast.data.torch_private import empty_shared, is_dead_worker, stop_workers
+from umt_fast.data.torch_private import empty_shared, ignore_dead_workers, is_dead_worker, stop_workers
+from umt_fast.data.watch import IDLE, WorkerWatch, end_with_parent, note_reading
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
@@ -44,6 +46,10 @@ NO_LABEL = -1
 """Label of a video without one."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """As malloc.h numbers them."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+MAX_DEATHS = 3
+"""Times that workers may be killed at one batch before the loader gives up. The out-of-memory killer picks its victims
+at random, so one death proves nothing."""
 HELD_BATCHES = 2
 """Batches of a worker that the training process is assumed to hold, besides those that wait for it."""
 
@@ -153,6 +159,7 @@ def read_visit(
         try:
             video = stream.videos[row]
             name = video.name
+            note_reading(row)
             fetched, content = content, None  # it belongs to the first attempt
             with time_limit(video.limits.time_limit):
                 read(video, rng, None if fetched is None else fetched.result())
@@ -161,7 +168,9 @@ def read_visit(
         except Exception as error:  # an unexpected error of a decoder must not end the run either
             bad.append((name, f"{type(error).__name__}: {error}"))
         else:
+            note_reading(IDLE)
             return VisitedVideo(visit, row, name, video.label, video.caption), bad
+    note_reading(IDLE)
     return None, bad
 
 
@@ -274,10 +283,6 @@ class _RankBatches(Sampler[list[int]]):
             yield list(range(first, last if self.end is None else min(last, self.end)))
 
 
-def _worker_died(error: BaseException | None) -> WorkerDied:
-    return WorkerDied(f"a decoding process ended unexpectedly, is there memory enough? {error}")
-
-
 class WorkerBatches(Iterator[T]):
     """What a data set makes of each batch of a rank's visits, in worker processes, from clip `start` of the run on."""
 
@@ -293,44 +298,97 @@ class WorkerBatches(Iterator[T]):
         world_size: int = 1,
         pin_memory: bool = False,
         end: int | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         """`start` and `batch_size` count clips, `end` visits: the last batch may be smaller. None: no end."""
-        config, clips = stream.config, stream.clips_per_visit
-        options: dict[str, Any] = {"prefetch_factor": config.prefetch} if config.workers else {}
-        self._loader = DataLoader(
-            dataset,
-            sampler=_RankBatches(start // clips, batches, batch_size // clips, rank, world_size, end),
-            batch_size=None,  # the data set makes whole batches
-            num_workers=config.workers,
-            worker_init_fn=_begin_worker,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # otherwise the loader draws a number from the run's own
-            **options,
+        clips = stream.clips_per_visit
+        self._dataset, self._stream, self._pin_memory, self._say = dataset, stream, pin_memory, say
+        self._visits = functools.partial(
+            _RankBatches, visits=batch_size // clips, rank=rank, world_size=world_size, end=end
         )
+        self._next = start // clips
+        """First visit, over all ranks, of the batch to come."""
+        self._step = batch_size // clips * world_size
+        self._left = batches
+        self._deaths = 0
+        self._watch = WorkerWatch(stream.config.workers, stream.config.stall_timeout)
+        self._items: Iterator[T] | None = self._start()
+
+    def _start(self) -> Iterator[T]:
+        config = self._stream.config
+        options: dict[str, Any] = {}
         if config.workers:
+            options = {"prefetch_factor": config.prefetch}
             # A garbage collection writes to every object it visits, and so copies the pages, 37 MB, that the workers
             # share with this process. Objects that exist now are not visited again while the workers run.
             gc.collect()
             gc.freeze()
-        self._items: Iterator[T] | None = iter(self._loader)
+        loader = DataLoader(
+            self._dataset,
+            sampler=self._visits(self._next, self._left),
+            batch_size=None,  # the data set makes whole batches
+            num_workers=config.workers,
+            worker_init_fn=functools.partial(_begin_worker, os.getpid(), self._watch),
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # otherwise the loader draws a number from the run's own
+            **options,
+        )
+        with ignore_dead_workers():
+            items = iter(loader)
+        if config.workers:
+            self._watch.start()
+        return items
 
     def __next__(self) -> T:
-        """Raises WorkerDied when a worker was killed, NoSharedMemory."""
-        if self._items is None:
-            raise StopIteration
-        try:
-            return next(self._items)
-        except NoSharedMemory as error:  # torch has put the worker's traceback before the message
-            raise NoSharedMemory(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
-        except RuntimeError as error:
-            if not is_dead_worker(error):
-                raise
-            raise _worker_died(error) from error
+        """The next batch; workers that were killed or stalled are replaced, and the visits stay the same.
+
+        Raises WorkerDied when workers are killed `MAX_DEATHS` times in a row, NoSharedMemory.
+        """
+        while self._items is not None:
+            try:
+                item = next(self._items)
+            except NoSharedMemory as error:  # torch has put the worker's traceback before the message
+                raise NoSharedMemory(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
+            except RuntimeError as error:
+                if not is_dead_worker(error):
+                    raise
+                self._replace_workers(error)
+            else:
+                self._next += self._step
+                self._left -= 1
+                self._deaths = 0
+                return item
+        raise StopIteration
+
+    def _replace_workers(self, error: RuntimeError) -> None:
+        """End all workers and start others at the batch that is missing."""
+        self._watch.close()
+        for activity in self._watch.take_killed():
+            name = self._stream.videos[activity.row].name
+            self._say(f"{name} has stalled a decoding process for {activity.seconds:.0f} s; it is left out from now on")
+            self._deaths = 0
+        self._deaths += 1
+        reason = str(error).splitlines()[0]
+        if self._deaths >= MAX_DEATHS:
+            raise WorkerDied(
+                f"decoding processes ended unexpectedly {self._deaths} times at the same batch, is there enough "
+                f"memory? {reason}"
+            ) from error
+        self._say(f"a decoding process ended unexpectedly; others begin again at the same clips ({reason})")
+        items, self._items = self._items, None
+        assert items is not None
+        gc.unfreeze()
+        stop_workers(items, GRACE)
+        del items
+        if isinstance(pool := getattr(self._dataset, "pool", None), BufferPool):
+            pool.reclaim()
+        self._items = self._start()
 
     def close(self) -> None:
         """Stop the workers. One that is stuck, as in a read from a silent server, is killed."""
         items, self._items = self._items, None
-        if items is not None and self._loader.num_workers:
+        self._watch.close()
+        if items is not None and self._stream.config.workers:
             gc.unfreeze()
             stop_workers(items, GRACE)
 
@@ -338,18 +396,15 @@ class WorkerBatches(Iterator[T]):
 class Loader(Iterator[Batch]):
     """Batches of one rank, whatever decodes them. Close it, or use it in a `with`.
 
-    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when a worker was killed,
-    NoSharedMemory when a worker found no room for its clips.
+    Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when workers are killed
+    again and again, NoSharedMemory when a worker found no room for its clips.
     """
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Raises WorkerDied in place of torch's own error, which may be raised anywhere in the program."""
+    def __exit__(self, *_: object) -> None:
         self.close()
-        if is_dead_worker(error):
-            raise _worker_died(error) from error
 
     def close(self) -> None:
         raise NotImplementedError
@@ -380,9 +435,12 @@ def nothing_readable(bad: list[tuple[str, str]]) -> NothingReadable:
     return NothingReadable(f"{1 + REPLACEMENTS} videos in a row could not be read, the last one {path}: {reason}")
 
 
-def _begin_worker(_worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C reaches every process of the terminal, but only the
-        signal.signal(number, signal.SIG_IGN)  # training process decides when to stop
+def _begin_worker(parent: int, watch: WorkerWatch, worker: int) -> None:
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:  # Ctrl-C reaches every process of the terminal, but only the training process decides
+        signal.signal(number, signal.SIG_IGN)  # when to stop
+    end_with_parent(parent)
+    watch.join(worker)
     gc.freeze()  # the garbage collector leaves alone what was forked
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc would return memory to the system, page by page, that the next clip needs

@@ -39,7 +39,7 @@ def read_manifest(
     seconds for each read from a URL, now and of the videos later. `limits` hold likewise. Raises ManifestError if there
     is nothing to read.
     """
-    videos = _read(source, prefix, read_timeout, limits.max_bytes)
+    videos = _read(source, os.path.expanduser(prefix), read_timeout, limits.max_bytes)
     videos.read_timeout, videos.limits = read_timeout, limits
     return videos
 

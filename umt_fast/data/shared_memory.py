@@ -46,6 +46,7 @@ class BufferPool:
         self._memory = self._memory.reshape(workers * per_worker, size)
         self._leased = np.frombuffer(mmap.mmap(-1, workers * per_worker), np.uint8)
         self._per_worker = per_worker
+        self._opened: set[int] = set()
         self._number = next(_numbers)
         _pools[self._number] = self
 
@@ -72,15 +73,23 @@ class BufferPool:
         self._leased[buffer] = 1
         return self._array(buffer, shape, dtype), Lease(self._number, buffer)
 
+    def reclaim(self) -> None:
+        """Once the workers have ended: free the buffers that they leased and this process has not opened."""
+        for buffer in range(len(self._leased)):
+            if buffer not in self._opened:
+                self._leased[buffer] = 0
+
     def open(self, buffer: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
         array = self._array(buffer, shape, dtype)  # every tensor made of it, however indirectly, keeps this array
-        weakref.finalize(array, _free, self._leased, buffer, os.getpid()).atexit = False
+        self._opened.add(buffer)
+        weakref.finalize(array, _free, self._leased, self._opened, buffer, os.getpid()).atexit = False
         return torch.from_numpy(array)
 
     def _array(self, buffer: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.ndarray(shape, dtype, self._memory[buffer])
 
 
-def _free(leased: np.ndarray, buffer: int, opened_by: int) -> None:
+def _free(leased: np.ndarray, opened: set[int], buffer: int, opened_by: int) -> None:
     if os.getpid() == opened_by:  # a process forked since may drop its copy while this one still holds the buffer
+        opened.discard(buffer)
         leased[buffer] = 0

@@ -5,7 +5,9 @@ Checked with torch 2.8 to 2.13.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -55,6 +57,22 @@ def stop_workers(batches: Iterator[Any], grace: float) -> None:
 def is_dead_worker(error: BaseException | None) -> bool:
     """Whether this is DataLoader's error about a worker that was killed; it has no class of its own."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+@contextlib.contextmanager
+def ignore_dead_workers() -> Iterator[None]:
+    """Around the making of a DataLoader's iterator: keep it from handling SIGCHLD.
+
+    Its handler raises an error wherever the program is when a worker ends. Without it the error is raised where the
+    next batch is awaited, within 5 seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _kill(workers: list[BaseProcess]) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -299,19 +300,23 @@ def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> N
 
     A setting that is younger than the checkpoint had its default value then.
     """
-    then = {**_flatten(asdict(type(config)())), **_flatten(checkpoint.content["config"])}
-    for key, value in _flatten(asdict(config)).items():
+    then = {**flatten(asdict(type(config)())), **flatten(checkpoint.content["config"])}
+    for key, value in flatten(asdict(config)).items():
         if then[key] != value and any(key == name or key.startswith(f"{name}.") for name in names):
             raise CannotResume(
                 f"{checkpoint.path} was made with {key} = {then[key]}, this run has {value}; choose another --run.name"
             )
 
 
-def list_changes(checkpoint: Checkpoint, config: Any, plan: dict[str, Any]) -> list[str]:
-    """A line for each setting, and each fact of the plan, that is not what it was when the checkpoint was saved."""
-    then, now = (_flatten(tree) for tree in (checkpoint.content["config"], asdict(config)))
+def list_changes(
+    checkpoint: Checkpoint, config: Any, plan: Mapping[str, Any], attention: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """A line for each setting, fact of the plan or attention choice that is not what it was when it was saved."""
+    then, now = (flatten(tree) for tree in (checkpoint.content["config"], asdict(config)))
     then |= {name.replace("_", " "): value for name, value in checkpoint.content["schedule"].items()}
     now |= {name.replace("_", " "): value for name, value in plan.items()}
+    then |= {f"attention of {name}": backend for name, backend in checkpoint.attention.items()}
+    now |= {f"attention of {name}": backend for name, backend in attention.items()}
     return [
         f"note: {key} was {then[key]} when it was saved, now {value}"
         for key, value in now.items()
@@ -323,11 +328,12 @@ _FREE = ("run.stop_at", "run.resume", "run.name", "run.dir")
 """Settings that a resumed run may change without a note: the results do not depend on them."""
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; lists and tuples are alike."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = tuple(value) if isinstance(value, list) else value
     return flat

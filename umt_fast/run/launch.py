@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from umt_fast import recipe
 from umt_fast.config import ConfigError
 from umt_fast.errors import RunError
 from umt_fast.packages import explain_missing
 from umt_fast.run import world as processes
+from umt_fast.run.checkpoint import flatten
 from umt_fast.run.folder import hold_folder
 from umt_fast.run.stop import EXIT_STOPPED
 from umt_fast.run.world import World
@@ -22,16 +27,10 @@ T = TypeVar("T")
 
 
 def read_settings(
-    kind: type[T] | Mapping[str, type[T]],
-    recipes: Path,
-    default: str,
-    prog: str,
-    description: str,
-    arguments: list[str] | None,
+    kind: type[T], recipes: Path, default: str, prog: str, description: str, arguments: list[str] | None
 ) -> tuple[T, argparse.Namespace]:
     """The settings of the recipe that --recipe names, with the flags on top; and --dry-run and --gpu-memory.
 
-    `kind` is the settings' class, or one for each value of the recipe's `objective`, the first being the default.
     `recipes` is the folder of the job's own recipes, `default` the name of one. Raises ConfigError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,24 +42,52 @@ def read_settings(
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in recipes.glob("*.toml")))
         raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
-    if isinstance(kind, Mapping):
-        objective = recipe.read_key(path, "objective") or next(iter(kind))
-        if objective not in kind:
-            raise ConfigError(f"{path}: objective = {objective!r}; there are {', '.join(kind)}")
-        kind = kind[objective]
     return recipe.parse(kind, path, flags, prog, description), named
 
 
 def run(config: Any, train: Callable[[Any, World], bool]) -> None:
     """Train in the run's folder, with all processes; exits with EXIT_STOPPED if `train` says a signal stopped it."""
-    world = processes.start(config.run.device)
+    world = processes.start(config.run.device, config.run.start_timeout)
     try:
+        if world.main and (note := processes.advise_restarts(os.environ)) is not None:
+            print(note, file=sys.stderr)
+        check_alike(config, world)
         with hold_folder(config.run.folder, world):
             finished = train(config, world)
+    except RuntimeError as error:
+        if world.size == 1 or not _is_lost_rank(error):
+            raise
+        _end_without(world, error)
     finally:
         world.close()
     if not finished:
         sys.exit(EXIT_STOPPED)
+
+
+def check_alike(config: Any, world: World) -> None:
+    """Raise ConfigError, on every rank, unless all ranks were started with the same settings."""
+    every = [flatten(settings) for settings in world.gather(dataclasses.asdict(config))]
+    for rank, settings in enumerate(every):
+        for key, value in settings.items():
+            if value != every[0].get(key):
+                raise ConfigError(
+                    f"rank {rank} was started with {key} = {value}, rank 0 with {every[0].get(key)}; start all ranks "
+                    "with the same command"
+                )
+
+
+def _is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or late; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
+
+
+def _end_without(world: World, error: RuntimeError) -> None:
+    """Name the rank that was lost and end this process at once: its collectives would wait for that rank."""
+    reason = str(error).strip().splitlines()[0]
+    lost = world.find_lost() if world.main else f"rank {world.rank} ends"
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: another process of the run was lost or is late: {lost}; {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -151,7 +152,6 @@ class RunLog:
         self._bad: set[str] = set()
         self._waited = self._elapsed = 0.0
         self._bar: tqdm | None = None
-        self._board: Any = None
         if not world.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class RunLog:
             self._bad_path.unlink(missing_ok=True)
         kept = [line for line in read_metrics(self.metrics_path) if line["step"] <= step] if step else []
         write_whole(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._purge_step = step or None
+        self._board = TensorBoard(folder / "tensorboard", purge_step=step or None)
 
     def say(self, text: str) -> None:
         """Print on the main rank."""
@@ -233,19 +233,12 @@ class RunLog:
 
     def _write(self, line: dict[str, Any]) -> None:
         """Append to metrics.jsonl and TensorBoard, making the folder anew if it was removed meanwhile."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = self.folder / "tensorboard"
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             self.say(f"{self.folder} was removed meanwhile; it is made anew")
         with open(self.metrics_path, "a") as file:
             file.write(json.dumps(line) + "\n")
-        if self._board is None or not board.is_dir():
-            self._board = SummaryWriter(str(board), purge_step=self._purge_step)
-        for name, value in line.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
+        self._board.write(line)
 
     @property
     def stall(self) -> float:
@@ -274,8 +267,33 @@ class RunLog:
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
-        if self._board is not None:
-            self._board.close()
+
+
+class TensorBoard:
+    """An event file of scalars. torch's SummaryWriter writes from a thread, which fails out of reach of the run."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        """TensorBoard hides what earlier event files hold from `purge_step` on."""
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._purge_step = purge_step
+
+    def write(self, line: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now, step = time.time(), int(line["step"])
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in line.items() if tag != "step"]
+        events = [Event(wall_time=now, step=step, summary=Summary(value=values))]
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._purge_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                events.insert(0, Event(wall_time=now, step=self._purge_step, session_log=start))
+            events.insert(0, Event(wall_time=now, file_version="brain.Event:2"))
+        with open(self._path, "ab") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())
 
 
 def say(text: str) -> None:

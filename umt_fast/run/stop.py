@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from umt_fast.errors import RunError
 from umt_fast.run.world import World
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class StopSignal:
         self._world = world
         self._name = ""
         self._since = 0.0
+        self._failure: RunError | None = None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
         self._previous: dict[int, Any] = {}
@@ -90,6 +92,25 @@ class StopSignal:
         elif self._world.size == 1 or now - self._since > self._REPEAT_SECONDS:
             _tell(f"{number.name} again: ended without saving")
             os._exit(128 + number)
+
+    def fetch(self, loader: Iterator[T], count: int) -> list[T] | None:
+        """The `count` batches of a step, or None if the run is to save and end: by signal, or for want of data.
+
+        A failure of the data is raised by `raise_failure` once the run has saved; with several ranks it is raised here,
+        since the others wait for this one in their step.
+        """
+        try:
+            return self.unless_requested(lambda: [next(loader) for _ in range(count)])
+        except RunError as error:
+            if self._world.size > 1:
+                raise
+            self._failure = error
+            return None
+
+    def raise_failure(self) -> None:
+        """Raise what ended the data, if anything did."""
+        if self._failure is not None:
+            raise self._failure
 
     def unless_requested(self, fetch: Callable[[], T]) -> T | None:
         """`fetch()`, or None once a stop is requested while it has not returned: data may never come.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,10 +11,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from umt_fast.config import ConfigError
 
 T = TypeVar("T")
+
+ANSWER_SECONDS = 10.0
+"""How long the main rank waits for an answer of the others when it looks for a lost one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,21 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a rank waits for the others from now on."""
+        if self.size > 1:
+            for group in {dist.group.WORLD, self.host_group}:
+                _set_pg_timeout(timedelta(seconds=seconds), group)
+
+    def find_lost(self) -> str:
+        """On the main rank: which ranks do not answer, in words; call it when a collective has failed."""
+        try:
+            dist.monitored_barrier(self.host_group, timedelta(seconds=ANSWER_SECONDS), wait_all_ranks=True)
+        except RuntimeError as error:
+            found = re.search(r"[Rr]anks? ([\d, ]+\d|\d)", str(error))
+            return f"rank {found[1]} does not answer" if found else str(error).splitlines()[0]
+        return "every rank answers now"
 
     def close(self) -> None:
         if self.size > 1:
@@ -66,10 +86,14 @@ def start(device: str, timeout: float = 1800.0) -> World:
         return World(rank, size, place)
     limit = timedelta(seconds=timeout)
     try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun keeps one store over all its restarts; without a prefix a new attempt reads the last one's keys.
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        options: dict[str, Any] = {"store": store, "rank": rank, "world_size": size, "timeout": limit}
         if device == "cuda":
-            dist.init_process_group("nccl", device_id=place, timeout=limit)
+            dist.init_process_group("nccl", device_id=place, **options)
             return World(rank, size, place, dist.new_group(backend="gloo", timeout=limit))
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo", **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -77,6 +101,18 @@ def start(device: str, timeout: float = 1800.0) -> World:
             f"{reason}"
         ) from error
     return World(rank, size, place, dist.group.WORLD)
+
+
+def advise_restarts(environment: Mapping[str, str]) -> str | None:
+    """A note for elastic runs of several nodes whose restarts may hang, on the variable that prevents it."""
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts, nodes = environment.get("TORCHELASTIC_MAX_RESTARTS", "0"), environment.get("GROUP_WORLD_SIZE", "1")
+    if not shared or restarts == "0" or nodes == "1" or environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
+        return None
+    return (
+        "note: a restart of several nodes may hang in torchrun's shared store; start torchrun with "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+    )
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -1,0 +1,106 @@
+"""Workers that are killed, stall or lose their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from umt_fast.config import DataConfig
+from umt_fast.data import loader
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.loader import ClipLoader, WorkerDied
+from umt_fast.data.manifest import read_manifest
+from umt_fast.data.watch import WorkerWatch
+
+ROOT = Path(__file__).parents[2]
+
+
+def open_loader(videos: Path, batches: int = 6, workers: int = 2, **settings) -> ClipLoader:
+    config = DataConfig(workers=workers, prefetch=1, **settings)
+    stream = ClipStream(read_manifest(str(videos)), config, 2, 32, seed=0)
+    return ClipLoader(stream, start=0, batches=batches, batch_size=2, say=said.append)
+
+
+said: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> None:
+    said.clear()
+
+
+def test_a_killed_worker_is_replaced_and_the_clips_stay_the_same(demo_videos):
+    with open_loader(demo_videos) as undisturbed:
+        expected = [(batch.clip.clone(), batch.paths) for batch in undisturbed]
+    got = []
+    with open_loader(demo_videos) as batches:
+        got.append(next(batches))
+        workers = [worker.pid for worker in batches._batches._items._workers]
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        got += list(batches)
+    assert len(got) == len(expected)
+    for batch, (clip, paths) in zip(got, expected, strict=True):
+        assert torch.equal(batch.clip, clip)
+        assert batch.paths == paths
+    assert any("begin again at the same clips" in line for line in said)
+
+
+def test_workers_that_are_killed_again_and_again_end_the_run(demo_videos, monkeypatch):
+    monkeypatch.setattr(loader, "decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with open_loader(demo_videos) as batches, pytest.raises(WorkerDied, match="3 times at the same batch"):
+        next(batches)
+    assert len(said) == 2
+
+
+def test_a_stalled_video_is_named_and_left_out(demo_videos, monkeypatch):
+    real = loader.decode
+
+    def stall(stream, video, *rest, **options):
+        if "003_" in video.name:
+            time.sleep(600)
+        real(stream, video, *rest, **options)
+
+    monkeypatch.setattr(loader, "decode", stall)
+    with open_loader(demo_videos, batches=4, stall_timeout=1) as batches:
+        got = list(batches)
+    assert len(got) == 4
+    bad = [name for batch in got for name, _ in batch.bad]
+    assert len(set(bad)) == 1
+    assert "003_" in bad[0]
+    assert any(f"{bad[0]} has stalled a decoding process" in line for line in said)
+
+
+def test_workers_end_with_their_parent(demo_videos):
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[2:]; from umt_fast.config import DataConfig\n"
+        "from umt_fast.data import loader; from umt_fast.data.clips import ClipStream\n"
+        "from umt_fast.data.manifest import read_manifest\n"
+        "loader.decode = lambda *a, **k: time.sleep(600)\n"  # a worker that hangs
+        "stream = ClipStream(read_manifest(sys.argv[1]), DataConfig(workers=2), 2, 32, seed=0)\n"
+        "batches = loader.ClipLoader(stream, start=0, batches=6, batch_size=2)\n"
+        "print(*(worker.pid for worker in batches._batches._items._workers), flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(demo_videos), str(ROOT), str(ROOT / "kernels")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers live on"
+        time.sleep(0.05)
+
+
+def test_a_watch_that_never_started_closes():
+    WorkerWatch(0, 1.0).close()

@@ -1,0 +1,170 @@
+"""A run is restored exactly, or refuses; damaged checkpoints are set aside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from umt_fast.config import OptimConfig, PretrainConfig, RunConfig
+from umt_fast.files import put_in_place
+from umt_fast.run import checkpoint
+from umt_fast.run.checkpoint import CannotResume, NotFinite, TrainState, find_checkpoint
+from umt_fast.run.launch import check_alike
+from umt_fast.run.optim import build_optimizer
+from umt_fast.run.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+CONFIG = PretrainConfig()
+
+
+def new_state(seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 1))
+    return TrainState(model, build_optimizer(model, OptimConfig()), ALONE, CONFIG, {"videos": 8}, {"student": "math"})
+
+
+def step(state: TrainState) -> None:
+    state.model(torch.randn(4, 3)).square().mean().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.advance(4)
+
+
+def parameters(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in state.model.parameters()])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Checkpoints of clips 4, 8 and 12."""
+    state = new_state()
+    for _ in range(3):
+        step(state)
+        state.save(tmp_path, keep=5)
+    return tmp_path
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+    whole = new_state()
+    for _ in range(2):
+        step(whole)
+    whole.save(tmp_path, keep=3)
+    step(whole)
+    parts = new_state(seed=5)
+    assert parts.restore(tmp_path, step_clips=4)
+    assert (parts.step, parts.clips_seen) == (2, 8)
+    step(parts)
+    assert torch.equal(parameters(parts), parameters(whole))
+
+
+def test_a_folder_without_checkpoints_restores_nothing(tmp_path):
+    assert not new_state().restore(tmp_path)
+
+
+def test_keys_are_the_models_own(folder):
+    content = checkpoint.load_checkpoint(checkpoint.list_checkpoints(folder)[-1])
+    assert list(content["model"]) == list(new_state().model.state_dict())
+    assert set(content["optimizer"]["state"]) == set(content["model"])
+
+
+@pytest.mark.parametrize("damage", ["zeros", "half", "empty", "bit"])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(folder, damage):
+    path = checkpoint.list_checkpoints(folder)[-1]
+    content = bytearray(path.read_bytes())
+    weight = checkpoint.load_checkpoint(path)["model"]["0.weight"].numpy().tobytes()
+    middle = content.index(weight) + 4
+    if damage == "zeros":
+        content[middle : middle + 16] = bytes(16)
+    elif damage == "bit":
+        content[middle] ^= 1
+    path.write_bytes(content[: len(content) // 2] if damage == "half" else b"" if damage == "empty" else content)
+    said: list[str] = []
+    found = find_checkpoint(folder, ALONE, say=said.append)
+    assert found is not None
+    assert found.clips_seen == 8
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == [f"clips_{n:010d}.pth" for n in (4, 8)]
+    assert (folder / "clips_0000000012.pth.damaged").exists()
+    assert "damaged checkpoint set aside" in said[0]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(folder):
+    state = new_state()
+    assert state.restore(folder, step_clips=4)
+    with torch.no_grad():
+        state.model[0].weight[0, 0] = float("inf")
+    state.advance(4)
+    with pytest.raises(NotFinite, match=r"0\.weight .* the last checkpoint is .*clips_0000000012"):
+        state.save(folder, keep=5)
+    assert len(checkpoint.list_checkpoints(folder)) == 3
+    content = checkpoint.load_checkpoint(checkpoint.list_checkpoints(folder)[-1])
+    content["model"]["0.weight"][0, 0] = float("nan")
+    checkpoint.save_checkpoint(folder, 16, {key: content[key] for key in content if key != "clips_seen"}, keep=9)
+    found = find_checkpoint(folder, ALONE, say=lambda _: None)
+    assert found is not None
+    assert found.clips_seen == 12
+
+
+def test_a_save_is_due_by_the_clock(monkeypatch):
+    state = new_state()
+    assert not state.save_due(None)
+    assert not state.save_due(10)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: state.saved_at + 601)
+    assert state.save_due(10)
+
+
+def test_a_run_folder_that_was_removed_is_made_anew(folder):
+    state = new_state()
+    assert state.restore(folder, step_clips=4)
+    step(state)
+    shutil.rmtree(folder)
+    assert state.save(folder, keep=1).exists()
+
+
+@pytest.mark.parametrize(("number", "fails"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number, fails):
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, "no directory fsync")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "new").write_bytes(b"content")
+    if fails:
+        with pytest.raises(OSError, match="no directory fsync"):
+            put_in_place(tmp_path / "new", tmp_path / "file")
+    else:
+        put_in_place(tmp_path / "new", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_changed_settings_are_listed(folder):
+    found = find_checkpoint(folder, ALONE)
+    assert found is not None
+    now = replace(CONFIG, optim=OptimConfig(lr=0.5), run=RunConfig(name="other", stop_at=9))
+    notes = checkpoint.list_changes(found, now, {"videos": 9}, {"student": "flash"})
+    assert notes == [
+        "note: optim.lr was 0.00015 when it was saved, now 0.5",
+        "note: videos was 8 when it was saved, now 9",
+        "note: attention of student was math when it was saved, now flash",
+    ]
+    assert checkpoint.list_changes(found, CONFIG, {"videos": 8}) == []
+    checkpoint.check_same(found, now, ("student", "mask.rule"))
+    with pytest.raises(CannotResume, match=r"optim\.lr = 0\.00015, this run has 0\.5"):
+        checkpoint.check_same(found, now, ("optim",))
+
+
+def test_ranks_with_other_settings_refuse(monkeypatch):
+    other = replace(CONFIG, optim=OptimConfig(lr=0.5))
+    gathered = [checkpoint.asdict(config) for config in (CONFIG, other)]
+    monkeypatch.setattr(World, "gather", lambda *_: gathered)
+    with pytest.raises(ValueError, match=r"rank 1 was started with optim\.lr = 0\.5, rank 0 with 0\.00015"):
+        check_alike(CONFIG, World(0, 2, torch.device("cpu")))

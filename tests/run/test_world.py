@@ -1,0 +1,54 @@
+"""The environment that tells a process which rank it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from umt_fast.config import ConfigError
+from umt_fast.run.world import advise_restarts, read_environment
+
+MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "0"}, (0, 1, 0)),
+        ({"WORLD_SIZE": "1"}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER}, (3, 4, 1)),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1, 0)),
+        ({"SLURM_NTASKS": "8"}, (0, 1, 0)),  # a shell of salloc
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", **MASTER}, (1, 2, 0)),
+    ],
+)
+def test_ranks_that_are_clear(environment, expected):
+    assert read_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "1"}, "RANK = 1, but WORLD_SIZE is not set: start with torchrun, or unset RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2, but RANK is not set: start with torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE = 'abc' is not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE = 2, but MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", **MASTER}, "RANK = 2, but WORLD_SIZE = 2"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM started 2 tasks.* start one torchrun per node"),
+    ],
+)
+def test_what_is_half_set_is_named(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        read_environment(environment)
+
+
+def test_only_elastic_runs_of_several_nodes_are_advised():
+    elastic = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2"}
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in (advise_restarts(elastic) or "")
+    for name, value in (
+        ("TORCHELASTIC_MAX_RESTARTS", "0"),
+        ("GROUP_WORLD_SIZE", "1"),
+        ("TORCHELASTIC_USE_AGENT_STORE", "False"),
+        ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),
+    ):
+        assert advise_restarts({**elastic, name: value}) is None

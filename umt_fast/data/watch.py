@@ -1,0 +1,110 @@
+"""What each data worker is doing, so that one that is killed or stalls costs only its own video."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from umt_fast.data.index import BadVideo
+
+_PR_SET_PDEATHSIG = 1
+"""As linux/prctl.h numbers it."""
+IDLE = -1
+"""In place of a row: the worker reads none."""
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: have the kernel kill it when its parent ends, however that ends (Linux only)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """A row of the list that a worker was reading, and the seconds that it had spent on it."""
+
+    row: int
+    seconds: float
+
+
+class WorkerWatch:
+    """A board on which every worker, forked from this process, notes the row that it reads and since when.
+
+    A thread kills the workers that read one video for more than `limit` seconds.
+    """
+
+    _INTERVAL = 1.0  # seconds between two looks
+
+    def __init__(self, workers: int, limit: float, stalled: dict[int, str] | None = None) -> None:
+        self._board = np.frombuffer(mmap.mmap(-1, max(workers, 1) * 24), np.int64).reshape(-1, 3)
+        self._limit = limit
+        self._killed: list[Activity] = []
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.stalled: dict[int, str] = stalled or {}
+        """Rows that are not read again, each with the reason. A worker has those known when it was forked."""
+
+    def __reduce__(self) -> tuple[type[WorkerWatch], tuple[int, float, dict[int, str]]]:
+        """A spawned worker shares no memory: it writes on a board of its own, which nobody reads."""
+        return WorkerWatch, (len(self._board), self._limit, dict(self.stalled))
+
+    def start(self) -> None:
+        """Begin to look, once the workers run."""
+        self._closed.clear()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._board[:, 1] = IDLE
+
+    def join(self, worker: int) -> None:
+        """In a worker, before it begins."""
+        global _own
+        _own = (self, worker)
+        self._board[worker] = os.getpid(), IDLE, 0
+
+    def begin(self, worker: int, row: int) -> None:
+        self._board[worker, 1:] = row, time.monotonic_ns()
+        if row in self.stalled:
+            raise BadVideo(self.stalled[row])
+
+    def take_killed(self) -> list[Activity]:
+        """The workers that were killed since the last time, and what they read."""
+        killed, self._killed = self._killed, []
+        return killed
+
+    def _look(self) -> None:
+        while not self._closed.wait(min(self._INTERVAL, self._limit / 2)):
+            now = time.monotonic_ns()
+            for pid, row, since in self._board.tolist():
+                seconds = (now - since) / 1e9
+                if row != IDLE and row not in self.stalled and seconds > self._limit:
+                    self.stalled[row] = f"it stalled a decoding process for {seconds:.0f} s"
+                    self._killed.append(Activity(row, seconds))
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+_own: tuple[WorkerWatch, int] | None = None
+"""In a worker: its watch and number."""
+
+
+def note_reading(row: int) -> None:
+    """In a worker: this row is read from now on; -1: none. Raises BadVideo for one that stalled a worker before."""
+    if _own is not None:
+        _own[0].begin(_own[1], row)
