@@ -32,7 +32,7 @@ from benchmarks.step_time import beside, prediction, report
 from benchmarks.step_time.beside import Beside
 from benchmarks.step_time.jobs import JOBS, Job
 from benchmarks.step_time.ladder import Rung
-from benchmarks.step_time.measure import GEMM_SIDE, RungResult, measure_model
+from benchmarks.step_time.measure import CHECKED_STEPS, GEMM_SIDE, RungResult, measure_model
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError
@@ -60,6 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="keep what these sources have already measured there")
     parser.add_argument("--check-only", type=int, metavar="N", help="N steps per rung, losses compared, nothing timed")
+    parser.add_argument("--checked-steps", type=int, default=CHECKED_STEPS, help="steps compared first (%(default)s)")
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile; aot_eager: a quick try")
     parser.add_argument("--compare", type=Path, metavar="OLD.JSON", help="flag rungs that became over 5%% slower")
     parser.add_argument("--predict", choices=GPUS, help="predict a GPU's step times; measure nothing")
@@ -78,7 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.models = [*job.models[:-1]] if options.device == "cuda" or options.predict else [job.models[0]]
     if unknown := [name for name in options.models if name not in job.models]:
         parser.error(f"--models {unknown[0]}: the job {options.job} has {', '.join(job.models)}")
-    for name, least in (("batch", 1), ("repeats", 1), ("workers", 0), ("check_only", 1)):
+    for name, least in (("batch", 1), ("repeats", 1), ("workers", 0), ("check_only", 1), ("checked_steps", 1)):
         given = getattr(options, name)
         for number in given if isinstance(given, list) else [given]:
             if number is not None and number < least:
@@ -153,7 +154,19 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         (folder / "step_time.json").write_text(json.dumps(content, indent=1) + "\n")
 
     for model, batch in cases:
-        latest = measure_model(job, model, batch, rungs, options.repeats, device, gemm, done, save, options.check_only)
+        latest = measure_model(
+            job,
+            model,
+            batch,
+            rungs,
+            options.repeats,
+            device,
+            gemm,
+            done,
+            save,
+            options.check_only or options.checked_steps,
+            not options.check_only,
+        )
         save(latest)
         results += latest
     report.write(content, folder)

@@ -145,12 +145,13 @@ def measure_model(
     gemm: dict[str, list[float]],
     known: list[RungResult] | None = None,
     save: Callable[[list[RungResult]], None] = lambda _results: None,
-    check_only: int | None = None,
+    checked_steps: int = CHECKED_STEPS,
+    timed: bool = True,
 ) -> list[RungResult]:
     """All rungs of one model and batch; the first is the reference of the losses.
 
-    Those in `known` are not measured again; `save` is called after each rung. `check_only` makes so many steps of
-    every rung, compares their losses and times nothing.
+    Those in `known` are not measured again; `save` is called after each rung. Without `timed` only the losses of the
+    first `checked_steps` steps are compared.
     """
     work = job.prepare(model, batch, device)
     before = {result.rung: result for result in known or () if (result.model, result.batch) == (model, batch)}
@@ -170,9 +171,9 @@ def measure_model(
         contender: Contender | None = None
         try:
             contender = Contender(rung, work, result)
-            if contender.check(reference, check_only or CHECKED_STEPS):
+            if contender.check(reference, checked_steps):
                 reference = reference or result.losses
-                if check_only:
+                if not timed:
                     result.not_run = f"{report.CHECKED} over {len(result.losses)} step(s), not timed"
                 elif not rung.timed:
                     result.not_run = "not timed: the reference of the losses"
@@ -192,7 +193,7 @@ def measure_model(
             del contender
             torch._dynamo.reset()
             gc.collect()
-        if device.type == "cuda" or check_only:
+        if device.type == "cuda" or not timed:
             save(results)
     _time_in_turn(contenders, repeats, device, gemm)
     return results

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from benchmarks.step_time.jobs import pretrain
+from benchmarks.step_time.jobs import finetune, pixels, pretrain
 from benchmarks.step_time.ladder import Rung, TimedStep, ladder
 from umt_fast.config import StudentConfig
 
@@ -39,6 +39,16 @@ class Job:
     """Where decoding and the all-reduce are timed beside the step: the model whose clips and gradients they are of."""
 
 
+def _exact_ladder(device: torch.device) -> tuple[Rung, ...]:
+    return ladder(device, frozen_teacher=False)
+
+
+def _pixels_ladder(device: torch.device) -> tuple[Rung, ...]:
+    return tuple(replace(rung, loss_tolerance=pixels.LOSS_TOLERANCE) for rung in _exact_ladder(device))
+
+
 JOBS = {
     "pretrain": Job(tuple(pretrain.MODELS), 64, 2, ladder, pretrain.prepare, lambda model: pretrain.MODELS[model][0]),
+    "finetune": Job(tuple(finetune.MODELS), 32, 2, _exact_ladder, finetune.prepare),
+    "pixels": Job(tuple(pixels.MODELS), 32, 2, _pixels_ladder, pixels.prepare),
 }

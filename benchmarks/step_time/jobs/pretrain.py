@@ -6,15 +6,13 @@ Stochastic depth is off on every rung: all must give the same losses, which are 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import umt_kernels.backend
 from torch import Tensor, nn
-from umt_kernels import IMAGENET_MEAN, IMAGENET_STD
 
 from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline
+from benchmarks.step_time.jobs.own import normalised, reference_ops
 from benchmarks.step_time.ladder import Rung, TimedStep
 from benchmarks.step_time.phases import Mark, no_mark
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
@@ -94,9 +92,7 @@ def _build_baseline(rung: Rung, work: PretrainWork) -> TimedStep:
         student.compile(backend=rung.backend)
         teacher.compile(backend=rung.backend)
     step = BaselineStep(student, teacher, OPTIM, work.visible.shape[-1], rung.precision)
-    mean, std = torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-    clip = ((work.clip.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()  # as its loader gives it
-
+    clip = normalised(work.clip)
     shown = torch.zeros(*work.visible.shape[:2], patches, dtype=torch.bool, device=device)
     hidden = ~shown.scatter_(2, work.visible, True).flatten(1)
 
@@ -183,14 +179,3 @@ def _build_lean(rung: Rung, work: PretrainWork) -> TimedStep:
             return recorded[shared](work.clip)
 
     return run
-
-
-@contextlib.contextmanager
-def reference_ops() -> Iterator[None]:
-    """Inside, the ops of umt_kernels run as plain PyTorch, on a GPU too."""
-    before = umt_kernels.backend.REFERENCE_ONLY
-    umt_kernels.backend.REFERENCE_ONLY = True
-    try:
-        yield
-    finally:
-        umt_kernels.backend.REFERENCE_ONLY = before
