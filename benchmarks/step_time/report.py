@@ -168,8 +168,8 @@ HOW = (
     "Median time of one training step on random clips that lie in memory, in one process. `fastest` is the fastest "
     "timing: a large distance from the median means that the machine had other work. TFLOP/s count the operations "
     "that the method needs (those of the lean step) on every rung. `loss error` is the largest distance of a rung's "
-    "loss from the reference's over the first steps (20 by default) from the same start; a rung with more than `allowed` is refused. The "
-    "reference is the baseline in float32, or, where that cannot run, the first rung that can."
+    "loss from the reference's over the first steps from the same start; a rung with more than `allowed` is refused. "
+    "The reference is the baseline in float32, or, where that cannot run, the first rung that can."
 )
 HOW_PRETRAIN = (
     " K710 days are 200 epochs of 658,000 videos on 32 such devices, if data and network keep up. `data stall` is by "
