@@ -1,7 +1,6 @@
 """Fine-tuning of a video encoder on labels (UMT, arXiv 2303.16058, section 4.2), from lists to a tested classifier.
 
-    python -m train.finetune --recipe k400_b16 --init runs/pretrain/checkpoints/x.pth \
-        --data.train train.csv --data.validation val.csv --data.test test.csv
+    python -m train.finetune --recipe k400_b16 --init x.pth --data.train train.csv --data.test test.csv
     torchrun --nproc-per-node 8 -m train.finetune --recipe k710_l16 --init x.pth --data.train train.csv
 
 --recipe names a file of train/recipes/finetune or a TOML file of your own (default k400_b16); every setting of it can

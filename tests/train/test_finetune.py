@@ -192,6 +192,10 @@ def test_starts_from_a_pre_trained_encoder(config, tmp_path: Path):
     with pytest.raises(WeightsError, match=r"does not fit .*\n.*\[64, 3, 1, 16, 16\] in the file, \[32, 3, 1, "):
         finetune.load_init(model, other)
     finetune.load_init(model, change(other, "init", strict=False))
+    with pytest.raises(WeightsError, match=r"no weights at .*none\.pth: no such file or folder\.$"):
+        finetune.load_init(model, change(config, "init", checkpoint=f"{tmp_path / 'none.pth'}"))
+    with pytest.raises(ConfigError, match="parallel = fsdp is for pre-training"):
+        change(config, "compute", parallel="fsdp")
 
 
 def test_cuts_a_head_by_the_users_map(config, tmp_path: Path):

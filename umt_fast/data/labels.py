@@ -58,7 +58,8 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
     try:
         lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LabelError(f"cannot read the class file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise LabelError(f"cannot read the class file {path}: {reason}") from None
     names = [line.strip() for line in lines if line.strip()]
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None or not names:

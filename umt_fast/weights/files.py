@@ -87,7 +87,10 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
         if isinstance(settings, dict) and isinstance(content.get("schedule"), dict):
             settings = {**settings, "classes": content["schedule"].get("classes")}
         return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
-    return read_weights(source), {}
+    try:
+        return read_weights(source), {}
+    except WeightsError as error:  # whose advice is where to get CLIP
+        raise WeightsError(str(error).removesuffix(HOW_TO_GET_CLIP).rstrip()) from None
 
 
 def write_weights(path: str | Path, state: TensorDict) -> None:
