@@ -1,7 +1,8 @@
-"""Unmasked Teacher stage-1 pre-training (arXiv 2303.16058), from video files to a checkpoint.
+"""Pre-training of video ViTs, from video files to a checkpoint: Unmasked Teacher's stage 1 (arXiv 2303.16058), and
+reconstruction of pixels (VideoMAE, VideoMAE V2, AdaMAE, MAE-ST). The recipe's `objective` chooses.
 
     python -m train.pretrain --recipe umt_b16_k710 --data.train list.csv
-    torchrun --nproc-per-node 8 -m train.pretrain --recipe umt_l16_k710 --data.train list.csv
+    torchrun --nproc-per-node 8 -m train.pretrain --recipe videomae_b16_k400 --data.train list.csv
 
 --recipe names a file of train/recipes/pretrain or a TOML file of your own (default umt_b16_k710); every setting of
 it can be overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
@@ -12,27 +13,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import umt_fast
-from umt_fast import masking, weights
-from umt_fast.config import PretrainConfig
+from train import pretrain_alignment, pretrain_pixels
+from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrainConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.manifest import read_manifest
-from umt_fast.run import checkpoint, costs, launch, parallel
+from umt_fast.run import checkpoint, launch, parallel
 from umt_fast.run.checkpoint import TrainState
-from umt_fast.run.compute import accelerate
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
 from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
 from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
-from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 if TYPE_CHECKING:
     from umt_fast.data.loader import Batch, Loader
@@ -40,9 +39,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RECIPES = Path(__file__).parent / "recipes" / "pretrain"
-WIDEST_RANDOM_TEACHER = 256
-FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "data.crops_per_clip", "run.seed")
-"""Settings that a resumed run must share with the run that it continues."""
+OBJECTIVES: dict[str, Any] = {
+    "alignment": pretrain_alignment,
+    **dict.fromkeys(("videomae", "adamae", "mae_st"), pretrain_pixels),
+}
+"""What the loop does not know: model, loss, costs and pictures of each objective."""
+SETTINGS = {
+    "alignment": PretrainConfig,
+    "videomae": VideoMaePretrainConfig,
+    "adamae": VideoMaePretrainConfig,
+    "mae_st": MaeStPretrainConfig,
+}
 
 
 class Job(NamedTuple):
@@ -53,16 +60,19 @@ class Job(NamedTuple):
     """The student as its processes train it: bare, in DDP's wrapper or sharded by FSDP."""
     schedule: Schedule
     loader: Loader
-    objective: Callable[[Tensor], umt_fast.Alignment]
+    objective: Callable[[Tensor], Any]
+    """clip -> what the objective found, with its `loss`."""
     log: RunLog
     last: int
     """The step to stop after."""
     epoch_clips: int
     max_bad: float
     """Unreadable videos above which the run stops."""
+    draw: Callable[[Batch, Any, Path], None]
+    """Leaves pictures of a batch, and of what the objective found in it, in a folder."""
 
 
-def train(config: PretrainConfig, world: World) -> bool:
+def train(config: Any, world: World) -> bool:
     """Run, or go on with, a pre-training run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
@@ -73,7 +83,7 @@ def train(config: PretrainConfig, world: World) -> bool:
         job.loader.close()
         return True
 
-    def forward_backward(clip: Tensor) -> umt_fast.Alignment:
+    def forward_backward(clip: Tensor) -> Any:
         out = job.objective(clip)
         (out.loss / optim.accumulate).backward()
         return out
@@ -135,14 +145,14 @@ def train(config: PretrainConfig, world: World) -> bool:
             report()
             save()
         if world.main and out is not None:
-            finish(config, batch, out, log)
+            finish(job, batch, out)
         ended = "done" if state.step >= job.schedule.total_steps else "stopped"
         log.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
     stop.raise_failure()
     return state.step >= job.last
 
 
-def prepare(config: PretrainConfig, world: World) -> Job:
+def prepare(config: Any, world: World) -> Job:
     """Data, models, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
     import av  # noqa: F401, a run reads videos; say so before anything else where PyAV is missing
 
@@ -150,41 +160,41 @@ def prepare(config: PretrainConfig, world: World) -> Job:
 
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
     folder = run.folder / "checkpoints"
+    parts = OBJECTIVES[config.objective]
     videos = read_manifest(data.train, data.prefix, data.read_timeout)
-    stream = ClipStream(videos, data, config.student.frames, config.student.image_size, run.seed)
+    sizes = parts.clip_sizes(config)
+    stream = ClipStream(videos, data, sizes.frames, sizes.image_size, run.seed)
     step_clips = world.size * optim.batch_size * optim.accumulate
     epoch_clips = len(videos) * data.crops_per_clip
     schedule = Schedule(optim, epoch_clips, step_clips)
     found = checkpoint.find_checkpoint(folder, world, run.resume, say)
     if found is not None:
-        checkpoint.check_same(found, config, FIXED)
+        checkpoint.check_same(found, config, parts.FIXED)
 
-    torch.manual_seed(run.seed)  # the same initial student on every rank
-    student = umt_fast.VideoStudent(config.student).to(world.device)
-    if config.init and found is None:
-        weights.load_umt_student(student, read_weights(config.init))
-    teacher = build_teacher(config, world)
+    torch.manual_seed(run.seed)  # the same initial model on every rank
+    built = parts.Objective(config, world)
+    if found is None:
+        built.load_initial()
     bf16 = resolve_precision(compute.precision, world.device)
     stored = found.attention if found is not None else {}
-    attention, notes = accelerate(config, world, student, teacher, bf16, lambda: first_clips(stream), stored)
-    model = parallel.wrap(student, world, compute.parallel, student.encoder.blocks, compute.cuda_graph)
-    optimizer = build_optimizer(student, optim, capturable=compute.cuda_graph)
+    attention, notes = built.accelerate(bf16, lambda: first_clips(stream), stored)
+    model = parallel.wrap(built.model, world, compute.parallel, built.blocks, compute.cuda_graph)
+    optimizer = build_optimizer(built.model, optim, capturable=compute.cuda_graph, no_decay=built.no_decay)
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
-    state = TrainState(student, optimizer, world, config, plan, attention)
+    state = TrainState(built.model, optimizer, world, config, plan, attention)
     if found is not None:
         state.restore(folder, found, step_clips)
-        notes += [
-            f"going on from {found.path} at step {state.step}",
-            *checkpoint.list_changes(found, config, plan, attention),
-        ]
+        notes.append(f"going on from {found.path} at step {state.step}")
+        notes += checkpoint.list_changes(found, config, plan, attention)
     if world.main:
         checkpoint.remove_unfinished(folder)
     last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
-    throughput = measure_throughput(config, world, bf16)
+    peaks = world.gather(peak_flops(world.device, bf16).flops)
+    throughput = Throughput(built.flops * optim.accumulate * world.size, sum(peaks))
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)
-    log.say("\n".join((describe(config, world, bf16, len(videos), schedule, student), *notes)))
+    log.say("\n".join((describe(config, world, bf16, len(videos), schedule, built.description), *notes)))
     loader = open_loader(
         stream,
         world.device,
@@ -196,89 +206,36 @@ def prepare(config: PretrainConfig, world: World) -> Job:
         world_size=world.size,
     )
     max_bad = data.max_bad_fraction * videos.count_distinct()
-    objective = make_objective(config, model, teacher, bf16)
-    return Job(state, model, schedule, loader, objective, log, last, epoch_clips, max_bad)
-
-
-def make_objective(
-    config: PretrainConfig, model: nn.Module, teacher: umt_fast.ClipTeacher, bf16: bool
-) -> Callable[[Tensor], umt_fast.Alignment]:
-    """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""
-    mask, student = config.mask, config.student
-    num_visible = masking.count_visible(student.patches, mask.ratio)
-
-    def objective(clip: Tensor) -> umt_fast.Alignment:
-        with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
-            sets = len(clip) * mask.masks_per_clip
-            visible = masking.draw_blind(
-                mask.rule, sets, student.token_frames, student.patches, mask.ratio, clip.device
-            )
-            return umt_fast.alignment_step(
-                model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip
-            )
-
-    return objective
+    objective = built.objective(model, bf16)
+    return Job(state, model, schedule, loader, objective, log, last, epoch_clips, max_bad, built.draw)
 
 
 def capture(step: Callable[[Tensor], T], world: World) -> CapturedStep[T]:
     return CapturedStep(step, DDP_WARM_UPS if world.size > 1 else WARM_UPS)
 
 
-def build_teacher(config: PretrainConfig, world: World) -> umt_fast.ClipTeacher:
-    """The frozen teacher with its weights. Raises WeightsError, saying how to get some, if there are none."""
-    if config.teacher_weights == "random" and config.teacher.width > WIDEST_RANDOM_TEACHER:
-        raise WeightsError(
-            f"a random teacher teaches nothing, so only one up to {WIDEST_RANDOM_TEACHER} wide may be `random`, to try "
-            f"the code; this one is {config.teacher.width} wide.\n{HOW_TO_GET_CLIP}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        teacher = umt_fast.ClipTeacher(config.teacher)
-    if config.teacher_weights != "random":
-        weights.load_clip_teacher(teacher, read_weights(config.teacher_weights))
-    return teacher.to(world.device).eval()
-
-
-def describe(
-    config: PretrainConfig, world: World, bf16: bool, videos: int, schedule: Schedule, student: torch.nn.Module
-) -> str:
+def describe(config: Any, world: World, bf16: bool, videos: int, schedule: Schedule, models: str) -> str:
     """The lines at the top of a run: what is computed, with what, on what."""
     optim = config.optim
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    named = config.teacher_weights
-    if named == "random":
-        named = f"RANDOM weights (seed {config.run.seed}), which teach nothing about videos"
     used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     return "\n".join(
         (
             f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}",
-            f"student {config.student.width} x {config.student.depth}, {parameters / 1e6:.1f} M parameters; "
-            f"teacher {config.teacher.width} x {config.teacher.depth}, {named}",
+            models,
             f"{videos} videos, {optim.epochs} epochs = {schedule.total_steps} steps of "
             f"{world.size} x {optim.batch_size} x {optim.accumulate} clips, peak lr {schedule.peak:.3g}",
         )
     )
 
 
-def measure_throughput(config: PretrainConfig, world: World, bf16: bool) -> Throughput:
-    """What a step's time is compared with to give the MFU."""
-    student, mask, optim = config.student, config.mask, config.optim
-    seen = masking.count_seen(mask.rule, student.token_frames, student.patches, mask.ratio)
-    flops = costs.lean_flops(student, config.teacher, optim.batch_size, seen, mask.masks_per_clip).total
-    peaks = world.gather(peak_flops(world.device, bf16).flops)
-    return Throughput(flops * optim.accumulate * world.size, sum(peaks))
-
-
-def finish(config: PretrainConfig, batch: Batch, out: umt_fast.Alignment, log: RunLog) -> None:
+def finish(job: Job, batch: Batch, out: Any) -> None:
     """Leave the pictures of a run."""
-    from umt_fast.run.pictures import draw_loss_curve, draw_visible
+    from umt_fast.run.pictures import draw_loss_curve
 
+    log = job.log
     metrics, folder = read_metrics(log.metrics_path), log.folder
     draw_loss_curve(metrics, folder / "loss.png")
-    title = f"{Path(batch.paths[0]).name}: {out.visible[0].numel()} of {out.scores[0].numel()} tokens visible"
-    if config.teacher_weights == "random":
-        title += " (random teacher)"
-    draw_visible(batch.clip[0], out.scores[0], out.visible[0], folder / "visible.png", title)
+    job.draw(batch, out, folder)
     if len(metrics) > 1:
         log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; pictures and metrics in {folder}")
     log.say(f"waited for data {log.stall:.1%} of the time")
@@ -286,11 +243,12 @@ def finish(config: PretrainConfig, batch: Batch, out: umt_fast.Alignment, log: R
 
 def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
+        config: Any
         config, named = launch.read_settings(
-            PretrainConfig, RECIPES, "umt_b16_k710", "train.pretrain", __doc__ or "", arguments
+            SETTINGS, RECIPES, "umt_b16_k710", "train.pretrain", __doc__ or "", arguments
         )
         if named.dry_run:
-            print(costs.plan(config, config.compute.precision != "fp32", named.gpu_memory))
+            print(OBJECTIVES[config.objective].plan(config, named.gpu_memory))
             return
         launch.run(config, train)
 

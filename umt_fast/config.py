@@ -232,6 +232,13 @@ class MaeStConfig(VitConfig):
         if self.decoder_depth < 1:
             raise ConfigError(f"mae_st: decoder_depth = {self.decoder_depth} is not 1 or more")
 
+    @property
+    def target_frame_ids(self) -> list[int]:
+        """Frames of a clip that are predicted: evenly spread from the first to the last, rounded down."""
+        if self.target_frames == 1:
+            return [0]
+        return [(self.frames - 1) * i // (self.target_frames - 1) for i in range(self.target_frames)]
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -532,6 +539,10 @@ class DataConfig:
     """Crop sides as shares of the short side."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    crop_area: tuple[float, float] | None = None
+    """Random resized crops of such a share of the frame, sides in a ratio of 3/4 to 4/3; None: multi-scale crops."""
+    frame_step: int | None = None
+    """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
     max_bad_fraction: float = 0.1
     """Share of the list that may turn out unreadable before the run stops."""
     read_timeout: float = 60.0
@@ -552,6 +563,11 @@ class DataConfig:
         _check_share("data.flip", self.flip)
         _check_share("data.max_bad_fraction", self.max_bad_fraction)
         _check_share("data.crop_scales", *self.crop_scales)
+        _check_at_least(self, "data", frame_step=1)
+        if self.crop_area is not None:
+            _check_share("data.crop_area", *self.crop_area)
+            if not 0 < self.crop_area[0] <= self.crop_area[1]:
+                raise ConfigError(f"data.crop_area = {self.crop_area}: give the least and the largest share, above 0")
         if not self.crop_scales:
             raise ConfigError("data.crop_scales is empty: give at least one share of the short side")
 
@@ -684,6 +700,7 @@ class RunConfig:
 class PretrainConfig:
     """Stage 1: a student aligned with a frozen CLIP teacher."""
 
+    objective: Literal["alignment"] = "alignment"
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
@@ -920,3 +937,66 @@ class Stage2Config:
             align_eps=joint.align_eps,
             position_frames=joint.position_frames,
         )
+
+
+@dataclass(frozen=True)
+class PixelMaskConfig:
+    """Which tokens the encoder sees, and which the decoder predicts."""
+
+    rule: Literal["tube", "random", "frame", "mae_st"] = "tube"
+    ratio: float = 0.9
+    """Share of the patches that the encoder does not see."""
+    decoder_ratio: float | None = None
+    """Share of the patches that the decoder leaves out by a running cell (VideoMAE V2): 0.25, 0.5 or 0.75. None: it
+    predicts all hidden patches."""
+
+    def __post_init__(self) -> None:
+        _check_share("mask.ratio", self.ratio, below_one=True)
+        if self.decoder_ratio not in (None, 0.25, 0.5, 0.75):
+            raise ConfigError(f"mask.decoder_ratio = {self.decoder_ratio}: give 0.25, 0.5 or 0.75")
+
+
+@dataclass(frozen=True)
+class _PixelsConfig:
+    init: str = ""
+    """Weights that the model starts from; empty: drawn at random."""
+    mask: PixelMaskConfig = field(default_factory=PixelMaskConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(frame_step=4, flip=0.0))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.compute.cuda_graph and self.optim.accumulate > 1:
+            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+
+
+@dataclass(frozen=True)
+class VideoMaePretrainConfig(_PixelsConfig):
+    """VideoMAE and VideoMAE V2: pixels of hidden tokens; `adamae` draws the visible ones by a learned network."""
+
+    objective: Literal["videomae", "adamae"] = "videomae"
+    model: VideoMaeConfig = field(default_factory=VideoMaeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask.decoder_ratio is not None:
+            if self.model.grid % 2:
+                raise ConfigError(f"mask.decoder_ratio needs an even grid of patches; model has {self.model.grid}")
+            if self.objective == "adamae":
+                raise ConfigError("mask.decoder_ratio is not for objective = adamae, which predicts all hidden tokens")
+
+
+@dataclass(frozen=True)
+class MaeStPretrainConfig(_PixelsConfig):
+    """MAE-ST: pixels of hidden tokens, learned positions."""
+
+    objective: Literal["mae_st"] = "mae_st"
+    model: MaeStConfig = field(default_factory=MaeStConfig)
+    mask: PixelMaskConfig = field(default_factory=lambda: PixelMaskConfig("mae_st"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask.decoder_ratio is not None:
+            raise ConfigError("mask.decoder_ratio is not for objective = mae_st, whose decoder sees all tokens")

@@ -73,6 +73,14 @@ def parse(kind: type[T], path: Path, flags: Sequence[str], prog: str = "", descr
     return tyro.cli(kind, args=flags, default=default, prog=prog or None, description=description or None)
 
 
+def read_key(path: Path, key: str) -> Any:
+    """One value of a recipe that stands outside its tables; None if it is not there. Raises ConfigError."""
+    try:
+        return tomllib.loads(_read(path)).get(key)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 def _read(path: Path) -> str:
     try:
         with open(path, "rb") as file:

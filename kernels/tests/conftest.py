@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from umt_kernels import launch
 from umt_kernels.backend import INTERPRETED, triton
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
+
+if INTERPRETED and triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    # Before 3.7 the interpreter makes a loop's bounds of arrays of one number by int(), which numpy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    def _patch_lang_tensor(tensor: Any, *scope: Any, patch: Callable = interpreter._patch_lang_tensor) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
 
 ULP = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 

@@ -10,7 +10,9 @@ from umt_kernels.cosine_alignment_loss import alignment_loss, cosine_alignment_l
 from umt_kernels.gather_layer_norm import gather_layer_norm, gather_rms_norm
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
 from umt_kernels.linear import linear
+from umt_kernels.masks import ids_to_mask, mask_to_ids
 from umt_kernels.mlp import mlp
+from umt_kernels.modules import GatherLayerNorm, GatherRMSNorm, PatchEmbed
 from umt_kernels.patch_embed import patch_embed
 from umt_kernels.pixel_loss import pixel_loss
 from umt_kernels.sample_visible import sample_visible
@@ -20,6 +22,9 @@ __version__ = "0.1.0"
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "GatherLayerNorm",
+    "GatherRMSNorm",
+    "PatchEmbed",
     "add_layer_norm",
     "alignment_loss",
     "cls_scores",
@@ -27,7 +32,9 @@ __all__ = [
     "gather_layer_norm",
     "gather_patches",
     "gather_rms_norm",
+    "ids_to_mask",
     "linear",
+    "mask_to_ids",
     "mlp",
     "patch_embed",
     "pixel_loss",

@@ -23,29 +23,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 REFERENCE_ONLY = os.environ.get("UMT_KERNELS_REFERENCE", "0") == "1"
 """Every op runs its reference: to tell whether a kernel is at fault."""
 
-if INTERPRETED and triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-    # Before 3.7 the interpreter makes a loop's bounds of arrays of one number by int(), which numpy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    def _patch_lang_tensor(tensor: Any, *scope: Any, patch: Callable = interpreter._patch_lang_tensor) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter._patch_lang_tensor = _patch_lang_tensor
-
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
     """Whether the kernels take these tensors: CUDA, or any under the interpreter, and of a dtype they know."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if (
-        triton is None
-        or REFERENCE_ONLY
-        or any(tensor.is_floating_point() and tensor.dtype not in KERNEL_DTYPES for tensor in given)
-    ):
+    if triton is None or REFERENCE_ONLY:
         return False
-    return all(tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu") for tensor in given)
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype not in KERNEL_DTYPES and tensor.is_floating_point():
+            return False
+        if not (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")):
+            return False
+    return True
 
 
 def on_its_device(launch: Launch) -> Launch:

@@ -88,8 +88,10 @@ def alignment_loss(
     if distance == "smooth_l1" and beta == 0:
         distance = "l1"
     _check(predictions, targets, target_ids, weight, bias, row_weights, padded)
-    targets = targets.detach()
-    row_weights = None if row_weights is None else row_weights.detach()
+    if targets.requires_grad:
+        targets = targets.detach()
+    if row_weights is not None and row_weights.requires_grad:
+        row_weights = row_weights.detach()
     kind = DISTANCES[distance]
     layered = predictions.dim() == 4
     floor = 1e-4 if predictions.dtype == torch.float16 else 1e-12

@@ -31,6 +31,10 @@ def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is at work. The kernels know neither."""
     if torch.compiler.is_compiling():  # Dynamo handles both itself
         return False
+    return _is_transformed(tensors)
+
+
+def _is_transformed(tensors: Sequence[Tensor | None]) -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0 and any(
@@ -40,13 +44,16 @@ def is_transformed(*tensors: Tensor | None) -> bool:
 
 def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
     """Whether `op` runs its own kernels on these tensors; else the reference, which can do all that PyTorch can."""
-    if torch.compiler.is_compiling() and op not in COMPILED_KERNELS:
-        return False
-    return backend.runs_triton(*tensors) and not is_transformed(*tensors)
+    if torch.compiler.is_compiling():  # where Dynamo handles transforms itself
+        return op in COMPILED_KERNELS and backend.runs_triton(*tensors)
+    return backend.runs_triton(*tensors) and not _is_transformed(tensors)
 
 
 class KernelOp:
     """A launch function, called with little overhead in eager mode and as a custom op everywhere else.
+
+    Of several outputs only the first has a gradient; with one, a call in eager mode returns that output alone, in a
+    tuple. The others are for `save`.
 
     launch    tensors and settings -> tensors; annotated, as torch.library.custom_op infers the schema from it.
     fake      the same for tensors without data.
@@ -65,24 +72,27 @@ class KernelOp:
         again: Callable | None = None,
     ) -> None:
         self.launch = launch
+        self.several = "tuple" in str(launch.__annotations__["return"])
         self.custom = torch.library.custom_op(f"umt_kernels::{name}", launch, mutates_args=())
         self.custom.register_fake(fake)
         self.apply: Callable | None = None
         if save is not None and backward is not None:
             self.custom.register_autograd(backward, setup_context=save)
-            self.apply = _function(name, launch, save, backward, again).apply
+            function = _function(name, launch, save, backward, again)
+            # Not `function.apply`, which first looks for torch.func: `runs_kernel` has done so.
+            self.apply = super(torch.autograd.Function, function).apply
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.custom(*inputs)
         differentiable = False
         for x in inputs:
-            if isinstance(x, Tensor):
-                if type(x) not in _PLAIN:
-                    return self.custom(*inputs)
+            if type(x) in _PLAIN:
                 differentiable = differentiable or x.requires_grad
+            elif isinstance(x, Tensor):
+                return self.custom(*inputs)
         if differentiable and self.apply is not None and torch.is_grad_enabled():
-            return self.apply(*inputs)
+            return (self.apply(*inputs),) if self.several else self.apply(*inputs)
         return self.launch(*inputs)
 
 
@@ -90,7 +100,7 @@ def _function(name: str, launch: Callable, save: Callable, backward: Callable, a
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = launch(*inputs)
         save(ctx, inputs, output)
-        return output
+        return output[0] if type(output) is tuple else output  # the others would be wrapped for nothing
 
     def differentiate(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled() and again is not None:

@@ -94,8 +94,7 @@ def _runs_kernel(
 ) -> bool:
     if dtype not in KERNEL_DTYPES or not runs_kernel("gather_layer_norm", x, weight, bias, position):
         return False
-    rows = x.numel() // max(1, x.shape[-1]) if ids is None else ids.numel()
-    return max(rows, x.numel() // max(1, x.shape[-1])) < MOST_ROWS
+    return x.numel() < MOST_ROWS * x.shape[-1] and (ids is None or ids.numel() < MOST_ROWS)
 
 
 MOST_ROWS = 2**31 - 2**16
@@ -330,7 +329,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad, _grad_statistics):
+def _differentiate(ctx, grad, _grad_statistics=None):
     if grad is None:
         return (None,) * 10
     x, weight, bias, row_ids, position, position_ids, statistics = ctx.saved_tensors
@@ -359,7 +358,7 @@ def _table_gradient(grad: Tensor, table: Tensor, ids: Tensor, row_ids: Tensor | 
     return summed.index_put((ids.flatten().long(),), rows.flatten(0, 1), accumulate=True).to(table.dtype)
 
 
-def _differentiate_again(ctx, grad, _grad_statistics):
+def _differentiate_again(ctx, grad):
     x, weight, bias, row_ids, position, position_ids, _ = ctx.saved_tensors
 
     def run(x, weight, bias, position):

@@ -81,7 +81,7 @@ def gather_patches(
         tokens = (frames // tubelet_size) * (height // patch_height) * (width // patch_width)
         meaning = "a clip has {} tokens"
         check_ids("token_ids", token_ids, clip.shape[0], tokens, meaning, sets=True, padded=padded)
-    clip = clip.detach()
+    clip = clip.detach() if clip.requires_grad else clip
     patch, around = (patch_height, patch_width), (halo_height, halo_width)
     if not _runs_kernel(clip, dtype, mean, patch, tubelet_size, around, token_ids):
         return reference.gather_patches(

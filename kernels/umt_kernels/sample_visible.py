@@ -59,7 +59,7 @@ def sample_visible(
         return reference.sample_visible(scores, num_visible, generator, counts)
     # On the device, so that it can be captured in a CUDA graph and drawn anew at every replay.
     seed = torch.randint(2**62, (1,), device=scores.device, generator=generator)
-    return _draw(scores.detach(), num_visible, seed, counts)
+    return _draw(scores.detach() if scores.requires_grad else scores, num_visible, seed, counts)
 
 
 def _check_counts(counts: Tensor, rows: int, most: int) -> None:

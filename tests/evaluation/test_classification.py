@@ -23,7 +23,6 @@ from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
 from umt_fast.run.world import World
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from umt_kernels.reference import pixel_targets
 
 from umt_fast.config import ClassifierConfig, ConfigError, MaeStConfig, VideoMaeConfig
+from umt_fast.masking import hidden_ids
 from umt_fast.models.classifier import VideoClassifier
 from umt_fast.models.pixels import MAE_ST_MEAN, MAE_ST_STD, MaeSt, MaeStClassifier, VideoMae
 from umt_fast.models.token_sampler import AdaMae
 from umt_fast.objectives.pixels import (
     Reconstruction,
     adamae_step,
-    hidden_ids,
     mae_st_step,
-    target_frame_ids,
     videomae_step,
 )
 from umt_fast.weights import load_classifier
@@ -198,7 +197,7 @@ def test_five_steps_of_adamw(name):
 def test_sampling_network_of_adamae():
     case = Recorded("adamae")
     model, tensors = case.model().eval(), case.tensors  # evaluation: recorded without dropout
-    out = adamae_step(model, tensors["clip"], case.settings["n_visible"], tensors["visible"])
+    out = adamae_step(model, model.config, tensors["clip"], 16, tensors["visible"])
     out.loss.backward()
     assert (out.probabilities - tensors["probs"]).abs().max() < 1e-6
     assert torch.equal(out.visible, tensors["visible"].sort(1).values)
@@ -208,7 +207,7 @@ def test_sampling_network_of_adamae():
         assert abs(float(getattr(out, name).detach() - recorded)) < 1e-5 * float(recorded.abs())
     noise = ("get_token_probs.1.bias", "get_token_probs.0.mlp.fc2.bias")  # softmax cancels them
     assert_gradients(model, {key: grad for key, grad in case.part("grad.").items() if not key.endswith(noise)})
-    drawn = adamae_step(model, tensors["clip"], 16, generator=torch.Generator().manual_seed(0))
+    drawn = adamae_step(model, model.config, tensors["clip"], 16, generator=torch.Generator().manual_seed(0))
     assert drawn.visible.shape == (2, 16)
     assert all(len(row.unique()) == 16 for row in drawn.visible)
 
@@ -255,7 +254,7 @@ def test_uint8_clips_and_normalised_ones_agree(name):
 
 
 def test_target_frames_of_the_published_recipe():
-    assert target_frame_ids(16, 8) == [0, 2, 4, 6, 8, 10, 12, 15]
+    assert MaeStConfig().target_frame_ids == [0, 2, 4, 6, 8, 10, 12, 15]
 
 
 def test_sizes_of_the_giant_model():

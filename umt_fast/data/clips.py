@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.crops import Clip, Crop, View, draw_view
+from umt_fast.data.crops import Clip, Crop, View, draw_area_view, draw_view
 from umt_fast.data.index import Limits, VideoList
-from umt_fast.data.sampling import FrameSampling, Timeline, epoch_order, sample_rng, segment_frames
+from umt_fast.data.sampling import FrameSampling, StrideSampling, Timeline, epoch_order, sample_rng, segment_frames
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -57,7 +57,7 @@ class ClipStream:
     """Height and width of a clip, pixels."""
     seed: int
     sampling: FrameSampling | None = None
-    """Which frames a visit decodes; None: one from each of `frames` equal parts (TSN)."""
+    """Which frames a visit decodes; None: `config.frame_step`, or one from each of `frames` equal parts (TSN)."""
     transform: ClipTransform | None = None
     """Makes the clips; None: `config.crops_per_clip` multi-scale crops with flips, uint8 [T,side,side,3]."""
     shuffle: bool = True
@@ -97,11 +97,15 @@ class ClipStream:
         """Indices of a visit's frames. They are drawn before the views."""
         if self.sampling is not None:
             return self.sampling(timeline, rng)
+        if self.config.frame_step is not None:
+            return StrideSampling(self.frames, self.config.frame_step)(timeline, rng)
         return segment_frames(timeline.num_frames, self.frames, rng)
 
     def draw_views(self, width: int, height: int, rng: np.random.Generator) -> list[View]:
         """The crop of each of the visit's clips, from frames of this size."""
-        scales, flip = self.config.crop_scales, self.config.flip
+        scales, flip, area = self.config.crop_scales, self.config.flip, self.config.crop_area
+        if area is not None:
+            return [draw_area_view(width, height, area, flip, rng) for _ in range(self.config.crops_per_clip)]
         return [draw_view(width, height, self.side, scales, flip, rng) for _ in range(self.config.crops_per_clip)]
 
     def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> Sequence[Clip]:

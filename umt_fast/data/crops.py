@@ -51,6 +51,28 @@ def draw_view(
     return View(x, y, width, height, bool(rng.random() < flip))
 
 
+def draw_area_view(
+    frame_width: int, frame_height: int, area: tuple[float, float], flip: float, rng: np.random.Generator
+) -> View:
+    """Draw a random resized crop (arXiv 1409.4842): a share of the frame's area and a ratio of sides in 3/4..4/3.
+
+    After ten draws that do not fit, the largest centred crop of an allowed ratio.
+    """
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        pixels = rng.uniform(*area) * frame_width * frame_height
+        ratio = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        width, height = round((pixels * ratio) ** 0.5), round((pixels / ratio) ** 0.5)
+        if 0 < width <= frame_width and 0 < height <= frame_height:
+            x = int(rng.integers(frame_width - width + 1))
+            y = int(rng.integers(frame_height - height + 1))
+            return View(x, y, width, height, bool(rng.random() < flip))
+    width = min(frame_width, max(round(frame_height * high), 1))
+    height = min(frame_height, max(round(frame_width / low), 1))
+    x, y = (frame_width - width) // 2, (frame_height - height) // 2
+    return View(x, y, width, height, bool(rng.random() < flip))
+
+
 @functools.lru_cache(maxsize=256)
 def _crop_sizes(base: int, side: int, scales: tuple[float, ...]) -> list[tuple[int, int]]:
     """Widths and heights to draw from."""

@@ -91,6 +91,32 @@ def segment_frames(num_frames: int, segments: int, rng: np.random.Generator) -> 
     return [int(i) for i in np.arange(segments) * length + rng.integers(length, size=segments)]
 
 
+def stride_start(num_frames: int, frames: int, step: int) -> int:
+    """How many places a clip of `frames` frames, every `step`-th, can begin at (VideoMAE, arXiv 2203.12602)."""
+    return max(1, num_frames - frames * step + 1)
+
+
+def stride_frames(num_frames: int, frames: int, step: int, start: int) -> list[int]:
+    """Frames `start`, `start + step`, ...; the last one that is still there repeats in a short video, as published."""
+    indices = [start]
+    for _ in range(frames - 1):
+        following = indices[-1] + step
+        indices.append(following if following + 1 < num_frames else indices[-1])
+    return indices
+
+
+@dataclass(frozen=True)
+class StrideSampling:
+    """Clips of `frames` frames, every `step`-th, from a random place."""
+
+    frames: int
+    step: int
+
+    def __call__(self, timeline: Timeline, rng: np.random.Generator) -> list[int]:
+        start = int(rng.integers(stride_start(timeline.num_frames, self.frames, self.step)))
+        return stride_frames(timeline.num_frames, self.frames, self.step, start)
+
+
 def interval_frames(total: int, frames: int, rng: np.random.Generator, last: bool = False) -> list[int]:
     """One random frame from each of `frames` equal intervals of whole numbers (stage 2 in training).
 

@@ -130,6 +130,13 @@ def token_ids(visible: Int[Tensor, "b g n"], tokens: int) -> Int[Tensor, "b m"]:
     return (visible + start[:, None]).flatten(1)
 
 
+def hidden_ids(visible: Int[Tensor, "b n"], tokens: int) -> Int[Tensor, "b m"]:
+    """The other ids of each row, ascending. Every row must hold its ids once."""
+    shown = torch.zeros(len(visible), tokens, dtype=torch.bool, device=visible.device).scatter_(1, visible, True)
+    # A stable sort puts the hidden ids first, in order, and waits for nothing on the host, which nonzero would.
+    return shown.sort(dim=1, stable=True).indices[:, : tokens - visible.shape[1]]
+
+
 def check_visible(visible: Tensor, batch: int, frames: int, patches: int) -> None:
     """Raise unless `visible` is a visible set of such a clip. Values are looked at on the CPU only."""
     if visible.dtype not in (torch.int32, torch.int64):

@@ -50,11 +50,11 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.run_block = RUN_BLOCK["none"]
 
-    def set_attention(self, backend: Backend) -> None:
-        """Use `backend` in every block; before torch.compile, which takes it in."""
-        for module in self.modules():
+    def set_attention(self, encoder: Backend, decoder: Backend) -> None:
+        """Use these backends in the blocks of either part; before torch.compile, which takes them in."""
+        for name, module in self.named_modules():
             if isinstance(module, (Attention, SeparateAttention)):
-                module.backend = backend
+                module.backend = decoder if name.startswith("decoder") else encoder
 
     def set_recompute(self, recompute: Recompute) -> None:
         """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
@@ -196,9 +196,8 @@ class MaeStEncoder(MaskedAutoencoder):
         """Outputs of the last block at the tokens `visible` (all if None), the class token first if there is one."""
         check_clip(clip, self.config.image_size, self.config.frames)
         conv = self.patch_embed.proj
-        x = patch_embed(
-            clip, conv.weight, conv.bias, self.config.patch_size, token_ids=visible, mean=MAE_ST_MEAN, std=MAE_ST_STD
-        )
+        mean, std = (MAE_ST_MEAN, MAE_ST_STD) if clip.dtype == torch.uint8 else (None, None)
+        x = patch_embed(clip, conv.weight, conv.bias, self.config.patch_size, token_ids=visible, mean=mean, std=std)
         table, class_token = self.positions()
         x = x + (table if visible is None else table[visible]).to(x.dtype)
         if class_token is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from umt_kernels import patch_embed
 
 from umt_fast.config import VideoMaeConfig
+from umt_fast.masking import hidden_ids
 from umt_fast.models.attention import SDPA, self_attention
 from umt_fast.models.heads import NormedTransformer
 from umt_fast.models.pixels import VideoMae, init_linear, take_rows
@@ -50,6 +51,16 @@ class _SamplerBlock(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
+class Sampled(NamedTuple):
+    """What AdaMae predicts, how likely each token was to be seen, and the draw."""
+
+    predictions: Float[Tensor, "b s f"]
+    """Pixels of the tokens `hidden`."""
+    probabilities: Float[Tensor, "b n"]
+    visible: Int[Tensor, "b v"]
+    hidden: Int[Tensor, "b s"]
+
+
 class SamplingTransformer(NormedTransformer):
     """The encoder with the network that scores its tokens, under AdaMAE's published names."""
 
@@ -74,20 +85,30 @@ class AdaMae(VideoMae):
         self.encoder = SamplingTransformer(config, dropout)
         init_linear(self.encoder)
 
-    def embed(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b n d"]:
-        """All patches, embedded, without positions: the sampler and the encoder both read them."""
+    def forward(  # type: ignore[override]
+        self,
+        clip: Shaped[Tensor, "b ..."],
+        num_visible: int,
+        visible: Int[Tensor, "b v"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Sampled:
+        """Draw `num_visible` tokens, unless `visible` is given, and predict the pixels of the others.
+
+        clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]. All patches are embedded: the sampler reads them.
+        """
         check_clip(clip, self.config.image_size, self.config.frames)
         conv = self.encoder.patch_embed.proj
-        return patch_embed(clip, conv.weight, conv.bias, self.config.patch_size)
-
-    def predict(
-        self, embedded: Float[Tensor, "b n d"], visible: Int[Tensor, "b v"], hidden: Int[Tensor, "b s"]
-    ) -> Float[Tensor, "b s f"]:
-        """Predicted pixels of the hidden tokens from the visible ones."""
+        embedded = patch_embed(clip, conv.weight, conv.bias, self.config.patch_size)
+        p = self.encoder.probabilities(embedded)
+        if visible is None:
+            visible = torch.multinomial(p.detach(), num_visible, generator=generator)
+        visible = visible.sort(dim=1).values
+        hidden = hidden_ids(visible, self.config.tokens)
         x = take_rows(embedded + self.position.to(embedded.dtype), visible)
         for block in self.encoder.blocks:
             x = self.encoder.run_block(block, x)
         x = self.decoder_input(self.encoder.norm(x), visible, hidden)
         for block in self.decoder.blocks:
             x = self.decoder.run_block(block, x)
-        return self.decoder.head(self.decoder.norm(x[:, visible.shape[1] :]))
+        predictions = self.decoder.head(self.decoder.norm(x[:, visible.shape[1] :]))
+        return Sampled(predictions, p, visible, hidden)

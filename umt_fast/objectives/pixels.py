@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, pixel_loss
 
 from umt_fast.config import MaeStConfig, VideoMaeConfig
+from umt_fast.masking import hidden_ids
 from umt_fast.models.pixels import MAE_ST_MEAN, MAE_ST_STD
-from umt_fast.models.token_sampler import AdaMae
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Float, Int, Shaped, UInt8
 
 EPS = 1e-6
 
@@ -28,13 +28,8 @@ class Reconstruction:
     """Pixels in target space, of the tokens `scored`, in the order (time, row, column, colour)."""
     scored: Int[Tensor, "b s"]
     """Ids of the tokens that were predicted."""
-
-
-def hidden_ids(visible: Int[Tensor, "b n"], tokens: int) -> Int[Tensor, "b m"]:
-    """The other ids of each row, ascending. Every row must hold its ids once."""
-    shown = torch.zeros(len(visible), tokens, dtype=torch.bool, device=visible.device).scatter_(1, visible, True)
-    # A stable sort puts the hidden ids first, in order, and waits for nothing on the host, which nonzero would.
-    return shown.sort(dim=1, stable=True).indices[:, : tokens - visible.shape[1]]
+    visible: Int[Tensor, "b v"]
+    """Ids of the tokens that the encoder saw, ascending."""
 
 
 def videomae_step(
@@ -81,12 +76,7 @@ def videomae_step(
         shift=(0.0, 0.0, 0.0) if uint8 else IMAGENET_MEAN,
         weights=weights,
     )
-    return Reconstruction(loss, predictions, scored)
-
-
-def target_frame_ids(frames: int, target_frames: int) -> list[int]:
-    """Frames of a clip that MAE-ST predicts: evenly spread from the first to the last, rounded down."""
-    return [int(place) for place in torch.linspace(0, frames - 1, target_frames).tolist()]
+    return Reconstruction(loss, predictions, scored, visible)
 
 
 def mae_st_step(
@@ -102,7 +92,7 @@ def mae_st_step(
     uint8 = clip.dtype == torch.uint8
     scale = (1 / (255 * MAE_ST_STD[0]),) * 3 if uint8 else None
     shift = (-MAE_ST_MEAN[0] / MAE_ST_STD[0],) * 3 if uint8 else (0.0, 0.0, 0.0)
-    ids = torch.tensor(target_frame_ids(config.frames, config.target_frames), device=clip.device)
+    ids = torch.tensor(config.target_frame_ids, device=clip.device)
     loss = pixel_loss(
         predictions,
         clip.index_select(1 if uint8 else 2, ids),
@@ -115,7 +105,7 @@ def mae_st_step(
         scale=scale,
         shift=shift,
     )
-    return Reconstruction(loss, predictions, scored)
+    return Reconstruction(loss, predictions, scored, visible)
 
 
 SAMPLING_WEIGHT = 1e-4
@@ -129,11 +119,11 @@ class AdaptiveReconstruction(Reconstruction):
     reconstruction: Float[Tensor, ""]
     sampling: Float[Tensor, ""]
     probabilities: Float[Tensor, "b n"]
-    visible: Int[Tensor, "b v"]
 
 
 def adamae_step(
-    model: AdaMae,
+    model: nn.Module,
+    config: VideoMaeConfig,
     clip: Shaped[Tensor, "b ..."],
     num_visible: int,
     visible: Int[Tensor, "b v"] | None = None,
@@ -142,16 +132,10 @@ def adamae_step(
     """Forward pass of AdaMAE (arXiv 2211.09120): tokens drawn from a learned distribution, which learns from the error.
 
     The sampler's loss is minus the mean of log p * error over hidden tokens, errors held fixed, so that a token that
-    was hidden and hard to predict becomes likelier to be seen. A given `visible` is used in place of a draw.
+    was hidden and hard to predict becomes likelier to be seen. A given `visible` is used in place of a draw. `model` is
+    an AdaMae, bare or wrapped (DDP).
     """
-    config = model.config
-    embedded = model.embed(clip)
-    p = model.encoder.probabilities(embedded)
-    if visible is None:
-        visible = torch.multinomial(p.detach(), num_visible, generator=generator)
-    visible = visible.sort(dim=1).values
-    hidden = hidden_ids(visible, config.tokens)
-    predictions = model.predict(embedded, visible, hidden)
+    predictions, p, visible, hidden = model(clip, num_visible, visible, generator)
     uint8 = clip.dtype == torch.uint8
     errors = pixel_loss(
         predictions,
@@ -169,4 +153,34 @@ def adamae_step(
     log_p = (p / p.sum(-1, keepdim=True)).clamp(eps, 1 - eps).log().gather(1, hidden)
     reconstruction = errors.mean()
     sampling = -SAMPLING_WEIGHT * (log_p * errors.detach()).mean()
-    return AdaptiveReconstruction(reconstruction + sampling, predictions, hidden, reconstruction, sampling, p, visible)
+    return AdaptiveReconstruction(reconstruction + sampling, predictions, hidden, visible, reconstruction, sampling, p)
+
+
+@torch.no_grad()
+def restore(
+    config: VideoMaeConfig | MaeStConfig,
+    clip: UInt8[Tensor, "b t h w 3"],
+    out: Reconstruction,
+) -> UInt8[Tensor, "b t h w 3"]:
+    """The clip with its scored tokens replaced by their predictions. MAE-ST shows its target frames alone.
+
+    Normalised predictions get back the mean and variance of the patch that they stand for, as published pictures do.
+    """
+    tubelet = config.tubelet_size
+    over: int | tuple[int, int] = 2
+    if isinstance(config, MaeStConfig):
+        clip = clip[:, torch.tensor(config.target_frame_ids, device=clip.device)]
+        tubelet, over = config.target_frames // config.token_frames, (2, 3)
+    grid, side = config.grid, config.patch_size
+    cubes = clip.unflatten(1, (-1, tubelet)).unflatten(3, (grid, side)).unflatten(5, (grid, side))
+    tokens = cubes.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(len(clip), config.tokens, -1, 3).float() / 255
+    predictions = out.predictions.float().unflatten(-1, (-1, 3))
+    if config.normalise_targets:
+        pixels = tokens.gather(1, out.scored[..., None, None].expand(-1, -1, *tokens.shape[2:]))
+        predictions = predictions * pixels.std(over, keepdim=True) + pixels.mean(over, keepdim=True)
+    elif isinstance(config, MaeStConfig):
+        predictions = predictions * MAE_ST_STD[0] + MAE_ST_MEAN[0]
+    tokens = tokens.scatter(1, out.scored[..., None, None].expand_as(predictions), predictions)
+    shape = (len(clip), config.token_frames, grid, grid, tubelet, side, side, 3)
+    frames = tokens.view(shape).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(clip.shape)
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8)

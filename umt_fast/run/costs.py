@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from umt_fast import masking
-from umt_fast.config import MLP_RATIO, PretrainConfig, Recompute, StudentConfig, TeacherConfig
+from umt_fast.config import (
+    MLP_RATIO,
+    MaeStConfig,
+    PretrainConfig,
+    Recompute,
+    StudentConfig,
+    TeacherConfig,
+    VideoMaeConfig,
+)
 
 GIB = 2**30
 
@@ -62,6 +70,21 @@ def lean_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen:
     one += teacher.align_layers * 2 * rows * width * teacher.target_width
     forward, backward = _student(student, seen, seen)
     return Flops(clips * one, clips * masks_per_clip * forward, clips * masks_per_clip * backward)
+
+
+def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, decoded: int, scored: int) -> Flops:
+    """A step of a masked autoencoder: `visible` tokens encoded, a decoder over `decoded`, its head for `scored`."""
+    mlp = config.mlp_width if isinstance(config, VideoMaeConfig) and config.mlp_width else MLP_RATIO * config.width
+    wider = 4 * visible * config.width * (mlp - MLP_RATIO * config.width)  # of one block's MLP
+    patch = 2 * visible * config.width * 3 * config.tubelet_size * config.patch_size**2
+    encoder = config.depth * (_block(visible, config.width) + wider)
+    decoder = config.decoder_depth * _block(decoded, config.decoder_width)
+    outputs = 3 * config.tubelet_size * config.patch_size**2
+    if isinstance(config, MaeStConfig):
+        outputs = outputs * config.target_frames // config.frames
+    heads = 2 * visible * config.width * config.decoder_width + 2 * scored * config.decoder_width * outputs
+    forward = encoder + decoder + heads
+    return Flops(0, clips * (patch + forward), clips * (patch + 2 * forward))  # pixels get no gradient
 
 
 def published_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int) -> Flops:

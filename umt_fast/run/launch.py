@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +27,16 @@ T = TypeVar("T")
 
 
 def read_settings(
-    kind: type[T], recipes: Path, default: str, prog: str, description: str, arguments: list[str] | None
+    kind: type[T] | Mapping[str, type[T]],
+    recipes: Path,
+    default: str,
+    prog: str,
+    description: str,
+    arguments: list[str] | None,
 ) -> tuple[T, argparse.Namespace]:
     """The settings of the recipe that --recipe names, with the flags on top; and --dry-run and --gpu-memory.
 
+    `kind` is the settings' class, or one for each value of the recipe's `objective`, the first being the default.
     `recipes` is the folder of the job's own recipes, `default` the name of one. Raises ConfigError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -42,6 +48,11 @@ def read_settings(
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in recipes.glob("*.toml")))
         raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")
+    if isinstance(kind, Mapping):
+        objective = recipe.read_key(path, "objective") or next(iter(kind))
+        if objective not in kind:
+            raise ConfigError(f"{path}: objective = {objective!r}; there are {', '.join(kind)}")
+        kind = kind[objective]
     return recipe.parse(kind, path, flags, prog, description), named
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ from umt_fast.run.parallel import whole
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, capturable: bool = False, decay_scalars: bool = False
+    model: nn.Module,
+    config: OptimConfig,
+    capturable: bool = False,
+    decay_scalars: bool = False,
+    no_decay: Collection[str] = (),
 ) -> torch.optim.AdamW:
     """Fused AdamW; no weight decay on biases and 1-D parameters. `capturable` for a step that is a CUDA graph.
 
     `decay_scalars` decays parameters without a dimension too, as the published stage 2 does with its temperature.
+    `no_decay` names parameters that are not decayed either.
     """
     exempt = (1,) if decay_scalars else (0, 1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() not in exempt]
-    plain = [p for p in trained if p.dim() in exempt]  # every bias is 1-D
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.dim() in exempt or name in no_decay]  # every bias is 1-D
+    decayed = [p for name, p in trained if not (p.dim() in exempt or name in no_decay)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True, capturable=capturable

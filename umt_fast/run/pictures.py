@@ -78,3 +78,35 @@ def draw_visible(
     printable = title.encode("utf-8", "replace").decode()  # a file name need not be text
     figure.suptitle(printable, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def draw_reconstruction(
+    clip: UInt8[Tensor, "t h w 3"],
+    visible: Int[Tensor, " n"],
+    restored: UInt8[Tensor, "t h w 3"],
+    tokens: int,
+    patch_size: int,
+    path: Path,
+    title: str,
+) -> None:
+    """One column per frame of tokens: the frame, the patches the encoder sees, and the clip with predicted patches."""
+    grid = clip.shape[1] // patch_size
+    frames = tokens // grid**2
+    seen = np.zeros(tokens, dtype=bool)
+    seen[visible.cpu().numpy()] = True
+    seen = seen.reshape(frames, grid, grid).repeat(patch_size, axis=1).repeat(patch_size, axis=2)
+    step = len(clip) // frames
+    pixels, predicted = clip[::step].cpu().numpy(), restored[::step].cpu().numpy()
+    figure = _figure(1.6 * frames + 0.6, 5.4)
+    rows = figure.subplots(3, frames, squeeze=False)
+    for column in range(frames):
+        rows[0, column].imshow(pixels[column])
+        rows[1, column].imshow(np.where(seen[column][..., None], pixels[column], pixels[column] // 6 + 24))
+        rows[2, column].imshow(predicted[column])
+    for row, name in zip(rows, ("frame", "visible to the encoder", "reconstructed"), strict=True):
+        row[0].set_ylabel(name)
+        for axes in row:
+            axes.set_xticks([])
+            axes.set_yticks([])
+    figure.suptitle(title.encode("utf-8", "replace").decode(), fontsize=10, parse_math=False)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,118 @@
+"""Stage 1 of Unmasked Teacher as an objective of `train.pretrain`: a student aligned with a frozen CLIP teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+import umt_fast
+from umt_fast import masking, weights
+from umt_fast.config import PretrainConfig, StudentConfig
+from umt_fast.run import costs
+from umt_fast.run.compute import accelerate
+from umt_fast.run.world import World
+from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
+
+if TYPE_CHECKING:
+    from umt_fast.data.loader import Batch
+
+WIDEST_RANDOM_TEACHER = 256
+FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "data.crops_per_clip", "run.seed")
+"""Settings that a resumed run must share with the run that it continues."""
+
+
+def clip_sizes(config: PretrainConfig) -> StudentConfig:
+    return config.student
+
+
+class Objective:
+    """Student and teacher of a run, and what the loop asks of them."""
+
+    no_decay = ()
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.model = umt_fast.VideoStudent(config.student).to(world.device)
+        self.teacher = build_teacher(config, world)
+        self.blocks: nn.ModuleList = self.model.encoder.blocks
+
+    def load_initial(self) -> None:
+        """The student's weights of `init`, if it is given. Raises WeightsError."""
+        if self.config.init:
+            weights.load_umt_student(self.model, read_weights(self.config.init))
+
+    @property
+    def flops(self) -> int:
+        """Of one forward and backward pass on one process."""
+        student, mask = self.config.student, self.config.mask
+        seen = masking.count_seen(mask.rule, student.token_frames, student.patches, mask.ratio)
+        clips = self.config.optim.batch_size
+        return costs.lean_flops(student, self.config.teacher, clips, seen, mask.masks_per_clip).total
+
+    @property
+    def description(self) -> str:
+        student, teacher, named = self.config.student, self.config.teacher, self.config.teacher_weights
+        if named == "random":
+            named = f"RANDOM weights (seed {self.config.run.seed}), which teach nothing about videos"
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"student {student.width} x {student.depth}, {parameters / 1e6:.1f} M parameters; "
+            f"teacher {teacher.width} x {teacher.depth}, {named}"
+        )
+
+    def accelerate(
+        self, bf16: bool, sample: Callable[[], Tensor], stored: Mapping[str, str]
+    ) -> tuple[dict[str, str], list[str]]:
+        """Give the models the run's attention, precision and compilation: the choices, and lines that say them."""
+        return accelerate(self.config, self.world, self.model, self.teacher, bf16, sample, stored)
+
+    def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], umt_fast.Alignment]:
+        """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""
+        mask, student, teacher = self.config.mask, self.config.student, self.teacher
+        num_visible = masking.count_visible(student.patches, mask.ratio)
+
+        def step(clip: Tensor) -> umt_fast.Alignment:
+            with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
+                sets = len(clip) * mask.masks_per_clip
+                visible = masking.draw_blind(
+                    mask.rule, sets, student.token_frames, student.patches, mask.ratio, clip.device
+                )
+                return umt_fast.alignment_step(
+                    model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip
+                )
+
+        return step
+
+    def draw(self, batch: Batch, out: umt_fast.Alignment, folder: Path) -> None:
+        """A clip, the teacher's attention on it, and what the student saw: `visible.png`."""
+        from umt_fast.run.pictures import draw_visible
+
+        title = f"{Path(batch.paths[0]).name}: {out.visible[0].numel()} of {out.scores[0].numel()} tokens visible"
+        if self.config.teacher_weights == "random":
+            title += " (random teacher)"
+        draw_visible(batch.clip[0], out.scores[0], out.visible[0], folder / "visible.png", title)
+
+
+def build_teacher(config: PretrainConfig, world: World) -> umt_fast.ClipTeacher:
+    """The frozen teacher with its weights. Raises WeightsError, saying how to get some, if there are none."""
+    if config.teacher_weights == "random" and config.teacher.width > WIDEST_RANDOM_TEACHER:
+        raise WeightsError(
+            f"a random teacher teaches nothing, so only one up to {WIDEST_RANDOM_TEACHER} wide may be `random`, to try "
+            f"the code; this one is {config.teacher.width} wide.\n{HOW_TO_GET_CLIP}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        teacher = umt_fast.ClipTeacher(config.teacher)
+    if config.teacher_weights != "random":
+        weights.load_clip_teacher(teacher, read_weights(config.teacher_weights))
+    return teacher.to(world.device).eval()
+
+
+def plan(config: PretrainConfig, gpu_memory: float | None) -> str:
+    """What a step costs, in words, and which batch fits."""
+    return costs.plan(config, config.compute.precision != "fp32", gpu_memory)
