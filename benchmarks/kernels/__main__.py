@@ -40,7 +40,7 @@ MODELS = {shapes.model: shapes for shapes in (UMT_B, UMT_L, TINY)}
 
 
 @functools.lru_cache(maxsize=1)
-def _prepared(case: OpCase, device: torch.device) -> tuple[list[Inputs], tuple[Tensor, ...]]:
+def prepared(case: OpCase, device: torch.device) -> tuple[list[Inputs], tuple[Tensor, ...]]:
     """Sets of inputs to rotate, and the right result of the first. Contenders of a case follow each other."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -75,7 +75,7 @@ def measure(case: OpCase, contender: str, device: torch.device, check: bool) -> 
         case.flops,
     )
     try:
-        sets, truth = _prepared(case, device)
+        sets, truth = prepared(case, device)
         run = case.run(contender)
         # Deterministic mode would make torch.compile compile twice, and other libraries take other paths.
         with fresh_memory_is_nan() if contender == "triton" else nullcontext():
