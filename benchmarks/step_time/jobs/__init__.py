@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from benchmarks.step_time.jobs import finetune, pixels, pretrain
+from benchmarks.step_time.jobs import finetune, pixels, pretrain, stage2
 from benchmarks.step_time.ladder import Rung, TimedStep, ladder
 from umt_fast.config import StudentConfig
 
@@ -51,4 +51,5 @@ JOBS = {
     "pretrain": Job(tuple(pretrain.MODELS), 64, 2, ladder, pretrain.prepare, lambda model: pretrain.MODELS[model][0]),
     "finetune": Job(tuple(finetune.MODELS), 32, 2, _exact_ladder, finetune.prepare),
     "pixels": Job(tuple(pixels.MODELS), 32, 2, _pixels_ladder, pixels.prepare),
+    "stage2": Job(tuple(stage2.MODELS), 128, 4, stage2.stage2_ladder, stage2.prepare),
 }
