@@ -26,7 +26,7 @@ from umt_fast.config import ConfigError, Stage2Config, TextConfig
 from umt_fast.data import captions, open_loader
 from umt_fast.data.captions import CaptionList, Question
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.index import VideoList
+from umt_fast.data.index import Limits, VideoList
 from umt_fast.data.pairs import IntervalSampling, PairTransform
 from umt_fast.data.sampling import epoch_order
 from umt_fast.data.tokens import Tokenizer, clean_text, make_vocabulary
@@ -165,6 +165,8 @@ def prepare(config: Stage2Config, world: World) -> Job:
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
     folder = run.folder / "checkpoints"
     lists, questions = read_lists(config)
+    for listed in lists.values():
+        listed.videos.limits = Limits.of(data)
     tokenizer = find_tokenizer(config, lists, world)
     config = dataclasses.replace(config, text=fit_text(config.text, tokenizer))
     found = checkpoint.find_checkpoint(folder, world, run.resume, say)

@@ -82,6 +82,17 @@ def test_the_index_of_prepared_copies_carries_captions(tmp_path):
     assert captions.videos[0].label == 3
 
 
+def test_prepared_copies_carry_the_captions_of_a_list(tmp_path, demo_videos):
+    from umt_fast.data.prepare import Recipe, Settings, prepare
+
+    video = demo_videos.read_text().split(",")[0]
+    source = write_json(tmp_path / "a.json", [{"video": video, "caption": text} for text in ("one", "two")])
+    prepare(Settings(source, str(tmp_path / "out"), Recipe("h264", short_side=32), workers=1))
+    captions = read_training([str(tmp_path / "out")])
+    assert [video.caption for video in captions.videos] == ["one", "two"]
+    assert captions.idx.tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

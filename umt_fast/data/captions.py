@@ -28,7 +28,7 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.decode import IMAGE_SUFFIXES
-from umt_fast.data.index import VideoList, is_url
+from umt_fast.data.index import DEFAULT_LIMITS, Limits, VideoList, is_url
 from umt_fast.data.manifest import VIDEO_SUFFIXES, expand_shards, read_manifest
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
@@ -142,6 +142,22 @@ def read_training(
     if not rows:
         raise CaptionError("no captions: give --data.images or --data.videos a list")
     return CaptionList(_list(rows, read_timeout), np.concatenate(numbers).astype(np.int64))
+
+
+def read_videos(
+    source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout, limits: Limits = DEFAULT_LIMITS
+) -> VideoList:
+    """What `read_manifest` reads, or a list of captions (.json, SQLite), whose videos then carry them.
+
+    A file with several captions is there once for each. Raises ManifestError or CaptionError.
+    """
+    if is_url(source) or posixpath.splitext(source)[1].lower() not in (".json", ".db", ".sqlite", ".sqlite3"):
+        return read_manifest(source, prefix, read_timeout, limits)
+    entries = read_annotations(Source(os.path.expanduser(source), prefix), read_timeout)
+    rows = [_row(entry, path, caption) for entry in entries for path in entry.paths for caption in entry.captions]
+    videos = _list(rows, read_timeout)
+    videos.limits = limits
+    return videos
 
 
 def read_retrieval_training(

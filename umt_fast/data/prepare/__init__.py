@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from umt_fast.config import ConfigError, DataConfig
+from umt_fast.data.captions import read_videos
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, Limits, is_url, write_index
-from umt_fast.data.manifest import read_manifest
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare, Item, Plan, Shard, make_plan
@@ -37,7 +37,7 @@ class Settings:
     """Raises ConfigError for numbers out of range."""
 
     source: str
-    """A folder of videos, a list, shards or an index, as `read_manifest` reads them."""
+    """A folder of videos, a list, shards or an index, or a list with captions, as `captions.read_videos` reads them."""
     out: str
     """A new folder for the copies, or one to go on in."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -111,7 +111,7 @@ def prepare(settings: Settings) -> Report:
     if os.path.isdir(source) and Path(source).resolve() in (out.resolve(), *out.resolve().parents):
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
     limits = Limits(settings.max_bytes, settings.max_pixels)
-    videos = read_manifest(source, settings.prefix, settings.read_timeout, limits)
+    videos = read_videos(source, settings.prefix, settings.read_timeout, limits)
     plan = make_plan(videos, source, settings.per_shard)
     if out.exists() and not out.is_dir():
         raise CannotPrepare(f"OUT {out} is a file; give a folder")

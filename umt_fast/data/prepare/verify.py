@@ -15,11 +15,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from umt_fast.config import DataConfig
+from umt_fast.data.captions import CaptionError, read_videos
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.by_index import find_packets
 from umt_fast.data.decode.container import each_frame
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, BadVideo, Facts, Video, is_url, parse_index
-from umt_fast.data.manifest import ManifestError, read_manifest
+from umt_fast.data.manifest import ManifestError
 from umt_fast.data.prepare.encode import BadCopy
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare
@@ -115,9 +116,9 @@ def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], s
     journal.close()
     settings = json.loads((state / "settings.json").read_bytes())
     try:
-        listed = read_manifest(settings["SOURCE"], settings["--prefix"], read_timeout)
+        listed = read_videos(settings["SOURCE"], settings["--prefix"], read_timeout)
         videos = {video.name: video for video in listed}
-    except ManifestError as error:
+    except (ManifestError, CaptionError) as error:
         return {}, f"not compared with the sources: {error}"
     paths = {name: copy["row"]["path"] for name, copy in journal.copies.items()}
     there = {name for name in paths if name in videos and (is_url(name) or os.path.exists(videos[name].path))}
