@@ -1,20 +1,20 @@
-"""How many clips a second the data side delivers, from original videos and from training copies, and at what cost.
+"""Clips per second that the data side delivers, from original videos and from training copies, and their cost.
 
     python -m benchmarks.input_pipeline VIDEOS --out benchmarks/results/<machine>
 
-VIDEOS is what --data.train takes. They are first made into originals as data sets hold them (10 s, 340x256, 30 fps,
-H.264 with a key frame every 250, looped to fill), from which `umt_fast.data.prepare` makes copies with a key frame
-every 1, 4 and 8 frames; --as-they-are takes VIDEOS for the originals. Measured are
+VIDEOS is a list or folder as for --data.train. The videos are first made into originals as data sets hold them (10 s,
+340x256, 30 fps, H.264 with a key frame every 250, looped to fill), from which `umt_fast.data.prepare` makes copies with
+a key frame every 1, 4 and 8 frames; with --as-they-are, VIDEOS are the originals. The contenders are
 
     bare          PyAV alone: seek, decode and convert to RGB the frames that a clip needs, in as many processes
     bare + crop   and then one crop and torch's resize of each frame, into the clip's memory
     pyav          the loader of a training run, crops and resizing included
-    dali          likewise with DALI, where it is installed, of the files that it takes: on NVDEC, with --pipelines at
-                  work, or on the CPU
+    dali          the same with DALI, where it is installed, for the files that it supports: on NVDEC with --pipelines
+                  pipelines, or on the CPU
 
-Every contender runs in turn, --rounds times; the table holds medians. Given how many clips a step takes (--step-rate,
-or --step-from a step_time.json), it tells for how much of its time the step would wait for data. --soak N watches the
-memory over N clips instead.
+Every contender runs in turn, --rounds times; the table holds medians. With the clips per second of a training step
+(--step-rate, or --step-from a step_time.json), it also says what share of its time the step would wait for data.
+--soak N watches the memory over N clips instead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from umt_fast.errors import RunError
 
 
 def soaked(files: Files, device: torch.device) -> list[str]:
-    """The decoders whose memory these files show: copies with key frames alone, of a codec that DALI takes here."""
+    """The decoders whose memory these files show: copies of key frames only, in a codec that DALI supports here."""
     if files.gop > 1:
         return []
     by_dali = files.codec == "h264" if device.type == "cuda" else files.codec == "mjpeg"
@@ -100,8 +100,8 @@ def run(options: argparse.Namespace, device: torch.device, work: Path) -> tuple[
                 )
             row.rounds.append(rate)
             memory[id(row)].append(used)
-            told = f"round {number + 1}: {row.files:<12} {row.decoder:<11} x{row.workers:<3} {rate:8.1f} clips/s"
-            print(told if row.pipelines is None else f"{told}, {row.pipelines} pipelines", file=sys.stderr)
+            progress = f"round {number + 1}: {row.files:<12} {row.decoder:<11} x{row.workers:<3} {rate:8.1f} clips/s"
+            print(progress if row.pipelines is None else f"{progress}, {row.pipelines} pipelines", file=sys.stderr)
     for row in rows:
         row.clips_per_second = statistics.median(row.rounds)
         row.memory_mb = statistics.median(memory[id(row)])
@@ -176,8 +176,8 @@ def measure(options: argparse.Namespace) -> None:
             for kept in make_files(options, Path(work)):
                 for decoder in soaked(kept, device):
                     watched = soak(kept, decoder, options.workers[-1], options.soak, options.batch, device)
-                    told = ", ".join(f"{name} {value:.0f}" for name, value in watched.items())
-                    print(f"{decoder}, {kept.name}, {options.soak} clips, MB: {told}")
+                    figures = ", ".join(f"{name} {value:.0f}" for name, value in watched.items())
+                    print(f"{decoder}, {kept.name}, {options.soak} clips, MB: {figures}")
             return
         files, rows = run(options, device, Path(work))
     facts: dict[str, object] = {**describe(), "processors": os.cpu_count()}

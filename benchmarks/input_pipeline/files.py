@@ -63,7 +63,9 @@ def read_files(name: str, source: Path | str) -> Files:
     videos = read_manifest(str(source))
     for video in videos:
         if video.remote or video.offset is not None:
-            sys.exit(f"error: {video.name} is no file of its own here, as the bare loop wants; leave out --as-they-are")
+            sys.exit(
+                f"error: {video.name} is not a local file of its own, as the bare loop needs; leave out --as-they-are"
+            )
     known = [video if video.facts else _look_into(video) for video in videos]
     facts = [video.facts for video in known if video.facts]
     return Files(

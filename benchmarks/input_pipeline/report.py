@@ -85,14 +85,14 @@ def write(content: Content, folder: Path) -> None:
     """input_pipeline.json, .md and .png; without matplotlib no plot."""
     facts = content["facts"]
     (folder / "input_pipeline.json").write_text(json.dumps(content, indent=1) + "\n")
-    told = "".join(f"- {name.replace('_', ' ')}: {value}\n" for name, value in facts.items())
+    listed = "".join(f"- {name.replace('_', ' ')}: {value}\n" for name, value in facts.items())
     shown = "\n![Clips per second](input_pipeline.png)\n"
     try:
         draw(content, folder / "input_pipeline.png")
     except ModuleNotFoundError as error:
         print(f"no plot: {error.name} is missing (pip install {error.name})")
         shown = ""
-    (folder / "input_pipeline.md").write_text(f"# Input pipeline\n\n{told}\n{table(content)}{shown}")
+    (folder / "input_pipeline.md").write_text(f"# Input pipeline\n\n{listed}\n{table(content)}{shown}")
 
 
 def draw(content: Content, path: Path) -> None:

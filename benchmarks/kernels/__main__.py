@@ -117,8 +117,8 @@ def run(options: argparse.Namespace, path: Path | None) -> report.Content:
             if (report.key(case), contender) in done:
                 continue
             found = measure(case, contender, device, options.check)
-            told = f"{1e6 * found.seconds:.1f} us" if found.seconds else found.not_run
-            print(f"{case.group}, {contender}: {told}", flush=True)
+            outcome = f"{1e6 * found.seconds:.1f} us" if found.seconds else found.not_run
+            print(f"{case.group}, {contender}: {outcome}", flush=True)
             content["results"].append(asdict(found))
             if path is not None:
                 path.write_text(json.dumps(content, indent=1) + "\n")

@@ -33,14 +33,14 @@ class OpCase:
     plain: Callable[[Inputs, torch.dtype], Tensor]
     """umt_kernels.reference's function, with its output in the dtype given: the truth, and what is compiled."""
     read: int
-    """Bytes of input that must be read, each once in each direction."""
+    """Bytes of input that must be read, once in each direction."""
     written: int
     backward: bool = False
     flops: int = 0
     leaves: tuple[str, ...] = ()
-    """Inputs that get a gradient."""
+    """Names of the inputs that get a gradient."""
     eager_leaves: dict[str, str] = field(default_factory=dict)
-    """Where the eager form has another tensor than a leaf, whose first row it is."""
+    """For a leaf that is only the first row of a tensor of the eager form: the name of that tensor."""
     libraries: dict[str, Run] = field(default_factory=dict)
     """Contenders that may raise libraries.Unavailable when they are run."""
 
@@ -65,7 +65,7 @@ class OpCase:
         return ["triton", "eager", "compiled", *self.libraries]
 
     def run(self, contender: str) -> Run:
-        """The contender's function. Raises libraries.Unavailable if it cannot be had here."""
+        """The contender's function. Raises libraries.Unavailable if it does not run here."""
         if contender == "compiled":
             torch.compiler.reset()
             # Off the GPU only the tracing is of interest, and generating C++ takes minutes.
@@ -78,7 +78,7 @@ class OpCase:
         return {"triton": self.triton, "eager": self.eager, **self.libraries}[contender]
 
     def step(self, run: Run, contender: str, x: Inputs) -> tuple[Tensor, ...]:
-        """What is timed: the output and, backwards, the gradients of `leaves`."""
+        """The timed call: the output and, for backward cases, the gradients of `leaves`."""
         output = run(x)
         if not self.backward:
             return (output,)
@@ -87,7 +87,7 @@ class OpCase:
         return (output, *torch.autograd.grad(output, leaves, x.get("grad")))
 
     def truth(self, x: Inputs) -> tuple[Tensor, ...]:
-        """The same in float64."""
+        """The outputs of the reference in float64."""
         wide = {
             name: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
             for name, t in x.items()

@@ -6,13 +6,13 @@ Each kernel is compiled in every form in which the models launch it, for each ar
     shared   bytes of shared memory per program
     spill    bytes of stack and local memory per thread
     loads    global load instructions by width in bits (how many x how wide)
-    stores   likewise
+    stores   global store instructions, in the same form
     tensor   instructions of the matrix units
     bulk     narrowest load of the bulk data / widest that the layout allows, in bits (memory-bound kernels)
-    moved    bytes asked of memory, before caches, as a multiple of the least possible
-    occ.     share of a multiprocessor's warps that can be at work
+    moved    bytes requested from memory, before caches, as a multiple of the least possible
+    occ.     share of a multiprocessor's warps that can be active
 
-`--gate` exits with 1 if a kernel spills, wants more shared memory than there is, reads bulk data in loads under 16
+`--gate` exits with 1 if a kernel spills, needs too much shared memory, reads bulk data in loads under 16
 bytes where the layout allows 16, or multiplies matrices without the matrix units.
 """
 
@@ -35,7 +35,7 @@ from benchmarks.kernels.gpu_code import ARCHITECTURES, Launch, compile_only, occ
 from benchmarks.kernels.launches import BULK, MATRIX_UNITS, LaunchCase, cases, layout_bytes, traffic
 
 PROCESSES = 2
-"""Compiling is work for one core each, and CI has two."""
+"""Each compiles on one core, and CI has two."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Row:
     tensor: dict[str, int] | None
     """Instructions of the matrix units by name, of kernels that should have them."""
     bulk: dict[str, tuple[int, int]]
-    """Of each bulk argument the narrowest load (0: none was found) and the widest that its layout allows."""
+    """By bulk argument: the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int
     least: int
     occupancy: float
@@ -63,13 +63,13 @@ class Row:
     note: str
 
     def failures(self) -> list[str]:
-        """Why the gate does not let this kernel through."""
+        """The rules of the gate that this kernel breaks."""
         found = []
         if self.spill:
             found.append(f"spills {self.spill} bytes per thread")
         limit = ARCHITECTURES[self.arch].shared_per_program
         if self.shared > limit:
-            found.append(f"wants {self.shared} bytes of shared memory, there are {limit}")
+            found.append(f"needs {self.shared} bytes of shared memory; the limit is {limit}")
         if self.tensor is not None and not self.tensor:
             found.append("has no instruction of the matrix units")
         for name, (narrowest, allowed) in self.bulk.items():
@@ -81,7 +81,7 @@ class Row:
 
 
 def report(case: LaunchCase, arch: int) -> list[Row]:
-    """Compile what a case launches, for one architecture."""
+    """Compile the launches of a case for one architecture."""
     with compile_only(arch) as launches:
         case.run()
     if not launches:

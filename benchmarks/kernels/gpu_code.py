@@ -1,4 +1,4 @@
-"""Triton kernels compiled as a launch would compile them, for a GPU that need not be there, and what is in the code."""
+"""Compile Triton kernels as a launch would, for a GPU that this machine may lack, and read the resulting code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Architecture:
     shared_per_sm: int
     """Bytes."""
     shared_per_program: int
-    """Bytes; each program takes 1 KiB more for the driver."""
+    """Bytes; the driver adds 1 KiB to each program."""
     registers: int = 65536
     warps: int = 64
     programs: int = 32
@@ -63,7 +63,7 @@ class Launch:
 
 
 class _Absent:
-    """Stands in for the driver of a GPU, as far as compiling asks it."""
+    """Stands in for the driver of a GPU while kernels are compiled."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -80,7 +80,7 @@ class _Absent:
 
 @functools.cache
 def _fresh_cache() -> tempfile.TemporaryDirectory[str]:
-    """Where this process keeps compiled kernels: code from the user's cache may name the source of another checkout."""
+    """Folder of compiled kernels of this process: code in the user's cache may name the source of another checkout."""
     return tempfile.TemporaryDirectory(prefix="umt-kernel-report-")
 
 
@@ -111,7 +111,7 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
 
     try:
         before = driver.active
-    except RuntimeError:  # there is no GPU
+    except RuntimeError:  # without a GPU
         before = None
     driver.set_active(_Absent(capability))
     try:
@@ -128,14 +128,14 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
 
 @dataclass(frozen=True)
 class Code:
-    """What a compiled kernel needs and how it reaches memory."""
+    """Resources of a compiled kernel, and its memory accesses."""
 
     registers: int
     """Per thread."""
     local_bytes: int
-    """Stack and local memory per thread: where registers are spilled to."""
+    """Stack and local memory per thread, where registers spill."""
     local_accesses: int
-    """Instructions that reach it."""
+    """Instructions that access local memory."""
     loads: dict[str, Counter[int]] = field(default_factory=dict)
     """Global loads by the argument they read, `?` if unknown: how many instructions of how many bits."""
     stores: dict[str, Counter[int]] = field(default_factory=dict)
@@ -154,7 +154,7 @@ _POINTER = re.compile(r"tl\.(?:load|store)\(\s*(\w+?)(?:_ptr)?\b")
 
 @functools.cache
 def read_code(cubin: bytes, ptx: str) -> Code:
-    """Disassemble, with the tools that the triton wheel brings. Raises CalledProcessError if they fail."""
+    """Disassemble with the tools of the triton wheel. Raises CalledProcessError if they fail."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -225,8 +225,8 @@ def _source(path: str) -> list[str]:
 
 
 def occupancy(architecture: Architecture, registers: int, shared: int, warps: int) -> float:
-    """Share of a multiprocessor's warps that programs of `warps` warps can fill, if there are enough of them."""
-    per_warp = max(1, -(-registers * 32 // 256)) * 256  # handed out in units of 256
+    """Share of a multiprocessor's warps that programs of `warps` warps can fill."""
+    per_warp = max(1, -(-registers * 32 // 256)) * 256  # allocated in units of 256
     by_registers = architecture.registers // per_warp // 4 * 4 // warps  # a quarter to each scheduler
     by_shared = architecture.shared_per_sm // (-(-shared // 128) * 128 + 1024)
     programs = min(architecture.programs, architecture.warps // warps, by_registers, by_shared)

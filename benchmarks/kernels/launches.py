@@ -1,4 +1,4 @@
-"""Every way the models launch a kernel, and what each launch has to move."""
+"""Every form in which the models launch a kernel, and the bytes that each launch moves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from umt_fast.masking import count_visible
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 IDS = {"i32": torch.int32, "i64": torch.int64}
 SECTOR = 32
-"""Bytes that memory hands out at least."""
+"""Bytes of the smallest memory transaction."""
 
 
 MODELS = (UMT_B, UMT_L, VIT_H)
@@ -38,7 +38,7 @@ MODELS = (UMT_B, UMT_L, VIT_H)
 
 @dataclass(frozen=True)
 class LaunchCase:
-    """A call of an op on tensors of a model's sizes. Nothing is in the tensors."""
+    """A call of an op on uninitialised tensors of a model's sizes."""
 
     op: str
     name: str
@@ -275,14 +275,14 @@ BULK = {
     "cosine_alignment_loss_scale": ("grad",),
     "pixel_loss": ("x",),
 }
-"""Memory-bound kernels, and the arguments whose bytes are all but the whole of what they read."""
+"""Memory-bound kernels, and the arguments that make up nearly all of the bytes that they read."""
 
 MATRIX_UNITS = frozenset({"matmul"})
 """Kernels that multiply matrices: their code must use the matrix units."""
 
 
 def layout_bytes(launch: Launch, name: str) -> int:
-    """Widest load, at most 16 bytes, that the place of every row (or window) of argument `name` allows."""
+    """Widest load, at most 16 bytes, for which every row (or window) of argument `name` is aligned."""
     a = launch.arguments
     tensor: Tensor = a[f"{name}_ptr"]
     size = tensor.element_size()
@@ -298,10 +298,10 @@ def layout_bytes(launch: Launch, name: str) -> int:
 
 
 def traffic(launch: Launch) -> tuple[int, int]:
-    """Bytes: what the programs ask of memory before any cache, and the least that inputs and outputs allow.
+    """Bytes requested from memory before any cache, and the least possible.
 
-    The least reads each distinct byte that matters once and writes each output once. Above it come weights that every
-    program reads again, partial sums, zeroes written before a scatter, tables read per row, and sectors half used.
+    The least reads each needed byte once and writes each output once. Requests exceed it by weights that every program
+    reads again, partial sums, zeroes written before a scatter, tables read per row, and half-used sectors.
     """
     return _TRAFFIC[launch.kernel](launch)
 

@@ -1,6 +1,6 @@
-"""The nearest kernels of other libraries: their LayerNorm between PyTorch's gather and what follows.
+"""The nearest kernels of other libraries: their LayerNorm, with PyTorch's gather before and its ops behind it.
 
-And the form of patch_embed that is built beside the op: an implicit GEMM.
+Also the other form of patch_embed: an implicit GEMM.
 
 No library is known to gather patches from uint8 clips, to draw ids without replacement or to score by the class
 token. xformers has no LayerNorm (its norm is RMSNorm).
@@ -22,7 +22,7 @@ LayerNorm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Unavailable(Exception):
-    """Why a library's kernel cannot be timed here."""
+    """The message says why a library's kernel does not run here."""
 
 
 def liger() -> LayerNorm:
@@ -32,7 +32,7 @@ def liger() -> LayerNorm:
 
 
 def quack() -> LayerNorm:
-    """QuACK's LayerNorm, forward only; it wants rows in two dimensions and float32 parameters."""
+    """QuACK's LayerNorm, forward only; it needs rows in two dimensions and float32 parameters."""
     layer_norm = _import("quack.rmsnorm", "quack-kernels").layernorm_fwd
 
     def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""What a run does beside its steps, for each of them: decode the next clips and, on several processes, average the
-gradients.
+"""Work that overlaps with a step: decoding the next clips and, on several processes, averaging the gradients.
 
-Both are timed alone, on all processes at once. In a run, decoding goes on while the step computes, so it costs time
-only where it takes longer than the step; and DDP reduces gradients while the backward pass makes the next.
+Each is timed on its own, on all processes at once. In a run, the workers decode while the step computes, so decoding
+costs time only where it takes longer than the step; DDP reduces gradients while the backward pass makes the next ones.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from umt_fast.run import costs
 from umt_fast.run.world import World
 
 BUCKET = 25 * 2**20
-"""Bytes that DDP reduces at once, by default."""
+"""Bytes that DDP reduces at once by default."""
 SYNTHETIC_VIDEOS = 16
 
 
 @dataclass
 class Beside:
-    """Beside a step of one model at one batch. What was not measured is None; the text says how, or why not."""
+    """Times for one model and batch. A missing time is None, and its text says why."""
 
     model: str
     batch: int
@@ -42,7 +41,7 @@ class Beside:
     """From one batch of a process to the next, while all processes decode."""
     decode: str
     all_reduce_seconds: float | None
-    """Of the student's gradients."""
+    """Seconds to average the student's gradients."""
     all_reduce: str
 
 
@@ -73,7 +72,7 @@ def measure(
 
 
 def _synthetic(folder: Path) -> str:
-    from umt_fast.data import synthetic  # wants PyAV
+    from umt_fast.data import synthetic  # needs PyAV
 
     return str(synthetic.write_videos(folder, SYNTHETIC_VIDEOS))
 
@@ -81,7 +80,7 @@ def _synthetic(folder: Path) -> str:
 def decode_seconds(
     videos: VideoList, batch: int, student: StudentConfig, workers: int, rounds: int, world: World
 ) -> float:
-    """Median seconds between two batches of a run's own loader, once what it made ready is used up.
+    """Median seconds between two batches of the loader of a run, once its prefetched batches are used up.
 
     Raises NothingReadable, WorkerDied.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a clock that the step tells the end of each phase."""
+"""Where the time of a step goes: a clock that the step calls at the end of each phase."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ Mark = Callable[[str], None]
 """Called with a phase's name at its end."""
 
 PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimiser")
-"""Of a step. What runs beside it, decoding and the all-reduce, is timed by `benchmarks.step_time.beside`."""
+"""The phases of a stage-1 step. Decoding and the all-reduce overlap with it: `benchmarks.step_time.beside`."""
 
 
 def no_mark(_phase: str) -> None:
-    """A step that nobody times."""
+    """For a step that is not timed."""
 
 
 def wait_for(device: torch.device) -> None:
-    """Until it has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class PhaseClock:
-    """Seconds between marks. On a GPU by its own events, so that timing does not stop the host."""
+    """Seconds between marks. On a GPU by CUDA events, so that the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -41,7 +41,7 @@ class PhaseClock:
             self._marks.append((phase, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Of each phase, in order. Waits for the device."""
+        """Seconds of each phase, in order. Waits for the device."""
         if self._cuda:
             torch.cuda.synchronize()
         spent: dict[str, float] = {}

@@ -37,7 +37,7 @@ class BaselineClassifier(nn.Module):
         self.blocks = nn.ModuleList(StudentBlock(config.width, config.heads, rate, sdpa) for rate in rates)
         self.fc_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.head = nn.Linear(config.width, config.num_classes)
-        self.position = sinusoid_positions(config.tokens, config.width)[None]  # no buffer: it stays on the host
+        self.position = sinusoid_positions(config.tokens, config.width)[None]  # not a buffer: it stays on the host
 
     def forward(self, clip: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b k"]:
         x = self.patch_embed["proj"](clip).flatten(2).transpose(1, 2)

@@ -1,12 +1,12 @@
-"""One step of stage-1 pre-training as published (arXiv 2303.16058), in plain PyTorch: what every speed-up is over.
+"""One step of stage-1 pre-training as published (arXiv 2303.16058), in plain PyTorch: the base of every speed-up.
 
 Written anew after what the public code computes, with its costs left in: every token is embedded, projected and
 normalised before most are thrown away; a frame of another size is resized first; the mask is a boolean tensor made
 on the CPU from a multinomial draw; position tables live on the host; the student attends by matmul, softmax, matmul;
 gradients are scaled for fp16; the host waits for the loss of every step. Parameter names are those of the checkpoints.
 
-Two things are kinder to it than the published setting: the teacher runs under autocast too (there: float32), and
-nn.MultiheadAttention is that of today's PyTorch, which attends by SDPA wherever no weights are asked for.
+One thing is kinder to it than the published setting: nn.MultiheadAttention is that of today's PyTorch, which attends by
+SDPA wherever no weights are requested. The teacher runs under autocast on both sides.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class BaselineStudent(nn.Module):
         self.align_layers = config.align_layers
         self.encoder = StudentEncoder(config, sdpa)
         self.clip_decoder = nn.ModuleList(StudentHead(config) for _ in range(config.align_layers))
-        self.position = sinusoid_positions(config.tokens, config.width)[None]  # no buffer: it stays on the host
+        self.position = sinusoid_positions(config.tokens, config.width)[None]  # not a buffer: it stays on the host
 
     def forward(self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "k b m c"]:
         """L2-normalised predictions at the tokens where `hidden` is False."""
@@ -239,7 +239,7 @@ class BaselineStep:
     def __call__(
         self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"] | None = None, mark: Mark = no_mark
     ) -> float:
-        """`hidden` is a given mask instead of a draw; `mark` is told the end of every phase."""
+        """`hidden` is a given mask instead of a draw; `mark` is called at the end of every phase."""
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
         with torch.no_grad():
             with autocast:

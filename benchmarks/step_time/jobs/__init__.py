@@ -36,7 +36,7 @@ class Job:
     ladder: Callable[[torch.device], tuple[Rung, ...]]
     prepare: Callable[[str, int, torch.device], Work]
     student: Callable[[str], StudentConfig] | None = None
-    """Where decoding and the all-reduce are timed beside the step: the model whose clips and gradients they are of."""
+    """The model whose clips are decoded and whose gradients are reduced; None: neither is timed."""
 
 
 def _exact_ladder(device: torch.device) -> tuple[Rung, ...]:

@@ -98,7 +98,7 @@ def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*a\.mp4: not readable as video.*leave it out of VIDEOS"):
         input_pipeline.main([str(tmp_path)])
     (tmp_path / "list.txt").write_text("https://localhost/a.mp4\n")
-    with pytest.raises(SystemExit, match=r"error: https://localhost/a\.mp4 is no file of its own here"):
+    with pytest.raises(SystemExit, match=r"error: https://localhost/a\.mp4 is not a local file of its own"):
         input_pipeline.main([str(tmp_path / "list.txt"), "--as-they-are"])
 
 
