@@ -124,8 +124,10 @@ def _build_own(rung: Rung, work: PixelsWork) -> TimedStep:
     model.to(device)
     compared, timed = _generators()
     visible = work.draw(torch.Generator().manual_seed(0))
-    model.set_attention(_fastest(rung, work, config.tokens, config.decoder_width, config.decoder_heads))
-    model.encoder.set_attention(_fastest(rung, work, visible.shape[1], config.width, config.heads))
+    model.set_attention(
+        _fastest(rung, work, visible.shape[1], config.width, config.heads),
+        _fastest(rung, work, config.tokens, config.decoder_width, config.decoder_heads),
+    )
     if rung.compiled:
         model.compile(fullgraph=True, dynamic=False, backend=rung.backend, mode=rung.mode)
     optimizer = build_optimizer(model, OPTIM, capturable=rung.captured)
