@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from umt_kernels import (
     add_layer_norm,
+    add_layer_norm_8bit,
     cls_scores,
     cosine_alignment_loss,
     gather_layer_norm,
     gather_patches,
     pixel_loss,
+    quantize_rows,
     sample_visible,
 )
 from umt_kernels.matmul import GROUP, matmul
@@ -252,12 +254,26 @@ def _pixels(m: Shapes) -> _Forms:
             yield f"{pixels} clip, per {normalise}, {name}", partial(run, clip_dtype, dtype, normalise)
 
 
+def _eight_bit(m: Shapes) -> _Forms:
+    """What the 8-bit teacher does between its products: sum, norm and quantise; quantise what attention gives."""
+    half, rows = torch.bfloat16, (m.images, 1 + m.patches, m.width)
+
+    def norm(dtype: torch.dtype) -> None:
+        weight = torch.empty(m.width)
+        add_layer_norm_8bit(torch.empty(rows, dtype=half), torch.empty(rows, dtype=half), weight, weight, 1e-5, dtype)
+
+    for name, dtype in {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.items():
+        yield f"{name} teacher, sum and norm", partial(norm, dtype)
+        yield f"{name} teacher, rows", lambda dtype=dtype: quantize_rows(torch.empty(rows, dtype=half), dtype)
+
+
 _FORMS: dict[str, Callable[[Shapes], _Forms]] = {
     "gather_patches": _patches,
     "implicit_patch_embed": _implicit,
     "gather_layer_norm": _layer_norm,
     "add_layer_norm": _add_norm,
     "matmul": _matmul,
+    "eight_bit": _eight_bit,
     "cls_scores": _cls_scores,
     "sample_visible": _visible,
     "cosine_alignment_loss": _loss,
@@ -271,6 +287,7 @@ BULK = {
     "add_layer_norm_forward": ("residual", "branch"),
     "add_layer_norm_backward": ("gy", "x"),
     "matmul": ("a", "b"),
+    "eight_bit": ("x",),
     "cosine_alignment_loss": ("x", "t"),
     "cosine_alignment_loss_scale": ("grad",),
     "pixel_loss": ("x",),
@@ -390,6 +407,13 @@ def _matmul_traffic(launch: Launch) -> tuple[int, int]:
     return moved, nbytes(a["a_ptr"]) + nbytes(a["b_ptr"]) + rest + scales + (4 * a["n"] if sums else 0)
 
 
+def _eight_bit_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    rows = sum(nbytes(a[f"{name}_ptr"]) for name in ("x", "branch", "total", "values", "scale"))
+    parameters = nbytes(a["w_ptr"]) + nbytes(a["b_ptr"])
+    return rows + launch.programs * parameters, rows + parameters
+
+
 def _scores_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     least = nbytes(a["q_ptr"]) + nbytes(a["k_ptr"]) + nbytes(a["scores_ptr"])
@@ -441,6 +465,7 @@ _TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "add_layer_norm_forward": _add_norm_forward_traffic,
     "add_layer_norm_backward": _add_norm_backward_traffic,
     "matmul": _matmul_traffic,
+    "eight_bit": _eight_bit_traffic,
     "cls_scores_forward": _scores_traffic,
     "cls_scores_backward": _scores_backward_traffic,
     "sample_visible": _visible_traffic,

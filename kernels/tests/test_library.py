@@ -143,6 +143,10 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
                 False,
             ),
         ],
+        "quantize_rows": [
+            (r(2, 5, 6), None, None, None, 0.0, torch.int8, False),
+            (r(5, 6, dtype=torch.bfloat16), r(5, 6), r(6), r(6), 1e-6, torch.int8, True),
+        ],
         "matmul": [
             (r(5, 6), r(4, 6), torch.float32),
             (r(5, 6), r(6, 4), torch.bfloat16, True, r(4), "gelu", r(5, 4), None, True, True),
@@ -219,7 +223,15 @@ def test_opcheck(device, needs_kernels, name):
 
 
 def test_every_custom_op_is_checked():
-    ops = ("add_layer_norm", "matmul", "gather_patches", "gather_layer_norm", "cls_scores", "sample_visible")
+    ops = (
+        "add_layer_norm",
+        "matmul",
+        "eight_bit",
+        "gather_patches",
+        "gather_layer_norm",
+        "cls_scores",
+        "sample_visible",
+    )
     for name in (*ops, "cosine_alignment_loss"):
         importlib.import_module(f"umt_kernels.{name}")
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("umt_kernels::")}

@@ -7,6 +7,7 @@ definition in `umt_kernels.reference`, which the kernels are held to.
 from umt_kernels.add_layer_norm import add_layer_norm
 from umt_kernels.cls_scores import cls_scores
 from umt_kernels.cosine_alignment_loss import alignment_loss, cosine_alignment_loss
+from umt_kernels.eight_bit import EightBit, add_layer_norm_8bit, linear_8bit, quantize_rows
 from umt_kernels.gather_layer_norm import gather_layer_norm, gather_rms_norm
 from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patches, weight_matrix
 from umt_kernels.linear import linear
@@ -22,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "EightBit",
     "GatherLayerNorm",
     "GatherRMSNorm",
     "PatchEmbed",
     "add_layer_norm",
+    "add_layer_norm_8bit",
     "alignment_loss",
     "cls_scores",
     "cosine_alignment_loss",
@@ -34,10 +37,12 @@ __all__ = [
     "gather_rms_norm",
     "ids_to_mask",
     "linear",
+    "linear_8bit",
     "mask_to_ids",
     "mlp",
     "patch_embed",
     "pixel_loss",
+    "quantize_rows",
     "sample_visible",
     "weight_matrix",
 ]

@@ -49,7 +49,7 @@ def add_layer_norm(
     """
     check_eps(eps)
     factor = 1.0
-    if scale is not None and not isinstance(scale, Tensor):
+    if isinstance(scale, (int, float)):
         scale, factor = None, float(scale)
     _check(residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
     out_dtype = residual.dtype if out_dtype is None else out_dtype

@@ -90,7 +90,7 @@ def gather_patches(
 
 
 def sample_visible(
-    scores: Float[Tensor, "r p"],
+    scores: Tensor,
     num_visible: int,
     generator: torch.Generator | None,
     counts: Int[Tensor, " r"] | None = None,
@@ -117,7 +117,7 @@ def sample_visible(
 
 
 @_outside_autocast
-def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"], prefix: int = 1) -> Float[Tensor, "r p"]:
+def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"], prefix: int = 1) -> Tensor:
     dtype = torch.promote_types(_wide(q).dtype, k.dtype)
     q, k = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype)
     # Compiled: a sum of products, which is fused with the cast. A matmul would write the keys in float32 first.
@@ -141,7 +141,7 @@ def gather_layer_norm(
     bias: Float[Tensor, " d"] | None,
     eps: float,
     row_ids: Int[Tensor, "r m"] | None,
-    position: Float[Tensor, "n d"] | None,
+    position: Tensor | None,
     position_ids: Int[Tensor, "r m"] | None,
     dtype: torch.dtype | None = None,
     padded: bool = False,
@@ -228,7 +228,7 @@ def add_layer_norm(
     branch_bias: Float[Tensor, " d"] | None,
     scale: Float[Tensor, " b"] | None,
     row_ids: Int[Tensor, "b m"] | None,
-    position: Float[Tensor, "n d"] | None,
+    position: Tensor | None,
     position_ids: Int[Tensor, "b m"] | None,
     out_dtype: torch.dtype,
     rms: bool,
@@ -307,7 +307,7 @@ def pixel_errors(
     eps_in_root: bool,
     scale: Sequence[float],
     shift: Sequence[float],
-) -> Float[Tensor, "b m"]:
+) -> Tensor:
     wide = _wide(predictions)
     targets = pixel_targets(
         clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
@@ -322,7 +322,7 @@ QUICK = 1.702
 @_outside_autocast
 def linear(
     x: Float[Tensor, "... k"],
-    weight: Float[Tensor, "n k"],
+    weight: Tensor,
     bias: Float[Tensor, " n"] | None,
     activation: str | None,
     residual: Float[Tensor, "... n"] | None,
@@ -341,12 +341,66 @@ def activated(x: Tensor, activation: str | None) -> Tensor:
 @_outside_autocast
 def mlp(
     x: Float[Tensor, "... d"],
-    fc1_weight: Float[Tensor, "h d"],
+    fc1_weight: Tensor,
     fc1_bias: Float[Tensor, " h"] | None,
-    fc2_weight: Float[Tensor, "n h"],
+    fc2_weight: Tensor,
     fc2_bias: Float[Tensor, " n"] | None,
     activation: str,
     residual: Float[Tensor, "... n"] | None,
 ) -> Float[Tensor, "... n"]:
     hidden = linear(x, fc1_weight, fc1_bias, activation, None)
     return linear(hidden, fc2_weight, fc2_bias, None, residual)
+
+
+def _in_eight_bits(x: Float[Tensor, "... k"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float32 x over the last dimension's largest magnitude, rounded; and the scale that was taken out."""
+    largest = 127.0 if dtype == torch.int8 else 448.0
+    scale = x.abs().amax(-1).clamp(min=1e-12) / largest
+    x = x / scale[..., None]
+    return (torch.floor(x + 0.5) if dtype == torch.int8 else x).to(dtype), scale
+
+
+@_outside_autocast
+def quantize_rows(
+    x: Float[Tensor, "... k"],
+    branch: Float[Tensor, "... k"] | None,
+    weight: Float[Tensor, " k"] | None,
+    bias: Float[Tensor, " k"] | None,
+    eps: float,
+    dtype: torch.dtype,
+    norm: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = x if branch is None else (x.float() + branch.float()).to(x.dtype)
+    wide = total.float()
+    if norm:
+        assert weight is not None
+        assert bias is not None
+        wide = F.layer_norm(wide, wide.shape[-1:], weight.float(), bias.float(), eps)
+    values, scale = _in_eight_bits(wide, dtype)
+    return total, values, scale.flatten()
+
+
+@_outside_autocast
+def linear_8bit(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Float[Tensor, " n"],
+    bias: Float[Tensor, " n"] | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    group: int,
+) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    if x_scale.dim() == 2:
+        wide = wide * x_scale.T.repeat_interleave(group, 1)[:, : x.shape[1]]
+    y = wide @ weight.float().T * weight_scale
+    if x_scale.dim() == 1:
+        y = y * x_scale[:, None]
+    y = activated(y if bias is None else y + bias.float(), activation)
+    if out_dtype not in (torch.int8, torch.float8_e4m3fn):
+        return y.to(out_dtype), x_scale
+    n = y.shape[1]
+    padded = F.pad(y, (0, -n % group)).unflatten(1, (-1, group))
+    values, scale = _in_eight_bits(padded, out_dtype)
+    return values.flatten(1)[:, :n].contiguous(), scale.T.contiguous()

@@ -27,6 +27,7 @@ FIRST = {
     "gather_layer_norm": "UMT-B/16 student, position, i64, bf16",
     "add_layer_norm": "UMT-B/16 student, drop path, fp32+bf16",
     "matmul": "UMT-B/16 student, fc1",
+    "eight_bit": "UMT-B/16 fp8 teacher, sum and norm",
     "cls_scores": "UMT-B/16 bf16",
     "sample_visible": "UMT-B/16 per frame, fp32",
     "cosine_alignment_loss": "UMT-B/16 norm, grad, i64 ids, bf16",
