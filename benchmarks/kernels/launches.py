@@ -262,9 +262,12 @@ def _eight_bit(m: Shapes) -> _Forms:
         weight = torch.empty(m.width)
         add_layer_norm_8bit(torch.empty(rows, dtype=half), torch.empty(rows, dtype=half), weight, weight, 1e-5, dtype)
 
+    def only(dtype: torch.dtype) -> None:
+        quantize_rows(torch.empty(rows, dtype=half), dtype)
+
     for name, dtype in {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.items():
         yield f"{name} teacher, sum and norm", partial(norm, dtype)
-        yield f"{name} teacher, rows", lambda dtype=dtype: quantize_rows(torch.empty(rows, dtype=half), dtype)
+        yield f"{name} teacher, rows", partial(only, dtype)
 
 
 _FORMS: dict[str, Callable[[Shapes], _Forms]] = {

@@ -50,7 +50,7 @@ def add_layer_norm(
     check_eps(eps)
     factor = 1.0
     if isinstance(scale, (int, float)):
-        scale, factor = None, float(scale)
+        factor, scale = float(scale), None
     _check(residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
     out_dtype = residual.dtype if out_dtype is None else out_dtype
     if not out_dtype.is_floating_point:
