@@ -20,7 +20,8 @@ Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "fla
 Recompute = Literal["none", "selective", "full"]
 Parallel = Literal["ddp", "fsdp"]
 FrameRule = Literal["sparse", "dense", "segment"]
-TeacherPrecision = Literal["same", "int8", "fp8"]
+TeacherPrecision = Literal["same", "int8", "fp8", "int8-triton", "fp8-triton"]
+"""8-bit matmuls of the teacher: torchao's, or umt_kernels' with norms and activations in the same passes."""
 StudentPrecision = Literal["same", "fp8"]
 GatherGradient = Literal["published", "true"]
 Stage2Job = Literal["pretrain", "retrieval", "qa"]
@@ -632,8 +633,8 @@ class LowPrecisionConfig(ComputeConfig):
     """ComputeConfig with the options of pre-training that change its numbers a little."""
 
     teacher_precision: TeacherPrecision = "same"
-    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao. The error is measured
-    on clips of the run and printed at the start."""
+    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao; int8-triton or
+    fp8-triton by umt_kernels. The error is measured on clips of the run and printed at the start."""
     least_teacher_cosine: float = 0.999
     """Mean cosine with the exact targets below which such a teacher is refused."""
     student_precision: StudentPrecision = "same"

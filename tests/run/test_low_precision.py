@@ -15,6 +15,7 @@ from umt_fast.run import compute as acceleration
 from umt_fast.run.compute import accelerate, compile_models
 from umt_fast.run.low_precision import (
     FLOAT8_CAPABILITY,
+    OWN,
     convert_student,
     lower_precision,
     lower_student_precision,
@@ -52,6 +53,43 @@ def test_int8_stays_near_and_says_how_near(teacher, clip):
         assert kinds[f"transformer.resblocks.0.{name}"] == "Int8Tensor"
     assert kinds["transformer.resblocks.2.attn.in_proj_weight"] == "Parameter"  # it makes the scores
     assert kinds["proj"] == "Parameter"
+
+
+@pytest.mark.parametrize(("precision", "least"), [("int8-triton", 0.999), ("fp8-triton", 0.998)])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_our_own_8_bit_teacher_stays_near_and_says_how_near(precision, least, activation, clip):
+    teacher = ClipTeacher(replace(CONFIG, activation=activation)).eval()
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    teacher.store_matmul_weights(torch.bfloat16)
+    line = lower_precision(teacher, precision, clip, least)
+    print(line)
+    assert line.startswith(f"{precision} teacher: cosine of its targets with the exact ones: mean 0.99")
+    kept = {name for name, parameter in teacher.named_parameters() if parameter.dim() > 1}
+    last = f"transformer.resblocks.{CONFIG.depth - 1}"
+    outside = {"conv1.weight", "positional_embedding", "proj"}
+    assert kept == {*outside, f"{last}.attn.in_proj_weight"}  # which makes the scores
+    dtypes = {name: buffer.dtype for name, buffer in teacher.named_buffers() if name.endswith("values")}
+    assert len(dtypes) == 4 * CONFIG.depth - 1
+    assert set(dtypes.values()) == {OWN[precision]}
+    with pytest.raises(ConfigError, match=rf"{precision} is refused: .*least_teacher_cosine is 0.9999999"):
+        lower_precision(ClipTeacher(CONFIG), precision, clip, 0.9999999)
+
+
+def test_our_own_8_bit_teacher_compiles_as_one_graph(teacher, clip):
+    quantize_teacher(teacher, "int8-triton")
+    visible = torch.arange(4).expand(2, 3, -1)
+
+    def targets():
+        with torch.autocast("cpu", torch.bfloat16):
+            return teacher.targets(teacher.encode(clip), visible)
+
+    eager = targets()
+    compile_models(VideoStudent(StudentConfig(64, 16, 1, 3, 32, 1, 2, 0.0, 1, 32)), teacher, backend="aot_eager")
+    assert (targets() - eager).norm() < 1e-2 * eager.norm()
+    torch._dynamo.reset()
 
 
 def test_the_measured_cosine_is_that_of_the_targets(teacher, clip):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from umt_kernels import add_layer_norm, cls_scores, gather_layer_norm, patch_embed
+from umt_kernels import EightBit, add_layer_norm, cls_scores, gather_layer_norm, patch_embed
 
 from umt_fast.config import MLP_RATIO, Activation, TeacherConfig
 from umt_fast.models.attention import SDPA, Backend, attention, self_attention
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 LAYER_NORM_EPS = 1e-5
 QUICK = 1.702
 """The factor of QuickGELU."""
+
+
+Normed = Tensor | EightBit
+"""What a block's attention reads: normalised rows, in 8 bits in a quantised block."""
 
 
 class Projection(nn.Module):
@@ -95,12 +99,13 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(width, activation)
 
-    def enter(self, x: Float[Tensor, "r l d"], branch: Float[Tensor, "r l d"]) -> tuple[Tensor, Tensor]:
+    def enter(self, x: Float[Tensor, "r l d"], branch: Float[Tensor, "r l d"] | None = None) -> tuple[Tensor, Normed]:
         """x + branch, this block's input, and what its attention reads."""
-        return add_norm(x, branch, self.ln_1)
+        return (x, self.ln_1(x)) if branch is None else add_norm(x, branch, self.ln_1)
 
-    def forward(self, x: Float[Tensor, "r l d"], normed: Float[Tensor, "r l d"]) -> tuple[Tensor, Tensor]:
-        """The residual and the branch whose sum is this block's output, from its input and `ln_1` of that."""
+    def forward(self, x: Float[Tensor, "r l d"], normed: Normed) -> tuple[Tensor, Tensor]:
+        """The residual and the branch whose sum is this block's output, from what `enter` gives."""
+        assert isinstance(normed, Tensor)
         x, normed = add_norm(x, self.attn(normed), self.ln_2)
         return x, self.mlp(normed)
 
@@ -112,10 +117,13 @@ class Block(nn.Module):
         row_ids: Int[Tensor, "r n"],
     ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
         """`forward` for the rows `row_ids`, from the keys and values of all rows."""
-        q = self.attn.query(gather_layer_norm(x, self.ln_1.weight, self.ln_1.bias, self.ln_1.eps, row_ids=row_ids))
-        attended = self.attn.out_proj(attention(q, k, v, self.attn.backend).flatten(2))
-        kept, normed = add_norm(x, attended, self.ln_2, row_ids)
+        attended = attention(self.queries(x, row_ids), k, v, self.attn.backend).flatten(2)
+        kept, normed = add_norm(x, self.attn.out_proj(attended), self.ln_2, row_ids)
         return kept, self.mlp(normed)
+
+    def queries(self, x: Float[Tensor, "r l d"], row_ids: Int[Tensor, "r n"]) -> Float[Tensor, "r n h e"]:
+        norm = self.ln_1
+        return self.attn.query(gather_layer_norm(x, norm.weight, norm.bias, norm.eps, row_ids=row_ids))
 
 
 def add_norm(
@@ -243,13 +251,14 @@ class ClipTeacher(nn.Module):
         x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding).to(x.dtype)
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         aligned = []
-        normed = blocks[0].ln_1(x)
+        x, normed = blocks[0].enter(x)
         for index, block in enumerate(blocks[:-1]):
             x, branch = block(x, normed)
             x, normed = blocks[index + 1].enter(x, branch)
             if index in config.aligned_blocks:
                 aligned.append(x)
         last = blocks[-1]
+        assert isinstance(normed, Tensor)
         k, v = last.attn.key_value(normed)
         scores = cls_scores(last.attn.query(normed[:, 0]), k.transpose(1, 2))
         return TeacherState(scores.unflatten(0, (clip.shape[0], frames)), aligned, x, k, v)

@@ -1,5 +1,5 @@
-"""A teacher that multiplies in int8 or float8, a student that trains in float8, both through torchao, and what that
-costs in accuracy.
+"""A teacher that multiplies in int8 or float8, through torchao or umt_kernels, a student that trains in float8 through
+torchao, and what that costs in accuracy.
 
 The scores decide what the student sees, so the last block's queries, keys and values stay as they are, with the patch
 embedding and the output projection. Everything else of the blocks is quantised: weights once, per output channel,
@@ -19,12 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import ConfigError, TeacherPrecision
+from umt_fast.models.clip_8bit import convert_blocks
 from umt_fast.models.clip_vision import Block, ClipTeacher
 from umt_fast.models.heads import VideoStudent
 
 INSTALL = "pip install torchao, which needs torch 2.10 or later"
 FLOAT8_CAPABILITY = (8, 9)
 """The first compute capability with float8 matmuls."""
+OWN = {"int8-triton": torch.int8, "fp8-triton": torch.float8_e4m3fn}
+"""Precisions that umt_kernels computes, and their dtypes. Without a GPU its plain PyTorch emulates them."""
+INT8_CAPABILITY = (8, 0)
+"""The first compute capability that the int8 kernels are compiled and checked for."""
 FLOAT8_MULTIPLE = 16
 """What the sizes of a float8 matmul must be multiples of; the rows of a batch are one, in the weights' gradient."""
 
@@ -50,6 +55,13 @@ class Cosines:
 
 def check_device(setting: str, precision: TeacherPrecision, device: torch.device) -> None:
     """Raise ConfigError, naming the setting, unless this device can run a model of that precision."""
+    if precision in OWN:
+        least = FLOAT8_CAPABILITY if precision == "fp8-triton" else INT8_CAPABILITY
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
+            raise ConfigError(
+                f"{setting} = {precision} needs a GPU of compute capability {least[0]}.{least[1]} or later"
+            )
+        return
     try:
         importlib.import_module("torchao")
     except ImportError as error:
@@ -62,6 +74,9 @@ def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
     """Quantise the matmuls of the blocks in place. Raises ConfigError where torchao or the device cannot."""
     device = teacher.proj.device
     check_device("compute.teacher_precision", precision, device)
+    if precision in OWN:
+        convert_blocks(teacher, OWN[precision])
+        return
     blocks = [block for block in teacher.transformer.resblocks if isinstance(block, Block)]
     for block in blocks:
         if block is not blocks[-1]:
