@@ -127,7 +127,8 @@ def score(
     if len(texts_of_videos) != videos:
         raise ValueError(f"texts_of_videos has {len(texts_of_videos)} rows, but there are {videos} videos")
     check_answers(texts_of_videos, texts)
-    coarse = video @ embedded.text.T
+    with torch.autocast("cpu", enabled=False):
+        coarse = video.float() @ embedded.text.float().T
     best_v2t = _best(coarse, k)
     best_t2v = _best(coarse.T, k)
     first = sum(len(part) for part in parts[: _rank(group)])
@@ -221,7 +222,8 @@ def multiple_choice(
         hidden, text = model.embed_text(input_ids, attention_mask)
         logits = model.match(hidden, attention_mask, Context(tokens, Pairing(((None, options),))))
     matches = logits.softmax(dim=1)[:, 1].view(len(clip), options)
-    similar = torch.einsum("be,boe->bo", video, text.view(len(clip), options, -1)) / model.temp
+    of_video = text.view(len(clip), options, -1)
+    similar = (video[:, None] * of_video).sum(-1) / model.temp  # not a matmul, which autocast would round
     return match_share * matches + (1 - match_share) * similar.softmax(dim=1)
 
 
