@@ -8,6 +8,7 @@ that are large enough: a worker grew by 54 MB over 20,000 clips, half of which w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import av
 from av.container import InputContainer
@@ -18,7 +19,7 @@ from umt_fast.data.decode.time_limit import check_time
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     # Python closes a generator that is dropped, which PyAV's compiled ones are not, and with it what it yields from.
-    packets = container.demux(stream)
+    packets: Any = container.demux(stream)
     try:
         for packet in packets:
             check_time()
