@@ -4,7 +4,10 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+# Not part of `make test`: minutes of damaged files, each read in a child process.
+MINUTES ?= 20
+
+.PHONY: fuzz demo demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -40,6 +43,9 @@ test-dali: .venv/.dali ## test the DALI loader against PyAV's
 
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
 	$(BIN)/python -m benchmarks.kernels.compile_report --gate -q
+
+fuzz: .venv/.dev ## read damaged and hostile files of every kind for MINUTES (20)
+	nice $(BIN)/python tests/soak/fuzz.py --minutes $(MINUTES) --keep runs/fuzz
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

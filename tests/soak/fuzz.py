@@ -5,7 +5,7 @@
 
 Each case is a good file with random damage, read in a child process with a limit of time and memory. A case fails
 when anything but the error classes for bad input comes out, when the child dies, hangs, or takes too much memory.
-A case depends on its number alone. Seeds that failed are tests, in tests/soak/test_fuzz_seeds.py.
+A case depends on its number alone. What failed once is a test beside the tests of what failed.
 """
 
 from __future__ import annotations
@@ -313,7 +313,14 @@ def make_targets() -> list[Target]:
     torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))), script)
     extras = {"model": visual, "epoch": 3, "best": np.float64(1), "args": argparse.Namespace(lr=1.0), "path": Path("a")}
     weights = [("a.pth", saved(teacher)), ("b.pth", saved(extras))]
-    run = {"format": 1, "clips_seen": 4, "model": student, "optimizer": {}, "rng": [], "config": {}, "schedule": {}}
+    run = {"clips_seen": 4, "model": student, "optimizer": {}, "rng": [], "schedule": {}}
+    sections = {
+        "train": {"masks_per_clip": 1, "cuda_graph": False},
+        "model": {},
+        "mask": {},
+        "run": {"precision": "bf16"},
+    }
+    runs = [saved(run | {"format": number, "config": sections}) for number in (1, 2)]
 
     members = {
         "0.mp4": film,
@@ -338,7 +345,7 @@ def make_targets() -> list[Target]:
     ]
     annotations += [("a.csv", "video,caption\na.mp4,x y\nb.mp4,z\n"), ("a.tsv", "video\tcaption\na.mp4\tx y\n")]
     folder = Path(__file__).parents[2] / "train" / "recipes" / "pretrain"
-    recipes = [(path.name, path.read_bytes()) for path in sorted(folder.glob("*.toml"))]
+    recipes = [(path.name, path.read_bytes()) for path in sorted(folder.glob("umt_*.toml"))]
     targets = [
         Target("video", films, damage_bytes, read_video, weight=6),
         Target("still", stills, damage_bytes, read_video),
@@ -362,7 +369,7 @@ def make_targets() -> list[Target]:
         Target("legacy", [("a.pth", saved(visual, _use_new_zipfile_serialization=False))], damage_bytes, read_teacher),
         Target("safetensors", [("a.safetensors", save(visual))], damage_safetensors, read_teacher),
         Target("student", [("a.pth", saved({"model": student}))], damage_zip, read_student),
-        Target("checkpoint", [("clips_0000000004.pth", saved(run))], damage_zip, lambda path: read_run(path)),
+        Target("checkpoint", [("clips_0000000004.pth", one) for one in runs], damage_zip, lambda path: read_run(path)),
         Target("journal", [("journal.jsonl", JOURNAL)], damage_text, read_journal),
         Target("metrics", [("metrics.jsonl", METRICS)], damage_text, lambda path: read_metrics(path) and None),
     ]

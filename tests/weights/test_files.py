@@ -144,6 +144,17 @@ def test_a_zip_bomb_is_refused(tmp_path, name, suffix):
         read_weights(tmp_path / f"bomb{suffix}")
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize("magic", [b"PK\1\2", b"PK\3\4"])
+def test_a_zip_with_a_damaged_directory_is_refused(tmp_path, magic, suffix):
+    """Found by fuzzing."""
+    path = tmp_path / f"a{suffix}"
+    torch.save({"w": torch.ones(1)}, path)
+    path.write_bytes(path.read_bytes().replace(magic, b"XX\1\2"))
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        read_weights(path)
+
+
 EXTRAS = {
     "numpy_scalar": np.float64(0.5),
     "numpy_array": np.arange(3),

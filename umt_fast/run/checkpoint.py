@@ -26,6 +26,7 @@ from umt_fast.errors import RunError
 from umt_fast.files import put_in_place
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
+from umt_fast.weights.torchscript import refuse_bomb
 
 FORMAT = 2
 """2 names the optimiser's state by parameter; 1, of version 0.1, numbers it. Both are read."""
@@ -270,6 +271,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     look at them.
     """
     try:
+        refuse_bomb(path)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -280,10 +282,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise WeightsError(f"cannot read checkpoint {path}, {fix}: {error}") from error
     if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         raise WeightsError(f"{path} is not a checkpoint of a run (format 1 or {FORMAT}); for weights use read_weights")
+    kinds = {"clips_seen": int, "model": dict, "optimizer": dict, "rng": list, "config": dict, "schedule": dict}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
+        raise WeightsError(f"{path} is not a whole checkpoint of a run: {', '.join(wrong)} missing or of another kind")
     bad = find_not_finite(content["model"])
     if bad is not None:
         raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
-    return _upgrade(content) if content["format"] == 1 else content
+    try:
+        return _upgrade(content) if content["format"] == 1 else content
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a checkpoint of a run: its settings lack {error}") from error
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def refuse_bomb(path: Path) -> None:
 
 
 def is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):  # no zip, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
