@@ -23,7 +23,7 @@ from train import pretrain_alignment, pretrain_pixels
 from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrainConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.manifest import read_manifest
+from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.run import checkpoint, launch, parallel
 from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
@@ -162,6 +162,7 @@ def prepare(config: Any, world: World) -> Job:
     folder = run.folder / "checkpoints"
     parts = OBJECTIVES[config.objective]
     videos = read_manifest(data.train, data.prefix, data.read_timeout)
+    check_files(videos, data.train, data.prefix)
     sizes = parts.clip_sizes(config)
     stream = ClipStream(videos, data, sizes.frames, sizes.image_size, run.seed)
     step_clips = world.size * optim.batch_size * optim.accumulate

@@ -544,6 +544,8 @@ class DataConfig:
     """Random resized crops of such a share of the frame, sides in a ratio of 3/4 to 4/3; None: multi-scale crops."""
     frame_step: int | None = None
     """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
+    frame_rate: float | None = None
+    """Frames a second of a clip, from a random moment on, whatever the video's own rate; None: see `frame_step`."""
     max_bad_fraction: float = 0.1
     """Share of the list that may turn out unreadable before the run stops."""
     read_timeout: float = 60.0
@@ -564,7 +566,9 @@ class DataConfig:
         _check_share("data.flip", self.flip)
         _check_share("data.max_bad_fraction", self.max_bad_fraction)
         _check_share("data.crop_scales", *self.crop_scales)
-        _check_at_least(self, "data", frame_step=1)
+        _check_at_least(self, "data", frame_step=1, frame_rate=0.001)
+        if self.frame_step is not None and self.frame_rate is not None:
+            raise ConfigError("data.frame_step and data.frame_rate are both given; choose one")
         if self.crop_area is not None:
             _check_share("data.crop_area", *self.crop_area)
             if not 0 < self.crop_area[0] <= self.crop_area[1]:

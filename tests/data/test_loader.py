@@ -265,7 +265,9 @@ def test_a_broken_file_is_replaced_and_reported(videos, broken):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_row_of_an_index_is_a_bad_video(videos, row, workers):
     rows = [json.dumps({"path": path}).encode() for path in videos]
-    stream = ClipStream(VideoList([*rows[:3], row, *rows[3:]]), DataConfig(workers=workers), FRAMES, SIDE, seed=0)
+    stream = ClipStream(
+        VideoList.of_bytes([*rows[:3], row, *rows[3:]]), DataConfig(workers=workers), FRAMES, SIDE, seed=0
+    )
     batches = _batches(stream, batches=COUNT + 1, batch_size=1)
     ((name, reason),) = {bad for batch in batches for bad in batch.bad}
     assert name == "row 4 of the list"

@@ -170,7 +170,7 @@ def test_one_video_is_no_list(tmp_path, name):
 
 def test_binary_file_is_no_list(listing):
     source = listing(b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe" * 50)
-    with pytest.raises(ManifestError, match="no text") as caught:
+    with pytest.raises(ManifestError, match="not a text") as caught:
         read_manifest(source)
     assert source in str(caught.value)
 

@@ -73,7 +73,7 @@ def test_one_shard(shards):
     ("make", "told"),
     [
         (lambda path: None, "cannot read the shard .*: No such file"),
-        (lambda path: path.write_bytes(b"no tar" * 1000), "cannot read the shard .*: no tar file"),
+        (lambda path: path.write_bytes(b"no tar" * 1000), "cannot read the shard .*: not a tar file"),
         (lambda path: tarfile.open(path, "w").close(), "no video in the 1 shards"),
     ],
 )

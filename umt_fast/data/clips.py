@@ -15,8 +15,16 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import Clip, Crop, View, draw_area_view, draw_view
-from umt_fast.data.index import Limits, VideoList
-from umt_fast.data.sampling import FrameSampling, StrideSampling, Timeline, epoch_order, sample_rng, segment_frames
+from umt_fast.data.index import Limits, Video, VideoList
+from umt_fast.data.sampling import (
+    FrameSampling,
+    StrideSampling,
+    Timeline,
+    epoch_order,
+    frames_at_rate,
+    sample_rng,
+    segment_frames,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -57,7 +65,7 @@ class ClipStream:
     """Height and width of a clip, pixels."""
     seed: int
     sampling: FrameSampling | None = None
-    """Which frames a visit decodes; None: `config.frame_step`, or one from each of `frames` equal parts (TSN)."""
+    """Which frames a visit decodes; None: as `config` says, by default one from each of `frames` equal parts (TSN)."""
     transform: ClipTransform | None = None
     """Makes the clips; None: `config.crops_per_clip` multi-scale crops with flips, uint8 [T,side,side,3]."""
     shuffle: bool = True
@@ -93,12 +101,22 @@ class ClipStream:
                 index = int(rng.integers(len(self.videos)))
             yield index, rng
 
+    def choose_frames(self, video: Video, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
+        """Indices of a visit's frames, within the part of the video that the list names. Raises BadVideo if that has
+        no frame."""
+        if video.part is None:
+            return self.draw_frames(timeline, rng)
+        first, last = video.part.bounds(timeline)
+        return [first + index for index in self.draw_frames(timeline.between(first, last), rng)]
+
     def draw_frames(self, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
         """Indices of a visit's frames. They are drawn before the views."""
         if self.sampling is not None:
             return self.sampling(timeline, rng)
         if self.config.frame_step is not None:
             return StrideSampling(self.frames, self.config.frame_step)(timeline, rng)
+        if self.config.frame_rate is not None:
+            return frames_at_rate(timeline, self.frames, self.config.frame_rate, rng)
         return segment_frames(timeline.num_frames, self.frames, rng)
 
     def draw_views(self, width: int, height: int, rng: np.random.Generator) -> list[View]:

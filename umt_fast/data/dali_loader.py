@@ -166,7 +166,7 @@ class BatchPlanDataset(Dataset[BatchPlan]):
         if reason := self.support.why_not(stored):
             return self._decode(place, reason, video, rng, content)
         before = rng.bit_generator.state
-        excerpt = cut_excerpt(video, lambda timeline: self.stream.draw_frames(timeline, rng), content)
+        excerpt = cut_excerpt(video, lambda timeline: self.stream.choose_frames(video, timeline, rng), content)
         if excerpt is None:
             rng.bit_generator.state = before
             return self._decode(place, f"{stored.codec} {NOT_PLAIN}", video, rng, content)

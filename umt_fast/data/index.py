@@ -26,15 +26,18 @@ import json
 import math
 import posixpath
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.sampling import Timeline
 from umt_fast.errors import RunError
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
 
 INDEX_NAME = "index.jsonl"
 STATE_NAME = ".prepare"
@@ -115,6 +118,35 @@ DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a video, in seconds after its first frame or in frames."""
+
+    start: float = 0.0
+    end: float | None = None
+    """None: to the end."""
+    first: int = 0
+    """Frame."""
+    count: int | None = None
+    """Frames; None: to the end."""
+
+    def bounds(self, timeline: Timeline) -> tuple[int, int]:
+        """Its first frame and the one after its last. Raises BadVideo if it has no frame."""
+        first, last = self.first, timeline.num_frames
+        if self.start > 0 or self.end is not None:
+            first = max(first, int(np.searchsorted(timeline.seconds, self.start - _HALF_MICROSECOND)))
+        if self.end is not None:
+            last = int(np.searchsorted(timeline.seconds, self.end - _HALF_MICROSECOND))
+        if self.count is not None:
+            last = min(last, self.first + self.count)
+        if first >= last:
+            raise BadVideo(f"no frame of it lies in the part that the list names ({self})")
+        return first, last
+
+
+_HALF_MICROSECOND = 5e-7
+
+
+@dataclass(frozen=True)
 class Video:
     """A video file, or one in a shard."""
 
@@ -130,6 +162,8 @@ class Video:
     """None: not known before the file is read."""
     label: int | None = None
     caption: str | None = None
+    part: Part | None = None
+    """The part that clips are made of; None: all of it."""
     read_timeout: float = DataConfig.read_timeout
     """Seconds within which it must have come, if it is remote."""
     limits: Limits = DEFAULT_LIMITS
@@ -147,35 +181,55 @@ class Video:
 
 
 class VideoList(Sequence[Video]):
-    """The videos of a run: rows as of an index, of which only `path` must be there; relative to `base`.
+    """The videos of a run, each a row as of an index, of which only `path` is required.
 
-    The rows stay one block of bytes, which all worker processes share; a list of objects would be copied into each
-    of them, page by page, as they count its references.
+    The rows stay one block of bytes, which all worker processes share and which may be mapped from a file. A list of
+    objects would be copied into each process, page by page, as it counts their references.
     """
 
-    def __init__(self, rows: Iterable[bytes], base: str = "", confined: bool = False) -> None:
-        """`confined`: a row that names a file outside `base` gives a video that is refused."""
-        rows = list(rows)
+    def __init__(
+        self,
+        block: bytes | np.ndarray,
+        bounds: Int64[np.ndarray, "n 2"],
+        base: str = "",
+        parse: Callable[[bytes], dict[str, Any]] = json.loads,
+        confined: bool = False,
+    ) -> None:
+        """`bounds`: first and last byte of each row in `block`; `parse` makes a row of its bytes; paths are relative to
+        `base`. `confined`: a row that names a file outside `base` gives a video that is refused."""
+        self._block = block
+        self._bounds = bounds
         self._base = base
-        self._rows = b"".join(rows)
-        self._ends = np.cumsum([0, *map(len, rows)])
-        self.may_be_remote = is_url(base) or b"://" in self._rows
+        self._parse = parse
+        self._confined = confined
+        self.may_be_remote = is_url(base) or (isinstance(block, bytes) and b"://" in block)
         self.read_timeout = DataConfig.read_timeout
         """Of its videos."""
         self.limits = DEFAULT_LIMITS
         """Likewise."""
         self._confined = confined
+        self.distinct: int | None = None
+        """How many different videos it names, where that is known."""
+        self.known_digest: str | None = None
+        """Of a block that is mapped from a file."""
+
+    @classmethod
+    def of_bytes(cls, rows: Iterable[bytes], base: str = "", confined: bool = False) -> VideoList:
+        """Of rows in JSON."""
+        rows = list(rows)
+        ends = np.cumsum([0, *map(len, rows)])
+        return cls(b"".join(rows), np.stack((ends[:-1], ends[1:]), 1), base, confined=confined)
 
     @classmethod
     def of_rows(cls, rows: Iterable[dict[str, Any]], base: str = "") -> VideoList:
-        return cls((json.dumps(row).encode() for row in rows), base)
+        return cls.of_bytes((json.dumps(row).encode() for row in rows), base)
 
     @classmethod
     def of_paths(cls, paths: Iterable[str]) -> VideoList:
         return cls.of_rows({"path": path} for path in paths)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._bounds)
 
     @overload
     def __getitem__(self, index: int) -> Video: ...
@@ -188,11 +242,11 @@ class VideoList(Sequence[Video]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
         try:
-            video = _parse(self._load(row), self._base)
+            video = _to_video(self._load(row), self._base)
             return replace(video, read_timeout=self.read_timeout, limits=self.limits)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             # An IndexError would end a loop. Deep nesting ends in a RecursionError.
-            raise BadIndex(f"row {row + 1} is no row of an index: {error!r}") from None
+            raise BadIndex(f"row {row + 1} is not a row of an index: {error!r}") from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as in an index, with a path of its own instead of one relative to the index."""
@@ -202,21 +256,30 @@ class VideoList(Sequence[Video]):
             yield {**row, place: join(self._base, row[place])}
 
     def count_distinct(self) -> int:
-        """How many different videos the list names."""
-        return len({self._row(index) for index in range(len(self))})
+        """How many different rows there are."""
+        if self.distinct is None:
+            self.distinct = len({self._row(index) for index in range(len(self))})
+        return self.distinct
 
     def digest(self) -> str:
-        """Tells this list from others, whatever their lengths."""
-        return hashlib.sha256(self._rows).hexdigest()[:12]
+        """Differs from the digest of other lists, whatever their lengths."""
+        if self.known_digest is not None:
+            return self.known_digest
+        assert isinstance(self._block, bytes)
+        parts = hashlib.sha256(self._block)
+        if self._parse is not json.loads:
+            parts.update(repr(self._parse).encode())
+        return parts.hexdigest()[:12]
 
     def _load(self, index: int) -> dict[str, Any]:
-        row = json.loads(self._row(index))
+        row = self._parse(self._row(index))
         if self._confined and not _is_inside(row[_place(row)]):
             row["refused"] = "it lies outside the folder of its index"
         return row
 
     def _row(self, index: int) -> bytes:
-        return self._rows[self._ends[index] : self._ends[index + 1]]
+        first, last = self._bounds[index].tolist()
+        return bytes(self._block[first:last])
 
 
 def _place(row: dict[str, Any]) -> str:
@@ -231,6 +294,16 @@ def _is_inside(path: str) -> bool:
 
 def is_url(path: str) -> bool:
     return "://" in path
+
+
+def without_query(path: str) -> str:
+    """A URL without what follows its path, such as a signature; other paths as they are."""
+    return path if not is_url(path) else urllib.parse.urlsplit(path)._replace(query="", fragment="").geturl()
+
+
+def suffix_of(path: str) -> str:
+    """In lower case, with its dot, as `.tar`."""
+    return posixpath.splitext(without_query(path))[1].lower()
 
 
 def join(base: str, path: str) -> str:
@@ -254,7 +327,7 @@ def parse_index(content: bytes, where: str) -> VideoList:
         raise BadIndex(f"{where} does not begin with {json.dumps(FORMAT)}; make an index with umt_fast.data.prepare")
     if not rows:
         raise BadIndex(f"{where} lists no video")
-    videos = VideoList(rows, posixpath.dirname(where), confined=True)
+    videos = VideoList.of_bytes(rows, posixpath.dirname(without_query(where)), confined=True)
     for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
         try:
             videos[index]
@@ -286,7 +359,15 @@ def describe(facts: Facts) -> dict[str, Any]:
     return row
 
 
-def _parse(row: dict[str, Any], base: str) -> Video:
+def describe_part(part: Part | None) -> dict[str, Any]:
+    """The keys of a row that name a part."""
+    if part is None:
+        return {}
+    found = {"start": part.start or None, "end": part.end, "first": part.first or None, "count": part.count}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _to_video(row: dict[str, Any], base: str) -> Video:
     facts = None
     if "times" in row:
         first, *steps = row["times"]
@@ -312,17 +393,37 @@ def _parse(row: dict[str, Any], base: str) -> Video:
         offset=None if row.get("offset") is None else _whole(row, "offset"),
         size=None if row.get("bytes") is None else _whole(row, "bytes"),
         facts=facts,
-        label=row.get("label"),
+        label=_label(row),
         caption=row.get("caption"),
         refused=str(row.get("refused", "")),
+        part=_part(row),
     )
+
+
+def _label(row: dict[str, Any]) -> int | None:
+    label = row.get("label")
+    if label is not None and (type(label) is not int or not -(1 << 63) <= label < 1 << 63):
+        raise ValueError(f"label = {str(label)[:30]!r}: must be an integer of 64 bits")
+    return label
+
+
+def _part(row: dict[str, Any]) -> Part | None:
+    if not row.keys() & {"start", "end", "first", "count"}:
+        return None
+    start, end, first, count = (row.get(key) for key in ("start", "end", "first", "count"))
+    part = Part(float(start or 0), None if end is None else float(end), first or 0, count)
+    numbers = [value for value in (part.start, part.end) if value is not None]
+    frames = [value for value in (part.first, part.count) if value is not None]
+    if not all(0 <= value < math.inf for value in numbers) or not all(type(n) is int and n >= 0 for n in frames):
+        raise ValueError(f"{part}: must be seconds >= 0 and whole frames >= 0")
+    return None if part == Part() else part
 
 
 def _whole(row: dict[str, Any], key: str) -> int:
     """A size, or a place in a file."""
     value = row[key]
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{key} = {value!r} is no whole number from 0 on")
+        raise ValueError(f"{key} = {value!r}: must be an integer >= 0")
     return value
 
 

@@ -178,7 +178,7 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises BadVideo."""
     clips: Sequence[Clip] = ()
     with open_video(video, content) as reader:
-        indices = stream.draw_frames(reader.timeline, rng)
+        indices = stream.choose_frames(video, reader.timeline, rng)
         for places, frame in read_places(reader, indices):
             if not clips:
                 clips = stream.begin_clips(frame.shape[1], frame.shape[0], rng, out)

@@ -49,6 +49,10 @@ class Timeline:
         """Frames per second, on average; 25 for a single frame."""
         return (self.num_frames - 1) / float(self.seconds[-1]) if self.num_frames > 1 else 25.0
 
+    def between(self, first: int, last: int) -> Timeline:
+        """Of the frames from `first` up to, but not including, `last`."""
+        return Timeline(self.times[first:last], self.tick)
+
 
 class FrameSampling(Protocol):
     """Chooses the frames of a visit: their indices, from 0, in any order and with repeats."""
@@ -155,6 +159,17 @@ def _edges(total: int, frames: int) -> np.ndarray:
 def _repeat_last(drawn: np.ndarray, frames: int) -> list[int]:
     indices = [int(i) for i in drawn]
     return indices + indices[-1:] * (frames - len(indices))
+
+
+def frames_at_rate(timeline: Timeline, frames: int, rate: float, rng: np.random.Generator) -> list[int]:
+    """The frames on show at `rate` moments a second, from a random moment on, whatever the video's own frame rate.
+
+    A video that is too short repeats its last frame.
+    """
+    seconds = timeline.seconds
+    start = rng.uniform(0, max(float(seconds[-1]) - (frames - 1) / rate, 0))
+    moments = start + np.arange(frames) / rate
+    return [int(index) for index in np.searchsorted(seconds, moments + 1e-6, "right") - 1]
 
 
 def train_frames(total: int, frames: int, rule: FrameRule, draws: Draws, rate: float = 1) -> list[int]:

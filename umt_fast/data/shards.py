@@ -6,6 +6,7 @@ import io
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,8 +18,6 @@ from umt_fast.data.storage import read, url_size
 
 _LONGEST_TEXT = 1 << 20
 """Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
-_DIGITS = 19
-"""Of a label: one of more does not fit into 64 bits."""
 _HEADERS_AT_ONCE = 64 << 10
 """Bytes read of a remote shard for a member's header, and what follows."""
 
@@ -34,50 +33,57 @@ def list_shard(
     remote = is_url(path)
     raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
     rows: list[dict[str, Any]] = []
-    labels: dict[str, bytes] = {}
-    captions: dict[str, dict[str, bytes]] = {".txt": {}, ".json": {}}
+    beside: dict[str, dict[str, bytes]] = {}
+    """By key: the content of the small members, by suffix."""
     try:
         headers: Any = _Headers(raw)
         with raw, tarfile.open(fileobj=headers, mode="r:") as tar:
             for member in tar:
                 if member.size < 0:  # tarfile would go round in circles
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
-                stem, suffix = posixpath.splitext(member.name)
+                suffix = posixpath.splitext(member.name)[1].lower()
                 if not member.isfile():
                     continue
-                if suffix.lower() in suffixes:
+                if suffix in suffixes:
                     place = {"shard": path, "offset": member.offset_data, "bytes": member.size}
                     rows.append({"path": member.name, **place})
-                elif member.size > _LONGEST_TEXT:
-                    continue
-                elif suffix == ".cls" and (file := tar.extractfile(member)) is not None:
-                    labels[stem] = file.read()
-                elif suffix in captions and (file := tar.extractfile(member)):
-                    captions[suffix][stem] = file.read()
+                elif suffix in _BESIDE and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)):
+                    beside.setdefault(_key(member.name), {})[suffix] = file.read()
     except (tarfile.TarError, ValueError, RecursionError, IndexError, TypeError) as error:
         # tarfile lets the others through for damaged headers.
-        raise OSError(f"no tar file: {error}") from None
+        raise OSError(f"not a tar file: {error}") from None
     for row in rows:
-        stem = posixpath.splitext(row["path"])[0]
-        label = labels.get(stem, b"").strip()
-        if len(label) < _DIGITS and label.isdigit():
-            row["label"] = int(label)
-        caption = _caption(captions[".txt"].get(stem), captions[".json"].get(stem))
-        if caption is not None:
-            row["caption"] = caption
+        row |= _described(beside.get(_key(row["path"]), {}))
     return rows
 
 
-def _caption(text: bytes | None, described: bytes | None) -> str | None:
-    """From a .txt member or, without one, from "caption" in the .json member."""
-    if text is not None:
-        return text.decode("utf-8", "replace").strip()
+_BESIDE = (".cls", ".txt", ".json")
+
+
+def _key(name: str) -> str:
+    """WebDataset's key of a sample: the name up to the first dot of its last part."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
+
+
+def _described(members: dict[str, bytes]) -> dict[str, Any]:
+    """Label and caption of a sample: from .cls and .txt, or from "label" and "caption" in .json."""
     try:
-        found = json.loads(described or b"{}")
+        found = json.loads(members.get(".json", b"{}"))
     except (ValueError, RecursionError):
-        return None
-    caption = found.get("caption") if isinstance(found, dict) else None
-    return caption if isinstance(caption, str) else None
+        found = {}
+    described = found if isinstance(found, dict) else {}
+    row: dict[str, Any] = {}
+    label = members.get(".cls", b"").strip()
+    if re.fullmatch(rb"-?[0-9]{1,18}", label):
+        row["label"] = int(label)
+    elif type(described.get("label")) is int and abs(described["label"]) < 1 << 63:
+        row["label"] = described["label"]
+    if ".txt" in members:
+        row["caption"] = members[".txt"].decode("utf-8", "replace").strip()
+    elif isinstance(described.get("caption"), str):
+        row["caption"] = described["caption"]
+    return row
 
 
 @dataclass(frozen=True)

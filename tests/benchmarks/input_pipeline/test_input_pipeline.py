@@ -179,7 +179,7 @@ def test_the_memory_is_watched(short, two_videos, capsys):
 
 
 def _files(codec: str, gop: float, known: list | None = None) -> Files:
-    return Files(f"{codec} gop {gop}", codec, gop, VideoList([]), known or [], 0)
+    return Files(f"{codec} gop {gop}", codec, gop, VideoList.of_paths([]), known or [], 0)
 
 
 def test_the_memory_of_dali_is_watched_on_what_it_decodes(monkeypatch):

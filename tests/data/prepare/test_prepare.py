@@ -704,9 +704,9 @@ def test_a_damaged_row_of_an_index_is_told(made, tmp_path):
     rows = index.read_bytes().split(b"\n")
     for damage in (rows[3][:-20], b"[]", rows[3].replace(b'"keys": [[4, ', b'"keys": [[400, ')):
         index.write_bytes(b"\n".join([*rows[:3], damage, *rows[4:]]))
-        with pytest.raises(BadIndex, match="row 3 is no row"):
+        with pytest.raises(BadIndex, match="row 3 is not a row"):
             verify.verify(str(out), 1)
-        with pytest.raises(BadIndex, match="row 3 is no row"):
+        with pytest.raises(BadIndex, match="row 3 is not a row"):
             prepare(Settings(str(out), str(tmp_path / "again"), FAST, workers=1))
 
 

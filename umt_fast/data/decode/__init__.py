@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ class Reader(Protocol):
 
 @contextlib.contextmanager
 def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
-    """Open a video, or a picture, to read frames by index; `content`: the file's bytes, where the caller has them.
+    """Open a video, a picture or a folder of frames, to read frames by index.
+
+    `content`: the file's bytes, where the caller has them.
 
     Only what is needed is decoded: from the key frame before each wanted frame to that frame.
 
@@ -52,9 +55,13 @@ def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
         with stills.opened(video, content) as still:
             yield still
         return
-    from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
+    from umt_fast.data.decode import by_index, container, stills  # they import PyAV, which only decoding needs
 
-    opened = by_index.opened if by_index.can_read(video) else container.opened
+    opened: Callable[[Video, bytes | None], contextlib.AbstractContextManager[Reader]] = container.opened
+    if by_index.can_read(video):
+        opened = by_index.opened
+    elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
+        opened = stills.opened_folder
     with opened(video, content) as reader:
         yield reader
 

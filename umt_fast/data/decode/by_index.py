@@ -77,7 +77,7 @@ class Reader:
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
-        to_rgb = RgbConverter()
+        to_rgb = RgbConverter(indexed=True)
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
         fed = 0  # frames whose packets the decoder has had, from the key frame before them on

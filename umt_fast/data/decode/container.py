@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import gc
 import io
 import itertools
 import re
@@ -71,12 +72,16 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height)
 
 
-def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
+def each_frame(
+    video: Video, content: bytes | None = None, codec_options: dict[str, str] | None = None
+) -> Iterator[av.VideoFrame]:
     """Every frame in order of presentation, decoded in one pass, as it is stored (not yet turned).
 
-    Raises BadVideo as `decode.open_video`, at the first frame that does not decode.
+    `codec_options` are FFmpeg's options of the decoder, such as `{"flags2": "+export_mvs"}`. Raises BadVideo as
+    `decode.open_video`, at the first frame that does not decode.
     """
     with opened(video, content) as reader:
+        reader.codec_options = codec_options or {}
         yield from reader.read_all()
 
 
@@ -88,7 +93,13 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
             reader = Reader(container, video.facts, lambda: _open(video, content))
             if video.facts is None:
                 refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
-        yield reader
+        try:
+            yield reader
+        finally:
+            if reader.to_rgb.read_side_data:
+                # The first frame and its side data refer to each other; they would wait for some later collection
+                del reader.to_rgb
+                gc.collect(0)
 
 
 @contextlib.contextmanager
@@ -188,7 +199,9 @@ class Reader:
         self.stream = find_film(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
-        self.to_rgb = RgbConverter()
+        self.codec_options: dict[str, str] = {}
+        """Options of the decoder of `read_all`."""
+        self.to_rgb = RgbConverter(indexed=facts is not None)
         if facts is None:
             self._list_packets()
         else:
@@ -247,7 +260,7 @@ class Reader:
         first = next((frame for frame in frames if not self.timed or frame.pts == self.pts[0]), None)
         if first is None:
             raise BadVideo("no frame decodes")
-        orientation = orientation_of(first)
+        orientation = self.to_rgb.orientation(first)
         width, height = orientation.size(first.width, first.height)
         return Facts(
             width=width,
@@ -352,6 +365,7 @@ class Reader:
             stream = container.streams[self.stream.index]
             assert isinstance(stream, av.VideoStream)
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = {**stream.codec_context.options, **self.codec_options}
             yield from decode(container, stream)
 
     def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -389,20 +403,28 @@ class Reader:
 class RgbConverter:
     """Converts the frames of one video to uint8 RGB [H,W,3], upright.
 
-    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has.
+    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
+    facts in an index have no mirrored pictures, so their rotation says it all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, indexed: bool) -> None:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._orientation: Orientation | None = None
+        self._indexed = indexed
+        self.read_side_data = False
+
+    def orientation(self, frame: av.VideoFrame) -> Orientation:
+        if self._orientation is None:
+            self.read_side_data = not self._indexed or frame.rotation != 0
+            self._orientation = orientation_of(frame) if self.read_side_data else UPRIGHT
+        return self._orientation
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        if self._orientation is None:
-            self._orientation = orientation_of(frame)
-        rgb = self._reformatter.reformat(self._orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
+        orientation = self.orientation(frame)
+        rgb = self._reformatter.reformat(orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
         (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
-        return self._orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
+        return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
 
 
 def read_tail(video: Video, content: bytes | None, count: int) -> bytes:

@@ -61,7 +61,10 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """From the display matrix that the decoder attached to a frame."""
+    """From the display matrix that the decoder attached to a frame.
+
+    PyAV's side data and the frame refer to each other, so only a garbage collection frees the frame.
+    """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV names its keys str
     return UPRIGHT if matrix is None else from_matrix(bytes(matrix))
 

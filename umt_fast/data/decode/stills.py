@@ -1,16 +1,19 @@
-"""Picture files as videos of one frame."""
+"""Picture files as videos of one frame, and folders of them as videos."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
-from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.decode import IMAGE_SUFFIXES
+from umt_fast.data.index import BadVideo, Video, suffix_of
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import CannotReach, read_video
 
@@ -47,3 +50,38 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
     except (OSError, SyntaxError, ValueError, CannotReach, Image.DecompressionBombError) as error:
         raise BadVideo(f"not a picture: {error}") from None
     yield Still(frame)
+
+
+class FrameFolder:
+    """A folder of pictures, one for each frame, as a `Reader`. Their numbers give their order."""
+
+    def __init__(self, pictures: list[str]) -> None:
+        self.timeline = Timeline(range(len(pictures)), lambda: 1 / _FOLDER_FPS)
+        self._pictures = pictures
+
+    def read(self, indices: list[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+        for index in indices:
+            try:
+                with opened(Video(self._pictures[index])) as still:
+                    yield from ((index, frame) for _, frame in still.read([0]))
+            except BadVideo as error:
+                raise BadVideo(f"frame {index}, {os.path.basename(self._pictures[index])}: {error}") from None
+
+
+_FOLDER_FPS = 25
+"""Frames per second of a folder of frames, which does not say."""
+
+
+@contextlib.contextmanager
+def opened_folder(video: Video, content: bytes | None = None) -> Iterator[FrameFolder]:
+    """List the pictures of a folder. Raises BadVideo if there are none."""
+    try:
+        names = [
+            name for name in os.listdir(video.path) if suffix_of(name) in IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    except OSError as error:
+        raise BadVideo(error.strerror or str(error)) from None
+    if not names:
+        raise BadVideo(f"a folder without a picture; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    names.sort(key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
+    yield FrameFolder([os.path.join(video.path, name) for name in names])

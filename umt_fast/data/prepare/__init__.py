@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.captions import read_videos
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, Limits, is_url, write_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, Limits, describe_part, is_url, write_index
+from umt_fast.data.manifest import check_files
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare, Item, Plan, Shard, make_plan
@@ -112,6 +113,7 @@ def prepare(settings: Settings) -> Report:
         raise CannotPrepare(f"OUT {out} lies in SOURCE {source}: the copies would be copied too; choose another")
     limits = Limits(settings.max_bytes, settings.max_pixels)
     videos = read_videos(source, settings.prefix, settings.read_timeout, limits)
+    check_files(videos, source, settings.prefix)
     plan = make_plan(videos, source, settings.per_shard)
     if out.exists() and not out.is_dir():
         raise CannotPrepare(f"OUT {out} is a file; give a folder")
@@ -288,7 +290,7 @@ class _Preparation:
             if item.number in self.shard_of:
                 shard = self.shard_of[item.number].name
                 row |= {"shard": shard, "offset": self.journal.shards[shard]["offsets"][item.name]}
-            given = {"label": line.label, "caption": line.caption}
+            given = {"label": line.label, "caption": line.caption, **describe_part(line.part)}
             rows.append(row | {key: value for key, value in given.items() if value is not None})
         failed = [*self.plan.failures]
         failed += [item.name for item in self.plan.items if item.name in self.failures]

@@ -2,6 +2,7 @@
 
     python -m umt_fast.data.prepare SOURCE OUT              a folder or list of videos -> OUT/index.jsonl and copies
     python -m umt_fast.data.prepare --verify OUT            decode the copies and compare them with their sources
+    python -m umt_fast.data.prepare --list SOURCE FILE.videos        no copies: a list of millions that opens at once
 
 An interrupted run goes on when the same command is given again. Train with --data.train OUT.
 """
@@ -14,14 +15,16 @@ import sys
 from types import FrameType
 
 from umt_fast.config import ConfigError
+from umt_fast.data.manifest import check_files, read_manifest
+from umt_fast.data.mapped_list import MAPPED_SUFFIX, write_mapped
 from umt_fast.data.prepare import Settings, prepare
 from umt_fast.data.prepare.encode import CODECS, Recipe
 from umt_fast.data.prepare.verify import verify
 from umt_fast.errors import RunError
 
 
-def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
-    """The settings, and whether to verify the copies in `out` instead of making them."""
+def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
+    """The settings, and what to do: `copy`, `verify` the copies in `out`, or write a `list` to it."""
     parser = argparse.ArgumentParser(
         "umt_fast.data.prepare",
         description=__doc__,
@@ -47,15 +50,23 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, bool]:
     add("--max-bytes", type=int, help=f"largest video or list from a URL, default {Settings.max_bytes}")
     add("--max-pixels", type=int, help=f"largest frame, width times height, default {Settings.max_pixels}")
     add("--verify", metavar="OUT", help="check the copies in OUT and compare them with their sources")
+    add(
+        "--list",
+        action="store_true",
+        help=f"write a list OUT, *{MAPPED_SUFFIX}, for --data.train; no copies",
+    )
     given = vars(parser.parse_args(arguments))
+    lists = given.pop("list", False)
     if ("verify" in given) == ("out" in given):
         parser.error("give SOURCE and OUT, or --verify OUT")
-    verifies = "verify" in given
-    if verifies:
+    job = "verify" if "verify" in given else "list" if lists else "copy"
+    if job == "list" and not given["out"].endswith(MAPPED_SUFFIX):
+        parser.error(f"--list writes a file: give it a name that ends in {MAPPED_SUFFIX}")
+    if job == "verify":
         given |= {"source": "", "out": given.pop("verify")}
     recipe = {name: given.pop(name) for name in ("codec", "short_side", "gop", "quality") if name in given}
     try:
-        return Settings(recipe=Recipe(**recipe), **given), verifies
+        return Settings(recipe=Recipe(**recipe), **given), job
     except ConfigError as error:
         parser.error(str(error))
 
@@ -65,12 +76,17 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings, verifies = parse(arguments)
+    settings, job = parse(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts background jobs with it ignored
         signal.signal(number, _interrupt)
     try:
-        if not verifies:
+        if job == "copy":
             print(prepare(settings))
+            return
+        if job == "list":
+            videos = read_manifest(settings.source, settings.prefix, settings.read_timeout)
+            check_files(videos, settings.source, settings.prefix)
+            print(f"{write_mapped(videos, settings.out)} videos; train with: --data.train {settings.out}")
             return
         found = verify(settings.out, settings.processes, settings.time_limit, settings.read_timeout)
         print(found)

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from umt_fast.data.index import Video, is_url
+from umt_fast.data.index import Part, Video, is_url
 from umt_fast.errors import RunError
 
 LONGEST_CAPTION = 64 << 10
@@ -44,6 +44,7 @@ class Line:
     """Number of the item."""
     label: int | None
     caption: str | None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,10 @@ def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Pl
         raise CannotPrepare(f"none of the {len(failures)} videos can be copied; {name}: {reason}")
     places = [_place(video) for video in distinct]
     base = os.path.abspath(source) if os.path.isdir(source) else os.path.commonpath([*map(os.path.dirname, places)])
-    lines = [
-        Line(numbers[video.name], video.label, _read_caption(video, base) if video.caption is None else video.caption)
-        for video in good
-    ]
+    lines = []
+    for video in good:
+        caption = _read_caption(video, base) if video.caption is None else video.caption
+        lines.append(Line(numbers[video.name], video.label, caption, video.part))
     if per_shard is None:
         paths = _copy_paths([os.path.relpath(place, base) for place in places])
         return Plan(base, [Item(i, video, paths[i]) for i, video in enumerate(distinct)], lines, [], failures)

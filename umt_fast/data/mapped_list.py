@@ -1,0 +1,75 @@
+"""Lists of millions of videos that open at once: rows and their places in one file, mapped into memory.
+
+All processes that map it share its pages. `python -m umt_fast.data.prepare --list SOURCE FILE.videos` writes one.
+
+    4096 bytes   the format; then {"rows": number of rows, "distinct": of different ones, "remote": whether any is a
+                 URL, "digest": of the rows}
+    then         the offsets of the rows' first bytes, and of the end of the last: 64-bit, lowest byte first
+    then         the rows, JSON objects as in an index, one behind the other
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from umt_fast.data.index import BadIndex, VideoList, is_url
+from umt_fast.files import put_in_place
+
+MAPPED_SUFFIX = ".videos"
+_FORMAT = b"umt-fast video list 1\n"
+_HEADER = 4096
+"""Bytes before the offsets."""
+
+
+def write_mapped(videos: VideoList, target: str) -> int:
+    """Write a list, its paths made absolute. Returns the number of rows. Raises OSError."""
+    aside = Path(target).with_name(f".{Path(target).name}.new")
+    lengths, seen, remote, digest = [], set(), False, hashlib.sha256()
+    rows_file = aside.with_name(f"{aside.name}.rows")
+    with open(rows_file, "wb") as rows:
+        for row in videos.rows():
+            place = "path" if row.get("shard") is None else "shard"
+            remote |= is_url(row[place])
+            row[place] = row[place] if is_url(row[place]) else os.path.abspath(row[place])
+            line = json.dumps(row).encode()
+            digest.update(line)
+            lengths.append(rows.write(line))
+            seen.add(hash(line))
+    counts = {"rows": len(lengths), "distinct": len(seen), "remote": remote, "digest": digest.hexdigest()[:12]}
+    header = _FORMAT + json.dumps(counts).encode() + b"\n"
+    with open(aside, "wb") as file, open(rows_file, "rb") as rows:
+        file.write(header.ljust(_HEADER, b" "))
+        file.write(np.cumsum([0, *lengths], dtype="<i8").tobytes())
+        while block := rows.read(1 << 20):
+            file.write(block)
+    rows_file.unlink()
+    put_in_place(aside, Path(target))
+    return len(lengths)
+
+
+def read_mapped(path: str) -> VideoList:
+    """The videos of a list that `write_mapped` wrote. Raises BadIndex unless it is one, whole."""
+    try:
+        file = np.memmap(path, np.uint8, "r")
+        head = bytes(file[:_HEADER])
+        counts = json.loads(head[len(_FORMAT) :])
+        rows = counts["rows"]
+        offsets = np.frombuffer(file[_HEADER : _HEADER + 8 * (rows + 1)], "<i8")
+        block = file[_HEADER + offsets.nbytes :]
+        whole = rows > 0 and offsets[0] == 0 and offsets[-1] == len(block) and head.startswith(_FORMAT)
+        distinct, remote, digest = int(counts["distinct"]), bool(counts["remote"]), str(counts["digest"])
+    except OSError as error:
+        raise BadIndex(f"cannot read the list {path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, IndexError):
+        whole = False
+    if not whole:
+        raise BadIndex(f"{path} is not a list of umt_fast.data.prepare --list, or is cut off; make it again")
+    bounds = np.lib.stride_tricks.sliding_window_view(offsets, 2)
+    videos = VideoList(block, bounds)
+    videos.distinct, videos.may_be_remote, videos.known_digest = distinct, remote, digest
+    return videos
