@@ -283,8 +283,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         raise WeightsError(f"{path} is not a checkpoint of a run (format 1 or {FORMAT}); for weights use read_weights")
     kinds = {"clips_seen": int, "model": dict, "optimizer": dict, "rng": list, "config": dict, "schedule": dict}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]:
-        raise WeightsError(f"{path} is not a whole checkpoint of a run: {', '.join(wrong)} missing or of another kind")
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name, kind()), kind)]
+    wrong += [name for name in ("clips_seen", "model") if name not in content]
+    if wrong:
+        raise WeightsError(f"{path} is not a checkpoint of a run: {', '.join(wrong)} missing or of another kind")
     bad = find_not_finite(content["model"])
     if bad is not None:
         raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
