@@ -30,6 +30,8 @@ class World:
     device: torch.device
     host_group: Any = None
     """A gloo group for talk between hosts, which leaves the device alone."""
+    roll_call_group: Any = None
+    """Another one, only to find out which rank is lost: a group whose collective failed is of no more use."""
 
     @property
     def main(self) -> bool:
@@ -50,11 +52,12 @@ class World:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def find_lost(self) -> str:
-        """On the main rank: which ranks do not answer, in words; call it when a collective has failed."""
+        """Which ranks do not answer, in words; all ranks call it when a collective has failed, the main one learns."""
         try:
-            dist.monitored_barrier(self.host_group, timedelta(seconds=ANSWER_SECONDS), wait_all_ranks=True)
+            limit = timedelta(seconds=ANSWER_SECONDS)
+            dist.monitored_barrier(self.roll_call_group, limit, wait_all_ranks=self.main)
         except RuntimeError as error:
-            found = re.search(r"[Rr]anks? ([\d, ]+\d|\d)", str(error))
+            found = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", str(error))
             return f"rank {found[1]} does not answer" if found else str(error).splitlines()[0]
         return "every rank answers now"
 
@@ -92,7 +95,7 @@ def start(device: str, timeout: float = 1800.0) -> World:
         options: dict[str, Any] = {"store": store, "rank": rank, "world_size": size, "timeout": limit}
         if device == "cuda":
             dist.init_process_group("nccl", device_id=place, **options)
-            return World(rank, size, place, dist.new_group(backend="gloo", timeout=limit))
+            return World(rank, size, place, *(dist.new_group(backend="gloo", timeout=limit) for _ in range(2)))
         dist.init_process_group("gloo", **options)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -100,7 +103,7 @@ def start(device: str, timeout: float = 1800.0) -> World:
             f"rank {rank} of {size} cannot join the others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{reason}"
         ) from error
-    return World(rank, size, place, dist.group.WORLD)
+    return World(rank, size, place, dist.group.WORLD, dist.new_group(timeout=limit))
 
 
 def advise_restarts(environment: Mapping[str, str]) -> str | None:
