@@ -19,6 +19,9 @@ STANDS_ON = {
     "+ CUDA graph": "+ fused kernels",
     "+ max-autotune": "+ CUDA graph",
     "+ fp8 teacher": "+ CUDA graph",
+    "+ int8 teacher": "+ CUDA graph",
+    "+ own fp8 teacher": "+ fp8 teacher",
+    "+ own int8 teacher": "+ int8 teacher",
     "+ fp8 student": "+ fp8 teacher",
 }
 

@@ -14,8 +14,8 @@ HEADER = (
     *("files", "codec", "GOP", "bytes", "decoder", "workers", "pipelines", "clips/s", "frames/s", "x original"),
     *("bare / this", "bare + crop / this", "memory MB", "GPU MB", "NVDEC %", "data stall %"),
 )
-NOT_EXACT = "fp8"
-"""In the names of rungs that do not compute the published step."""
+NOT_EXACT = ("fp8", "int8")
+"""Parts of the names of rungs that do not compute the published step."""
 
 
 def read_step(path: Path, model: str) -> tuple[float, str]:
@@ -25,7 +25,9 @@ def read_step(path: Path, model: str) -> tuple[float, str]:
         exact = [
             result
             for result in results
-            if result["model"] == model and result["clips_per_second"] and NOT_EXACT not in result["rung"]
+            if result["model"] == model
+            and result["clips_per_second"]
+            and not any(part in result["rung"] for part in NOT_EXACT)
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: --step-from {path} is not a step_time.json of benchmarks.step_time: {error!r}")

@@ -1,9 +1,10 @@
 """Every kernel of a stage-1 step with its floating-point operations and bytes, by the form that a rung gives the step.
 
 Bytes are those that a kernel reads and writes when its inputs come from memory and its outputs go there. Under autocast
-the residual stream, the norms and the gradients of weights are float32 (4 bytes), what matmuls read and write is 2
-bytes. `eager` means one kernel per PyTorch call, with its casts; else pointwise chains and norms are fused, as Inductor
-does it. What the counts leave out: gaps between kernels, mask drawing and the other work on tensors of a few MB.
+the student's residual stream, the norms and the gradients of weights are float32 (4 bytes); what matmuls read and write
+and the teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; else pointwise
+chains and norms are fused, as Inductor does it. Gaps between kernels, mask drawing and the other work on tensors of a
+few MB are not counted.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ class Form:
     eager: bool = False
     math_attention: bool = False
     """The student's attention by matmul, softmax, matmul."""
+    float32_residual: bool = False
+    """The teacher's residual stream in float32, as it was before `add_layer_norm`."""
     add_layer_norm: bool = False
-    """The op of that name everywhere; the teacher's residual stream in bf16."""
+    """The op's own kernels, which matters for its backward pass in the student and for norms that write 8 bits."""
     epilogues: bool = False
     """GELU, its derivative and the bias gradients within the matmuls."""
     eight_bit: bool = False
@@ -42,6 +45,9 @@ FORMS = {
     "+ CUDA graph": Form(),
     "+ max-autotune": Form(epilogues=True),
     "+ fp8 teacher": Form(eight_bit=True),
+    "+ int8 teacher": Form(eight_bit=True),
+    "+ own fp8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
+    "+ own int8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
 }
 """By rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled as in
 Triton, and a CUDA graph closes the gaps between kernels."""
@@ -135,7 +141,7 @@ def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips:
         step.passes(phase, "patch gather", pixels, 43, 1 + 2 * (window / teacher.clip_patch_size) ** 2)
     features = 3 * teacher.tubelet_size * window**2
     step.matmul(phase, "patch embedding", frames * patches, width, features)
-    residual = 2 if form.add_layer_norm else 4
+    residual = 4 if form.float32_residual else 2
     step.passes(phase, "class token, positions, ln_pre", rows * width, 22, 2 + residual)
     full = teacher.depth if form.published else teacher.depth - 1
     _teacher_blocks(step, rows, width, full, bits)
@@ -146,7 +152,7 @@ def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips:
     layers, out = teacher.align_layers, teacher.target_width
     if form.published:
         finished = layers * frames * patches
-        step.passes(phase, "stack and ln_post of all tokens", finished * width, 30, 10)
+        step.passes(phase, "stack and ln_post of all tokens", finished * width, 24, 6)
         step.matmul(phase, "projection", frames * patches, out, width, layers)
         step.passes(phase, "L2 norm of all targets", finished * out, 16, 8)
         step.passes("sampling", "targets by mask", finished * out, 4, 4)
@@ -165,17 +171,17 @@ def _teacher_blocks(step: _Step, rows: int, width: int, count: int, bits: int) -
     phase, form = "teacher", step.form
     step.matmul(phase, "qkv", rows, 3 * width, width, count, bits=bits)
     _teacher_rest(step, "", rows, width, count, bits)
-    # Each half of a block: eager, norm 8, cast 6, sum 10; fused, both streams read, residual and normed rows written.
-    step.passes(phase, "residual sums and norms", rows * width, 24, _sum_and_norm(form), 2 * count)
+    # Each half of a block: eager, sum 6, to float32 6, norm 8, back 6; fused, both read, residual and normed written.
+    step.passes(phase, "residual sums and norms", rows * width, 26, _sum_and_norm(form), 2 * count)
     if form.eight_bit:  # rows of the norm and of attention's output, in 8 bits with a scale each
         extra = 0 if form.add_layer_norm else 3
         step.passes(phase, "quantisation of the inputs", rows * width, 3 + 2 * extra, 3 + 2 * extra, count)
 
 
 def _sum_and_norm(form: Form) -> float:
-    if not form.add_layer_norm:
+    if form.float32_residual:
         return 12
-    return 7 if form.eight_bit else 8  # a bf16 residual; rows of 8 bits for the next matmul
+    return 7 if form.add_layer_norm and form.eight_bit else 8  # rows of 8 bits for the next matmul
 
 
 def _teacher_rest(step: _Step, prefix: str, rows: float, width: int, count: int, bits: int) -> None:

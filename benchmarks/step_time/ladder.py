@@ -11,8 +11,11 @@ baseline             the published step: fp16 with loss scaling on GPUs, bf16 on
 + CUDA graph         the whole step recorded once and replayed
 + max-autotune       compiled with Inductor's mode of that name: matmuls from tuned Triton templates where they beat
                      cuBLAS, with the pointwise work behind them fused in
-+ fp8 teacher        on the recorded step of `+ CUDA graph`: the teacher's matmuls in float8
-+ fp8 student        those of the student's blocks too, forward and backward: timed only on request
++ fp8 teacher        on the recorded step of `+ CUDA graph`: the teacher's matmuls in float8 through torchao
++ int8 teacher       in int8 instead, for GPUs without float8
++ own fp8 teacher    in float8 by umt_kernels, with norms and activations in the passes of the matmuls
++ own int8 teacher   in int8 by umt_kernels
++ fp8 student        on `+ fp8 teacher`: the matmuls of the student's blocks too, both ways; timed only on request
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import umt_kernels.backend
 from torch import Tensor
 
 from benchmarks.step_time.phases import Mark
+from umt_fast.config import TeacherPrecision
 from umt_fast.run.low_precision import FLOAT8_CAPABILITY, INSTALL
 
 TimedStep = Callable[[bool, Mark], "Tensor | float"]
@@ -45,7 +49,7 @@ class Rung:
     kernels: bool = False
     captured: bool = False
     max_autotune: bool = False
-    fp8: bool = False
+    teacher_precision: TeacherPrecision = "same"
     fp8_student: bool = False
     timed: bool = True
     backend: str = "inductor"
@@ -65,7 +69,7 @@ class Rung:
     @property
     def exact(self) -> bool:
         """Whether it computes the published step up to the rounding of its precision."""
-        return not (self.fp8 or self.fp8_student)
+        return self.teacher_precision == "same" and not self.fp8_student
 
 
 BEST = "+ CUDA graph"
@@ -73,7 +77,7 @@ BEST = "+ CUDA graph"
 
 
 def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...]:
-    """The rungs in order. A job without a frozen teacher has no float8 rungs."""
+    """The rungs in order. A job without a frozen teacher has no 8-bit rungs."""
     half = "fp16" if device.type == "cuda" else "bf16"
     lean = Rung("+ lean math", "bf16", lean=True, sdpa=True, compiled=True)
     graph = replace(lean, name=BEST, kernels=True, captured=True)
@@ -90,10 +94,14 @@ def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...
     )
     if not frozen_teacher:
         return rungs
+    coarse = replace(graph, loss_tolerance=0.05)
     return (
         *rungs,
-        replace(graph, name="+ fp8 teacher", fp8=True, loss_tolerance=0.05),
-        replace(graph, name="+ fp8 student", fp8=True, fp8_student=True, loss_tolerance=0.1),
+        replace(coarse, name="+ fp8 teacher", teacher_precision="fp8"),
+        replace(coarse, name="+ int8 teacher", teacher_precision="int8"),
+        replace(coarse, name="+ own fp8 teacher", teacher_precision="fp8-triton"),
+        replace(coarse, name="+ own int8 teacher", teacher_precision="int8-triton"),
+        replace(graph, name="+ fp8 student", teacher_precision="fp8", fp8_student=True, loss_tolerance=0.1),
     )
 
 
@@ -103,9 +111,8 @@ def missing(rung: Rung, device: torch.device) -> str | None:
         return "a CUDA GPU"
     if rung.kernels and (lacks := umt_kernels.backend.lacking(device)) is not None:
         return lacks
-    if rung.fp8:
-        if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
-            return "a GPU with float8 matmuls: Ada, Hopper or later"
-        if importlib.util.find_spec("torchao") is None:
-            return f"torchao ({INSTALL})"
+    if rung.teacher_precision.startswith("fp8") and torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        return "a GPU with float8 matmuls: Ada, Hopper or later"
+    if rung.teacher_precision in ("fp8", "int8") and importlib.util.find_spec("torchao") is None:
+        return f"torchao ({INSTALL})"
     return None

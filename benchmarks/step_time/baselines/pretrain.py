@@ -137,13 +137,20 @@ class TeacherMlp(nn.Module):
         return self.c_proj(x * torch.sigmoid(1.702 * x))
 
 
+class TeacherNorm(nn.LayerNorm):
+    """Computes in float32 and returns the dtype of its input, so that the residual stream stays in half precision."""
+
+    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        return super().forward(input.float()).to(input.dtype)
+
+
 class TeacherBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = TeacherNorm(width)
         self.mlp = TeacherMlp(width)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = TeacherNorm(width)
 
     def forward(
         self, x: Float[Tensor, "l r d"], need_weights: bool
@@ -170,9 +177,9 @@ class BaselineTeacher(nn.Module):
         self.conv1 = nn.Conv3d(3, width, kernel, stride=kernel, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + config.grid**2, width) * width**-0.5)
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = TeacherNorm(width)
         self.transformer = TeacherBlocks(config)
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = TeacherNorm(width)
         self.proj = nn.Parameter(torch.randn(width, config.target_width) * width**-0.5)
         self.requires_grad_(False)
 
@@ -188,7 +195,7 @@ class BaselineTeacher(nn.Module):
         x = self.conv1(clip)
         x = x.permute(0, 2, 3, 4, 1).reshape(batch * x.shape[2], -1, config.width)
         cls = self.class_embedding.to(x.dtype) + torch.zeros(len(x), 1, config.width, dtype=x.dtype, device=x.device)
-        x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding)
+        x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding.to(x.dtype))
         x = x.permute(1, 0, 2)  # CLIP's blocks take the sequence first
         outputs = []
         for index, block in enumerate(self.transformer.resblocks):

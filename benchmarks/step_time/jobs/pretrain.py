@@ -132,8 +132,8 @@ def _build_lean(rung: Rung, work: PretrainWork) -> TimedStep:
     teacher.set_attention(fastest["teacher"], fastest["teacher's last block"])
     student.set_attention(fastest["student"])
     teacher.store_matmul_weights(torch.bfloat16)
-    if rung.fp8:
-        quantize_teacher(teacher, "fp8")
+    if rung.teacher_precision != "same":
+        quantize_teacher(teacher, rung.teacher_precision)
     if rung.fp8_student:
         convert_student(student, batch, seen)
     if rung.compiled:

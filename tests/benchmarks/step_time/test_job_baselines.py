@@ -27,7 +27,7 @@ from umt_fast.objectives.classification import mix
 
 CPU = torch.device("cpu")
 PIXELS = Path(__file__).parents[2] / "golden" / "pixels" / "videomae_pretrain.safetensors"
-JOB_NAMES = [name for name in JOBS if name != "pretrain"]
+JOB_NAMES = ["finetune", "pixels"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

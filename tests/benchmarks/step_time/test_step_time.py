@@ -27,7 +27,9 @@ ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 JOB = JOBS["pretrain"]
 BUILD = PretrainWork.build
-FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED, FUSED, GRAPH, TUNED, FP8, FP8_STUDENT = ladder(CPU)
+FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED, FUSED, GRAPH, TUNED, FP8, INT8, OWN_FP8, OWN_INT8, FP8_STUDENT = (
+    ladder(CPU)
+)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,13 +128,13 @@ def test_every_phase_of_a_step_is_timed(rung):
 
 def test_what_cannot_run_says_what_it_needs(monkeypatch):
     assert [missing(rung, CPU) for rung in (FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED)] == [None] * 6
-    assert [missing(rung, CPU) for rung in (FUSED, GRAPH, TUNED, FP8, FP8_STUDENT)] == ["a CUDA GPU"] * 5
+    assert [missing(rung, CPU) for rung in ladder(CPU)[6:]] == ["a CUDA GPU"] * 8
     gpu = torch.device("cuda")
     monkeypatch.setattr(umt_kernels.backend, "triton", None)
     assert missing(FUSED, gpu) == "triton (pip install triton)"
     monkeypatch.setattr(umt_kernels.backend, "triton", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    for rung in (FP8, FP8_STUDENT):
+    for rung in (FP8, OWN_FP8, FP8_STUDENT):
         assert missing(rung, gpu) == "a GPU with float8 matmuls: Ada, Hopper or later"
 
 
