@@ -64,7 +64,6 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("cosine_alignment_loss", "gather_layer_norm"):
         module = importlib.import_module(f"umt_kernels.{name}")
         monkeypatch.setattr(module, "resident_programs", lambda *_: 2)
-    monkeypatch.setattr(importlib.import_module("umt_kernels.add_layer_norm"), "PROGRAMS", 2)
     launch.PLANS.clear()
     yield
     launch.PLANS.clear()

@@ -97,7 +97,7 @@ def leaves(given: dict) -> dict:
 
 @pytest.fixture(autouse=True)
 def _two_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("umt_kernels.add_layer_norm"), "PROGRAMS", 2)
+    monkeypatch.setattr(importlib.import_module("umt_kernels.add_layer_norm"), "resident_programs", lambda *_: 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

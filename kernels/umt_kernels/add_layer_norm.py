@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import KERNEL_DTYPES, PROGRAMS, next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, on_its_device, triton
 from umt_kernels.checks import check_eps, check_floats, check_ids, check_tensors
+from umt_kernels.dispatch import runs_kernel
+from umt_kernels.launch import resident_programs
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -57,7 +59,7 @@ def add_layer_norm(
         raise TypeError(f"out_dtype = {out_dtype}; give a floating-point dtype")
     scale = None if scale is None else scale.detach()
     given = (residual, branch, weight, bias, branch_bias, scale, position)
-    if out_dtype not in KERNEL_DTYPES or not runs_triton(*given):
+    if out_dtype not in KERNEL_DTYPES or not runs_kernel("add_layer_norm", *given):
         return reference.add_layer_norm(
             residual, branch, weight, bias, eps, branch_bias, scale, row_ids, position, position_ids,
             out_dtype, rms, post_norm, factor,
@@ -142,7 +144,8 @@ def _forward(
         return x, y, statistics
     residual, branch = _last_contiguous(residual), _last_contiguous(branch)
     config = forward_config(width)
-    per_program = triton.cdiv(triton.cdiv(rows, 2 * PROGRAMS), config["ROWS"]) * config["ROWS"]
+    programs = resident_programs(residual.device, config["num_warps"], 64)
+    per_program = triton.cdiv(triton.cdiv(rows, programs), config["ROWS"]) * config["ROWS"]
     _forward_kernel[(triton.cdiv(rows, per_program),)](
         residual,
         branch,
@@ -222,7 +225,8 @@ def _backward(
     grad_x = None if grad_x is None else _last_contiguous(grad_x)
     branch = None if branch is None else _last_contiguous(branch)
     config = backward_config(width)
-    per_program = triton.cdiv(triton.cdiv(rows, PROGRAMS), config["ROWS"]) * config["ROWS"]
+    programs = resident_programs(x.device, config["num_warps"], 80)
+    per_program = triton.cdiv(triton.cdiv(rows, programs), config["ROWS"]) * config["ROWS"]
     programs = triton.cdiv(rows, per_program)
     wanted = [len(grad) > 0 for grad in grads[2:]]
     partial = x.new_empty(3, programs, width, dtype=torch.float32)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import PROGRAMS, next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
 from umt_kernels.checks import check_eps, check_floats, check_tensors
+from umt_kernels.launch import resident_programs
 from umt_kernels.matmul import GROUP, LARGEST, Activation, matmul
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _launch(
         return outputs
     block = next_power_of_2(width)
     tile = max(1, 2048 // block)  # rows: eight numbers of each of two to a thread
-    per_program = triton.cdiv(triton.cdiv(rows, 2 * PROGRAMS), tile) * tile
+    warps = 4 if block <= 2048 else 8
+    per_program = triton.cdiv(triton.cdiv(rows, resident_programs(x.device, warps, 80)), tile) * tile
     _kernel[(triton.cdiv(rows, per_program),)](
         x.contiguous(),
         None if branch is None else branch.contiguous(),
@@ -165,7 +167,7 @@ def _launch(
         LARGEST=LARGEST[dtype],
         ROWS=tile,
         BLOCK=block,
-        num_warps=4 if block <= 2048 else 8,
+        num_warps=warps,
     )
     return outputs
 
