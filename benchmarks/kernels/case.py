@@ -15,7 +15,8 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 """Largest relative error, |out - truth| / |truth|, of an output and of a gradient."""
 
 
-Run = Callable[[Inputs], Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+Run = Callable[[Inputs], Outputs]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +31,7 @@ class OpCase:
     """Fresh random inputs, those of `leaves` requiring grad if `backward`."""
     triton: Run
     eager: Run
-    plain: Callable[[Inputs, torch.dtype], Tensor]
+    plain: Callable[[Inputs, torch.dtype], Outputs]
     """umt_kernels.reference's function, with its output in the dtype given: the truth, and what is compiled."""
     read: int
     """Bytes of input that must be read, once in each direction."""
@@ -71,20 +72,22 @@ class OpCase:
             # Off the GPU only the tracing is of interest, and generating C++ takes minutes.
             backend = "inductor" if torch.cuda.is_available() else "aot_eager"
 
-            def plain(x: Inputs) -> Tensor:
+            def plain(x: Inputs) -> Outputs:
                 return self.plain(x, self.shapes.dtype)
 
             return torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
         return {"triton": self.triton, "eager": self.eager, **self.libraries}[contender]
 
     def step(self, run: Run, contender: str, x: Inputs) -> tuple[Tensor, ...]:
-        """The timed call: the output and, for backward cases, the gradients of `leaves`."""
-        output = run(x)
+        """The timed call: the outputs and, backwards, the gradients of `leaves` from x["grad"], x["grad1"]."""
+        given = run(x)
+        outputs = given if isinstance(given, tuple) else (given,)
         if not self.backward:
-            return (output,)
+            return outputs
         names = self.eager_leaves if contender == "eager" else {}
         leaves = [x[names.get(leaf, leaf)] for leaf in self.leaves]
-        return (output, *torch.autograd.grad(output, leaves, x.get("grad")))
+        grads = [x.get(f"grad{index or ''}") for index in range(len(outputs))]
+        return (*outputs, *torch.autograd.grad(outputs, leaves, grads))
 
     def truth(self, x: Inputs) -> tuple[Tensor, ...]:
         """The outputs of the reference in float64."""
@@ -99,8 +102,9 @@ class OpCase:
         if self.op == "sample_visible":
             ids = self.shapes.tokens if self.form == "whole clip" else self.shapes.patches
             return draw_fault(results[0], truth[0], ids)
-        names = ["output", *(f"gradient of {leaf}" for leaf in self.leaves)]
-        for name, result, true in zip(names, results, truth, strict=False):
+        gradients = [f"gradient of {leaf}" for leaf in self.leaves] if self.backward else []
+        names = [*["output"] * (len(truth) - len(gradients)), *gradients]
+        for name, result, true in zip(names, results, truth, strict=True):
             if contender == "eager" and result.shape != true.shape and name != "output":
                 result = result[:, 0]  # the eager form's tensor holds more rows; see eager_leaves
             if result.shape != true.shape:

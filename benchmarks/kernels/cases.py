@@ -13,31 +13,13 @@ import umt_kernels
 from torch import Tensor
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, reference, weight_matrix
 
-from benchmarks.kernels import libraries, published
+from benchmarks.kernels import fused_cases, libraries, published
 from benchmarks.kernels.case import OpCase, Run
+from benchmarks.kernels.inputs import IDS, make_clip, make_visible, with_grad
 from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs
 from benchmarks.kernels.shapes import MASK_RATIO, Shapes
 from umt_fast.masking import count_visible
 from umt_fast.models.positions import bicubic_window, sinusoid_positions
-
-IDS = 8
-"""Bytes of an id: the models index with int64."""
-
-
-def _visible(s: Shapes, device: torch.device) -> Inputs:
-    """A clip's visible tokens, n per frame: as ids within frames and in the clip, and as the published mask."""
-    patch = torch.rand(s.images, s.patches, device=device).argsort(1)[:, : s.num_visible].sort(1).values
-    hidden = torch.ones(s.images, s.patches, dtype=torch.bool, device=device).scatter_(1, patch, False)
-    frame = torch.arange(s.frames, device=device)[:, None] * s.patches
-    return {
-        "patch_ids": patch,
-        "token_ids": (patch.view(s.batch, s.frames, -1) + frame).flatten(1),
-        "hidden": hidden.view(s.batch, -1),
-    }
-
-
-def _clip(s: Shapes, device: torch.device) -> Tensor:
-    return torch.randint(0, 256, (s.batch, s.frames, s.side, s.side, 3), dtype=torch.uint8, device=device)
 
 
 def _patches(x: Inputs, s: Shapes, halo: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +39,7 @@ def _gather_patches(s: Shapes, form: str, visible: bool = False, halo: int = 0) 
     count = s.batch * (s.kept if visible else s.tokens)
 
     def make(device: torch.device) -> Inputs:
-        return {"clip": _clip(s, device), **(_visible(s, device) if visible else {})}
+        return {"clip": make_clip(s, device), **(make_visible(s, device) if visible else {})}
 
     return OpCase(
         "gather_patches",
@@ -82,10 +64,10 @@ def patch_embed(s: Shapes) -> Iterator[OpCase]:
 
     def student(device: torch.device, backward: bool) -> Inputs:
         options: Any = {"device": device, "dtype": s.dtype}
-        x = {"clip": _clip(s, device), **_visible(s, device), "position": table.to(**options)}
+        x = {"clip": make_clip(s, device), **make_visible(s, device), "position": table.to(**options)}
         x["weight"] = torch.randn(s.width, 3, 1, s.patch, s.patch, **options) * features**-0.5
         x["bias"] = torch.randn(s.width, **options)
-        return _with_grad(x, leaves, backward, (s.batch, s.kept, s.width))
+        return with_grad(x, leaves, backward, (s.batch, s.kept, s.width))
 
     def embed(x: Inputs, dtype: torch.dtype) -> Tensor:
         rows = F.linear(_patches(x, s, 0, dtype), weight_matrix(x["weight"], x["clip"]), x["bias"])
@@ -122,7 +104,7 @@ def patch_embed(s: Shapes) -> Iterator[OpCase]:
         if s.halo:
             resize = bicubic_window(s.patch, s.teacher_patch)[0].to(device)
             folded = torch.einsum("dctij,ip,jq->dctpq", weight.double(), resize, resize).to(s.dtype)
-        return {"clip": _clip(s, device), "conv1": weight, "weight": folded}
+        return {"clip": make_clip(s, device), "conv1": weight, "weight": folded}
 
     halo = s.halo  # here: torch.compile would trace its computation too
     rows, window = s.batch * s.tokens, 3 * (s.patch + 2 * halo) ** 2
@@ -170,7 +152,7 @@ def cls_scores(s: Shapes) -> Iterator[OpCase]:
         queries = torch.randn(s.images, length, s.heads, depth, **options)
         k = torch.randn(s.images, length, 2, s.heads, depth, **options)[:, :, 0].transpose(1, 2)
         x = {"q": queries[:, 0].clone(), "k": k, "queries": queries}
-        x = _with_grad(x, (*leaves, "queries"), backward, (s.images, s.patches))
+        x = with_grad(x, (*leaves, "queries"), backward, (s.images, s.patches))
         if backward:
             x["grad"] = x["grad"].float()  # the scores are float32
         return x
@@ -212,7 +194,7 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
 
     def make(device: torch.device) -> Inputs:
         options: Any = {"device": device, "dtype": s.dtype}
-        visible = _visible(s, device)
+        visible = make_visible(s, device)
         x = {name: torch.randn(s.width, **options) for name in ("weight", "bias")}
         x["x"] = torch.randn(batch, length, s.width, **options)
         if gather:
@@ -221,7 +203,7 @@ def _gather_layer_norm(s: Shapes, form: str, backward: bool, batch: int, length:
         else:
             x["position_ids"], x["hidden"] = visible["token_ids"], visible["hidden"]
             x["position"] = sinusoid_positions(s.tokens, s.width).to(**options)
-        return _with_grad(x, leaves, backward, (batch, kept, s.width))
+        return with_grad(x, leaves, backward, (batch, kept, s.width))
 
     rows, row = batch * kept, s.width * s.dtype.itemsize
     positions = 0 if gather else min(s.tokens, rows) * row
@@ -265,7 +247,7 @@ def cosine_alignment_loss(s: Shapes) -> Iterator[OpCase]:
         options: Any = {"device": device, "dtype": s.dtype}
         x = {name: torch.randn(s.layers, s.target_width, **options) for name in ("weight", "bias")}
         x["predictions"], x["targets"] = torch.randn(shape, **options), torch.randn(shape, **options)
-        return _with_grad(x, leaves, backward, None)
+        return with_grad(x, leaves, backward, None)
 
     size, affine = math.prod(shape) * s.dtype.itemsize, 2 * s.layers * s.target_width * s.dtype.itemsize
     for backward in (False, True):
@@ -290,17 +272,6 @@ def cosine_alignment_loss(s: Shapes) -> Iterator[OpCase]:
         )
 
 
-def _with_grad(x: Inputs, leaves: tuple[str, ...], backward: bool, output: tuple[int, ...] | None) -> Inputs:
-    """`x`, backwards with leaves that require grad and, unless the output is a scalar, a gradient to start from."""
-    if not backward:
-        return x
-    for leaf in leaves:
-        x[leaf] = x[leaf].detach().requires_grad_()
-    if output is not None:
-        x["grad"] = torch.randn(output, device=x[leaves[0]].device, dtype=x[leaves[0]].dtype)
-    return x
-
-
 def _with_library(run: Callable[..., Tensor], backward: bool) -> dict[str, Run]:
     def contender(load: Callable[[], libraries.LayerNorm]) -> Run:
         loaded: list[libraries.LayerNorm] = []  # at the first call, so that listing the cases imports nothing
@@ -315,7 +286,10 @@ def _with_library(run: Callable[..., Tensor], backward: bool) -> dict[str, Run]:
     return {name: contender(load) for name, load in (libraries.BACKWARD if backward else libraries.FORWARD).items()}
 
 
-OPS = (gather_patches, patch_embed, sample_visible, cls_scores, gather_layer_norm, cosine_alignment_loss)
+OPS = (
+    *(gather_patches, patch_embed, sample_visible, cls_scores, gather_layer_norm, cosine_alignment_loss),
+    *(fused_cases.add_layer_norm, fused_cases.linear, fused_cases.pixel_loss),
+)
 
 
 def cases(shapes: Shapes) -> list[OpCase]:
