@@ -7,7 +7,7 @@ DATA ?=
 # Not part of `make test`: minutes of damaged files, each read in a child process.
 MINUTES ?= 20
 
-.PHONY: fuzz demo demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: fuzz demo demo-finetune demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -18,6 +18,12 @@ endif
 		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
 
 # One thread per process: the processes take all cores between them.
+# From the stage-1 checkpoint of `make demo`, which it makes if there is none.
+demo-finetune: .venv/.run ## fine-tune from random weights and from the demo's encoder; results in runs/demo-finetune
+	ls runs/demo/checkpoints/*.pth >/dev/null 2>&1 || $(MAKE) demo
+	rm -rf runs/demo-finetune
+	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
+
 # From the stage-1 checkpoint of `make demo`, if there is one.
 demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, test retrieval; results in runs/demo-text
 	rm -rf runs/demo-text runs/demo-text-retrieval
