@@ -32,7 +32,8 @@ from pathlib import Path
 import triton
 
 from benchmarks.kernels.gpu_code import ARCHITECTURES, Launch, compile_only, occupancy, read_code
-from benchmarks.kernels.launches import BULK, MATRIX_UNITS, LaunchCase, cases, layout_bytes, traffic
+from benchmarks.kernels.launches import LaunchCase, cases
+from benchmarks.kernels.traffic import BULK, MATRIX_UNITS, layout_bytes, traffic
 
 PROCESSES = 2
 """Each compiles on one core, and CI has two."""

@@ -2,9 +2,9 @@
 
 Bytes are those that a kernel reads and writes when its inputs come from memory and its outputs go there. Under autocast
 the student's residual stream, the norms and the gradients of weights are float32 (4 bytes); what matmuls read and write
-and the teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; else pointwise
-chains and norms are fused, as Inductor does it. Gaps between kernels, mask drawing and the other work on tensors of a
-few MB are not counted.
+and the teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; else
+pointwise chains and norms are fused, as Inductor does it. Gaps between kernels, mask drawing and the other work on
+tensors of a few MB are not counted.
 """
 
 from __future__ import annotations

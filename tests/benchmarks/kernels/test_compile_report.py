@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from benchmarks.kernels import compile_report, gpu_code, launches  # noqa: E402
+from benchmarks.kernels import compile_report, gpu_code, launches, traffic  # noqa: E402
 from benchmarks.kernels.implicit_patch_embed import implicit_patch_embed  # noqa: E402
 
 pytestmark = [
@@ -105,8 +105,8 @@ def test_every_kernel_has_cases():
         module = inspect.getmodule(inspect.unwrap(function))
         compiled = [name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)]
         kernels |= {op + name.removesuffix("_kernel") for name in compiled if name.endswith("_kernel")}
-    assert kernels == set(launches._TRAFFIC)
-    assert set(launches.BULK) < kernels
+    assert kernels == set(traffic.TRAFFIC)
+    assert set(traffic.BULK) < kernels
 
 
 def test_halo_is_no_failure_and_says_why():
