@@ -13,7 +13,7 @@ import umt_kernels
 from torch import Tensor
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, reference, weight_matrix
 
-from benchmarks.kernels import fused_cases, libraries, published
+from benchmarks.kernels import fused_cases, libraries, mlp_cases, published
 from benchmarks.kernels.case import OpCase, Run
 from benchmarks.kernels.inputs import IDS, make_clip, make_visible, with_grad
 from benchmarks.kernels.published import LAYER_NORM_EPS, Inputs
@@ -289,6 +289,7 @@ def _with_library(run: Callable[..., Tensor], backward: bool) -> dict[str, Run]:
 OPS = (
     *(gather_patches, patch_embed, sample_visible, cls_scores, gather_layer_norm, cosine_alignment_loss),
     *(fused_cases.add_layer_norm, fused_cases.linear, fused_cases.pixel_loss),
+    *mlp_cases.OPS,
 )
 
 

@@ -70,6 +70,7 @@ def _add_layer_norm(s: Shapes, form: str, rows: int, length: int, residual: torc
         written=count * (wide + narrow) * (1 + backward) + backward * 8 * s.width,
         backward=backward,
         leaves=leaves,
+        libraries={"flash-attn": libraries.flash_attn_layer_norm},
     )
 
 
@@ -100,6 +101,9 @@ def _linear(s: Shapes, form: str, rows: int, activation: Any, backward: bool) ->
         backend: Any = "triton" if runs_triton(x["x"]) else "torch"
         return umt_kernels.linear(x["x"], x["weight"], x["bias"], activation=activation, backend=backend)
 
+    rivals: dict[str, Any] = {"max-autotune": partial(libraries.max_autotune, eager)}
+    if activation == "gelu" and not backward:
+        rivals["quack"] = libraries.quack_linear_gelu
     read = (rows * s.width + hidden * s.width + hidden) * item
     written = rows * hidden * item
     return OpCase(
@@ -116,7 +120,7 @@ def _linear(s: Shapes, form: str, rows: int, activation: Any, backward: bool) ->
         backward=backward,
         flops=2 * rows * s.width * hidden * (1 + 2 * backward),
         leaves=leaves,
-        libraries={"max-autotune": partial(libraries.max_autotune, eager)},
+        libraries=rivals,
     )
 
 
