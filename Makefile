@@ -69,7 +69,7 @@ clean: ## remove what the other targets made, runs included
 	$(PYTHON) -m venv .venv
 
 .venv/.run: .venv/bin/python pyproject.toml kernels/pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e kernels -e '.[train]'
 	touch $@
 
 .venv/.dev: .venv/bin/python pyproject.toml kernels/pyproject.toml constraints.txt

@@ -26,6 +26,20 @@ def test_import_brings_nothing_optional_and_not_even_torch():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_library_needs_nothing_of_the_train_extra():
+    """Models, weights, losses, data and their evaluation, with what only training programs use blocked."""
+    extra = ("tyro", "tqdm", "tensorboard", "matplotlib", "filelock", "pebble", "PIL", "tokenizers", "tomli")
+    modules = ("models.vit", "models.clip_vision", "models.heads", "models.classifier", "models.pixels", "masking")
+    modules += ("objectives.alignment", "objectives.pixels", "weights", "data", "data.loader", "data.manifest")
+    modules += ("data.clips", "evaluation.classification", "config", "files")
+    lines = [f"import sys; sys.modules.update(dict.fromkeys({extra}))"]
+    lines += [
+        "from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, checkpoint"
+    ]
+    lines += [f"import umt_fast.{module}" for module in modules]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+
+
 def test_kernels_package_does_not_import_umt_fast():
     code = "import umt_kernels, sys; assert 'umt_fast' not in sys.modules; assert 'einops' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
-
 from umt_fast.errors import RunError
 
 
@@ -33,6 +31,8 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
     another machine cannot see whether that process still runs. Raises FolderInUse if another process keeps the lock
     for `patience` seconds.
     """
+    from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
     lock: BaseFileLock = FileLock(folder / LOCK_NAMES[0], patience, fallback_to_soft=False)
     try:
