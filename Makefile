@@ -4,10 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-# Not part of `make test`: minutes of damaged files, each read in a child process.
-MINUTES ?= 20
-
-.PHONY: fuzz demo demo-finetune demo-text test test-kernels test-dali gate lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -17,7 +14,6 @@ endif
 	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo \
 		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
 
-# One thread per process: the processes take all cores between them.
 # From the stage-1 checkpoint of `make demo`, which it makes if there is none.
 demo-finetune: .venv/.run ## fine-tune from random weights and from the demo's encoder; results in runs/demo-finetune
 	ls runs/demo/checkpoints/*.pth >/dev/null 2>&1 || $(MAKE) demo
@@ -33,6 +29,7 @@ demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, tes
 	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval \
 		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
 
+# One thread per process: the processes take all cores between them.
 test: lint ## install what is needed and run every check and test, in plain PyTorch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
