@@ -40,6 +40,7 @@ PACKAGES = (
     Package("einops", "einops", "tensor reshaping", "pip install einops"),
     Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors"),
     Package("PIL", "pillow", "drawing the demo's videos", "pip install pillow"),
+    Package("tokenizers", "tokenizers", "captions as tokens", "pip install tokenizers"),
     Package("tyro", "tyro", "command line", TRAIN),
     Package("tqdm", "tqdm", "progress bars", TRAIN),
     Package("tensorboard", "tensorboard", "TensorBoard logs", TRAIN),
