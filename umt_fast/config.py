@@ -546,6 +546,8 @@ class DataConfig:
     """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
     frame_rate: float | None = None
     """Frames a second of a clip, from a random moment on, whatever the video's own rate; None: see `frame_step`."""
+    square_pixels: bool = False
+    """Widen frames with non-square pixels as players do; by default they are read as they are stored, as UMT does."""
     max_bad_fraction: float = 0.1
     """Share of the list that may turn out unreadable before the run stops."""
     read_timeout: float = 60.0

@@ -107,6 +107,8 @@ class DaliSupport:
     """Which videos DALI decodes. `engines`: what NVDEC supports; None for DALI on the CPU."""
 
     engines: dict[str, nvdec.Limits] | None = None
+    square_pixels: bool = False
+    """Whether frames with other pixels are widened, which PyAV does."""
     distrusted: frozenset[str] = frozenset()
     """Codecs of which DALI gives other frames than PyAV."""
 
@@ -115,6 +117,8 @@ class DaliSupport:
         codec, size = stored.codec, (stored.width, stored.height)
         if codec not in (CPU_CODECS if self.engines is None else self.engines):
             return codec
+        if self.square_pixels and stored.pixel_aspect != 1:
+            return f"{codec} with non-square pixels"
         if codec in self.distrusted:
             return f"{codec} that DALI decodes to other frames"
         if stored.pixels not in (CPU_PIXELS if self.engines is None else GPU_PIXELS):
@@ -240,7 +244,7 @@ class DaliLoader(Loader):
         self._pipelines = [DecodingPipeline(stream, self._device, self._group, threads) for _ in range(count)]
         self._turn = itertools.cycle(self._pipelines)
         self._next = next(self._turn)
-        support = DaliSupport(engines)
+        support = DaliSupport(engines, config.square_pixels)
         if engines is not None:
             first = options["start"] // stream.clips_per_visit
             support = replace(support, distrusted=self._find_wrong(support, range(first, first + CHECKED_VISITS)))

@@ -177,7 +177,7 @@ def read_visit(
 def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises BadVideo."""
     clips: Sequence[Clip] = ()
-    with open_video(video, content) as reader:
+    with open_video(video, content, stream.config.square_pixels) as reader:
         indices = stream.choose_frames(video, reader.timeline, rng)
         for places, frame in read_places(reader, indices):
             if not clips:

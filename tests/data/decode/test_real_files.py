@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 
-from umt_fast.data.decode import probe, read_frames
+from umt_fast.config import DataConfig
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import open_video, probe, read_frames
 from umt_fast.data.decode.orientation import Orientation, from_matrix
-from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.loader import ClipDataset
 from umt_fast.data.prepare.encode import Recipe, write_copy
 
 FFMPEG = shutil.which("ffmpeg")
@@ -198,3 +202,39 @@ def test_a_stream_without_a_container_can_be_copied(write_video, tmp_path, suffi
     assert probe(Video(str(path))).frames == len(_all(path)) == 20
     facts, _seconds = write_copy(Video(str(path)), str(tmp_path / "copy.mp4"), Recipe("h264", 32))
     assert facts.frames == 20
+
+
+# 21. Non-square pixels.
+
+
+@pytest.fixture
+def anamorphic(write_video, tmp_path) -> Path:
+    """A film whose pixels are 4/3 as wide as high, turned by a quarter."""
+    plain = write_video(tmp_path / "plain.mp4", frames=6, size=(48, 48), options={"bf": "0"})
+    path = tmp_path / "wide.mp4"
+    with av.open(str(plain)) as reader, av.open(str(path), "w") as writer:
+        stream = writer.add_stream_from_template(reader.streams.video[0])
+        stream.sample_aspect_ratio = Fraction(4, 3)
+        for packet in reader.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                writer.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_non_square_pixels_are_widened_on_request(anamorphic, tmp_path, degrees):
+    path = _with_matrix(anamorphic, tmp_path / "turned.mp4", degrees, False)
+    wide, stored = ((64, 48, 3) if degrees else (48, 64, 3)), (48, 48, 3)
+    for square, shape in ((False, stored), (True, wide)):
+        with open_video(Video(str(path)), square_pixels=square) as reader:
+            frames = [frame for _, frame in reader.read([0, 5])]
+        assert [frame.shape for frame in frames] == [shape] * 2
+        facts, _seconds = write_copy(
+            Video(str(path)), str(tmp_path / "copy.mp4"), Recipe("h264", 64, square_pixels=square)
+        )
+        assert (facts.height, facts.width, 3) == shape
+        (copied,) = read_frames(Video(str(tmp_path / "copy.mp4")), lambda count: [5])
+        assert np.corrcoef(copied.ravel(), frames[1].ravel())[0, 1] > 0.9
+    batch = ClipDataset(ClipStream(VideoList.of_paths([str(path)]), DataConfig(square_pixels=True), 2, 32, 0))[[0]]
+    assert batch.bad == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import posixpath
@@ -39,10 +40,11 @@ class Reader(Protocol):
 
 
 @contextlib.contextmanager
-def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
+def open_video(video: Video, content: bytes | None = None, square_pixels: bool = False) -> Iterator[Reader]:
     """Open a video, a picture or a folder of frames, to read frames by index.
 
-    `content`: the file's bytes, where the caller has them.
+    `content`: the file's bytes, where the caller has them. `square_pixels`: scale frames with other pixels to the width
+    at which players show them; a copy of `prepare` stays as it was made.
 
     Only what is needed is decoded: from the key frame before each wanted frame to that frame.
 
@@ -57,7 +59,9 @@ def open_video(video: Video, content: bytes | None = None) -> Iterator[Reader]:
         return
     from umt_fast.data.decode import by_index, container, stills  # they import PyAV, which only decoding needs
 
-    opened: Callable[[Video, bytes | None], contextlib.AbstractContextManager[Reader]] = container.opened
+    opened: Callable[[Video, bytes | None], contextlib.AbstractContextManager[Reader]] = functools.partial(
+        container.opened, square_pixels=square_pixels
+    )
     if by_index.can_read(video):
         opened = by_index.opened
     elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):

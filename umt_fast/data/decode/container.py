@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import av
@@ -55,6 +56,8 @@ class Storage:
     width: int
     """Pixels, before any turning."""
     height: int
+    pixel_aspect: Fraction = Fraction(1)
+    """Width of a pixel by its height."""
 
 
 def probe(video: Video, content: bytes | None = None) -> Facts:
@@ -69,7 +72,8 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
         context = find_film(container).codec_context
         pixels = context.format.name if context.format else ""
         codec = context.codec.canonical_name
-        return Storage(codec, pixels, int(context.colorspace), context.width, context.height)
+        aspect = pixel_aspect(find_film(container))
+        return Storage(codec, pixels, int(context.colorspace), context.width, context.height, aspect)
 
 
 def each_frame(
@@ -86,11 +90,11 @@ def each_frame(
 
 
 @contextlib.contextmanager
-def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
+def opened(video: Video, content: bytes | None, square_pixels: bool = False) -> Iterator[Reader]:
     """A reader of any file that FFmpeg can demultiplex. Raises BadVideo."""
     with _container(video, content) as container:
         with as_bad_video():
-            reader = Reader(container, video.facts, lambda: _open(video, content))
+            reader = Reader(container, video.facts, lambda: _open(video, content), square_pixels)
             if video.facts is None:
                 refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
         try:
@@ -130,6 +134,11 @@ def find_film(container: av.container.InputContainer) -> av.VideoStream:
     if best in films:
         return best
     return max(films, key=lambda film: (bool(film.disposition & Disposition.default), film.frames, -film.index))
+
+
+def pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width of a pixel by its height, 1 where the file does not say."""
+    return stream.sample_aspect_ratio or Fraction(1)
 
 
 def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
@@ -191,6 +200,7 @@ class Reader:
         container: av.container.InputContainer,
         facts: Facts | None,
         reopen: Callable[[], av.container.InputContainer],
+        square_pixels: bool = False,
     ) -> None:
         self.container = container
         self.indexed = facts
@@ -201,7 +211,7 @@ class Reader:
         self.stream.codec_context.thread_count = 1
         self.codec_options: dict[str, str] = {}
         """Options of the decoder of `read_all`."""
-        self.to_rgb = RgbConverter(indexed=facts is not None)
+        self.to_rgb = RgbConverter(facts is not None, pixel_aspect(self.stream) if square_pixels else Fraction(1))
         if facts is None:
             self._list_packets()
         else:
@@ -407,10 +417,12 @@ class RgbConverter:
     facts in an index have no mirrored pictures, so their rotation says it all.
     """
 
-    def __init__(self, indexed: bool) -> None:
+    def __init__(self, indexed: bool, aspect: Fraction = Fraction(1)) -> None:
+        """`aspect`: of a pixel, to which frames are widened."""
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._orientation: Orientation | None = None
         self._indexed = indexed
+        self._aspect = aspect
         self.read_side_data = False
 
     def orientation(self, frame: av.VideoFrame) -> Orientation:
@@ -421,7 +433,8 @@ class RgbConverter:
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         orientation = self.orientation(frame)
-        rgb = self._reformatter.reformat(orientation.rotate(frame), format="rgb24", threads=ONE_THREAD)
+        width = frame.width if self._aspect == 1 else max(round(frame.width * self._aspect), 1)
+        rgb = self._reformatter.reformat(orientation.rotate(frame), width, format="rgb24", threads=ONE_THREAD)
         (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
         return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))

@@ -137,13 +137,17 @@ def _keep_settings(path: Path, settings: Settings, plan: Plan) -> None:
     source = settings.source if is_url(settings.source) else os.path.abspath(settings.source)
     now = {"SOURCE": source, "--prefix": settings.prefix, "--per-shard": settings.per_shard, "base folder": plan.base}
     recipe = settings.recipe.resolved()
-    now |= {f"--{key.replace('_', '-')}": value for key, value in dataclasses.asdict(recipe).items()}
+    settings_of_recipe = dataclasses.asdict(recipe)
+    if not recipe.square_pixels:  # earlier versions did not store it
+        del settings_of_recipe["square_pixels"]
+    now |= {f"--{key.replace('_', '-')}": value for key, value in settings_of_recipe.items()}
     try:
         before = json.loads(path.read_bytes())
     except FileNotFoundError:
         write_whole(path, json.dumps(now, indent=1).encode())
         return
-    other = [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
+    keys = dict.fromkeys((*now, *before))
+    other = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
     if other:
         raise CannotPrepare(
             f"{settings.out} was begun with other settings: {'; '.join(other)}. Choose another OUT, or remove it"

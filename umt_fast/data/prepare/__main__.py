@@ -10,6 +10,7 @@ An interrupted run goes on when the same command is given again. Train with --da
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 import sys
 from types import FrameType
@@ -38,6 +39,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
     add("--short-side", type=int, help=f"pixels, default {Recipe.short_side}; no video is enlarged")
     add("--gop", type=int, help="frames from one key frame to the next, 1 to 8; default 4, mjpeg 1")
     add("--quality", type=int, help="the encoder's own scale, smaller is better; default by codec")
+    add("--square-pixels", action="store_true", help="widen videos with non-square pixels; default: as they are stored")
     add("--per-shard", type=int, help="write WebDataset shards of this many videos; default: files")
     add("--prefix", help="folder to which relative paths of a list are relative")
     add("--workers", type=int, help="processes; default: one per core")
@@ -64,7 +66,9 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
         parser.error(f"--list writes a file: give it a name that ends in {MAPPED_SUFFIX}")
     if job == "verify":
         given |= {"source": "", "out": given.pop("verify")}
-    recipe = {name: given.pop(name) for name in ("codec", "short_side", "gop", "quality") if name in given}
+    recipe = {
+        name: given.pop(name) for name in ("codec", "short_side", "gop", "quality", "square_pixels") if name in given
+    }
     try:
         return Settings(recipe=Recipe(**recipe), **given), job
     except ConfigError as error:

@@ -13,7 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from umt_fast.config import ConfigError
 from umt_fast.data.decode import probe
 from umt_fast.data.decode.by_index import find_packets
-from umt_fast.data.decode.container import ONE_THREAD, each_frame
+from umt_fast.data.decode.container import ONE_THREAD, each_frame, look_up
 from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
 from umt_fast.data.index import BadVideo, Facts, Video
 
@@ -83,6 +83,8 @@ class Recipe:
     """Frames from one key frame to the next; None: 4, or 1 where the codec has no others."""
     quality: int | None = None
     """The encoder's constant quality, smaller is better; None: the codec's own default."""
+    square_pixels: bool = False
+    """Whether a video with non-square pixels is widened as players do; otherwise it is copied as it is stored."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -102,7 +104,7 @@ class Recipe:
         """The same with its defaults filled in."""
         gop = self.gop or (1 if self.codec == "mjpeg" else 4)
         quality = self.quality or CODECS[self.codec].quality[gop == 1]
-        return Recipe(self.codec, self.short_side, gop, quality)
+        return Recipe(self.codec, self.short_side, gop, quality, self.square_pixels)
 
 
 def copy_size(width: int, height: int, short_side: int) -> tuple[int, int]:
@@ -132,7 +134,12 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     durations = np.diff(ticks)
     usual = int(np.median(durations)) if len(durations) else max(round(1 / (base * _rate(facts))), 1)
     durations = np.append(durations, usual)
-    size = copy_size(facts.width, facts.height, recipe.short_side)
+    width, height = facts.width, facts.height
+    if recipe.square_pixels:
+        aspect = look_up(video, content).pixel_aspect
+        stored = orientation_of(first).size(width, height)  # turning it back
+        width, height = orientation_of(first).size(max(round(stored[0] * aspect), 1), stored[1])
+    size = copy_size(width, height, recipe.short_side)
 
     layout = {"movflags": "+faststart", "fflags": "+bitexact", "video_track_timescale": str(base.denominator)}
     with av.open("file:" + target, "w", format="mp4", options=layout) as container:
