@@ -271,7 +271,7 @@ def test_a_damaged_row_of_an_index_is_a_bad_video(videos, row, workers):
     batches = _batches(stream, batches=COUNT + 1, batch_size=1)
     ((name, reason),) = {bad for batch in batches for bad in batch.bad}
     assert name == "row 4 of the list"
-    assert "row 4 is no row of an index" in reason
+    assert "row 4 is not a row of an index" in reason
     assert {path for batch in batches for path in batch.paths} == set(videos)
 
 

@@ -420,7 +420,7 @@ def test_a_negative_size_in_a_shard_ends(tmp_path, film, size, kind):
         block[148:156] = b" " * 8
         block[148:156] = b"%06o\0 " % sum(block)
         file.write(block + bytes(1024))
-    with pytest.raises(OSError, match="no tar file"):
+    with pytest.raises(OSError, match="not a tar file"):
         list_shard(str(tmp_path / "s.tar"), {".mp4"})
 
 

@@ -28,7 +28,7 @@ def list_shard(
     """Index rows, without facts, of the videos in a shard (file or URL) that has no index: headers, labels (.cls) and
     captions (.txt, or "caption" in .json) are read.
 
-    `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is no tar file.
+    `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is not a tar file.
     """
     remote = is_url(path)
     raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
@@ -75,7 +75,7 @@ def _described(members: dict[str, bytes]) -> dict[str, Any]:
     described = found if isinstance(found, dict) else {}
     row: dict[str, Any] = {}
     label = members.get(".cls", b"").strip()
-    if re.fullmatch(rb"-?[0-9]{1,18}", label):
+    if re.fullmatch(rb"[0-9]{1,18}", label):
         row["label"] = int(label)
     elif type(described.get("label")) is int and abs(described["label"]) < 1 << 63:
         row["label"] = described["label"]

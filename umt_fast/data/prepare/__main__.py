@@ -66,9 +66,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
         parser.error(f"--list writes a file: give it a name that ends in {MAPPED_SUFFIX}")
     if job == "verify":
         given |= {"source": "", "out": given.pop("verify")}
-    recipe = {
-        name: given.pop(name) for name in ("codec", "short_side", "gop", "quality", "square_pixels") if name in given
-    }
+    recipe = {field.name: given.pop(field.name) for field in dataclasses.fields(Recipe) if field.name in given}
     try:
         return Settings(recipe=Recipe(**recipe), **given), job
     except ConfigError as error:
