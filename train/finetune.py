@@ -106,7 +106,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
             log.start_clock(start)
             for step in range(start + 1, job.last + 1):
                 waiting = time.perf_counter()
-                batches = stop.unless_requested(lambda: [next(loader) for _ in range(optim.accumulate)])
+                batches = stop.fetch(loader, optim.accumulate)
                 if batches is None:
                     break
                 losses.add_data([bad for batch in batches for bad in batch.bad], time.perf_counter() - waiting)
@@ -146,6 +146,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
         log.say(f"{ended} at step {state.step}: {state.last_saved}")
         if state.step >= schedule.total_steps and job.test is not None:
             test(config, job)
+    stop.raise_failure()
     return finished
 
 

@@ -128,8 +128,6 @@ def train(config: Any, world: World) -> bool:
             losses.add(step, values, norm, [path for batch in batches for path in batch.paths])
             state.advance(step_clips)
             log.advance()
-            if step == start + 1:  # the first one may compile
-                world.set_timeout(run.step_timeout)
 
             # once in a while
             if stop.requested():

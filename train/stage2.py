@@ -10,7 +10,6 @@ overridden below. Lists: docs/stage2.md.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +120,7 @@ def train(config: Stage2Config, world: World) -> bool:
         for step in range(start + 1, job.last + 1):
             kind = job.alternation.kind(step - 1)
             waiting = time.perf_counter()
-            batches = stop.unless_requested(functools.partial(fetch, job.loaders[kind], optim.accumulate))
+            batches = stop.fetch(job.loaders[kind], optim.accumulate)
             if batches is None:
                 break
             losses.add_data([bad for batch in batches for bad in batch.bad], time.perf_counter() - waiting)
@@ -157,6 +156,7 @@ def train(config: Stage2Config, world: World) -> bool:
             finish(log)
         ended = "done" if state.step >= job.total else "stopped"
         log.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
+    stop.raise_failure()
     return state.step >= job.last
 
 
@@ -410,10 +410,6 @@ def make_answering(
 def count_votes(answers: tuple[str, ...]) -> dict[str, float]:
     """Share of the votes of each distinct answer."""
     return {answer: answers.count(answer) / len(answers) for answer in dict.fromkeys(answers)}
-
-
-def fetch(loader: Loader, count: int) -> list[Batch]:
-    return [next(loader) for _ in range(count)]
 
 
 class close_all:

@@ -80,9 +80,13 @@ class TrainState:
     clips_seen: int = 0
     last_saved: Path | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    _advanced: bool = False
 
     def advance(self, clips: int) -> None:
-        """Count one step of `clips` clips over all ranks."""
+        """Count one step of `clips` clips over all ranks. After the first one ranks wait less long."""
+        if not self._advanced and self.world.size > 1:
+            self.world.set_timeout(self.config.run.step_timeout)
+        self._advanced = True
         self.step += 1
         self.clips_seen += clips
 
