@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from umt_fast.config import ConfigError
-from umt_fast.run.world import advise_restarts, read_environment
+from umt_fast.run.world import advise_restarts, read_environment, shorten
 
 MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
@@ -52,3 +52,8 @@ def test_only_elastic_runs_of_several_nodes_are_advised():
         ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),
     ):
         assert advise_restarts({**elastic, name: value}) is None
+
+
+def test_a_message_of_gloo_is_shortened():
+    message = "[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typically caused"
+    assert shorten(RuntimeError(message)) == "Connection closed by peer [127.0.0.1]:1"

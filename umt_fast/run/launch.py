@@ -94,10 +94,9 @@ def _is_lost_rank(error: RuntimeError) -> bool:
 
 def _end_without(world: World, error: RuntimeError) -> None:
     """Name the rank that was lost and end this process at once: its collectives would wait for that rank."""
-    reason = str(error).strip().splitlines()[0]
-    lost = world.find_lost()
+    lost, reason = world.find_lost(), processes.shorten(error)
     with contextlib.suppress(OSError, ValueError):
-        print(f"error: another process of the run was lost or is late: {lost}; {reason}", file=sys.stderr, flush=True)
+        print(f"error: another process of the run was lost or is late: {lost} ({reason})", file=sys.stderr, flush=True)
     os._exit(1)
 
 

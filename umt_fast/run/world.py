@@ -58,7 +58,7 @@ class World:
             dist.monitored_barrier(self.roll_call_group, limit, wait_all_ranks=self.main)
         except RuntimeError as error:
             found = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", str(error))
-            return f"rank {found[1]} does not answer" if found else str(error).splitlines()[0]
+            return f"rank {found[1]} does not answer" if found else shorten(error)
         return "every rank answers now"
 
     def close(self) -> None:
@@ -104,6 +104,12 @@ def start(device: str, timeout: float = 1800.0) -> World:
             f"{reason}"
         ) from error
     return World(rank, size, place, dist.group.WORLD, dist.new_group(timeout=limit))
+
+
+def shorten(error: RuntimeError) -> str:
+    """The part of a message of gloo or NCCL that says what happened."""
+    first = str(error).strip().splitlines()[0]
+    return re.sub(r"\[[^\]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0]
 
 
 def advise_restarts(environment: Mapping[str, str]) -> str | None:
