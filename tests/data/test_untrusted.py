@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sqlite3
 import tarfile
 import threading
 import time
@@ -24,12 +25,14 @@ from PIL import Image
 
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data import storage
+from umt_fast.data.captions import CaptionError, Source, read_annotations
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.index import FORMAT, BadIndex, BadVideo, Limits, Video, VideoList, describe, write_index
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.prepare import CannotPrepare, Recipe, Settings, prepare
+from umt_fast.data.prepare.verify import verify
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import CannotReach, TooLarge
 
@@ -424,7 +427,7 @@ def test_a_negative_size_in_a_shard_ends(tmp_path, film, size, kind):
         list_shard(str(tmp_path / "s.tar"), {".mp4"})
 
 
-@pytest.mark.parametrize("label", [b"9" * 5000, b"\xc2\xb2", b"-3", b"3.0", b"9" * 19])
+@pytest.mark.parametrize("label", [b"9" * 5000, b"\xc2\xb2", b"3.5", b"9" * 19])
 def test_a_label_of_a_shard_that_is_not_a_number_is_none(tmp_path, film, label):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         tar.add(film, "a.mp4")
@@ -483,3 +486,40 @@ def test_limits_are_checked(name):
     if name != "time_limit":
         with pytest.raises(ConfigError, match=name.replace("_", "-")):
             Settings("a", "b", **{name: 0})
+
+
+def test_a_hostile_row_in_the_middle_is_one_error_for_those_who_read_them_all():
+    rows = [b'{"path": "a"}', b'{"path": "b", "times": ' + DEEP, b'{"path": "c"}']
+    with pytest.raises(BadIndex, match="row 2"):
+        list(VideoList.of_bytes(rows, "/data").rows())
+
+
+@pytest.mark.timeout(30)
+def test_an_sqlite_view_is_not_run(tmp_path):
+    """It can compute without an end."""
+    connection = sqlite3.connect(tmp_path / "annos.db")
+    connection.execute(
+        "CREATE VIEW annos AS WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n) SELECT i, 'a', 'b' FROM n"
+    )
+    connection.commit()
+    connection.close()
+    with pytest.raises(CaptionError, match="with a table `annos`"):
+        read_annotations(Source(str(tmp_path / "annos.db")))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", DEEP, b"\xff"])
+def test_damaged_settings_of_copies_are_one_error(source, tmp_path, content):
+    settings = Settings(str(source), str(tmp_path / "out"), FAST, workers=1)
+    prepare(settings)
+    (tmp_path / "out" / ".prepare" / "settings.json").write_bytes(content)
+    with pytest.raises(CannotPrepare, match="is damaged"):
+        prepare(settings)
+    assert "not compared" in str(verify(str(tmp_path / "out"), 1))
+
+
+def test_verify_reads_no_file_outside_the_folder(source, tmp_path):
+    prepare(Settings(str(source), str(tmp_path / "out"), FAST, workers=1))
+    index = tmp_path / "out" / "index.jsonl"
+    index.write_bytes(index.read_bytes().replace(b'"a.mp4"', b'"../other/b.mp4"'))
+    verdict = verify(str(tmp_path / "out"), 1)
+    assert [reason for _, reason in verdict.problems] == ["it lies outside the folder of its index"]

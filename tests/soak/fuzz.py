@@ -21,6 +21,7 @@ import resource
 import select
 import shutil
 import signal
+import sqlite3
 import struct
 import sys
 import tarfile
@@ -49,6 +50,7 @@ from umt_fast.data.decode.time_limit import time_limit
 from umt_fast.data.index import BadIndex, BadVideo, Limits, Video, VideoList, describe, write_index
 from umt_fast.data.labels import read_labelled
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.mapped_list import write_mapped
 from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.errors import RunError
@@ -281,6 +283,22 @@ def saved(content: object, **options: object) -> bytes:
     return out.getvalue()
 
 
+def mapped_list() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_mapped(VideoList.of_paths(["/a.mp4", "/b.mp4"]), f"{folder}/a.videos")
+        return Path(f"{folder}/a.videos").read_bytes()
+
+
+def annotations_database() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        connection = sqlite3.connect(f"{folder}/a.db")
+        connection.execute("CREATE TABLE annos (id INTEGER PRIMARY KEY, file TEXT, caption TEXT)")
+        connection.executemany("INSERT INTO annos VALUES (?, 'a.mp4', 'a caption')", [(i,) for i in range(9)])
+        connection.commit()
+        connection.close()
+        return Path(f"{folder}/a.db").read_bytes()
+
+
 def copy_and_row(content: bytes, codec: str) -> tuple[bytes, dict[str, object]]:
     """A training copy and its row of an index."""
     with tempfile.TemporaryDirectory() as folder:
@@ -375,7 +393,7 @@ def make_targets() -> list[Target]:
     ]
     for codec in ("h264", "mjpeg", "vp9"):
         copy, row = copy_and_row(film, codec)
-        index = write_index([row, {"path": "a.mp4"}])
+        index = write_index([{"path": "a.mp4"}, row, {"path": "a.mp4"}])
         read = lambda path: read_all(read_manifest(str(path)))  # noqa: E731
         targets.append(Target(f"index_{codec}", [("index.jsonl", index)], damage_text, read, {"a.mp4": copy}))
         targets.append(Target(f"copy_{codec}", [("a.mp4", copy)], damage_bytes, read_copy, {"index.jsonl": index}))

@@ -269,6 +269,10 @@ def _texts(value: Any, where: str, name: str, may_be_empty: bool = False) -> tup
     return texts
 
 
+_LONGEST_ROW = 1 << 20
+"""Bytes of an entry of an SQLite file."""
+
+
 def _of_sqlite(source: Source) -> Iterator[Annotation]:
     path = Path(source.path).expanduser()
     if not path.is_file():
@@ -276,6 +280,11 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
     try:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
         try:
+            if hasattr(connection, "setlimit"):  # Python 3.11
+                connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
+            kinds = connection.execute("SELECT type FROM sqlite_master WHERE name = 'annos'").fetchall()
+            if kinds != [("table",)]:  # a view can compute without end
+                raise CaptionError(f"{path} is not an SQLite file with a table `annos` (id, file name, caption)")
             for place, (number, name, caption) in enumerate(connection.execute("SELECT * FROM annos ORDER BY 1")):
                 if number != place:
                     raise CaptionError(f"{path}, table annos: id {number} in place {place}; ids must run from 0 on")

@@ -21,6 +21,7 @@ the format, then one JSON object per video:
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -241,19 +242,18 @@ class VideoList(Sequence[Video]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
-        try:
+        with _as_bad_index(row):
             video = _to_video(self._load(row), self._base)
             return replace(video, read_timeout=self.read_timeout, limits=self.limits)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            # An IndexError would end a loop. Deep nesting ends in a RecursionError.
-            raise BadIndex(f"row {row + 1} is not a row of an index: {error!r}") from None
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as in an index, with a path of its own instead of one relative to the index."""
         for number in range(len(self)):
-            row = self._load(number)
-            place = _place(row)
-            yield {**row, place: join(self._base, row[place])}
+            with _as_bad_index(number):
+                row = self._load(number)
+                place = _place(row)
+                found = {**row, place: join(self._base, row[place])}
+            yield found
 
     def count_distinct(self) -> int:
         """How many different rows there are."""
@@ -280,6 +280,16 @@ class VideoList(Sequence[Video]):
     def _row(self, index: int) -> bytes:
         first, last = self._bounds[index].tolist()
         return bytes(self._block[first:last])
+
+
+@contextlib.contextmanager
+def _as_bad_index(row: int) -> Iterator[None]:
+    """Turn the errors of a row that is damaged into BadIndex."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        # An IndexError would end a loop. Deep nesting ends in a RecursionError.
+        raise BadIndex(f"row {row + 1} is not a row of an index: {error!r}") from None
 
 
 def _place(row: dict[str, Any]) -> str:

@@ -26,6 +26,10 @@ class LabelError(RunError, ValueError):
     """A list whose labels are missing, unknown or out of range."""
 
 
+MOST_CLASSES = 1 << 20
+"""Classes that a list may have by its labels alone: one wrong digit would take the memory of the machine."""
+
+
 @dataclass(frozen=True)
 class LabelledVideos:
     """Videos, and the class of each by number."""
@@ -127,7 +131,12 @@ def _number(
     names = None if classes is None or isinstance(classes, int) else tuple(classes)
     if all(numeric):
         numbers = np.array([int(label[:9]) for label in labels], np.int64)
-        count = int(numbers.max()) + 1 if classes is None else classes if isinstance(classes, int) else len(classes)
+        count = classes if isinstance(classes, int) else len(classes or ()) or int(numbers.max()) + 1
+        if classes is None and count > MOST_CLASSES:
+            raise LabelError(
+                f"{source}, {where[int(numbers.argmax())]}: label {count - 1} would make {count} classes; say how many "
+                "there are if it is right"
+            )
         if numbers.min() < 0 or numbers.max() >= count:
             first = int(((numbers < 0) | (numbers >= count)).argmax())
             raise LabelError(

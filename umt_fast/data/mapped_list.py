@@ -65,7 +65,7 @@ def read_mapped(path: str) -> VideoList:
         distinct, remote, digest = int(counts["distinct"]), bool(counts["remote"]), str(counts["digest"])
     except OSError as error:
         raise BadIndex(f"cannot read the list {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         whole = False
     if not whole:
         raise BadIndex(f"{path} is not a list of umt_fast.data.prepare --list, or is cut off; make it again")

@@ -146,6 +146,10 @@ def _keep_settings(path: Path, settings: Settings, plan: Plan) -> None:
     except FileNotFoundError:
         write_whole(path, json.dumps(now, indent=1).encode())
         return
+    except (ValueError, RecursionError) as error:
+        raise CannotPrepare(f"{path} is damaged ({error}); choose another OUT, or remove this one") from None
+    if not isinstance(before, dict):
+        raise CannotPrepare(f"{path} is damaged; choose another OUT, or remove this one")
     keys = dict.fromkeys((*now, *before))
     other = [f"{key} was {before.get(key)}, now {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
     if other:

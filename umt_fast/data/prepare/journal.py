@@ -24,7 +24,7 @@ class Journal:
         for line in content.split(b"\n")[:-1]:  # after the last line feed there may be half a line
             try:
                 self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 break
         self._file: BinaryIO | None = None
 

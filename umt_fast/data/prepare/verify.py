@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def verify(
     tasks = {}
     for copy, row in zip(copies, rows, strict=True):
         local = os.path.relpath(copy.path, out)
-        tasks[copy.name] = _Task(copy, copy.path, json.loads(row)["sha256"], sources.get(copy.member or local))
+        tasks[copy.name] = _Task(copy, copy.path, str(json.loads(row).get("sha256")), sources.get(copy.member or local))
     problems = _check_shards(copies)
     compared, lowest = 0, None
     with contextlib.ExitStack() as held:
@@ -114,11 +114,11 @@ def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], s
     """The sources that still exist, by their copies' paths; and a note about those that do not."""
     journal = Journal(state / "journal.jsonl")
     journal.close()
-    settings = json.loads((state / "settings.json").read_bytes())
     try:
+        settings = json.loads((state / "settings.json").read_bytes())
         listed = read_videos(settings["SOURCE"], settings["--prefix"], read_timeout)
         videos = {video.name: video for video in listed}
-    except (ManifestError, CaptionError) as error:
+    except (ManifestError, CaptionError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return {}, f"not compared with the sources: {error}"
     paths = {name: copy["row"]["path"] for name, copy in journal.copies.items()}
     there = {name for name in paths if name in videos and (is_url(name) or os.path.exists(videos[name].path))}
@@ -156,6 +156,8 @@ def _work(task: _Task) -> float | str | None:
 
 def _check(task: _Task) -> float | None:
     copy = task.copy
+    if copy.refused:
+        raise BadCopy(copy.refused)
     try:
         size, digest = hash_bytes(copy)
     except OSError as error:
@@ -164,7 +166,7 @@ def _check(task: _Task) -> float | None:
         raise BadCopy(f"has {size} bytes, the index says {copy.size}")
     if digest != task.digest:
         raise BadCopy(f"has SHA-256 {digest[:12]}..., the index says {task.digest[:12]}...: its bytes have changed")
-    bare = Video(copy.path, copy.member, copy.offset, copy.size)
+    bare = replace(copy, facts=None)
     facts = probe(bare)
     assert copy.facts is not None
     _compare_facts(facts, copy.facts)
