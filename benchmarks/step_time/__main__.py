@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.environment import RESULTS, describe, gpu_name
 from benchmarks.rates import GPUS
-from benchmarks.step_time import beside, prediction, report
+from benchmarks.step_time import beside, page, prediction, report
 from benchmarks.step_time.beside import Beside
 from benchmarks.step_time.jobs import JOBS, Job
 from benchmarks.step_time.ladder import Rung
@@ -169,7 +169,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
         )
         save(latest)
         results += latest
-    report.write(content, folder)
+    page.write(content, folder)
     print(f"\nin {folder}: step_time.json, .md, .html and plots")
     return content
 

@@ -16,7 +16,7 @@ import torch
 import umt_kernels.backend
 
 from benchmarks.step_time import __main__ as step_time
-from benchmarks.step_time import beside, measure, plots, report
+from benchmarks.step_time import beside, measure, page, plots, report
 from benchmarks.step_time.jobs import JOBS, pretrain
 from benchmarks.step_time.jobs.pretrain import PretrainWork, prepare
 from benchmarks.step_time.ladder import ladder, missing
@@ -261,7 +261,7 @@ def test_files_of_before_load(results, tmp_path):
     old.write_text(json.dumps(content))
     step_time.main(["--from", str(old), "--compare", str(old)])
     step_time.main(["--from", str(results / "step_time.json"), "--compare", str(old)])
-    report.write(content, tmp_path)
+    page.write(content, tmp_path)
     assert "| loss error |" not in (tmp_path / "step_time.md").read_text()
     committed = ROOT / "benchmarks" / "results" / "cpu" / "pretrain" / "step_time.json"
     step_time.main(["--from", str(committed), "--compare", str(committed)])
@@ -300,10 +300,10 @@ def test_two_processes_time_their_all_reduce_and_the_first_reports(demo_videos, 
 def test_the_page_and_the_plots_stand_alone(results):
     for name in ("ladder.png", "phases.png"):
         assert (results / name).read_bytes().startswith(b"\x89PNG")
-    page = (results / "step_time.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page
-    assert 'src="ladder' not in page
+    text = (results / "step_time.html").read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "http" not in text
+    assert 'src="ladder' not in text
     table = (results / "step_time.md").read_text()
     assert table.count("not run: needs a CUDA GPU") == 2
     assert "1.00x" in table
@@ -311,7 +311,7 @@ def test_the_page_and_the_plots_stand_alone(results):
 
 def test_without_matplotlib_there_are_no_plots_and_it_says_so(results, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    report.write(report.read(results / "step_time.json"), tmp_path)
+    page.write(report.read(results / "step_time.json"), tmp_path)
     assert capsys.readouterr().out == "no plots: matplotlib is missing (pip install matplotlib)\n"
     assert "<img" not in (tmp_path / "step_time.html").read_text()
     assert "![" not in (tmp_path / "step_time.md").read_text()
