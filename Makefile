@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate mutate fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo
@@ -52,6 +52,9 @@ gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read wh
 
 fuzz: .venv/.dev ## read damaged and hostile files of every kind for MINUTES (20)
 	nice $(BIN)/python tests/soak/fuzz.py --minutes $(MINUTES) --keep runs/fuzz
+
+mutate: .venv/.dev ## break the kernels in over 100 ways and see that their tests notice each; about 15 minutes
+	$(BIN)/python kernels/tests/mutate.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -83,6 +83,26 @@ def test_gather_layer_norm(device, axis, with_ids):
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_gather_layer_norm_of_layers(device, axis, with_ids):
+    x, upstream = randn(device, 3, 3, 3, 8), randn(device, 3, 3, 3, 8)
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device) if with_ids else None
+    results = []
+    for given, grad in ((x, upstream), (far_apart(x, axis), far_apart(upstream, axis))):
+        given.requires_grad_()
+        y = gather_layer_norm(given, None, None, 1e-6, row_ids=ids)
+        results.append((y, *torch.autograd.grad(y, given, grad)))
+    assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gather_patches_of_planar_bytes(device, axis):
+    clip = torch.arange(3 * 3 * 3 * 8 * 8).remainder(251).view(3, 3, 3, 8, 8).to(device, torch.uint8)
+    expected = gather_patches(clip, 4, layout="BTCHW")
+    assert torch.equal(gather_patches(far_apart(clip, axis), 4, layout="BTCHW"), expected)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("post_norm", [False, True])

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from umt_kernels import sample_visible
+from umt_kernels import launch, sample_visible
 from umt_kernels.backend import INTERPRETED, triton
 
 if triton is not None:
@@ -167,10 +167,22 @@ def test_every_bit_of_the_seed_counts(device, needs_kernels, bit):
 
 
 @pytest.mark.parametrize("num_visible", [1, 3, 6])
-def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, num_visible):
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, num_visible, score):
     """All keys alike: the first ids are drawn, and nothing is written into the next row."""
-    monkeypatch.setattr(tl, "log", lambda x: x * 0) if INTERPRETED else pytest.skip("ties cannot be arranged on a GPU")
-    scores = torch.ones(3, 9, device=device)
+    if not INTERPRETED:
+        pytest.skip("ties cannot be arranged on a GPU")
+    monkeypatch.setattr(tl, "log", lambda x: x * 0 + (1 + 2**-23))  # of a key of score 0 the last bit is then 1
+    launch_it = launch.Plan.launch
+
+    def launch_with_room_behind(plan: launch.Plan, *tensors: Tensor) -> None:
+        room = torch.full((tensors[-1].numel() + 64,), 77, dtype=torch.int32, device=device)
+        launch_it(plan, *tensors[:-1], room)
+        assert (room[tensors[-1].numel() :] == 77).all()
+        tensors[-1].copy_(room[: tensors[-1].numel()].view_as(tensors[-1]))
+
+    monkeypatch.setattr(launch.Plan, "launch", launch_with_room_behind)
+    scores = torch.full((3, 9), score, device=device)
     drawn = module._draw(scores, num_visible, torch.tensor([1], device=device), None)
     assert torch.equal(drawn, torch.arange(num_visible, dtype=torch.int32).expand(3, -1))
     counts = torch.tensor([num_visible, 1, num_visible - 1], device=device)
@@ -339,6 +351,12 @@ def test_a_score_that_is_no_number_counts_as_zero(device):
     scores = torch.tensor([[1.0, nan, 2.0, nan]], device=device).expand(50, -1)
     drawn = sample_visible(scores, 2, generator(0, device))
     assert (drawn == torch.tensor([0, 2], device=device)).all()
+
+
+def test_nan_and_0_are_alike(device):
+    scores = torch.tensor([[float("nan"), 0.0]], device=device).expand(40, -1)
+    drawn = sample_visible(scores, 1, generator(0, device))
+    assert 5 < (drawn == 0).sum() < 35
 
 
 @pytest.mark.parametrize(

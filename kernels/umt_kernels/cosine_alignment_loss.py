@@ -444,8 +444,6 @@ if triton is not None:
                 y = x * w[None, :] + b[None, :]
             else:
                 y = x
-            # The gradient of a row is (a t + c y), or its own tile, before the factor; with a norm before it, the
-            # sums of (gradient w) and (gradient w x) come from the same reduction as the loss.
             if KIND == 0:
                 yy, tt, yt, _ = _sums(y * y, t * t, y * t, y * t)
                 norm = tl.sqrt(yy)

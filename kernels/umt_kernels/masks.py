@@ -46,7 +46,8 @@ def mask_to_ids(mask: Bool[Tensor, "r n"], num_ids: int) -> Int[Tensor, "r m"]:
 def ids_to_mask(ids: Int[Tensor, "r m"], num_tokens: int) -> Bool[Tensor, "r n"]:
     """True at the ids of each row; -1 stands for no id.
 
-    Raises ValueError if `ids` is not [r, m] or, on the CPU, an id is not in -1 .. num_tokens - 1; TypeError for a dtype.
+    Raises ValueError if `ids` is not [r, m] or, on the CPU, an id is not in -1 .. num_tokens - 1; TypeError unless it
+    is int32 or int64.
     """
     check_tensors(ids=ids)
     (num_tokens,) = check_ints(num_tokens=num_tokens)

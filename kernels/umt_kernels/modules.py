@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 class GatherLayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension, called as `gather_layer_norm` is: `norm(x, row_ids=..., position=...)`."""
 
-    def forward(self, x: Float[Tensor, "*k b l d"], **settings: Any) -> Float[Tensor, "*k r m d"]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "*k b l d"], **settings: Any
+    ) -> Float[Tensor, "*k r m d"]:
         return gather_layer_norm(x, self.weight, self.bias, self.eps, **settings)
 
 
 class GatherRMSNorm(nn.RMSNorm):
     """nn.RMSNorm over the last dimension, called as `gather_rms_norm` is."""
 
-    def forward(self, x: Float[Tensor, "*k b l d"], **settings: Any) -> Float[Tensor, "*k r m d"]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "*k b l d"], **settings: Any
+    ) -> Float[Tensor, "*k r m d"]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return gather_rms_norm(x, self.weight, eps, **settings)
 

@@ -1,0 +1,256 @@
+"""`make mutate`: breaks the ops on purpose, one fault at a time, and sees that their tests notice.
+
+Each fault replaces a piece of source that must be there exactly as often as it says (once, if it says nothing). The
+broken copy runs the tests of its op in Triton's interpreter, in a process of its own that already has torch imported.
+A fault that no test notices is printed, and the exit status is 1. `python kernels/tests/mutate.py WORD` runs only the
+faults whose file or source contains WORD.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "umt_kernels"
+SECONDS = 300
+"""A fault that makes the tests run longer than this is noticed, too."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Files of tests, or files and names, the quickest to notice it first."""
+    which: int | None = None
+    """Of several places with `old` this one, counted from 0; None: there is only one."""
+
+
+NORM, LOSS, PATCHES = "gather_layer_norm.py", "cosine_alignment_loss.py", "gather_patches.py"
+SCORES, DRAW, CHECKS = "cls_scores.py", "sample_visible.py", "checks.py"
+
+T_NORM = ("test_gather_layer_norm.py",)
+T_LOSS = ("test_cosine_alignment_loss.py",)
+T_PATCHES = ("test_gather_patches.py", "test_patch_embed.py")
+T_EMBED = ("test_patch_embed.py",)
+T_SCORES = ("test_cls_scores.py",)
+T_DRAW = ("test_sample_visible.py",)
+T_TRANSFORMS = ("test_derivatives.py",)
+FAR = "test_addresses.py::test_"
+NORM_FAR = (f"{FAR}gather_layer_norm", f"{FAR}gather_layer_norm_of_layers")
+LOSS_FAR = (f"{FAR}cosine_alignment_loss",)
+PATCHES_FAR = (
+    f"{FAR}gather_patches_of_bytes",
+    f"{FAR}gather_patches_of_floats",
+    f"{FAR}gather_patches_of_planar_bytes",
+)
+SCORES_FAR = (f"{FAR}cls_scores",)
+
+FAULTS = [
+    # sample_visible: seeds, ties, uniforms, counts
+    Fault(DRAW, "torch.randint(2**62,", "torch.randint(256,", T_DRAW),
+    Fault(DRAW, "torch.randint(2**62,", "torch.randint(2**32,", T_DRAW),
+    Fault(DRAW, "generator=generator)\n    return _draw", ")\n    return _draw", T_DRAW),
+    Fault(DRAW, "(uniform + 0.5)", "uniform", T_DRAW),
+    Fault(DRAW, ">> 9).to(tl.float32)", ">> 8).to(tl.float32)", T_DRAW),
+    Fault(DRAW, "tl.randint(seed + row[:, None], counter)", "tl.randint(seed, counter)", T_DRAW),
+    Fault(DRAW, "tl.cumsum(equal.to(tl.int32), axis=1) <= left[:, None]", "left[:, None] > 0", T_DRAW),
+    Fault(DRAW, "<= left[:, None]", "< left[:, None]", T_DRAW),
+    Fault(DRAW, "above = (order > threshold[:, None])", "above = (order >= threshold[:, None])", T_DRAW),
+    Fault(DRAW, "range(32)", "range(31)", T_DRAW),
+    Fault(DRAW, "tl.log(score) - tl.log(wait)", "score / wait", T_DRAW),
+    Fault(DRAW, "-1099511627776.0 * wait", "-wait", T_DRAW),
+    Fault(DRAW, "(bits > 0) & (bits <= 0x7F800000)", "bits > 0", T_DRAW),
+    Fault(DRAW, "score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)", "", T_DRAW),
+    Fault(DRAW, "bits ^ 0xFFFFFFFF", "bits", T_DRAW),
+    Fault(DRAW, "tl.minimum(tl.maximum(count, 0), num_visible)", "count + 1", T_DRAW),
+    Fault(DRAW, "(patch >= wanted[:, None])", "(patch > wanted[:, None])", T_DRAW),
+    Fault(DRAW, "row[:, None] * num_visible", "row[:, None] * patches", T_DRAW),
+    Fault(DRAW, "tl.program_id(0).to(tl.int64) * ROWS", "tl.program_id(0) * ROWS", (f"{FAR}sample_visible",)),
+    # gather_layer_norm: masks, eps, sets, layers, padding
+    Fault(NORM, "tl.sum(x * x, axis=1) / width + eps", "tl.sum(x * x, axis=1) / width", T_NORM),
+    Fault(NORM, "tl.sum(x * x, axis=1) / width + eps", "tl.sum(x * x, axis=1) / BLOCK + eps", T_NORM),
+    Fault(NORM, "mean = tl.sum(x, axis=1) / width", "mean = tl.sum(x, axis=1) / BLOCK", T_NORM),
+    Fault(NORM, "x = tl.where(mask, x - mean[:, None], 0.0)", "x = x - mean[:, None]", T_NORM),
+    Fault(NORM, "                    y += p\n", "                    y = p\n", T_NORM),
+    Fault(NORM, "y = tl.where(read, y, 0.0)", "y = y", T_NORM),
+    Fault(NORM, "p_mask = read & (p_id >= 0)[:, None]", "p_mask = read", T_NORM),
+    Fault(NORM, "there = here & (place >= 0)", "there = here", T_NORM),
+    Fault(NORM, "(row_set // masks).to(tl.int64) * x_b", "row_set.to(tl.int64) * x_b", T_NORM),
+    Fault(NORM, "statistics_2 + s_row", "s_row", T_NORM),
+    Fault(NORM, "there = there | valid", "there = valid", T_NORM),
+    Fault(NORM, "                    g += tl.load(g_ptr", "                    g = tl.load(g_ptr", T_NORM),
+    Fault(NORM, "dx = dx * rstd[:, None]", "dx = dx", T_NORM),
+    Fault(NORM, "- (means / width)[:, None]", "", T_NORM),
+    Fault(NORM, "- x * (shares / width)[:, None]", "", T_NORM),
+    Fault(NORM, "dw += tl.sum(g * x, axis=0)", "dw = tl.sum(g * x, axis=0)", T_NORM),
+    Fault(NORM, "db += tl.sum(g, axis=0)", "db = tl.sum(g, axis=0)", T_NORM),
+    Fault(NORM, "inverse_ptr + row_set * length + place, -1", "inverse_ptr + row_set * length + place, 0", T_NORM),
+    Fault(NORM, "slot, mask=place >= 0)", "slot, mask=place > 0)", T_NORM),
+    Fault(NORM, "accumulate=True", "accumulate=False", T_NORM),
+    Fault(NORM, "((ids >= 0) & (row_ids >= 0))[..., None]", "(ids >= 0)[..., None]", T_NORM),
+    Fault(NORM, "x.new_empty(shape, dtype=dtype)", "x.new_empty(shape)", T_NORM, 0),
+    Fault(NORM, "other=0).to(tl.int64)\n            else", "other=0)\n            else", NORM_FAR),
+    Fault(NORM, "place = (row - row_set * kept).to(tl.int64)", "place = row - row_set * kept", NORM_FAR),
+    Fault(NORM, "(row_set // masks).to(tl.int64) * x_b", "(row_set // masks) * x_b", NORM_FAR),
+    Fault(NORM, "tl.cast(layer, tl.int64) * x_k", "layer * x_k", NORM_FAR),
+    Fault(NORM, "+ slot.to(tl.int64) * g_m", "+ slot * g_m", NORM_FAR),
+    Fault(NORM, "+ row_set.to(tl.int64) * g_r", "+ row_set * g_r", NORM_FAR),
+    Fault(NORM, "+ place.to(tl.int64) * x_l", "+ place * x_l", NORM_FAR),
+    Fault(NORM, "x_row = layer.to(tl.int64) * x_k", "x_row = layer * x_k", NORM_FAR),
+    # cosine_alignment_loss: signs, scales, weights, sets
+    Fault(LOSS, "loss = 2.0 - 2.0 * cosine", "loss = 1.0 - cosine", T_LOSS),
+    Fault(LOSS, "a = -2.0 * y_inv", "a = -1.0 * y_inv", T_LOSS),
+    Fault(LOSS, "cosine * y_inv * y_inv * factor", "cosine * y_inv * factor", T_LOSS),
+    Fault(LOSS, "norm > floor", "norm >= 0", T_LOSS),
+    Fault(LOSS, "1e-4 if predictions.dtype == torch.float16 else 1e-12", "1e-12", T_LOSS),
+    Fault(LOSS, "centred = tl.where(mask, x - mean[:, None], 0.0)", "centred = x - mean[:, None]", T_LOSS),
+    Fault(LOSS, "y = x * w[None, :] + b[None, :]", "y = x * w[None, :]", T_LOSS),
+    Fault(LOSS, "factor = tl.where(other >= 0, factor, 0.0)", "factor = factor", T_LOSS),
+    Fault(LOSS, "valid = (target_ids >= 0).float()", "valid = torch.ones_like(target_ids).float()", T_LOSS),
+    Fault(LOSS, "0 if shared else sets * rows", "0", T_LOSS),
+    Fault(LOSS, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
+    Fault(LOSS, "* (shape.numel() // row_weights.numel())", "", T_LOSS),
+    Fault(LOSS, "total += loss * factor", "total = loss * factor", T_LOSS),
+    Fault(LOSS, "tl.abs(d) - 0.5 * beta", "tl.abs(d)", T_LOSS),
+    Fault(LOSS, "tl.where(d < 0, -1.0, 0.0)", "-1.0", T_LOSS),
+    Fault(LOSS, "(factor / width)[:, None]", "factor[:, None]", T_LOSS),
+    Fault(LOSS, "- x * (share / width)[:, None]", "", T_LOSS),
+    Fault(LOSS, "affine_ptr + both + slot", "affine_ptr + slot", T_LOSS),
+    Fault(LOSS, "or keeps_graph():", ":", T_LOSS),
+    Fault(LOSS, "if not IN_PLACE or factor != 1.0:", "if not IN_PLACE:", T_LOSS),
+    Fault(LOSS, "affine = affine * grad_loss", "affine = affine", T_LOSS),
+    Fault(LOSS, "grad_loss * row_weights", "grad_loss", T_LOSS),
+    Fault(LOSS, "mask=here, other=0).to(tl.int64)", "mask=here, other=0)", LOSS_FAR),
+    Fault(LOSS, "row_set.to(tl.int64) * x_r", "row_set * x_r", LOSS_FAR),
+    Fault(LOSS, "place.to(tl.int64) * x_m", "place * x_m", LOSS_FAR),
+    Fault(LOSS, "(row_set // masks).to(tl.int64) * t_b", "(row_set // masks) * t_b", LOSS_FAR),
+    Fault(LOSS, "layer = tl.program_id(1).to(tl.int64)", "layer = tl.program_id(1)", LOSS_FAR),
+    # gather_patches and patch_embed: halos, channels, layouts
+    Fault(PATCHES, "within % WINDOW - HALO_HEIGHT", "within % WINDOW", T_PATCHES),
+    Fault(PATCHES, "tl.maximum(y, 0), height - 1)", "tl.maximum(y, 0), height)", T_PATCHES),
+    Fault(PATCHES, "(column // CHANNELS - HALO_WIDTH)", "(column // CHANNELS)", T_PATCHES),
+    Fault(PATCHES, "channel = column % CHANNELS", "channel = column // CHANNELS", T_PATCHES),
+    Fault(PATCHES, "channel = within // WINDOW % CHANNELS", "channel = within // WINDOW", T_EMBED),
+    Fault(PATCHES, "time = within // (WINDOW * CHANNELS)", "time = within // WINDOW", T_EMBED),
+    Fault(PATCHES, "time = within // WINDOW % TUBELET", "time = within // WINDOW", T_PATCHES),
+    Fault(PATCHES, "* TUBELET + time", "+ time", T_PATCHES),
+    Fault(PATCHES, "values = tl.where(read, values, 0)", "values = values", T_EMBED),
+    Fault(PATCHES, "top = 255 if", "top = 256 if", T_PATCHES),
+    Fault(PATCHES, "(row_set // masks).to(tl.int64)", "row_set.to(tl.int64)", T_EMBED),
+    Fault(PATCHES, '"BTCHW": (0, 2, 1, 3, 4), "BCTHW"', '"BTCHW": (0, 1, 2, 3, 4), "BCTHW"', T_EMBED),
+    Fault(PATCHES, "frame.to(tl.int64) * stride_t", "frame * stride_t", PATCHES_FAR),
+    Fault(PATCHES, "y.to(tl.int64) * stride_h", "y * stride_h", PATCHES_FAR),
+    Fault(PATCHES, "(row_set // masks).to(tl.int64) * stride_b", "(row_set // masks) * stride_b", PATCHES_FAR),
+    Fault(PATCHES, "channel.to(tl.int64) * stride_c", "channel * stride_c", PATCHES_FAR),
+    Fault("patch_embed.py", "embedded = embedded.masked_fill((token_ids < 0)[..., None], 0)", "pass", T_EMBED),
+    Fault("patch_embed.py", "weight.dtype != torch.float64 and", "", T_EMBED),
+    # cls_scores
+    Fault(SCORES, "total / heads", "total", T_SCORES),
+    Fault(SCORES, "depth**-0.5", "1.0", T_SCORES),
+    Fault(SCORES, 'float("-inf"))', "0.0)", T_SCORES),
+    Fault(SCORES, "logits - tl.max(logits, axis=0)", "logits", T_SCORES),
+    Fault(SCORES, "(grad - tl.sum(weights * grad, axis=0))", "grad", T_SCORES),
+    Fault(SCORES, "token - prefix", "token - 1", T_SCORES, 0),
+    Fault(SCORES, "token.to(tl.int64)[:, None] * k_l", "token[:, None] * k_l", SCORES_FAR),
+    Fault(SCORES, "tl.cast(head, tl.int64) * k_h", "head * k_h", SCORES_FAR),
+    Fault(SCORES, "head.to(tl.int64) * k_h", "head * k_h", SCORES_FAR),
+    # checks, transforms, masks
+    Fault(CHECKS, "(ids < (-1 if padded else 0)) | (ids >= limit)", "ids >= limit", T_NORM),
+    Fault(CHECKS, "isinstance(number, bool) or", "", ("test_gather_patches.py",)),
+    Fault(CHECKS, "& (ordered[:, 1:] >= 0)", "", T_NORM),
+    Fault("dispatch.py", "return True\n    return forward_ad", "return False\n    return forward_ad", T_TRANSFORMS),
+    Fault("dispatch.py", "forward_ad._current_level >= 0 and any(", "False and any(", T_TRANSFORMS),
+    Fault("dispatch.py", "if torch.is_grad_enabled() and again is not None:", "if False:", T_TRANSFORMS),
+    Fault("dispatch.py", 'frozenset({"sample_visible"})', "frozenset()", ("test_inductor.py",)),
+    Fault("masks.py", "place < num_ids", "place <= num_ids", ("test_masks.py",)),
+    Fault("launch.py", "if addresses & 15:", "if False:", ("test_launch.py",)),
+    Fault("launch.py", "addresses |= x.data_ptr()", "addresses = x.data_ptr()", ("test_launch.py",)),
+]  # fmt: skip
+
+
+def broken(fault: Fault) -> str:
+    """The source with the fault. Raises ValueError if what it replaces is not there as it says."""
+    source = (PACKAGE / fault.file).read_text()
+    pieces = source.split(fault.old)
+    if len(pieces) == 1 or (fault.which is None and len(pieces) > 2):
+        raise ValueError(f"{fault.file} has {fault.old!r} {len(pieces) - 1} times")
+    at = (fault.which or 0) + 1
+    return fault.old.join(pieces[:at]) + fault.new + fault.old.join(pieces[at:])
+
+
+def run_tests(fault: Fault, folder: Path) -> int:
+    """In a process of its own: 0 if all tests passed."""
+    import pytest
+
+    shutil.copytree(PACKAGE, folder / "umt_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "umt_kernels" / fault.file).write_text(broken(fault))
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-c", str(TESTS.parent / "pyproject.toml")]
+    return int(pytest.main([*options, "--rootdir", str(TESTS.parent), *(str(TESTS / name) for name in fault.tests)]))
+
+
+def start(fault: Fault, folder: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = run_tests(fault, folder)
+        finally:
+            os._exit(status)
+    return pid
+
+
+def main(word: str = "") -> int:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import numpy  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import triton  # noqa: F401
+
+    torch.set_num_threads(1)
+    assert "umt_kernels" not in sys.modules
+    waiting = [fault for fault in FAULTS if word in fault.file or word in fault.old]
+    total, begun = len(waiting), time.monotonic()
+    for fault in waiting:
+        broken(fault)
+    running: dict[int, tuple[Fault, tempfile.TemporaryDirectory, float]] = {}
+    survived = []
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            fault, folder = waiting.pop(0), tempfile.TemporaryDirectory(prefix="mutate-")
+            running[start(fault, Path(folder.name))] = (fault, folder, time.monotonic())
+        time.sleep(0.05)
+        for pid, (fault, folder, since) in list(running.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done and time.monotonic() - since > SECONDS:
+                os.kill(pid, signal.SIGKILL)
+                done, status = os.waitpid(pid, 0)
+            if done:
+                del running[pid]
+                code = os.waitstatus_to_exitcode(status)
+                caught = code not in (0, 2, 3, 4, 5)  # passed, or no test was run: a fault in this list
+                if not caught:
+                    survived.append(fault)
+                verdict = "caught" if caught else f"NOT CAUGHT ({code})"
+                seconds = time.monotonic() - since
+                print(f"{verdict} {fault.file}: {fault.old!r} -> {fault.new!r} ({seconds:.0f} s)", flush=True)
+                folder.cleanup()
+    print(f"{total - len(survived)} of {total} faults caught in {time.monotonic() - begun:.0f} s")
+    return 1 if survived or not total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
