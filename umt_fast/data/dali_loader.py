@@ -73,7 +73,7 @@ class DecodedVisit:
 
 @dataclass
 class BatchPlan:
-    """A batch of which DALI has still to decode its share. Large content lies in tensors, which workers share."""
+    """A batch before DALI has decoded its share. Large content is in tensors, whose memory workers share."""
 
     visits: list[int]
     found: list[tuple[VisitedVideo | None, list[tuple[str, str]]]]

@@ -1,21 +1,22 @@
-"""The videos of a data set, and what an index tells of them, so that none has to be opened to ask.
+"""The videos of a data set, and their index: the facts of each video, so that none has to be opened to learn them.
 
-An index is a file `index.jsonl` beside the videos or shards, as `umt_fast.data.prepare` writes it: a line that names
-the format, then one JSON object per video:
+An index is a file `index.jsonl` beside the videos or shards, as `umt_fast.data.prepare` writes it: a line with the
+format, then one JSON object per video:
 
-    path          of the file, relative to the index; with `shard`, its name in there
-    shard         the tar file that it lies in, relative to the index; `offset`: where in that it begins
+    path          of the file, relative to the index; with `shard`, its name in the shard
+    shard         the tar file that holds it, relative to the index; `offset`: its first byte there
     bytes         size of the file; `sha256`: of its content
     codec         as FFmpeg names it
     width height  pixels, upright
     fps           frames per second, on average
-    frames        how many
-    times         their presentation times, in ticks of the file: the first, then [step, how often] runs
-    keys          the key frames: frame 0, then [frames to the next, how often] runs
-    packets       where the frames' packets lie: one behind another from byte `first` on, in the order they are shown;
-                  at byte `sizes` begins a table of their sizes, 32-bit numbers with the highest byte first; `setup`
-                  (base64) is what a decoder must know before them, FFmpeg's extradata
-    label caption what the data set says of the video, if anything
+    frames        their number
+    times         their presentation times, in ticks of the file: the first, then runs [step, number of steps]
+    keys          the key frames: frame 0, then runs [frames to the next, number of steps]
+    packets       the place of the frames' packets: one after another from byte `first` on, in the order they are shown;
+                  a table of their sizes begins at byte `sizes`, 32-bit big-endian; `setup` (base64) is FFmpeg's
+                  extradata, which the decoder needs first
+    label caption of the video, if the data set has them
+    start end     the part that clips are made of, in seconds; or `first` and `count`, in frames
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.jsonl"
 STATE_NAME = ".prepare"
-"""Folder, beside the index, of what `prepare` needs to go on; where there is no index yet, copies are missing."""
+"""Folder beside the index with the state of `prepare`. A folder with it and without an index lacks copies."""
 FORMAT = {"format": "umt-fast video index", "version": 1}
 _MOST_FRAMES = 1 << 24
-"""Of a video that an index tells of, six days at 30 a second: what claims more would take the memory of the machine."""
+"""Most frames of an indexed video: six days at 30 a second. A row that claims more would exhaust the memory."""
 
 
 class BadIndex(RunError, ValueError):
@@ -58,19 +59,19 @@ class BadVideo(Exception):
 
 @dataclass(frozen=True)
 class Packets:
-    """Where a file keeps its frames: a packet each, one behind another in the order they are shown."""
+    """Place of a file's packets: one per frame, one after another in the order they are shown."""
 
     sizes: int
-    """At which byte the table of their sizes begins: 32-bit numbers, the highest byte first."""
+    """First byte of the table of their sizes, 32-bit big-endian."""
     first: int
-    """At which byte they begin."""
+    """Their first byte."""
     setup: bytes
-    """What the decoder must know before them: FFmpeg's extradata."""
+    """FFmpeg's extradata, which the decoder needs first."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What choosing and finding frames needs to know of a video."""
+    """What is needed to choose and find the frames of a video."""
 
     width: int
     """Pixels, upright."""
@@ -82,9 +83,9 @@ class Facts:
     keys: np.ndarray
     """Presentation times of the key frames, ascending; empty where the file gives no times."""
     plain: bool = True
-    """Every packet is one frame that is shown, with a time, the way up it is stored."""
+    """Whether every packet is one frame, shown upright as it is stored, at a known time."""
     packets: Packets | None = None
-    """None: only the file's own tables tell."""
+    """None: unknown, only a demuxer finds the packets."""
 
     @property
     def frames(self) -> int:
@@ -152,15 +153,15 @@ class Video:
     """A video file, or one in a shard."""
 
     path: str
-    """Of the file, or of the shard: local or a URL that fsspec knows."""
+    """Of the file, or of the shard: a local path or a URL."""
     member: str = ""
     """Its name in the shard."""
     offset: int | None = None
-    """Where it begins in the shard; None for a file of its own."""
+    """Its first byte in the shard; None for a file of its own."""
     size: int | None = None
     """Bytes, where known; always in a shard."""
     facts: Facts | None = None
-    """None: not known before the file is read."""
+    """None: unknown until the file is read."""
     label: int | None = None
     caption: str | None = None
     part: Part | None = None
@@ -326,7 +327,7 @@ def join(base: str, path: str) -> str:
 
 
 def parse_index(content: bytes, where: str) -> VideoList:
-    """Read an index that lies at `where` (a path or URL). Raises BadIndex unless it is one."""
+    """Read an index; `where` is its path or URL. Raises BadIndex if it is not one."""
     head, *rows = content.split(b"\n")
     rows = [row for row in rows if row.strip()]
     try:
@@ -342,7 +343,7 @@ def parse_index(content: bytes, where: str) -> VideoList:
         try:
             videos[index]
         except BadIndex as error:
-            raise BadIndex(f"{where}, line {line}: {error}; make it anew") from None
+            raise BadIndex(f"{where}, line {line}: {error}; make it again") from None
     return videos
 
 
@@ -352,7 +353,7 @@ def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def describe(facts: Facts) -> dict[str, Any]:
-    """The part of a row that tells what is in a video. `facts` are of a plain file that begins with a key frame."""
+    """The part of a row that describes the content. `facts` are of a plain file that begins with a key frame."""
     places = np.searchsorted(facts.times, facts.keys)
     row = {
         "codec": facts.codec,
@@ -430,7 +431,7 @@ def _part(row: dict[str, Any]) -> Part | None:
 
 
 def _whole(row: dict[str, Any], key: str) -> int:
-    """A size, or a place in a file."""
+    """A size or an offset."""
     value = row[key]
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{key} = {value!r}: must be an integer >= 0")
@@ -438,18 +439,18 @@ def _whole(row: dict[str, Any], key: str) -> int:
 
 
 def _runs(values: np.ndarray) -> Iterator[list[int]]:
-    """`[value, how often]` for each stretch of equal values."""
+    """`[value, length]` for each run of equal values."""
     starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]]) if len(values) else np.empty(0, np.int64)
     for start, count in zip(starts, np.diff(np.r_[starts, len(values)]), strict=True):
         yield [int(values[start]), int(count)]
 
 
 def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
-    """`first` and, ascending, what the runs make of it."""
+    """`first`, then the running sums of the steps."""
     count, last = 1, first
     for step, times in runs:
         if not (type(step) is type(times) is int and step > 0 and times > 0):
-            raise ValueError(f"{[step, times]} is not [step, how often]")
+            raise ValueError(f"{[step, times]} is not [step, number of steps]")
         count += times
         last += step * times
     if type(first) is not int or not -(1 << 62) < first <= last < 1 << 62 or count > _MOST_FRAMES:

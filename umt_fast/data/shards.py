@@ -19,7 +19,7 @@ from umt_fast.data.storage import read, url_size
 _LONGEST_TEXT = 1 << 20
 """Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
 _HEADERS_AT_ONCE = 64 << 10
-"""Bytes read of a remote shard for a member's header, and what follows."""
+"""Bytes fetched of a remote shard at once: a member's header and what follows."""
 
 
 def list_shard(
@@ -88,10 +88,10 @@ def _described(members: dict[str, bytes]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a shard of one video."""
+    """The members of a shard for one video."""
 
     key: str
-    """Without a dot: what follows one is the kind of the file."""
+    """Without a dot, which would begin the suffix."""
     video: str
     """Path of the .mp4 file."""
     facts: dict[str, Any]
@@ -101,7 +101,7 @@ class Sample:
 
 
 def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
-    """Write a tar file of KEY.mp4, KEY.json and, where known, KEY.cls and KEY.txt. Returns where each video begins.
+    """Write a tar file of KEY.mp4, KEY.json and, where known, KEY.cls and KEY.txt. Returns the offset of each video.
 
     The bytes depend on the samples alone: members have no owner and no date.
     """
@@ -143,7 +143,7 @@ class _Headers:
 
 
 class _Remote(io.RawIOBase):
-    """A URL as a file, each read an answer of its own."""
+    """A URL as a file; each read is one request."""
 
     def __init__(self, url: str, timeout: float) -> None:
         self._url = url

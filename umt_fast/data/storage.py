@@ -26,7 +26,7 @@ ATTEMPTS = 5
 FIRST_PAUSE = 0.2
 """Seconds."""
 SHARE = 0.5
-"""Of the time that is left, what one attempt may take: a slow answer gets most of it, a lost one leaves some."""
+"""Share of the remaining time that one attempt may take: enough for a slow answer, with time left after a lost one."""
 
 
 SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "az", "abfs", "file", "memory"})
@@ -70,7 +70,7 @@ def read_video(video: Video) -> bytes:
 
 
 def start_reading(video: Video) -> Future[bytes]:
-    """`read_video` in a thread of its own, for which the end of this process does not wait."""
+    """`read_video` in a thread of its own, which does not delay the end of this process."""
     return _in_a_thread(functools.partial(read_video, video))
 
 
@@ -119,14 +119,14 @@ def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
         system, path = _open(url)
         size = _call(system, "size", path, seconds)
         if size is None:
-            raise OSError("it does not say how long it is")
+            raise OSError("the server does not give its size")
         return size
 
     return _persist(url, attempt, timeout)
 
 
 def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
-    """The outcome of the first attempt that succeeds, each given the seconds that it may take."""
+    """The outcome of the first attempt that succeeds, each called with its time limit in seconds."""
     reasons: list[str] = []
     begun = time.monotonic()
     for number in range(ATTEMPTS):
@@ -143,7 +143,7 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
             raise
         except _TOO_LATE:
             reasons.append(f"no answer in time (read timeout {timeout:g} s)")
-            _tell_of_silence(_server_of(url), SHARE * left)
+            _report_silence(_server_of(url), SHARE * left)
         except Exception as error:  # each file system has errors of its own
             reasons.append(f"{type(error).__name__}: {error}")
     tried = f"{len(reasons)} attempts in {time.monotonic() - begun:.1f} s"
@@ -151,16 +151,16 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
 
 
 _silent: set[str] = set()
-"""Servers of which it was said that they do not answer."""
+"""Servers whose silence was reported."""
 
 
 def _server_of(url: str) -> str:
-    """Whom a URL asks; of a chain, as `filecache::https://...`, the last does."""
+    """The server of a URL; of a chain, as `filecache::https://...`, that of the last part."""
     return urllib.parse.urlsplit(url.rpartition("::")[2]).netloc or url
 
 
-def _tell_of_silence(server: str, seconds: float) -> None:
-    """Say why nothing goes on, once for each server and process: the video may be counted as bad a minute later."""
+def _report_silence(server: str, seconds: float) -> None:
+    """Say why the run waits, once for each server and process; the video may count as bad only a minute later."""
     if server not in _silent:
         _silent.add(server)
         print(f"note: {server} did not answer for {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
@@ -182,7 +182,7 @@ def check_url(url: str) -> None:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system that knows a URL, and its name for it."""
+    """The file system of a URL, and the path there."""
     import fsspec
 
     check_url(url)
@@ -233,7 +233,7 @@ async def _get(system: Any, url: str, start: int, end: int | None, most: int, ti
 
 
 def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -> Any:
-    """A file system's answer. Raises TimeoutError where it does not come in time."""
+    """Call a method of a file system. Raises TimeoutError if the answer is late."""
     from fsspec.asyn import AsyncFileSystem, sync
 
     if isinstance(system, AsyncFileSystem):
@@ -242,7 +242,7 @@ def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -
 
 
 def _in_a_thread(function: Callable[[], T]) -> Future[T]:
-    """Unlike an executor's, the thread keeps nobody: it ends with the process, or when the function does."""
+    """Unlike an executor's threads, it does not delay the end of the process."""
     future: Future[T] = Future()
 
     def run() -> None:

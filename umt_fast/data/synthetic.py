@@ -1,4 +1,4 @@
-"""A small set of real video files to try the trainer on: shapes that move, rendered and encoded.
+"""A small set of real video files for trying the trainer: moving shapes, rendered and encoded.
 
 `python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format. With
 --captions it writes videos of one shape, and FOLDER/train.json and test.json with its colour, shape and motion.

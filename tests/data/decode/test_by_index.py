@@ -183,7 +183,7 @@ def test_a_table_beyond_a_file_of_unknown_size_is_a_bad_video(copies, tmp_path):
     content[begin + 4 * 20 : begin + 4 * FRAMES] = b"\xff\xff\xff\xff" * (FRAMES - 20)
     (tmp_path / "a.mp4").write_bytes(content)
     for held in (None, bytes(content)):
-        with pytest.raises(BadVideo, match="its frames would end behind its"):
+        with pytest.raises(BadVideo, match="its frames would end after its"):
             read_frames(video, lambda count: [0, count - 1], held)
 
 

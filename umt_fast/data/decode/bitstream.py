@@ -1,4 +1,4 @@
-"""The sizes that VP9 frames say they have (VP9 bitstream specification, 6.2 and annex B)."""
+"""Sizes in the headers of VP9 frames (VP9 bitstream specification, 6.2 and annex B)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _SRGB = 7
 
 
 def read_formats(packet: bytes) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Width, height and pixel format (profile, and what key frames say of colours) of each frame that names its own.
+    """Width, height and pixel format (profile and, in key frames, colours) of each frame whose header has them.
 
-    The others have the size of a frame that they refer to. Raises ValueError for what is no VP9.
+    Other frames have the size of a frame they refer to. Raises ValueError if the packet is not VP9.
     """
     for frame in _split(packet):
         found = _read_header(frame)
@@ -20,7 +20,7 @@ def read_formats(packet: bytes) -> Iterator[tuple[int, int, tuple[int, ...]]]:
 
 
 def _split(packet: bytes) -> Iterator[bytes]:
-    """The frames of a superframe; else the packet."""
+    """The frames of a superframe, or the packet itself."""
     mark = packet[-1] if packet else 0
     count, width = (mark & 7) + 1, (mark >> 3 & 3) + 1
     size = 2 + width * count
@@ -37,46 +37,46 @@ def _split(packet: bytes) -> Iterator[bytes]:
 
 class _Bits:
     def __init__(self, data: bytes) -> None:
-        self._value = int.from_bytes(data[:24].ljust(24, b"\0"), "big")  # all that a header needs
+        self._value = int.from_bytes(data[:24].ljust(24, b"\0"), "big")  # enough for a header
         self._left = 24 * 8
 
-    def take(self, count: int) -> int:
+    def read(self, count: int) -> int:
         self._left -= count
         return self._value >> self._left & (1 << count) - 1
 
 
 def _read_header(frame: bytes) -> tuple[int, int, tuple[int, ...]] | None:
     bits = _Bits(frame)
-    if bits.take(2) != 2:
-        raise ValueError("no VP9 frame")
-    profile = bits.take(1) + 2 * bits.take(1)
-    if profile == 3 and bits.take(1):
+    if bits.read(2) != 2:
+        raise ValueError("not a VP9 frame")
+    profile = bits.read(1) + 2 * bits.read(1)
+    if profile == 3 and bits.read(1):
         raise ValueError("VP9 of a later profile")
-    if bits.take(1):  # a frame that is shown again
+    if bits.read(1):  # shows an earlier frame again
         return None
-    inter, shown, resilient = bits.take(1), bits.take(1), bits.take(1)
+    inter, shown, resilient = bits.read(1), bits.read(1), bits.read(1)
     colours: tuple[int, ...] = ()
     if inter:
-        intra = 0 if shown else bits.take(1)
+        intra = 0 if shown else bits.read(1)
         if not resilient:
-            bits.take(2)
+            bits.read(2)
         if not intra:
-            bits.take(8 + 3 * 4)
-            if any(bits.take(1) for _ in range(3)):  # the size of a reference; the first that is named counts
+            bits.read(8 + 3 * 4)
+            if any(bits.read(1) for _ in range(3)):  # the size of a reference; the first one named counts
                 return None
-            return bits.take(16) + 1, bits.take(16) + 1, (profile,)
-    if bits.take(24) != _SYNC:
-        raise ValueError("no VP9 key frame")
+            return bits.read(16) + 1, bits.read(16) + 1, (profile,)
+    if bits.read(24) != _SYNC:
+        raise ValueError("not a VP9 key frame")
     if not inter or profile:
         colours = _read_colours(bits, profile)
     if inter:
-        bits.take(8)
-    return bits.take(16) + 1, bits.take(16) + 1, (profile, *colours)
+        bits.read(8)
+    return bits.read(16) + 1, bits.read(16) + 1, (profile, *colours)
 
 
 def _read_colours(bits: _Bits, profile: int) -> tuple[int, ...]:
-    depth = bits.take(1) if profile >= 2 else 0
-    if bits.take(3) == _SRGB:
-        return depth, bits.take(1) if profile in (1, 3) else 0
-    bits.take(1)  # the range
-    return (depth, bits.take(3)) if profile in (1, 3) else (depth,)
+    depth = bits.read(1) if profile >= 2 else 0
+    if bits.read(3) == _SRGB:
+        return depth, bits.read(1) if profile in (1, 3) else 0
+    bits.read(1)  # the range
+    return (depth, bits.read(3)) if profile in (1, 3) else (depth,)

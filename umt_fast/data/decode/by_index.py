@@ -1,6 +1,6 @@
-"""Frames of training copies, read without a demuxer: their index says where the packets lie.
+"""Frames of training copies, read without a demuxer: the index has the offsets of their packets.
 
-Where every frame is a key frame, opening the container, seeking in it and demultiplexing take a quarter of the time.
+Opening, seeking and demultiplexing would take a quarter of the time where every frame is a key frame.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from umt_fast.data.decode.time_limit import check_time
 from umt_fast.data.index import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
-"""FFmpeg's names of them, by the codecs of copies; its own AV1 decoder wants a GPU."""
+"""FFmpeg's decoders by the codecs of copies; its own AV1 decoder needs a GPU."""
 _CHANGED = "it has changed since it was indexed"
 
 
@@ -41,13 +41,13 @@ def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
         with as_bad_video():
             reader = Reader(video.facts, video.facts.packets, read, video.limits.max_pixels)
         if reader.bounds[-1] > size:
-            raise BadVideo(f"its frames would end behind its {size} bytes: {_CHANGED}")
+            raise BadVideo(f"its frames would end after its {size} bytes: {_CHANGED}")
         yield reader
 
 
 @contextlib.contextmanager
 def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, int], bytes]]:
-    """A function that reads bytes `start` to `end` of a video. It raises BadVideo where they are not there."""
+    """A function that reads bytes `start` to `end` of a video and raises BadVideo if they are missing."""
 
     def whole(part: bytes, start: int, end: int) -> bytes:
         if start < 0 or len(part) != end - start:
@@ -80,7 +80,7 @@ class Reader:
         to_rgb = RgbConverter(indexed=True)
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
-        fed = 0  # frames whose packets the decoder has had, from the key frame before them on
+        fed = 0  # the decoder has the packets before this frame, from their key frame on
         for index, begin in zip(indices, begins, strict=True):
             if fed <= begin:
                 self.decoder.flush_buffers()
@@ -107,14 +107,14 @@ class Reader:
 
 
 def _packet(content: bytes) -> av.Packet:
-    """A packet with the zeros behind it that decoders read; one made from bytes is these bytes, with none."""
+    """A packet with zeros after it, which decoders read; `av.Packet(content)` would have none."""
     packet = av.Packet(len(content))
     packet.update(content)
     return packet
 
 
 def _decoder_of(codec: str) -> str | None:
-    """FFmpeg's name of it, if it is there."""
+    """FFmpeg's name of the decoder, None if this FFmpeg lacks it."""
     name = _DECODERS.get(codec)
     return name if name in av.codecs_available else None
 
@@ -130,10 +130,10 @@ def _open_decoder(codec: str, setup: bytes, max_pixels: int) -> av.VideoCodecCon
 
 
 def find_packets(video: Video, facts: Facts) -> Packets | None:
-    """Where the packets of a local video with these facts lie. Raises BadVideo as `read_frames`.
+    """The place of the packets of a local video with these facts. Raises BadVideo as `open_video`.
 
-    None unless they lie one behind another in the order their frames are shown, behind a table of their sizes, and the
-    first decodes without the container to what it decodes to with it.
+    None unless they follow each other in the order their frames are shown, after a table of their sizes, and the first
+    decodes to the same picture without the container as with it.
     """
     with in_container(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
         container, stream = reader.container, reader.stream
@@ -165,6 +165,6 @@ def find_packets(video: Video, facts: Facts) -> Packets | None:
 
 
 def _is_like(one: av.VideoFrame, other: av.VideoFrame) -> bool:
-    """Whether frames of a file are alike in all that their RGB depends on."""
+    """Whether two frames give the same RGB."""
     kinds = [(frame.format.name, frame.colorspace, frame.color_range, orientation_of(frame)) for frame in (one, other)]
     return kinds[0] == kinds[1] and np.array_equal(one.to_ndarray(), other.to_ndarray())

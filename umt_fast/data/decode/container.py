@@ -27,7 +27,7 @@ from umt_fast.data.storage import CannotReach, file_size, read_video
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-# How much shorter than its header says a video may be: less is a last frame's duration, more is a cut-off file.
+# How much a video may fall short of its header: a last frame's duration. A larger gap means a cut-off file.
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
 
@@ -229,7 +229,7 @@ class Reader:
             packets += 1
             if packet.is_keyframe and packet.pts is not None:
                 keys.append(packet.pts)
-            if not packet.is_discard and not (vp8 and _is_hidden(packet)):  # discard: cut away by an edit list
+            if not packet.is_discard and not (vp8 and _is_hidden(packet)):  # discard: removed by an edit list
                 times.append(packet.pts)
         if not times:
             raise BadVideo("no frames")
@@ -283,14 +283,14 @@ class Reader:
         )
 
     def _is_interlaced(self, first: av.VideoFrame) -> bool:
-        """Whether frames are stored as fields or flagged as such, of which every decoder makes something else."""
-        order = getattr(self.stream.codec_context, "field_order", 0)  # PyAV before 18 does not tell
+        """Whether frames are stored as fields or flagged so; decoders differ in what they make of them."""
+        order = getattr(self.stream.codec_context, "field_order", 0)  # PyAV before 18 lacks it
         return bool(first.interlaced_frame) or order > 1  # 0: unknown, 1: progressive
 
     def _refuse_truncated(self, packets: int, times: list[int]) -> None:
         """Raise if the video ends well before its header says.
 
-        Fewer packets than the header counts are no proof: an edit list may hide the rest, an AVI may leave gaps.
+        Fewer packets than the header counts prove nothing: an edit list may hide the rest, an AVI may leave gaps.
         """
         if not times or 0 < self.stream.frames <= packets:
             return
@@ -305,7 +305,7 @@ class Reader:
             raise BadVideo(f"truncated: it ends at {end:.1f} of {expected:.1f} seconds")
 
     def _header_end(self) -> float | None:
-        """When the header says the video stream ends, in seconds, where it says so."""
+        """End of the video stream in seconds according to the header; None if it does not say."""
         stream, base = self.stream, float(self.stream.time_base or 0)
         if self.container.format.name == "avi":  # FFmpeg guesses its duration from the size of the file
             return stream.frames * base
@@ -330,7 +330,7 @@ class Reader:
             yield found
 
     def key_of(self, time: int) -> int:
-        """Time of the key frame that a frame is decoded from."""
+        """Time of the key frame at or before a frame."""
         return self.keys[max(bisect.bisect_right(self.keys, time) - 1, 0)]
 
     def _by_time(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -351,7 +351,7 @@ class Reader:
                 yield index, self.to_rgb(frame)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
-        """Decoded frames from the key frame at time `key` on; from the start, once, where a seek lands behind it."""
+        """Decoded frames from the key frame at time `key` on; from the start, once, if a seek lands after it."""
         self.container.seek(key, stream=self.stream)
         decoder = decode(self.container, self.stream)
         for frame in decoder:

@@ -1,8 +1,8 @@
-"""Packets and frames of an open video, which may be left before the end.
+"""Packets and frames of an open video; the loops may be left early.
 
 PyAV's own `demux` leaves 150 bytes allocated each time that it is neither read to its end nor closed (18.1), and its
-`decode` even where it is closed. Few, but they lie between the buffers of frames, so that glibc finds ever fewer holes
-that are large enough: a worker grew by 54 MB over 20,000 clips, half of which was such bytes.
+`decode` even where it is closed. Few, but they lie between the buffers of frames, so that glibc finds ever fewer gaps
+that are large enough: a worker grew by 54 MB over 20,000 clips, half of it such bytes.
 """
 
 from __future__ import annotations

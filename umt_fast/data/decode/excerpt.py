@@ -59,12 +59,12 @@ def _cut(reader: Reader, indices: list[int]) -> tuple[bytes, list[int]] | None:
     """The packets that frames need, as Matroska, and the numbers of the frames in that. None if sizes change."""
     wanted = [reader.pts[index] for index in indices]
     packets = _collect(reader, wanted, seek=True)
-    if not packets.keys() >= set(wanted):  # a seek that lands behind its key frame
+    if not packets.keys() >= set(wanted):  # a seek landed after its key frame
         packets = _collect(reader, wanted, seek=False)
     times = sorted(packets)
     for index, time in zip(indices, wanted, strict=True):
         if time not in packets:
-            raise BadVideo(f"frame {index} of {len(reader.pts)} is not there")
+            raise BadVideo(f"frame {index} of {len(reader.pts)} is missing")
     if not _keeps_its_format(reader, packets.values()):
         return None
     return _mux(reader, packets, times), [bisect.bisect_left(times, time) for time in wanted]
@@ -87,7 +87,7 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
             if packet.pts in waiting:
                 first = first if wanted else packet.pts
                 wanted |= waiting.pop(packet.pts)
-            if wanted and packet.pts >= first:  # what leads a key frame builds upon the group before
+            if wanted and packet.pts >= first:  # leading frames refer to the group before
                 packets[packet.pts] = packet
                 wanted.discard(packet.pts)
                 if not wanted and (seek or not waiting):
@@ -98,12 +98,12 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
 
 
 def _keeps_its_format(reader: Reader, packets: Collection[av.Packet]) -> bool:
-    """Whether all frames are of the size and pixel format that the file's header names, and H.264's key frames
-    need nothing before them: else what follows one is lost where the group before is cut."""
+    """Whether all frames have the size and pixel format of the file's header, and H.264's key frames refer to nothing
+    before them: otherwise the frames after one are lost when the group before is left out."""
     context = reader.stream.codec_context
     if context.codec.canonical_name == "h264" and not all(_has_idr(one) for one in packets if one.is_keyframe):
         return False
-    if context.codec.canonical_name == "vp9":  # FFmpeg would decode it
+    if context.codec.canonical_name == "vp9":  # with `skip_frame`, FFmpeg would still decode it
         try:
             found = [one for packet in packets for one in read_formats(bytes(packet))]
         except ValueError:
@@ -142,6 +142,6 @@ def _has_idr(packet: av.Packet) -> bool:
     while place + 4 < len(data):
         kinds.add(data[place + 4] & 31)
         place += 4 + int.from_bytes(data[place : place + 4], "big")
-    if place != len(data):  # no lengths
+    if place != len(data):  # start codes, not lengths
         kinds = {unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit}
     return 5 in kinds

@@ -67,7 +67,7 @@ def limits(device: torch.device) -> dict[str, Limits]:
     except OSError:
         raise NoEngine(f"no {LIBRARY}; in a container set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video") from None
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # the driver answers for the current context, so there must be one
+        torch.cuda.current_stream().synchronize()  # the driver answers for the current context, which this makes
         found = {name: _ask(library, code) for name, code in CODECS.items()}
     supported = {name: answer for name, answer in found.items() if answer is not None}
     if not supported:

@@ -1,4 +1,4 @@
-"""A limit to the time that decoding one video takes."""
+"""A time limit for the decoding of one video."""
 
 from __future__ import annotations
 

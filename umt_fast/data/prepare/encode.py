@@ -1,4 +1,4 @@
-"""One video, encoded anew as a training copy in which a random frame costs few frames of decoding."""
+"""Encode one video as a training copy, in which a random frame costs few frames of decoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from umt_fast.data.index import BadVideo, Facts, Video
 
 
 class BadCopy(Exception):
-    """An encoder that did not give what was asked; the message says what it gave."""
+    """A copy that is not as requested; the message says how it differs."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Codec:
     encoder: str
     """FFmpeg's name of it."""
     quality: tuple[int, int]
-    """Its constant quality by default: with predicted frames, and with key frames alone. An encoder means different
-    things by the same number in the two."""
+    """Default constant quality, with predicted frames and with key frames alone: the same number means different
+    qualities in the two."""
     options: dict[str, str] = field(default_factory=dict)
     scale: tuple[str, ...] = ("crf",)
     """The options that take the quality."""
@@ -69,12 +69,12 @@ _RESIZE = 1 << 2 | 1 << 18 | 1 << 13 | 1 << 19
 """libswscale's BICUBIC, ACCURATE_RND, FULL_CHR_H_INT and BITEXACT: PyAV names all of them only from 18 on."""
 _FINEST_CLOCK = 1_000_000
 _COARSER_CLOCK = 90_000
-_FASTEST = 240  # frames per second that SVT-AV1 takes; a guide for rate control alone
+_FASTEST = 240  # frames per second, SVT-AV1's limit; it only guides rate control
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How copies are made. Raises ConfigError for one that cannot be."""
+    """How copies are made. Raises ConfigError for settings that cannot be combined or are out of range."""
 
     codec: str = "h264"
     short_side: int = 256
@@ -101,7 +101,7 @@ class Recipe:
             raise ConfigError(f"--codec {self.codec}: this FFmpeg has no {CODECS[self.codec].encoder}")
 
     def resolved(self) -> Recipe:
-        """The same with its defaults filled in."""
+        """With the defaults filled in."""
         gop = self.gop or (1 if self.codec == "mjpeg" else 4)
         quality = self.quality or CODECS[self.codec].quality[gop == 1]
         return Recipe(self.codec, self.short_side, gop, quality, self.square_pixels)
@@ -124,7 +124,7 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     source's bytes, where they are at hand. Frames are held one at a time.
 
     Raises BadVideo for a source that cannot be read to its end, BadCopy when the encoder gives something else than
-    asked for, FFmpegError or OSError where it cannot encode or write.
+    requested, FFmpegError or OSError where it cannot encode or write.
     """
     recipe = recipe.resolved()
     facts = probe(video, content)
@@ -145,7 +145,7 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     with av.open("file:" + target, "w", format="mp4", options=layout) as container:
         stream = _add_stream(container, recipe, facts, size, base)
         packets = _encode(stream, _chain(first, frames), ticks, size, CODECS[recipe.codec].full_range)
-        for packet, duration in zip(packets, durations, strict=False):  # a wrong number is for _check to tell
+        for packet, duration in zip(packets, durations, strict=False):  # _check reports a wrong number
             packet.duration = int(duration)
             container.mux(packet)
     return _check(target, ticks, recipe, size), float((ticks[-1] + usual) * base)
