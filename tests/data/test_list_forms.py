@@ -303,7 +303,7 @@ def test_a_folder_of_frames_is_a_video(tmp_path, listing):
     with pytest.raises(BadVideo, match=r"frame 2, img_3\.png: "):
         read_frames(Video(str(tmp_path / "f/a")), range)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadVideo, match="a folder without a picture"):
+    with pytest.raises(BadVideo, match="a directory without a picture"):
         read_frames(Video(str(tmp_path / "empty")), range)
 
 

@@ -82,6 +82,6 @@ def opened_folder(video: Video, content: bytes | None = None) -> Iterator[FrameF
     except OSError as error:
         raise BadVideo(error.strerror or str(error)) from None
     if not names:
-        raise BadVideo(f"a folder without a picture; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+        raise BadVideo(f"a directory without a picture; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     names.sort(key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
     yield FrameFolder([os.path.join(video.path, name) for name in names])
