@@ -7,6 +7,7 @@ measurement of another GPU, a column corrected by the error found there.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,11 +62,14 @@ def rung_seconds(model: str, batch: int, rung: str, rates: Rates) -> float | Non
 
 
 def find_measurement(target: str, results: Path = RESULTS) -> Content | None:
-    """The step times of stage 1 on this GPU among the committed results."""
+    """The step times of stage 1 on this GPU among the committed results, those of a GPU session too."""
     for path in sorted((results / target).glob("**/step_time.json")):
         content = report.read(path)
         if content["job"] == "pretrain":
             return content
+    session = results / target / "session.json"
+    if session.exists():
+        return json.loads(session.read_text()).get("step_time")
     return None
 
 

@@ -109,6 +109,9 @@ def test_a_measurement_of_the_gpu_adds_its_time_and_the_error(tmp_path):
     (folder / "step_time.json").write_text(json.dumps(found))
     assert prediction.find_measurement("h200", tmp_path) == found
     assert prediction.find_measurement("a100", tmp_path) is None
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100" / "session.json").write_text(json.dumps({"step_time": found}))
+    assert prediction.find_measurement("h100", tmp_path) == found
 
 
 def test_a_measurement_of_another_gpu_corrects_the_prediction():
