@@ -1,5 +1,5 @@
-"""The base of every error that the person who started a run can mend."""
+"""The base of every error that the user of a program can repair."""
 
 
 class RunError(Exception):
-    """Its message names the value, the place and the mend; the trainer prints it without a traceback."""
+    """Its message names the value, the place and the repair; the programs print it without a traceback."""

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from umt_fast.run.checkpoint import NotFinite, TrainState
-from umt_fast.run.log import LossBuffer, RunLog, Throughput, TooManyBadFiles, read_metrics, say
+from umt_fast.errors import RunError
+from umt_fast.run.checkpoint import TrainState
+from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
 from umt_fast.run.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -43,14 +44,14 @@ def test_a_line_holds_step_time_mfu_and_memory(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_files(tmp_path):
-    with RunLog(tmp_path, ALONE, 0, 10, 4) as log, pytest.raises(NotFinite, match=r"step 3 .* a\.mp4"):
+    with RunLog(tmp_path, ALONE, 0, 10, 4) as log, pytest.raises(RunError, match=r"step 3 .* a\.mp4"):
         log.report(state_at(3), losses_of(3, float("nan")))
 
 
 def test_bad_files_above_the_limit_end_the_run(tmp_path):
     buffer = losses_of(1)
     buffer.add_data([("b.mp4", "broken"), ("c.mp4", "broken"), ("b.mp4", "broken")], 0.0)
-    with RunLog(tmp_path, ALONE, 0, 10, 4) as log, pytest.raises(TooManyBadFiles, match="2 videos"):
+    with RunLog(tmp_path, ALONE, 0, 10, 4) as log, pytest.raises(RunError, match="2 videos"):
         log.report(state_at(1), buffer, max_bad=1)
 
 

@@ -204,7 +204,7 @@ def test_the_error_of_a_float8_student_is_measured_without_dropped_paths(clip):
 def test_where_a_float8_student_cannot_be_is_named():
     with pytest.raises(ConfigError, match="student_precision = fp8 needs a GPU"):
         convert_student(VideoStudent(STUDENT), 2, 16)
-    with pytest.raises(ConfigError, match=r"visible tokens of a batch = 12 is no multiple of 16"):
+    with pytest.raises(ConfigError, match=r"visible tokens of a batch = 12 is not a multiple of 16"):
         convert_student(VideoStudent(STUDENT), 1, 12, emulate=True)
     with pytest.raises(ConfigError, match=r"compute.student_precision is for runs in bf16; remove"):
         LowPrecisionConfig(student_precision="fp8", precision="fp32")

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from umt_fast.config import OptimConfig, PretrainConfig, RunConfig
+from umt_fast.errors import RunError
 from umt_fast.files import put_in_place
 from umt_fast.run import checkpoint
-from umt_fast.run.checkpoint import CannotResume, NotFinite, TrainState, find_checkpoint
+from umt_fast.run.checkpoint import TrainState, find_checkpoint
 from umt_fast.run.launch import check_alike
 from umt_fast.run.optim import build_optimizer
 from umt_fast.run.world import World
@@ -100,7 +101,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(folder):
     with torch.no_grad():
         state.model[0].weight[0, 0] = float("inf")
     state.advance(4)
-    with pytest.raises(NotFinite, match=r"0\.weight .* the last checkpoint is .*clips_0000000012"):
+    with pytest.raises(RunError, match=r"0\.weight .* the last checkpoint is .*clips_0000000012"):
         state.save(folder, keep=5)
     assert len(checkpoint.list_checkpoints(folder)) == 3
     content = checkpoint.load_checkpoint(checkpoint.list_checkpoints(folder)[-1])
@@ -158,7 +159,7 @@ def test_changed_settings_are_listed(folder):
     ]
     assert checkpoint.list_changes(found, CONFIG, {"videos": 8}) == []
     checkpoint.check_same(found, now, ("student", "mask.rule"))
-    with pytest.raises(CannotResume, match=r"optim\.lr = 0\.00015, this run has 0\.5"):
+    with pytest.raises(RunError, match=r"optim\.lr = 0\.00015, this run has 0\.5"):
         checkpoint.check_same(found, now, ("optim",))
 
 

@@ -31,8 +31,8 @@ from umt_fast.config import (
     TestConfig,
 )
 from umt_fast.data.labels import LabelError
+from umt_fast.errors import RunError
 from umt_fast.recipe import load_recipe
-from umt_fast.run.checkpoint import CannotResume
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, write_weights
 
@@ -225,7 +225,7 @@ def test_wrong_lists_end_the_run_before_it_begins(config, lists: Path, tmp_path:
 
 def test_a_resumed_run_keeps_what_its_weights_depend_on(config):
     finetune.train(change(config, "run", stop_at=1), ALONE)
-    with pytest.raises(CannotResume, match=r"mix\.mixup = 0\.8, this run has 0\.1"):
+    with pytest.raises(RunError, match=r"mix\.mixup = 0\.8, this run has 0\.1"):
         finetune.train(change(config, "mix", mixup=0.1), ALONE)
 
 

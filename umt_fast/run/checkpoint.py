@@ -36,14 +36,6 @@ _OWN = ("betas", "eps", "weight_decay", "capturable")
 """Settings of an optimiser that are the resumed run's own, not those of the run that saved."""
 
 
-class CannotResume(RunError):
-    """A checkpoint that does not fit the run, or a folder that another run has filled."""
-
-
-class NotFinite(RunError):
-    """A loss, gradient or weight that is not finite."""
-
-
 @dataclass
 class Checkpoint:
     """A checkpoint that was read, and where it lies."""
@@ -97,7 +89,7 @@ class TrainState:
     def save(self, folder: Path, keep: int) -> Path:
         """Write a checkpoint and remove all but the newest `keep`; every rank returns once the file is there.
 
-        Does nothing if this state is saved already. Raises, on every rank, NotFinite for weights that are not
+        Does nothing if this state is saved already. Raises, on every rank, RunError for weights that are not
         finite and OSError for a disk that is full.
         """
         path, problem = checkpoint_path(folder, self.clips_seen), None
@@ -111,7 +103,7 @@ class TrainState:
             content |= {name: module.state_dict() for name, module in self.companions.items()}
             try:
                 if (bad := find_not_finite(model)) is not None:
-                    raise NotFinite(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
+                    raise RunError(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
                 save_checkpoint(folder, self.clips_seen, content, keep)
             except (RunError, OSError) as error:
                 problem = error
@@ -226,7 +218,7 @@ def find_checkpoint(
     """The checkpoint that a run in `folder` continues, the same on every rank; None if it starts anew.
 
     resume  auto: the newest one in `folder` that is whole. One that is damaged is renamed to *.damaged, `say` reports
-    it, and the one before is tried. never: none, and CannotResume if the folder holds one. Else a file's path.
+    it, and the one before is tried. never: none, and RunError if the folder holds one. Else a file's path.
     """
     outcome: tuple[Path | None, Exception | None] = (None, None)
     content = None
@@ -248,14 +240,12 @@ def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path |
     existing = list_checkpoints(folder)
     if resume == "never":
         if existing:
-            raise CannotResume(f"{folder} already holds {existing[-1].name}; choose another --run.name or remove it")
+            raise RunError(f"{folder} already holds {existing[-1].name}; choose another --run.name or remove it")
         return None, None
     if resume != "auto":
         source = Path(resume).expanduser()
         if existing and existing[-1].resolve() != source.resolve():
-            raise CannotResume(
-                f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW"
-            )
+            raise RunError(f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW")
         return source, load_checkpoint(source)
     for path in reversed(existing):
         try:
@@ -310,14 +300,14 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> None:
-    """Raise CannotResume unless the settings called `names` (dotted) are those that the checkpoint was made with.
+    """Raise RunError unless the settings called `names` (dotted) are those that the checkpoint was made with.
 
     A setting that is younger than the checkpoint had its default value then.
     """
     then = {**flatten(asdict(type(config)())), **flatten(checkpoint.content["config"])}
     for key, value in flatten(asdict(config)).items():
         if then[key] != value and any(key == name or key.startswith(f"{name}.") for name in names):
-            raise CannotResume(
+            raise RunError(
                 f"{checkpoint.path} was made with {key} = {then[key]}, this run has {value}; choose another --run.name"
             )
 

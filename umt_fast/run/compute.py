@@ -106,7 +106,7 @@ def _refuse_unsupported(config: PretrainConfig, world: World) -> None:
         raise ConfigError(f"compute.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
     if config.compute.cuda_graph and (lacks := lacking(world.device)) is not None:
         raise ConfigError(
-            f"compute.cuda_graph records the Triton kernels, and this run takes plain PyTorch in their place: it needs "
+            f"compute.cuda_graph records the Triton kernels, and this run uses plain PyTorch instead: it needs "
             f"{lacks}; or leave out --compute.cuda-graph"
         )
     recomputes = config.compute.compile and config.compute.recompute != "none"

@@ -22,12 +22,8 @@ from tqdm import tqdm
 
 from umt_fast.errors import RunError
 from umt_fast.files import escape, read_reasons, write_reasons, write_whole
-from umt_fast.run.checkpoint import NotFinite, TrainState
+from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.world import World
-
-
-class TooManyBadFiles(RunError):
-    """More of the videos are unreadable than the run accepts."""
 
 
 @dataclass
@@ -183,21 +179,21 @@ class RunLog:
     def report(self, state: TrainState, losses: LossBuffer, max_bad: float = math.inf, **values: float) -> None:
         """Record the steps since the last report; every rank calls it.
 
-        Raises NotFinite naming the step and its files, and TooManyBadFiles when more than `max_bad` videos of the list
-        could not be read.
+        Raises RunError for a loss or gradient that is not finite, naming the step and its files, and when more than
+        `max_bad` videos of the list could not be read.
         """
         merged = merge(self._world.gather(losses.take(self._world.device)))
         bad = self._world.gather(self._record_bad(merged.bad))[0]
         if merged.not_finite is not None:
             number, shown, files = merged.not_finite
-            raise NotFinite(
+            raise RunError(
                 f"step {number} is not finite ({shown}). Last good checkpoint: {state.last_saved or 'none'}. "
                 f"Files of that step: {', '.join(files)}"
             )
         if merged.means:
             self._record(state.step, merged, values)
         if bad > max_bad:
-            raise TooManyBadFiles(
+            raise RunError(
                 f"{bad} videos of the list could not be read, more than --data.max-bad-fraction allows; see "
                 f"{self._bad_path}"
             )

@@ -142,7 +142,9 @@ def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool 
         check_device("compute.student_precision", "fp8", student.position.device)
     for name, size in (("student.width", student.config.width), ("visible tokens of a batch", batch * seen)):
         if size % FLOAT8_MULTIPLE:
-            raise ConfigError(f"compute.student_precision = fp8: {name} = {size} is no multiple of {FLOAT8_MULTIPLE}")
+            raise ConfigError(
+                f"compute.student_precision = fp8: {name} = {size} is not a multiple of {FLOAT8_MULTIPLE}"
+            )
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(student.encoder.blocks, config=Float8LinearConfig(emulate=emulate))

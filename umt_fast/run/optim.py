@@ -116,7 +116,7 @@ class Schedule:
         self.total_steps = config.epochs * clips // global_batch
         if self.total_steps < 1:
             raise ConfigError(
-                f"{config.epochs} epochs of {clips} videos are fewer clips than one step takes ({global_batch}); "
+                f"{config.epochs} epochs of {clips} videos are fewer clips than one step needs ({global_batch}); "
                 f"lower --optim.batch-size or raise --optim.epochs"
             )
         self.warmup_steps = min(int(config.warmup_epochs * clips / global_batch), self.total_steps)

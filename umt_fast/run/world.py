@@ -69,7 +69,7 @@ class World:
 def start(device: str, timeout: float = 1800.0) -> World:
     """Join the run's processes, waiting for them up to `timeout` seconds.
 
-    `device` is auto, cpu or cuda; auto takes a GPU if there is one. Raises ConfigError for an environment that does
+    `device` is auto, cpu or cuda; auto chooses a GPU if there is one. Raises ConfigError for an environment that does
     not say which process this is, or a device that is not there.
     """
     if device == "auto":
