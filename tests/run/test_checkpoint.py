@@ -189,6 +189,26 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         checkpoint.load_checkpoint(tmp_path / "nowhere.pth")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"format": 1, "clips_seen": 4, "model": {}, "config": {}}, "its settings lack 'train'"),
+        (
+            {"format": 1, "clips_seen": 4, "model": {}, "config": {"train": 5, "model": 5}},
+            "its settings lack",
+        ),
+        ({"format": 2, "clips_seen": 4}, "model missing or of another kind"),
+        ({"format": 2, "clips_seen": "4", "model": {}}, "clips_seen missing or of another kind"),
+        ({"format": 2, "clips_seen": 4, "model": [], "rng": {}}, "model, rng missing or of another kind"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, content, words):
+    """Found by fuzzing."""
+    torch.save(content, tmp_path / "clips_0000000004.pth")
+    with pytest.raises(WeightsError, match=words):
+        checkpoint.load_checkpoint(tmp_path / "clips_0000000004.pth")
+
+
 @pytest.mark.parametrize("other", [{"model": {}}, {"format": 999, "model": {}}, [1, 2], torch.zeros(3)])
 def test_another_file_of_torch_is_refused(tmp_path, other):
     torch.save(other, tmp_path / "other.pth")
