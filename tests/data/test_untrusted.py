@@ -349,6 +349,18 @@ def test_large_frames_are_refused_before_they_are_decoded(tmp_path, write_video,
         read_frames(Video(str(path), limits=Limits(max_pixels=1_000_000)), lambda count: [0])
 
 
+def test_the_limits_hold_for_a_folder_of_frames(tmp_path):
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(np.zeros((120, 120, 3), np.uint8)).save(tmp_path / "frames" / "1.png")
+    os.mkfifo(tmp_path / "frames" / "2.png")
+    video = Video(str(tmp_path / "frames"))
+    assert len(read_frames(video, lambda count: [0])) == 1
+    with pytest.raises(BadVideo, match=r"2\.png.*not a regular file"):
+        read_frames(video, lambda count: [1])
+    with pytest.raises(BadVideo, match="max-pixels 10000"):
+        read_frames(replace(video, limits=Limits(max_pixels=10_000)), lambda count: [0])
+
+
 def test_frames_that_grow_behind_the_header_are_refused(tmp_path, write_video):
     """The index of a copy, whose decoder is opened without its container."""
     path = write_video(tmp_path / "a.mp4", "mjpeg", frames=4, size=(1200, 1200), gop=1, pixels="yuvj420p")

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from umt_fast.data.decode import IMAGE_SUFFIXES
-from umt_fast.data.index import BadVideo, Video, suffix_of
+from umt_fast.data.decode.time_limit import check_time
+from umt_fast.data.index import BadVideo, Limits, Video, suffix_of
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import CannotReach, read_video
 
@@ -55,14 +56,16 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
 class FrameFolder:
     """A folder of pictures, one for each frame, as a `Reader`. Their numbers give their order."""
 
-    def __init__(self, pictures: list[str]) -> None:
+    def __init__(self, pictures: list[str], limits: Limits) -> None:
+        self._limits = limits
         self.timeline = Timeline(range(len(pictures)), lambda: 1 / _FOLDER_FPS)
         self._pictures = pictures
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
         for index in indices:
             try:
-                with opened(Video(self._pictures[index])) as still:
+                check_time()
+                with opened(Video(self._pictures[index], limits=self._limits)) as still:
                     yield from ((index, frame) for _, frame in still.read([0]))
             except BadVideo as error:
                 raise BadVideo(f"frame {index}, {os.path.basename(self._pictures[index])}: {error}") from None
@@ -75,6 +78,8 @@ _FOLDER_FPS = 25
 @contextlib.contextmanager
 def opened_folder(video: Video, content: bytes | None = None) -> Iterator[FrameFolder]:
     """List the pictures of a folder. Raises BadVideo if there are none."""
+    if video.refused:
+        raise BadVideo(video.refused)
     try:
         names = [
             name for name in os.listdir(video.path) if suffix_of(name) in IMAGE_SUFFIXES and not name.startswith(".")
@@ -84,4 +89,4 @@ def opened_folder(video: Video, content: bytes | None = None) -> Iterator[FrameF
     if not names:
         raise BadVideo(f"a directory without a picture; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     names.sort(key=lambda name: ([int(number) for number in re.findall("[0-9]+", name)], name))
-    yield FrameFolder([os.path.join(video.path, name) for name in names])
+    yield FrameFolder([os.path.join(video.path, name) for name in names], video.limits)
