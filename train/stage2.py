@@ -9,11 +9,12 @@ overridden below. Lists: docs/stage2.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -115,7 +116,9 @@ def train(config: Stage2Config, world: World) -> bool:
         state.save(folder, run.keep)
         log.start_clock(state.step)
 
-    with StopSignal(world) as stop, log, close_all(job.loaders):
+    with StopSignal(world) as stop, log, contextlib.ExitStack() as opened:
+        for loader in job.loaders.values():
+            opened.enter_context(loader)
         log.start_clock(start)
         for step in range(start + 1, job.last + 1):
             kind = job.alternation.kind(step - 1)
@@ -410,20 +413,6 @@ def make_answering(
 def count_votes(answers: tuple[str, ...]) -> dict[str, float]:
     """Share of the votes of each distinct answer."""
     return {answer: answers.count(answer) / len(answers) for answer in dict.fromkeys(answers)}
-
-
-class close_all:
-    """A `with` over several loaders."""
-
-    def __init__(self, loaders: dict[str, Loader]) -> None:
-        self._loaders = loaders
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *details: Any) -> None:
-        for loader in self._loaders.values():
-            loader.__exit__(*details)
 
 
 def describe(

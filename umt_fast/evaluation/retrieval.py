@@ -7,7 +7,8 @@ video are projected once for all of its texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -233,18 +234,15 @@ def _best(scores: Float[Tensor, "r c"], k: int) -> Shaped[Tensor, "r c"]:
     return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, chosen, True)
 
 
-class _evaluating:
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, and the mode from before afterwards."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._was = self._model.training
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train(self._was)
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _gather(own: Tensor, group: Any) -> list[Tensor]:
