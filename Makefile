@@ -50,8 +50,9 @@ soak: .venv/.dev ## kill runs at random and compare with an undisturbed one; abo
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
 	$(BIN)/python -m benchmarks.kernels.compile_report --gate -q
 
-fuzz: .venv/.dev ## read damaged and hostile files of every kind for MINUTES (20)
-	nice $(BIN)/python tests/soak/fuzz.py --minutes $(MINUTES) --keep runs/fuzz
+FUZZ_MINUTES ?= 20
+fuzz: .venv/.dev ## read damaged and hostile files of every kind for FUZZ_MINUTES (20)
+	nice $(BIN)/python tests/soak/fuzz.py --minutes $(FUZZ_MINUTES) --keep runs/fuzz
 
 mutate: .venv/.dev ## break the kernels in over 100 ways and see that their tests notice each; about 15 minutes
 	$(BIN)/python kernels/tests/mutate.py

@@ -80,7 +80,7 @@ class KernelOp:
             self.custom.register_autograd(backward, setup_context=save)
             function = _function(name, launch, save, backward, again)
             # Not `function.apply`, which first looks for torch.func: `runs_kernel` has done so.
-            self.apply = super(torch.autograd.Function, function).apply
+            self.apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -26,9 +26,7 @@ class GatherLayerNorm(nn.LayerNorm):
 class GatherRMSNorm(nn.RMSNorm):
     """nn.RMSNorm over the last dimension, called as `gather_rms_norm` is."""
 
-    def forward(  # type: ignore[override]
-        self, x: Float[Tensor, "*k b l d"], **settings: Any
-    ) -> Float[Tensor, "*k r m d"]:
+    def forward(self, x: Float[Tensor, "*k b l d"], **settings: Any) -> Float[Tensor, "*k r m d"]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return gather_rms_norm(x, self.weight, eps, **settings)
 
