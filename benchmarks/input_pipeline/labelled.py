@@ -10,6 +10,7 @@ every view, as the published data set does.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -73,14 +74,19 @@ def test_once(videos: VideoList) -> int:
     return count
 
 
+def _view_frames(time_view: int, total: int) -> list[int]:
+    return test_frames(total, FRAMES, "sparse", VIEWS.segments, time_view)
+
+
 def test_per_view(videos: VideoList) -> int:
     """Every view opens its video, decodes its frames and resizes them."""
     count = 0
     for time_view in range(VIEWS.segments):
         for crop in range(VIEWS.crops):
             for video in videos:
-                frames = read_frames(video, lambda n, v=time_view: test_frames(n, FRAMES, "sparse", VIEWS.segments, v))
-                size = resized_size(*frames[0].shape[:2], SIDE)
+                choose = functools.partial(_view_frames, time_view)
+                frames = read_frames(video, choose)
+                size = resized_size(frames[0].shape[0], frames[0].shape[1], SIDE)
                 box = crop_boxes(*size, SIDE, VIEWS.crops)[crop]
                 np.stack([resize_bilinear(frame, *size, box) for frame in frames])
                 count += 1
