@@ -101,6 +101,8 @@ def train(config: FinetuneConfig, world: World) -> bool:
         state.save(folder, run.keep)
         log.start_clock(state.step)
 
+    if is_validated(config, schedule, start) and state.plan["validated"] != start:
+        validate(config, job)  # a signal came between the step and this
     with StopSignal(world) as stop, log:
         with job.loader as loader:
             log.start_clock(start)
@@ -127,7 +129,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
                     break
                 if step % run.log_every == 0:
                     report()
-                if step % (schedule.epoch_steps * config.test.every_epochs) == 0 or step == schedule.total_steps:
+                if is_validated(config, schedule, step):
                     report()
                     validate(config, job)
                     save()
@@ -164,6 +166,8 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     torch.manual_seed(run.seed)  # the same new head on every rank
     classifier = umt_fast.VideoClassifier(config.classifier, config.init.scale)
     notes = load_init(classifier, config) if found is None else []
+    if len(listed.classes) < config.classifier.num_classes:
+        notes.append(f"note: the list has {len(listed.classes)} classes, the head {config.classifier.num_classes}")
     classifier.to(world.device)
     bf16 = resolve_precision(compute.precision, world.device)
     stored = found.attention if found is not None else {}
@@ -175,13 +179,13 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own dropped paths
 
     plan = {"videos": len(listed.videos), "list": listed.videos.digest(), "total_steps": schedule.total_steps}
-    chosen = {"best_top1": -1.0, "classes": list(listed.classes)}
+    chosen = {"best_top1": -1.0, "validated": 0, "classes": list(listed.classes)}
     state = TrainState(classifier, optimizer, world, config, {**plan, **chosen}, attention)
     if average is not None:
         state.companions["average"] = average
     if found is not None:
         state.restore(folder, found, step_clips)
-        state.plan["best_top1"] = found.content["schedule"].get("best_top1", -1.0)
+        state.plan |= {key: found.content["schedule"][key] for key in ("best_top1", "validated")}
         notes += [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, config, plan)]
     if world.main:
         checkpoint.remove_unfinished(folder)
@@ -324,8 +328,14 @@ def make_objective(
     return objective
 
 
+def is_validated(config: FinetuneConfig, schedule: EpochSchedule, step: int) -> bool:
+    """Whether validation follows a step: after whole epochs, and after the last step."""
+    return step > 0 and (step % (schedule.epoch_steps * config.test.every_epochs) == 0 or step == schedule.total_steps)
+
+
 def validate(config: FinetuneConfig, job: Job) -> None:
     """Test the validation list's one view, and keep the weights if they are the best so far."""
+    job.state.plan["validated"] = job.state.step
     found, top1 = None, float(job.state.step)  # without a list the last weights are the best
     if job.validation is not None:
         found = run_views(config, job, job.validation, validation=True)

@@ -91,3 +91,15 @@ def test_uint8_clips_are_normalised_inside():
 def test_refuses_sizes_that_cannot_be(change, says):
     with pytest.raises(ConfigError, match=says):
         ClassifierConfig(**{**TINY, **change})
+
+
+def test_compiles_to_one_graph():
+    model = VideoClassifier(ClassifierConfig(**TINY, drop_path=0.5), init_scale=1.0)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    clip = torch.randn(2, 3, 2, 32, 32)
+    torch.manual_seed(3)
+    expected = model(clip)
+    torch.manual_seed(3)
+    assert torch.allclose(compiled(clip), expected, atol=1e-6)
+    model.eval()
+    assert torch.allclose(compiled(clip[:1]), model(clip[:1]), atol=1e-6)

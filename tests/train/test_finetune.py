@@ -32,6 +32,7 @@ from umt_fast.config import (
 )
 from umt_fast.data.labels import LabelError
 from umt_fast.errors import RunError
+from umt_fast.evaluation.classification import Scores
 from umt_fast.recipe import load_recipe
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, write_weights
@@ -105,6 +106,24 @@ def test_a_resumed_run_is_the_undisturbed_one_to_a_bit(config, mode):
     best = [torch.load(run.run.folder / "best.pth", weights_only=True) for run in (config, cut)]
     assert best[0]["step"] == best[1]["step"]
     assert best[0]["top1"] == best[1]["top1"]
+
+
+def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
+    """The signal comes in the last step of the last epoch: the next start validates, writes best.pth and tests."""
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.StopSignal, "requested", lambda _: job_steps.append(1) or len(job_steps) == 8)
+        job_steps: list[int] = []
+        patch.setattr(finetune, "test", lambda *_: None)
+        finetune.train(config, ALONE)
+    content = torch.load(max((config.run.folder / "checkpoints").glob("*.pth")), weights_only=True)
+    assert content["schedule"]["validated"] == 4
+    before = torch.load(config.run.folder / "best.pth", weights_only=True)["step"]
+    assert before == 4
+    (config.run.folder / "best.pth").unlink()
+    monkeypatch.setattr(finetune, "score", lambda *_: Scores(3, 100.0, 100.0, 100.0, 0.0))
+    finetune.train(config, ALONE)
+    assert torch.load(config.run.folder / "best.pth", weights_only=True)["step"] == 8
+    assert (config.run.folder / "test" / "test.json").exists()
 
 
 def test_a_run_leaves_its_report_and_best_weights(config, capsys):

@@ -32,7 +32,7 @@ FORMAT = 2
 """2 names the optimiser's state by parameter; 1, of version 0.1, numbers it. Both are read."""
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_OWN = ("betas", "eps", "weight_decay", "capturable")
+_OWN = ("betas", "eps", "weight_decay", "capturable", "lr_scale")
 """Settings of an optimiser that are the resumed run's own, not those of the run that saved."""
 
 
