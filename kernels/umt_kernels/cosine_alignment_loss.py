@@ -260,7 +260,7 @@ def _plan(
     return Plan(_kernel, (programs, layers), numbers, settings)
 
 
-REGISTERS = 64
+REGISTERS = 96
 """Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
 
 
@@ -411,8 +411,8 @@ if triton is not None:
         if NORM:
             w = tl.load(w_ptr + layer * width + column, mask=inside, other=0.0).to(tl.float32)
             b = tl.load(b_ptr + layer * width + column, mask=inside, other=0.0).to(tl.float32)
-            dw = tl.zeros((BLOCK,), tl.float32)
-            db = tl.zeros((BLOCK,), tl.float32)
+            dw = tl.zeros((ROWS, BLOCK), tl.float32)
+            db = tl.zeros((ROWS, BLOCK), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         first = program * rows_per_program
         for start in range(first, min(first + rows_per_program, rows), ROWS):
@@ -457,8 +457,8 @@ if triton is not None:
                     c = 2.0 * cosine * y_inv * y_inv * factor
                     dy = a[:, None] * t + c[:, None] * y
                     if NORM:
-                        dw += tl.sum(dy * x, axis=0)
-                        db += tl.sum(dy, axis=0)
+                        dw += dy * x
+                        db += dy
                         dy = dy * w[None, :]
                         share, shift = tl.split(tl.sum(tl.join(dy * x, dy), axis=1))
             else:
@@ -475,8 +475,8 @@ if triton is not None:
                     dy = 2.0 * d
                 dy = tl.where(mask, dy * (factor / width)[:, None], 0.0)
                 if NORM and WITH_GRAD:
-                    dw += tl.sum(dy * x, axis=0)
-                    db += tl.sum(dy, axis=0)
+                    dw += dy * x
+                    db += dy
                     dy = dy * w[None, :]
                     loss, share, shift, _ = _sums(each, dy * x, dy, dy)
                 else:
@@ -496,8 +496,8 @@ if triton is not None:
             tl.store(loss_ptr + slot, tl.sum(total, axis=0))
         if NORM and WITH_GRAD:
             both = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * width
-            tl.store(affine_ptr + slot * width + column, dw, mask=inside)
-            tl.store(affine_ptr + both + slot * width + column, db, mask=inside)
+            tl.store(affine_ptr + slot * width + column, tl.sum(dw, axis=0), mask=inside)
+            tl.store(affine_ptr + both + slot * width + column, tl.sum(db, axis=0), mask=inside)
 
     @triton.jit
     def _scale_kernel(grad_ptr, factor_ptr, scaled_ptr, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):

@@ -308,7 +308,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
 
 
-FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 64
+FORWARD_REGISTERS, BACKWARD_REGISTERS = 96, 80
 """Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds them."""
 
 
@@ -489,8 +489,8 @@ if triton is not None:
         inside = column < width
         if WEIGHT:
             w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        dw = tl.zeros((BLOCK,), tl.float32)
-        db = tl.zeros((BLOCK,), tl.float32)
+        dw = tl.zeros((ROWS, BLOCK), tl.float32)
+        db = tl.zeros((ROWS, BLOCK), tl.float32)
         layers = rows // length // batch
         statistics_2 = tl.cast(layers * batch, tl.int64) * masks * kept
         first = program * rows_per_program
@@ -530,9 +530,9 @@ if triton is not None:
             x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=read, other=0.0).to(tl.float32)
             x = tl.where(read, (x - mean[:, None]) * rstd[:, None], 0.0)
             if WEIGHT:
-                dw += tl.sum(g * x, axis=0)
+                dw += g * x
             if BIAS:
-                db += tl.sum(g, axis=0)
+                db += g
             if WEIGHT:
                 g = g * w[None, :]
             if RMS:
@@ -545,9 +545,11 @@ if triton is not None:
             tl.store(dx_ptr + dx_row[:, None] + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         slot = program.to(tl.int64) * width
         if WEIGHT:
-            tl.store(partial_ptr + slot + column, dw, mask=inside)
+            tl.store(partial_ptr + slot + column, tl.sum(dw, axis=0), mask=inside)
         if BIAS:
-            tl.store(partial_ptr + tl.num_programs(0).to(tl.int64) * width + slot + column, db, mask=inside)
+            tl.store(
+                partial_ptr + tl.num_programs(0).to(tl.int64) * width + slot + column, tl.sum(db, axis=0), mask=inside
+            )
 
     @triton.jit
     def _invert_kernel(
