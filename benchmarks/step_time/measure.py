@@ -195,7 +195,7 @@ def measure_model(
             gc.collect()
         if device.type == "cuda" or not timed:
             save(results)
-    _time_in_turn(contenders, repeats, device, gemm)
+    _time_in_turn(contenders, repeats, device, gemm, lambda: save(results))
     return results
 
 
@@ -208,9 +208,16 @@ def _new_result(work: Work, rung: Rung, model: str, batch: int) -> RungResult:
 
 
 def _time_in_turn(
-    contenders: list[Contender], repeats: int, device: torch.device, gemm: dict[str, list[float]]
+    contenders: list[Contender],
+    repeats: int,
+    device: torch.device,
+    gemm: dict[str, list[float]],
+    after_round: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time one step of each in turn, and a large matmul of each precision, `repeats` times."""
+    """Time one step of each in turn, and a large matmul of each precision, `repeats` times.
+
+    Each round leaves its medians, so that a measurement that is interrupted keeps the rounds it made.
+    """
     precisions = {contender.rung.precision for contender in contenders}
     for _ in range(repeats):
         for contender in contenders:
@@ -218,5 +225,6 @@ def _time_in_turn(
         for precision in precisions:
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
             gemm.setdefault(precision, []).append(gemm_seconds(dtype, device))
-    for contender in contenders:
-        contender.settle()
+        for contender in contenders:
+            contender.settle()
+        after_round()

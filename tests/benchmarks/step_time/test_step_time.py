@@ -381,6 +381,19 @@ def test_a_reference_that_is_not_finite_is_refused(monkeypatch):
     assert result.not_run.startswith("refused: the loss of step 1 is nan")
 
 
+def test_an_interrupted_measurement_keeps_the_rounds_it_made(monkeypatch):
+    """On a CPU the rungs are timed in turn, all to the end."""
+    rounds = []
+    monkeypatch.setattr(measure, "gemm_seconds", lambda *_: rounds.append(1) or (1.0 if len(rounds) < 5 else 1 / 0))
+    saved = []
+    with pytest.raises(ZeroDivisionError):
+        measure.measure_model(
+            JOB, "tiny", 1, [FLOAT, BASELINE], 9, CPU, {}, None, lambda r: saved.append(copy.deepcopy(r))
+        )
+    assert [len(result.samples) for result in saved[-1]] == [2, 2]
+    assert all(result.seconds for result in saved[-1])
+
+
 def test_compare_flags_what_became_slower(results, monkeypatch):
     content = report.read(results / "step_time.json")
     assert report.regressions(content, content) == []
