@@ -80,7 +80,7 @@ def test_zero_rows_stay_zero(device, form):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(150, 80, 200), (33, 256, 72), (1, 16, 8)])
+@pytest.mark.parametrize("shape", [(150, 80, 208), (33, 256, 72), (1, 16, 8)])
 @pytest.mark.parametrize("activation", [None, "gelu", "quick_gelu"])
 def test_products_match_float64(device, form, dtype, shape, activation, assert_near):
     """Exactly those of the rounded operands: int32 sums are exact, float32 sums nearly."""
