@@ -26,7 +26,7 @@ demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, tes
 	$(BIN)/python -m umt_fast.data.synthetic runs/demo-text-videos --captions
 	$(BIN)/python -m train.stage2 --recipe tiny --run.name demo-text --data.videos runs/demo-text-videos/train.json \
 		$(addprefix --init ,$(lastword $(sort $(wildcard runs/demo/checkpoints/*.pth))))
-	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval \
+	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --k 12 \
 		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
 
 # One thread per process: the processes take all cores between them.
