@@ -30,6 +30,7 @@ from umt_fast.config import (
     TestConfig,
 )
 from umt_fast.data.labels import read_classes, read_labelled
+from umt_fast.data.manifest import check_files
 from umt_fast.evaluation.classification import predict
 from umt_fast.evaluation.features import infer_sizes
 from umt_fast.evaluation.report import write_report
@@ -96,6 +97,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
         raise ConfigError("give --data.test a list of videos with labels")
     names: Any = read_classes(data.classes) if data.classes else classes or sizes.num_classes
     listed = read_labelled(data.test, data.prefix, names, data.read_timeout)
+    check_files(listed.videos, data.test, data.prefix)
     model = umt_fast.VideoClassifier(sizes)
     report = load_classifier(model, state)
     wrong = [line for line in report.lines() if "pos_embed" not in line]

@@ -29,6 +29,7 @@ from umt_fast.data.augment import PublishedAugment, TrainSampling
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.fast_augment import CroppedStream, augment_batch
 from umt_fast.data.labels import LabelledVideos, read_classes, read_labelled
+from umt_fast.data.manifest import check_files
 from umt_fast.evaluation.classification import Predictions, predict, score
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
@@ -224,6 +225,7 @@ def read_lists(
     names = read_classes(data.classes) if data.classes else None
     count = None if data.count_classes else config.classifier.num_classes
     listed = read_labelled(data.train, data.prefix, names if names is not None else count, data.read_timeout)
+    check_files(listed.videos, data.train, data.prefix)
     if data.count_classes:
         classifier = dataclasses.replace(config.classifier, num_classes=len(listed.classes))
         config = dataclasses.replace(config, classifier=classifier)
@@ -232,10 +234,11 @@ def read_lists(
             f"{data.classes} has {len(names)} classes, the model {count}; give --classifier.num-classes {len(names)} "
             "or --data.count-classes"
         )
-    others = [
-        read_labelled(source, data.prefix, listed.classes, data.read_timeout) if source else None
-        for source in (data.validation, data.test)
-    ]
+    others: list[LabelledVideos | None] = []
+    for source in (data.validation, data.test):
+        others.append(read_labelled(source, data.prefix, listed.classes, data.read_timeout) if source else None)
+        if others[-1] is not None:
+            check_files(others[-1].videos, source, data.prefix)
     return config, listed, others[0], others[1]
 
 

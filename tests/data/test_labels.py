@@ -9,6 +9,13 @@ from umt_fast.data.labels import LabelError, read_classes, read_labelled
 from umt_fast.data.manifest import ManifestError
 
 
+def touch(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if "://" not in name:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     ("content", "paths", "labels", "classes"),
     [
@@ -23,8 +30,9 @@ from umt_fast.data.manifest import ManifestError
 def test_lists(tmp_path: Path, content, paths, labels, classes):
     listing = tmp_path / "list.csv"
     listing.write_text(content, "utf-8")
-    found = read_labelled(str(listing), "pre")
-    assert [video.path for video in found.videos] == [p if "://" in p else f"pre/{p}" for p in paths]
+    touch(tmp_path, paths)
+    found = read_labelled(str(listing), str(tmp_path))
+    assert [video.path for video in found.videos] == [p if "://" in p else f"{tmp_path}/{p}" for p in paths]
     assert found.labels.tolist() == labels
     assert found.classes == classes
 
@@ -45,12 +53,13 @@ def test_folders_name_the_classes(tmp_path: Path):
 
 def test_known_classes_number_the_names(tmp_path: Path):
     listing, names = tmp_path / "list.txt", tmp_path / "classes.txt"
-    listing.write_text("a.mp4,run\nb.mp4,walk\n")
+    touch(tmp_path, ["a.mp4", "b.mp4"])
+    listing.write_text(f"{tmp_path}/a.mp4,run\n{tmp_path}/b.mp4,walk\n")
     names.write_text("walk\nrun\nswim\n")
     classes = read_classes(names)
     assert read_labelled(str(listing), classes=classes).labels.tolist() == [1, 0]
     assert read_labelled(str(listing), classes=classes).classes == ("walk", "run", "swim")
-    listing.write_text("a.mp4,2\n")
+    listing.write_text(f"{tmp_path}/a.mp4,2\n")
     assert read_labelled(str(listing), classes=classes).labels.tolist() == [2]
     assert len(read_labelled(str(listing), classes=400).classes) == 400
 
@@ -71,8 +80,9 @@ def test_known_classes_number_the_names(tmp_path: Path):
 def test_wrong_labels_name_file_and_line(tmp_path: Path, content, classes, says):
     listing = tmp_path / "list.csv"
     listing.write_text(content)
+    touch(tmp_path, ["a.mp4", "b.mp4", "a b.mp4"])
     with pytest.raises(LabelError, match=says) as error:
-        read_labelled(str(listing), classes=classes)
+        read_labelled(str(listing), str(tmp_path), classes)
     assert str(listing) in str(error.value)
 
 
@@ -101,3 +111,12 @@ def test_a_label_that_would_make_millions_of_classes_is_refused(tmp_path):
         read_labelled(str(tmp_path / "list.csv"))
     with pytest.raises(LabelError, match="not one of 10 classes"):
         read_labelled(str(tmp_path / "list.csv"), classes=10)
+
+
+def test_other_forms_of_lists(tmp_path: Path):
+    """Columns by name with start and end, as pre-training reads them"""
+    touch(tmp_path, ["a.mp4"])
+    (tmp_path / "columns.csv").write_text("path,label,start,end\na.mp4,1,2.5,4\na.mp4,0,0,2\n")
+    found = read_labelled(str(tmp_path / "columns.csv"), str(tmp_path))
+    assert found.labels.tolist() == [1, 0]
+    assert [video.path for video in found.videos] == [f"{tmp_path}/a.mp4"] * 2

@@ -235,6 +235,9 @@ def test_wrong_lists_end_the_run_before_it_begins(config, lists: Path, tmp_path:
     (tmp_path / "wrong.csv").write_text("a.mp4,orbit\nb.mp4,hop\n")
     with pytest.raises(LabelError, match=r"wrong\.csv, line 2: no class 'hop'"):
         finetune.read_lists(change(config, "data", validation=f"{tmp_path / 'wrong.csv'}"))
+    (tmp_path / "gone.csv").write_text("x.mp4,orbit\ny.mp4,spin\n")
+    with pytest.raises(RunError, match=r"none of the first 2 files of .*gone\.csv is there"):
+        finetune.read_lists(change(config, "data", test=f"{tmp_path / 'gone.csv'}"))
     (tmp_path / "classes.txt").write_text("orbit\nspin\nswim\n")
     with pytest.raises(ConfigError, match=r"has 3 classes, the model 2; give --classifier\.num-classes 3"):
         finetune.read_lists(change(config, "data", classes=f"{tmp_path / 'classes.txt'}"))

@@ -94,6 +94,16 @@ def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], Vid
     lines = [(f"line {number}", line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise ManifestError(f"the list {source} is empty")
+    return _read_lines(source, prefix, read_timeout, lines)
+
+
+def _read_lines(
+    source: str, prefix: str, read_timeout: float, lines: list[tuple[str, str]]
+) -> tuple[list[str], VideoList, list[str]]:
+    """Every form of list that pre-training reads, if its labels are numbers; else `path,name` or `path name`."""
+    where, videos, labels = _of_rows(source, read_manifest(source, prefix, read_timeout))
+    if all(labels):
+        return [line for line, _ in lines] if len(lines) == len(videos) else where, videos, labels
     parts = [_split(line) for _, line in lines]
     paths = [path if is_url(path) else os.path.join(prefix, path) for path, _ in parts]
     return [where for where, _ in lines], VideoList.of_paths(paths), [label for _, label in parts]
