@@ -325,6 +325,21 @@ def test_a_reply_without_an_end_is_cut_off(serve):
     assert time.monotonic() - begun < 20
 
 
+@pytest.mark.timeout(60)
+def test_answers_that_are_read_at_once_are_bounded_together(serve, monkeypatch):
+    monkeypatch.setattr(storage, "_MOST_AT_ONCE", 4 << 20)
+    url = serve(endless)
+    limits = Limits(max_bytes=3 << 20)
+    reads = [storage.start_reading(Video(f"{url}/{number}.mp4", limits=limits)) for number in range(8)]
+    most = 0
+    while not all(read.done() for read in reads):
+        most = max(most, sum(map(len, list(storage._unfinished))))
+        time.sleep(0.001)
+    assert all(isinstance(read.exception(), TooLarge) for read in reads)
+    assert most < (4 << 20) + (3 << 20) + 8 * storage._BLOCK
+    assert not storage._unfinished
+
+
 def test_a_compressed_reply_is_not_unpacked(serve, monkeypatch):
     monkeypatch.setattr(storage, "ATTEMPTS", 1)
     with pytest.raises(OSError, match="compressed"):

@@ -36,6 +36,8 @@ CACHES = frozenset({"simplecache", "filecache", "blockcache"})
 """Caches of fsspec that may stand before one of these, as in `simplecache::https://...`."""
 _BLOCK = 1 << 20
 """Bytes of an answer that are looked at before more are taken."""
+_MOST_AT_ONCE = 256 << 20
+"""Bytes of unfinished answers that a process holds, beyond which all but the oldest wait: a worker reads 8 ahead."""
 
 _TOO_LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same from Python 3.11 on
 
@@ -213,9 +215,8 @@ async def _get(system: Any, url: str, start: int, end: int | None, most: int, ti
     if start or end is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
 
-    async def get() -> bytes:
+    async def get(content: bytearray) -> bytes:
         session = await system.set_session()
-        content = bytearray()
         async with session.get(system.encode_url(url), headers=headers, **options) as answer:
             if answer.status == 404:
                 raise FileNotFoundError(url)
@@ -227,9 +228,21 @@ async def _get(system: Any, url: str, start: int, end: int | None, most: int, ti
                 content += block
                 if len(content) > most:
                     break
+                while sum(map(len, _unfinished)) > _MOST_AT_ONCE and _unfinished[0] is not content:
+                    await asyncio.sleep(0.05)
         return bytes(content)
 
-    return await asyncio.wait_for(get(), timeout)
+    content = bytearray()
+    _unfinished.append(content)
+    try:
+        return await asyncio.wait_for(get(content), timeout)
+    finally:
+        _unfinished[:] = [other for other in _unfinished if other is not content]
+
+
+_unfinished: list[bytearray] = []
+"""What has come of the answers that are being read, the oldest first. All are read in one thread, fsspec's."""
+os.register_at_fork(after_in_child=_unfinished.clear)  # that thread does not live on in a child
 
 
 def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -> Any:

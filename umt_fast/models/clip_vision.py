@@ -79,10 +79,12 @@ class Mlp(nn.Module):
         as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
         """
         hidden = self.c_fc(x.to(self.c_fc.weight.dtype))
-        if self.activation == "gelu":
-            return self.c_proj(F.gelu(hidden))
-        hidden = F.silu(hidden.mul_(QUICK), inplace=True)
         weight, bias = self.c_proj.weight, self.c_proj.bias
+        if self.activation == "gelu":
+            hidden = F.gelu(hidden)
+            plain = type(weight) is nn.Parameter
+            return F.linear(hidden, weight, bias.to(weight.dtype)) if plain else self.c_proj(hidden)
+        hidden = F.silu(hidden.mul_(QUICK), inplace=True)
         if type(weight) is not nn.Parameter:  # torchao's matmul has no factor; torch.compile fuses this one
             return self.c_proj(hidden.mul_(1 / QUICK))
         rows = torch.addmm(bias.to(weight.dtype), hidden.flatten(0, -2), weight.T, alpha=1 / QUICK)
