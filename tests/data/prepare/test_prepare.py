@@ -717,6 +717,21 @@ def test_verify_without_sources(source, made):
     verdict = verify.verify(str(out), 2)
     assert (verdict.checked, verdict.compared, verdict.problems) == (7, 0, [])
     assert "not compared with the sources" in str(verdict)
+    assert "all is right" not in str(verdict)
+
+
+def test_verify_elsewhere_does_not_say_that_all_is_right(source, made, monkeypatch, capsys, tmp_path):
+    """With a relative SOURCE, which the other working directory does not hold."""
+    out = made()
+    settings = out / ".prepare" / "settings.json"
+    given = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**given, "SOURCE": os.path.relpath(given["SOURCE"])}))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(["--verify", str(out), "--workers", "1"])
+    assert caught.value.code == 1
+    assert "nothing was compared with a source" in capsys.readouterr().out
 
 
 def test_verify_command(made, capsys, monkeypatch):

@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         found = verify(settings.out, settings.processes, settings.time_limit, settings.read_timeout)
         print(found)
-        sys.exit(1 if found.problems else 0)
+        sys.exit(1 if found.problems or found.nothing_compared else 0)
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as interrupt:

@@ -46,6 +46,11 @@ class Verdict:
     """Files, and what is wrong with them."""
     note: str = ""
 
+    @property
+    def nothing_compared(self) -> bool:
+        """Whether there are copies, but no source was found for any."""
+        return self.checked > 0 and self.compared == 0
+
     def __str__(self) -> str:
         lines = [f"{file}: {problem}" for file, problem in self.problems]
         least = f", PSNR {self.lowest[0]:.1f} dB or more ({self.lowest[1]})" if self.lowest else ""
@@ -55,6 +60,8 @@ class Verdict:
         if bad:
             some = " ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
             lines.append(f"{len(bad)} files are not right; rm them ({some}) and run prepare again as before")
+        elif self.nothing_compared:
+            lines.append("nothing was compared with a source: run it where prepare was run, with the sources in place")
         else:
             lines.append("all is right")
         return "\n".join(lines)
