@@ -36,6 +36,8 @@ PATIENCE = 3.0
 """Most seconds between a step and the next kill."""
 STEPS = 90
 """Steps of a run; a checkpoint every 3."""
+LAST_KILL = STEPS - 30
+"""Step after which no rank is killed under torchrun: an agent whose ranks have finished does not start them again."""
 RECIPE = """
 teacher_weights = "random"
 [student]
@@ -155,6 +157,9 @@ class Soak:
             raise SystemExit(f"the undisturbed run failed: {self.folder / name}.log")
         return self.folder / name / "checkpoints"
 
+    def last_step(self, run: Run) -> int:
+        return int(run.log.read_text(errors="replace").rpartition("\nstep ")[2].partition("/")[0])
+
     def judge(self, tally: Tally, name: str, ranks: int, ended: bool) -> None:
         folder, whole = self.folder / name / "checkpoints", self.undisturbed(ranks)
         tally.runs += 1
@@ -204,6 +209,8 @@ class Soak:
             try:
                 while tally.tries < tries and run.wait_for_steps(1):
                     time.sleep(self.random.uniform(0, PATIENCE))
+                    if run.steps() and self.last_step(run) > LAST_KILL:
+                        break
                     ranks = [pid for process in run.processes for pid in _children(process.pid)]
                     if ranks:
                         os.kill(self.random.choice(ranks), signal.SIGKILL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -61,13 +63,18 @@ class Trainer:
         given = ["--recipe", str(self.recipe), "--run.dir", str(self.folder), *options]
         return given if "--data.train" in options else [*given, "--data.train", str(self.videos)]
 
-    def run_here(self, *options: str) -> int | str | None:
-        """Exit status of a run in this process, which saves the start of another; a message for status 1."""
-        try:
-            pretrain.main(self.arguments(*options))
-        except SystemExit as ended:
-            return ended.code
-        return 0
+    def run_here(self, *options: str) -> tuple[int, str]:
+        """Exit status and output of a run in this process, which saves the seconds that another takes to start."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                pretrain.main(self.arguments(*options))
+                status: int | str | None = 0
+            except SystemExit as ended:
+                status = ended.code
+        if isinstance(status, str):
+            return 1, printed.getvalue() + status
+        return status or 0, printed.getvalue()
 
     def start(
         self,
@@ -98,7 +105,9 @@ class Trainer:
         return child
 
     def run(self, *options: str, processes: int = 1, limit: Callable[[], None] | None = None) -> tuple[int, str]:
-        """Exit status and output of a run that ends by itself."""
+        """Exit status and output of a run that ends by itself; in this process if it is one without a limit."""
+        if processes == 1 and limit is None:
+            return self.run_here(*options)
         child = self.start(*options, processes=processes, limit=limit)
         output, _ = child.communicate(timeout=120)
         return child.returncode, output

@@ -106,7 +106,9 @@ def test_ranks_that_were_started_differently_refuse(trainer):
 def test_an_environment_that_is_half_set_is_one_line(trainer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    assert "WORLD_SIZE = 2, but RANK is not set" in str(trainer.run_here("--run.name", "w"))
+    status, output = trainer.run("--run.name", "w")
+    assert status == 1
+    assert "WORLD_SIZE = 2, but RANK is not set" in output
 
 
 def test_a_restart_by_torchrun_goes_on_at_the_last_checkpoint(trainer):
@@ -148,7 +150,7 @@ def test_a_terminal_without_utf8(trainer, demo_videos):
 
 def test_checkpoints_by_the_clock(trainer):
     options = ("--run.save-minutes", "0", "--run.save-every", "1000", "--run.stop-at", "5", "--run.log-every", "2")
-    assert trainer.run_here("--run.name", "c", "--run.keep", "9", "--data.workers", "0", *options) == 0
+    assert trainer.run("--run.name", "c", "--run.keep", "9", "--data.workers", "0", *options)[0] == 0
     assert [path.name for path in trainer.checkpoints("c")] == [f"clips_{n:010d}.pth" for n in (8, 16, 20)]
 
 
@@ -181,7 +183,7 @@ def test_a_file_system_without_flock(trainer, monkeypatch):
 
 def test_a_new_run_starts_from_weights(trainer):
     """With other frames and another size: the positions follow a rule and lie in no file."""
-    assert trainer.run_here("--run.name", "first", "--run.stop-at", "2", "--data.workers", "0") == 0
+    assert trainer.run("--run.name", "first", "--run.stop-at", "2", "--data.workers", "0")[0] == 0
     (first,) = trainer.checkpoints("first")
     config = load_recipe(PretrainConfig, trainer.recipe)
     path = str(first)
@@ -195,7 +197,7 @@ def test_a_new_run_starts_from_weights(trainer):
     saved = checkpoint.load_checkpoint(first)["model"]
     for key, value in job.state.model.state_dict().items():
         assert torch.equal(value, saved[key]), key
-    assert "no weights at /nowhere.pth" in str(trainer.run_here("--run.name", "third", "--init", "/nowhere.pth"))
+    assert "no weights at /nowhere.pth" in trainer.run("--run.name", "third", "--init", "/nowhere.pth")[1]
 
 
 def test_a_home_folder_in_run_dir(monkeypatch, tmp_path):
