@@ -429,8 +429,7 @@ if triton is not None:
             if WEIGHTED:
                 factor = factor * tl.load(factor_ptr + layer * factor_k + row, mask=here, other=0.0)
             t_mask = mask
-            if PADDED:
-                factor = tl.where(other >= 0, factor, 0.0)
+            if PADDED:  # the factor of such a row is 0
                 t_mask = mask & (other >= 0)[:, None]
             x_row = layer * x_k + row_set.to(tl.int64) * x_r + place.to(tl.int64) * x_m
             t_row = layer * t_k + (row_set // masks).to(tl.int64) * t_b + other * t_n
