@@ -74,7 +74,7 @@ def test_gather_patches_of_floats(device, axis):
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_gather_layer_norm(device, axis, with_ids):
     x, weight, upstream = randn(device, 3, 3, 8), torch.ones(8, device=device), randn(device, 3, 3, 8)
-    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device) if with_ids else None
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device).int() if with_ids else None
     results = []
     for given, grad in ((x, upstream), (far_apart(x, axis), far_apart(upstream, axis))):
         given.requires_grad_()
@@ -87,7 +87,7 @@ def test_gather_layer_norm(device, axis, with_ids):
 @pytest.mark.parametrize("with_ids", [False, True])
 def test_gather_layer_norm_of_layers(device, axis, with_ids):
     x, upstream = randn(device, 3, 3, 3, 8), randn(device, 3, 3, 3, 8)
-    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device) if with_ids else None
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device).int() if with_ids else None
     results = []
     for given, grad in ((x, upstream), (far_apart(x, axis), far_apart(upstream, axis))):
         given.requires_grad_()
@@ -108,7 +108,7 @@ def test_gather_patches_of_planar_bytes(device, axis):
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_add_layer_norm(device, axis, with_ids, post_norm):
     weight, tensors = torch.ones(8, device=device), [randn(device, 3, 3, 8) + i for i in range(3)]
-    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device) if with_ids else None
+    ids = torch.tensor([[2, 0, 1], [0, 1, 2], [2, 1, 0]], device=device).int() if with_ids else None
     results = []
     for residual, branch, grad in (tensors, [far_apart(x, axis) for x in tensors]):
         given = residual.requires_grad_(), branch.requires_grad_()
@@ -143,7 +143,7 @@ def test_cls_scores(device, needs_kernels, axis):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_cosine_alignment_loss(device, axis):
     predictions, targets = randn(device, 3, 3, 3, 8), randn(device, 3, 3, 4, 8)
-    ids = torch.tensor([[3, 0, 1], [0, 1, 3], [2, 1, 0]], device=device)
+    ids = torch.tensor([[3, 0, 1], [0, 1, 3], [2, 1, 0]], device=device).int()
     results = []
     for x, t in ((predictions, targets), (far_apart(predictions, axis), far_apart(targets, axis))):
         x.requires_grad_()
