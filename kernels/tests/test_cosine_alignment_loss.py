@@ -433,3 +433,13 @@ def test_the_last_backward_scales_in_place_and_earlier_ones_do_not(device):
     (second,) = torch.autograd.grad(3 * loss, x)
     assert torch.equal(first, kept)
     assert (second - 1.5 * first).abs().max() < 1e-6 * first.abs().max()
+
+
+@pytest.mark.parametrize("distance", ["l1", "smooth_l1", "mse"])
+def test_a_prediction_equal_to_its_target_gets_no_gradient(device, distance):
+    targets = torch.arange(6.0, device=device).view(1, 2, 3)
+    predictions = (targets + torch.tensor([0.0, 2.0, -2.0], device=device)).requires_grad_()
+    alignment_loss(predictions, targets, distance, reduction="sum").backward()
+    assert (predictions.grad[..., 0] == 0).all()
+    assert (predictions.grad[..., 1] > 0).all()
+    assert (predictions.grad[..., 2] < 0).all()
