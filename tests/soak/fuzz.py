@@ -364,24 +364,16 @@ def make_targets() -> list[Target]:
     annotations += [("a.csv", "video,caption\na.mp4,x y\nb.mp4,z\n"), ("a.tsv", "video\tcaption\na.mp4\tx y\n")]
     folder = Path(__file__).parents[2] / "train" / "recipes" / "pretrain"
     recipes = [(path.name, path.read_bytes()) for path in sorted(folder.glob("umt_*.toml"))]
+    captions = [(name, text.encode()) for name, text in annotations]
     targets = [
         Target("video", films, damage_bytes, read_video, weight=6),
         Target("still", stills, damage_bytes, read_video),
         Target("list", [("list.csv", text) for text in lists], damage_text, read_list, {"a.mp4": film}, weight=3),
         Target("shard", shards, damage_tar, lambda path: read_all(read_manifest(str(path))), weight=3),
-        Target(
-            "captions",
-            [(name, text.encode()) for name, text in annotations],
-            damage_text,
-            read_captions,
-            weight=2,
-        ),
-        Target(
-            "recipe",
-            recipes,
-            damage_text,
-            read_recipe,
-        ),
+        Target("captions", captions, damage_text, read_captions, weight=2),
+        Target("sqlite", [("a.db", annotations_database())], damage_bytes, read_captions),
+        Target("mapped", [("a.videos", mapped_list())], damage_text, read_list),
+        Target("recipe", recipes, damage_text, read_recipe),
         Target("teacher", weights, damage_zip, read_teacher, weight=2),
         Target("torchscript", [("a.pt", script.getvalue())], damage_zip, lambda path: read_weights(path) and None),
         Target("legacy", [("a.pth", saved(visual, _use_new_zipfile_serialization=False))], damage_bytes, read_teacher),
