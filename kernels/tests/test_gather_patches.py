@@ -142,6 +142,16 @@ def test_pixels_of_other_tokens_do_not_leak(device, halo):
     assert torch.equal(gather_patches(hidden, PATCH, token_ids=ids, halo=halo), expected)
 
 
+@pytest.mark.parametrize("make", [uint8_clip, float_clip])
+def test_an_id_of_minus_1_gives_a_row_of_zeros(device, make):
+    ids = torch.tensor([[3, -1, 0]], device=device)
+    clip = make(1, 1, 8, 8)
+    clip = (clip if clip.dtype == torch.uint8 else clip.float()).to(device)
+    rows = gather_patches(clip, PATCH, token_ids=ids, padded=True)
+    assert (rows[0, 1] == 0).all()
+    assert (rows[0, [0, 2]] != 0).any(-1).all()
+
+
 def test_the_clip_gets_no_gradient(device):
     clip = float_clip(1, 2, 8, 8).float().to(device).requires_grad_()
     assert not gather_patches(clip, PATCH).requires_grad

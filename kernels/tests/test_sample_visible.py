@@ -207,6 +207,11 @@ def test_infinite_and_subnormal_scores(device):
     assert (sample_visible(scores, 3, generator(0, device)) == torch.tensor([0, 2, 4], device=device)).all()
     assert (sample_visible(scores, 1, generator(0, device)) == 0).all()
 
+    two = torch.tensor([[float("inf"), float("inf"), 1.0]], device=device).expand(40, -1)
+    drawn = sample_visible(two, 1, generator(0, device))
+    assert 5 < (drawn == 0).sum() < 35
+    assert (drawn < 2).all()
+
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_each_row_may_draw_its_own_count(device, dtype):
