@@ -1,0 +1,202 @@
+"""Sections on data: lists, clips, augmentation, captions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from umt_fast.config.base import ConfigError, Decoder, FrameRule, check_at_least, check_share
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation of labelled clips: RandAugment, random resized crop, flip, erasing. Defaults are UMT's."""
+
+    mode: Literal["published", "fast", "none"] = "published"
+    """published: draw by draw as the published code, by Pillow on whole frames. fast: crop first, the rest on the
+    device. none: crop and flip alone."""
+    operations: int = 4
+    """RandAugment operations drawn for a clip (arXiv 1909.13719); 0: none."""
+    magnitude: float = 7.0
+    """Mean level of an operation, of 10."""
+    magnitude_std: float = 0.5
+    chance: float = 0.5
+    """Chance that a drawn operation is applied."""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the frame's area that the crop has."""
+    crop_aspect: tuple[float, float] = (0.75, 1.3333)
+    """Smallest and largest width by height of the crop."""
+    flip: float = 0.5
+    """Chance of a horizontal flip; 0 where left and right matter, as in Something-Something."""
+    erase: float = 0.25
+    """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
+
+    def __post_init__(self) -> None:
+        if self.operations < 0 or not 0 <= self.magnitude <= 10 or not 0 <= self.magnitude_std <= 10:
+            raise ConfigError(
+                f"augment: operations = {self.operations}, magnitude = {self.magnitude}, magnitude_std = "
+                f"{self.magnitude_std}: must be at least 0, and the latter two at most 10"
+            )
+        for name, share in (("chance", self.chance), ("flip", self.flip), ("erase", self.erase)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"augment.{name} = {share}: must be in [0, 1]")
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ConfigError(f"augment.crop_area = {self.crop_area}: must ascend in (0, 1]")
+        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < math.inf:
+            raise ConfigError(f"augment.crop_aspect = {self.crop_aspect}: must ascend from above 0")
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """How the clips of a batch are mixed, and their targets smoothed; the defaults are UMT's."""
+
+    mixup: float = 0.8
+    """Alpha of the Beta distribution that mixup's share is drawn from (arXiv 1710.09412); 0: no mixup."""
+    cutmix: float = 1.0
+    """Likewise for cutmix (arXiv 1905.04899)."""
+    probability: float = 1.0
+    """Chance that a batch, or with `elem` a clip, is mixed at all."""
+    switch: float = 0.5
+    """Chance of cutmix where both are on."""
+    mode: Literal["batch", "elem"] = "batch"
+    """One share for the whole batch, or one for each clip."""
+    smoothing: float = 0.1
+    """Share of a target that is spread over all classes."""
+
+    def __post_init__(self) -> None:
+        for name in ("probability", "switch", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be in [0, 1]")
+        for name in ("mixup", "cutmix"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be at least 0")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Videos, and how clips are read from them."""
+
+    train: str = ""
+    """A list (`path,label`, `path label` or `path` a line) or a folder of videos."""
+    prefix: str = ""
+    """Folder that relative paths of the list start from; empty: the working directory."""
+    decoder: Decoder = "auto"
+    """auto: DALI where it is installed and the GPU has decoding engines (NVDEC), else PyAV."""
+    workers: int = 4
+    """Processes per rank that read and decode, and threads of DALI on the CPU; 0: the training process does it."""
+    prefetch: int = 2
+    """Batches each worker keeps ready."""
+    pipelines: int = 0
+    """DALI pipelines per rank, each with a group of videos at work ahead of the step; 0: one per NVDEC of the GPU."""
+    pipeline_visits: int = 0
+    """Videos that a pipeline decodes at once, at their full size in memory; 0: all of a batch, which is then handed
+    over without a copy."""
+    crops_per_clip: int = 1
+    """Clips cut from one decoded video: the same frames, cropped and flipped anew (UMT's num_sample). A batch still
+    holds `optim.batch_size` clips."""
+    crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    """Crop sides as shares of the short side."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    crop_area: tuple[float, float] | None = None
+    """Random resized crops of such a share of the frame, sides in a ratio of 3/4 to 4/3; None: multi-scale crops."""
+    frame_step: int | None = None
+    """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
+    frame_rate: float | None = None
+    """Frames a second of a clip, from a random moment on, whatever the video's own rate; None: see `frame_step`."""
+    square_pixels: bool = False
+    """Widen frames with non-square pixels as players do; by default they are read as they are stored, as UMT does."""
+    max_bad_fraction: float = 0.1
+    """Share of the list that may turn out unreadable before the run stops."""
+    read_timeout: float = 60.0
+    """Seconds within which a video must have come from a URL, all attempts together; then it counts as unreadable."""
+    max_bytes: int = 256 << 20
+    """Largest video or list that is read from a URL, bytes; each worker holds up to 8 at a time. A larger one counts as
+    unreadable."""
+    max_pixels: int = 1 << 25
+    """Largest frame, width times height in pixels: 8K by default. A video with a larger one counts as unreadable."""
+    time_limit: float = 120.0
+    """Seconds that the decoding of one video may take while training; then it counts as unreadable."""
+    stall_timeout: float = 300.0
+    """Seconds that a worker may read one video before it is killed and the video is left out."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "data", workers=0, prefetch=1, pipelines=0, pipeline_visits=0, crops_per_clip=1)
+        check_at_least(self, "data", read_timeout=1, max_bytes=1, max_pixels=1, time_limit=1, stall_timeout=1)
+        check_share("data.flip", self.flip)
+        check_share("data.max_bad_fraction", self.max_bad_fraction)
+        check_share("data.crop_scales", *self.crop_scales)
+        check_at_least(self, "data", frame_step=1, frame_rate=0.001)
+        if self.frame_step is not None and self.frame_rate is not None:
+            raise ConfigError("data.frame_step and data.frame_rate are both given; choose one")
+        if self.crop_area is not None:
+            check_share("data.crop_area", *self.crop_area)
+            if not 0 < self.crop_area[0] <= self.crop_area[1]:
+                raise ConfigError(f"data.crop_area = {self.crop_area}: give the least and the largest share, above 0")
+        if not self.crop_scales:
+            raise ConfigError("data.crop_scales is empty: give at least one share of the short side")
+
+
+@dataclass(frozen=True)
+class LabelledDataConfig(DataConfig):
+    """Labelled videos for training, validation and test. `crop_scales` is stage 1's; see `augment.crop_area`."""
+
+    validation: str = ""
+    """List that chooses the best checkpoint, after every epoch; empty: the last one is the best."""
+    test: str = ""
+    """List for the multi-view test at the end; empty: none."""
+    classes: str = ""
+    """File of class names, one a line, in order of their numbers; empty: numbers, or the list's names, sorted."""
+    count_classes: bool = False
+    """Take the number of classes from the training list (or the class file) in place of classifier.num_classes."""
+    rule: FrameRule = "sparse"
+    """Frames of a clip: sparse, over the whole video; dense, at a fixed rate; segment, as Something-Something."""
+    rate: float = 4.0
+    """Frames of the video per frame of a dense clip."""
+    fps: float | None = None
+    """Frames per second of a dense clip, in place of `rate`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rate < math.inf or (self.fps is not None and not 0 < self.fps < math.inf):
+            raise ConfigError(f"data.rate = {self.rate}, data.fps = {self.fps}: must be above 0")
+
+
+@dataclass(frozen=True)
+class CaptionDataConfig(DataConfig):
+    """Lists with captions: LIST, LIST=ROOT or LIST=ROOT*WEIGHT (docs/stage2.md)."""
+
+    images: tuple[str, ...] = ()
+    """Lists of pictures."""
+    videos: tuple[str, ...] = ()
+    """Lists of videos; in fine-tuning pictures may be among them."""
+    identity: Literal["published", "distinct"] = "published"
+    """published: rows of different lists with one place count as the same sample; distinct: they do not."""
+    replaced_captions: Literal["published", "replacement"] = "published"
+    """Caption of a video that takes a broken one's place: published, the broken one's; or its own."""
+    last_frames: bool = False
+    """Draw from whole intervals; the published code never draws the last frame of one."""
+    antialias: bool = False
+    """Antialias when frames are made smaller; the published code does not."""
+    closing_sep: bool = False
+    """End texts with [SEP], as BERT was trained; the published tokenizer does not."""
+    max_words: int = 32
+    """Longest text or question, in tokens."""
+    max_answer_words: int = 5
+    join_captions: bool = False
+    """Retrieval: all captions of an entry are one text (DiDeMo, ActivityNet)."""
+    same_caption: bool = False
+    """Retrieval: entries with equal captions match each other (Something-Something V2)."""
+    max_seconds: float | None = None
+    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, "data", max_words=3, max_answer_words=3, max_seconds=0)
+        if self.crops_per_clip != 1:
+            raise ConfigError(f"data.crops_per_clip = {self.crops_per_clip}: stage 2 makes one clip of a video; use 1")

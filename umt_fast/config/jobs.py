@@ -1,0 +1,184 @@
+"""Settings of whole jobs: each composes the sections it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from umt_fast.config.base import ConfigError, Stage2Job, check_divides
+from umt_fast.config.data import AugmentConfig, CaptionDataConfig, DataConfig, LabelledDataConfig, MixConfig
+from umt_fast.config.models import (
+    ClassifierConfig,
+    MaeStConfig,
+    StudentConfig,
+    TeacherConfig,
+    TextConfig,
+    VideoMaeConfig,
+    VideoTextConfig,
+    check_fit,
+)
+from umt_fast.config.sections import (
+    ComputeConfig,
+    FinetuneOptimConfig,
+    InitConfig,
+    JointConfig,
+    LowPrecisionConfig,
+    MaskConfig,
+    OptimConfig,
+    PixelMaskConfig,
+    RunConfig,
+    TestConfig,
+    VideoTextObjective,
+)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Stage 1: a student aligned with a frozen CLIP teacher."""
+
+    objective: Literal["alignment"] = "alignment"
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher_weights: str = ""
+    """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
+    init: str = ""
+    """Weights that the student starts from, such as a checkpoint of another run; frames and image size may differ.
+    Empty: drawn at random."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_fit(self.student, self.teacher)
+        check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.compute.cuda_graph and self.optim.accumulate > 1:
+            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        if self.compute.cuda_graph and self.compute.recompute == "full" and self.student.drop_path > 0:
+            # torch.compile then draws from generators of its own, which the graph does not know.
+            raise ConfigError(
+                "compute.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
+                "--compute.recompute selective or --student.drop-path 0"
+            )
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning on labels."""
+
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=lambda: RunConfig(name="finetune"))
+
+    def __post_init__(self) -> None:
+        check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.mix.mixes and self.optim.batch_size % 2:
+            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: mixup and cutmix need an even number")
+        if self.compute.parallel != "ddp":
+            raise ConfigError(f"compute.parallel = {self.compute.parallel} is for pre-training; fine-tune with ddp")
+        if self.compute.cuda_graph:
+            raise ConfigError(
+                "compute.cuda_graph is for pre-training; fine-tuning draws how to mix a batch on the host"
+            )
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Stage 2 and its fine-tunings: video and text."""
+
+    job: Stage2Job = "pretrain"
+    init: str = ""
+    """Where to start: for pre-training a stage-1 checkpoint or a stage-2 one, else a stage-2 one."""
+    bert: str = "bert-base-uncased"
+    """Hugging Face folder or repo id of the text encoder and its vocabulary; or `random`."""
+    vocabulary: str = ""
+    """A vocab.txt; empty: that of the BERT or of the checkpoint's run."""
+    teacher_weights: str = ""
+    """As for stage 1; or `random`."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """Only pre-training has one."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Sizes; the vocabulary's size comes from the vocabulary, and is the most that a new one may have."""
+    joint: JointConfig = field(default_factory=JointConfig)
+    objective: VideoTextObjective = field(default_factory=VideoTextObjective)
+    data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """`lr` and `min_lr` are not scaled by the batch; the rate never falls below `min_lr`."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        _ = self.video_text  # checks the sizes
+        if self.job != "qa" and self.optim.batch_size < 2 and self.objective.vtm > 0:
+            raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: matching needs negatives; use 2 or more")
+        if self.compute.cuda_graph:
+            raise ConfigError("compute.cuda_graph is for stage 1: here the length of the texts differs between batches")
+        if self.compute.parallel != "ddp":
+            raise ConfigError(f"compute.parallel = {self.compute.parallel}: stage 2 trains with ddp")
+
+    @property
+    def video_text(self) -> VideoTextConfig:
+        joint = self.joint
+        return VideoTextConfig(
+            vision=self.student,
+            teacher=self.teacher if self.job == "pretrain" else None,
+            text=self.text,
+            joint_width=joint.width,
+            temperature=joint.temperature,
+            align_eps=joint.align_eps,
+            position_frames=joint.position_frames,
+        )
+
+
+@dataclass(frozen=True)
+class _PixelsConfig:
+    init: str = ""
+    """Weights that the model starts from; empty: drawn at random."""
+    mask: PixelMaskConfig = field(default_factory=PixelMaskConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(frame_step=4, flip=0.0))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
+        if self.compute.cuda_graph and self.optim.accumulate > 1:
+            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+
+
+@dataclass(frozen=True)
+class VideoMaePretrainConfig(_PixelsConfig):
+    """VideoMAE and VideoMAE V2: pixels of hidden tokens; `adamae` draws the visible ones by a learned network."""
+
+    objective: Literal["videomae", "adamae"] = "videomae"
+    model: VideoMaeConfig = field(default_factory=VideoMaeConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask.decoder_ratio is not None:
+            if self.model.grid % 2:
+                raise ConfigError(f"mask.decoder_ratio needs an even grid of patches; model has {self.model.grid}")
+            if self.objective == "adamae":
+                raise ConfigError("mask.decoder_ratio is not for objective = adamae, which predicts all hidden tokens")
+
+
+@dataclass(frozen=True)
+class MaeStPretrainConfig(_PixelsConfig):
+    """MAE-ST: pixels of hidden tokens, learned positions."""
+
+    objective: Literal["mae_st"] = "mae_st"
+    model: MaeStConfig = field(default_factory=MaeStConfig)
+    mask: PixelMaskConfig = field(default_factory=lambda: PixelMaskConfig("mae_st"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask.decoder_ratio is not None:
+            raise ConfigError("mask.decoder_ratio is not for objective = mae_st, whose decoder sees all tokens")

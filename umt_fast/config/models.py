@@ -1,0 +1,354 @@
+"""Sizes of the models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from umt_fast.config.base import MLP_RATIO, Activation, ConfigError, check_divides
+
+
+def _aligned(owner: str, depth: int, layers: int, interval: float) -> tuple[int, ...]:
+    """Indices of the aligned blocks, ascending: depth - 1 - int(i * interval), as UMT counts. Raises ConfigError."""
+    if not 1 <= layers <= depth:
+        raise ConfigError(f"{owner}: align_layers = {layers} is not in 1..depth = {depth}")
+    blocks = tuple(depth - 1 - int(i * interval) for i in range(layers))[::-1]
+    if interval <= 0 or blocks[0] < 0 or len(set(blocks)) < layers:
+        raise ConfigError(
+            f"{owner}: align_interval = {interval} does not give {layers} different blocks of {depth}; use 1"
+        )
+    return blocks
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Sizes of a video ViT. Defaults are UMT-B/16."""
+
+    image_size: int = 224
+    """Side of the clip, pixels."""
+    patch_size: int = 16
+    """Side of a patch, pixels."""
+    tubelet_size: int = 1
+    """Frames per token."""
+    frames: int = 8
+    """Frames per clip."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+    _section = "model"
+    """Name of the section in error messages."""
+
+    def __post_init__(self) -> None:
+        check_divides(self._section, "image_size", self.image_size, "patch_size", self.patch_size)
+        check_divides(self._section, "frames", self.frames, "tubelet_size", self.tubelet_size)
+        check_divides(self._section, "width", self.width, "heads", self.heads)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Patches of a frame of tokens."""
+        return self.grid**2
+
+    @property
+    def token_frames(self) -> int:
+        """Frames of tokens of a clip."""
+        return self.frames // self.tubelet_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a clip, visible or not."""
+        return self.token_frames * self.patches
+
+
+@dataclass(frozen=True)
+class StudentConfig(VitConfig):
+    """The video ViT that is trained to give the teacher's features."""
+
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    align_layers: int = 6
+    """How many of the last blocks are aligned with the teacher."""
+    target_width: int = 512
+    """Width of the teacher's output."""
+    align_interval: float = 1.0
+    """Blocks from one aligned block to the next, counted back from the last (clip_student_return_interval)."""
+
+    _section = "student"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _aligned("student", self.depth, self.align_layers, self.align_interval)
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
+
+    @property
+    def aligned_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that are aligned, ascending."""
+        return _aligned("student", self.depth, self.align_layers, self.align_interval)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(VitConfig):
+    """The video ViT that classifies pooled tokens, as UMT fine-tunes it."""
+
+    num_classes: int = 400
+    drop_path: float = 0.0
+    """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    pool: Literal["mean", "first"] = "mean"
+    """What the head sees: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
+    learnable_positions: bool = False
+    """Positions drawn anew in place of the sinusoid table. They get no gradient either, as published."""
+    positions: Literal["resized", "direct"] = "resized"
+    """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: the table of the model's
+    own number of tokens (VideoMAE)."""
+
+    _section = "classifier"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_classes < 1:
+            raise ConfigError(f"classifier: num_classes = {self.num_classes}: must be at least 1")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"classifier: drop_path = {self.drop_path} is not in [0, 1)")
+        if self.pool not in ("mean", "first"):
+            raise ConfigError(f"classifier: pool = {self.pool!r}: give mean or first")
+
+
+@dataclass(frozen=True)
+class VideoMaeConfig(VitConfig):
+    """VideoMAE (arXiv 2203.12602) and VideoMAE V2 (arXiv 2303.16727). Defaults are ViT-B."""
+
+    tubelet_size: int = 2
+    frames: int = 16
+    decoder_width: int = 384
+    decoder_depth: int = 4
+    decoder_heads: int = 6
+    mlp_width: int | None = None
+    """Width inside the encoder's MLPs; None: 4 x width. The decoder's is in the same ratio, rounded down."""
+    drop_path: float = 0.0
+    """Stochastic depth of the encoder's last block; it grows linearly from 0 at the first."""
+    normalise_targets: bool = True
+    """Targets of each token have mean 0 and variance 1 per colour; else they are pixels in [0, 1]."""
+
+    _section = "videomae"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divides(self._section, "decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        if self.decoder_depth < 1:
+            raise ConfigError(f"videomae: decoder_depth = {self.decoder_depth} is not 1 or more")
+        if self.mlp_width is not None and self.mlp_width < 1:
+            raise ConfigError(f"videomae: mlp_width = {self.mlp_width} is not 1 or more")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"videomae: drop_path = {self.drop_path} is not in [0, 1)")
+
+    @property
+    def decoder_mlp_width(self) -> int:
+        if self.mlp_width is None:
+            return MLP_RATIO * self.decoder_width
+        return self.decoder_width * self.mlp_width // self.width
+
+
+@dataclass(frozen=True)
+class MaeStConfig(VitConfig):
+    """MAE-ST (arXiv 2205.09113). Defaults are ViT-L with the published recipe's decoder."""
+
+    tubelet_size: int = 2
+    frames: int = 16
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    decoder_width: int = 512
+    decoder_depth: int = 4
+    decoder_heads: int = 16
+    target_frames: int = 8
+    """Frames of the clip that are predicted, spread evenly with both ends included."""
+    class_token: bool = True
+    separable_positions: bool = True
+    """Learned positions as a sum of one table over space and one over time; else one table of all tokens."""
+    qkv_bias: bool = True
+    normalise_targets: bool = True
+    """Targets of each token have mean 0 and variance 1 over all values; else they are normalised pixels."""
+
+    _section = "mae_st"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_divides(self._section, "decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
+        check_divides(self._section, "target_frames", self.target_frames, "frames of tokens", self.token_frames)
+        if self.target_frames > self.frames:
+            raise ConfigError(f"mae_st: target_frames = {self.target_frames} is more than frames = {self.frames}")
+        if self.decoder_depth < 1:
+            raise ConfigError(f"mae_st: decoder_depth = {self.decoder_depth} is not 1 or more")
+
+    @property
+    def target_frame_ids(self) -> list[int]:
+        """Frames of a clip that are predicted: evenly spread from the first to the last, rounded down."""
+        if self.target_frames == 1:
+            return [0]
+        return [(self.frames - 1) * i // (self.target_frames - 1) for i in range(self.target_frames)]
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen CLIP image ViT. Defaults are CLIP-B/16."""
+
+    image_size: int = 224
+    """Side of the frame the teacher works on, pixels."""
+    patch_size: int = 16
+    """Side of a patch of that frame, pixels."""
+    tubelet_size: int = 1
+    """Frames per token; above 1 the patch weights are inflated in time as UMT does."""
+    input_size: int | None = None
+    """Side of the clip, pixels; it is resized to image_size (bicubic). None: the same."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    target_width: int = 512
+    """Width of the output."""
+    align_layers: int = 6
+    """How many of the last blocks give targets."""
+    align_interval: float = 1.0
+    """Blocks from one of these to the next, counted back from the last (stage 2's clip_return_interval)."""
+    activation: Activation = "quick_gelu"
+    """quick_gelu: OpenAI's CLIPs; gelu: most of open_clip's. The weights' own config is checked against it."""
+
+    def __post_init__(self) -> None:
+        check_divides("teacher", "image_size", self.image_size, "patch_size", self.patch_size)
+        check_divides("teacher", "input_size", self.clip_size, "the patches along a side", self.grid)
+        check_divides("teacher", "width", self.width, "heads", self.heads)
+        _aligned("teacher", self.depth, self.align_layers, self.align_interval)
+        if self.tubelet_size < 1:
+            raise ConfigError(f"teacher: tubelet_size = {self.tubelet_size} is not 1 or more")
+
+    @property
+    def aligned_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks that give targets, ascending."""
+        return _aligned("teacher", self.depth, self.align_layers, self.align_interval)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def clip_size(self) -> int:
+        """Side of the clip that comes in, pixels."""
+        return self.image_size if self.input_size is None else self.input_size
+
+    @property
+    def clip_patch_size(self) -> int:
+        """Side of a patch on the clip that comes in, pixels."""
+        return self.clip_size // self.grid
+
+
+def check_fit(student: StudentConfig, teacher: TeacherConfig) -> None:
+    """Raise ConfigError unless the teacher gives targets for what the student predicts."""
+    pairs = {
+        "the clip's side": (student.image_size, teacher.clip_size),
+        "patches along a side": (student.grid, teacher.grid),
+        "tubelet_size": (student.tubelet_size, teacher.tubelet_size),
+        "align_layers": (student.align_layers, teacher.align_layers),
+        "target_width": (student.target_width, teacher.target_width),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise ConfigError(f"student and teacher differ in {name}: {ours} against {theirs}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text encoder of stage 2. Defaults are bert-base-uncased with three fusion layers."""
+
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    fusion_layer: int = 9
+    """First layer that also looks at the video."""
+    vocab_size: int = 30522
+    max_positions: int = 512
+    mlp_width: int = 3072
+    dropout: float = 0.0
+    """Of hidden states and attention, in training; BERT's own is 0.1."""
+    pad_id: int = 0
+    cls_id: int = 101
+    sep_id: int = 102
+    mask_id: int = 103
+
+    def __post_init__(self) -> None:
+        check_divides("text", "width", self.width, "heads", self.heads)
+        if not 0 <= self.fusion_layer < self.depth:
+            raise ConfigError(f"text: fusion_layer = {self.fusion_layer} is not in 0..depth - 1 = {self.depth - 1}")
+        for name in ("vocab_size", "max_positions", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"text: {name} = {getattr(self, name)} is not 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"text: dropout = {self.dropout} is not in [0, 1)")
+
+
+@dataclass(frozen=True)
+class VideoTextConfig:
+    """The model of stage 2: a video encoder, its teacher, a text encoder and the space where both meet."""
+
+    vision: StudentConfig = field(default_factory=StudentConfig)
+    """`frames` is the number of a video; an image is a clip of one frame."""
+    teacher: TeacherConfig | None = field(default_factory=TeacherConfig)
+    """None: no alignment, so no mask either, as in fine-tuning."""
+    text: TextConfig = field(default_factory=TextConfig)
+    joint_width: int = 512
+    temperature: float = 0.07
+    """What similarities are divided by, at the start; it is learned."""
+    language_head: bool | None = None
+    """Whether the text encoder can fill in masked words. None: if there is a teacher, as in the published files."""
+    align_eps: float = 1e-5
+    """Epsilon of the alignment heads' LayerNorm: 1e-5 as published for stage 2, where stage 1 has 1e-6."""
+    position_frames: int | None = None
+    """Frames of the position table; another number of frames interpolates it in time. None: one table of any length."""
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            check_fit(self.vision, self.teacher)
+        if self.vision.tubelet_size != 1:
+            raise ConfigError(f"vision: tubelet_size = {self.vision.tubelet_size}, but an image has one frame; use 1")
+        if self.joint_width < 1:
+            raise ConfigError(f"joint_width = {self.joint_width} is not 1 or more")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature} is not above 0")
+        if not 0 < self.align_eps < math.inf:
+            raise ConfigError(f"align_eps = {self.align_eps} is not above 0")
+        if self.position_frames is not None and self.position_frames < 1:
+            raise ConfigError(f"position_frames = {self.position_frames} is not 1 or more")
+
+    @property
+    def has_language_head(self) -> bool:
+        return self.teacher is not None if self.language_head is None else self.language_head
+
+
+TEXTS = {
+    "bert_base": TextConfig(),
+    "bert_large": TextConfig(width=1024, depth=24, heads=16, fusion_layer=19, mlp_width=4096),
+}
+STUDENTS = {
+    "umt_b16": StudentConfig(drop_path=0.1),
+    "umt_l16": StudentConfig(width=1024, depth=24, heads=16, drop_path=0.2, target_width=768),
+}
+_CLIP_L14 = TeacherConfig(
+    image_size=196, patch_size=14, input_size=224, width=1024, depth=24, heads=16, target_width=768
+)
+CLASSIFIERS = {
+    "vit_b16": ClassifierConfig(drop_path=0.1),
+    "vit_l16": ClassifierConfig(width=1024, depth=24, heads=16, drop_path=0.2),
+}
+TEACHERS = {
+    "clip_b16": TeacherConfig(),
+    "clip_l14": _CLIP_L14,
+    # LAION's and DFN's, 16 x 16 patches: the student has patches of 14 pixels, or clips of 256 with input_size = 256.
+    "open_clip_h14": TeacherConfig(patch_size=14, width=1280, depth=32, heads=16, target_width=1024, activation="gelu"),
+    "clip_l14_336": _CLIP_L14,  # another model's weights, its positions resampled to the same 14 x 14 grid
+}
