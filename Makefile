@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate mutate fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate mutate soak fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
 	rm -rf runs/demo

@@ -74,7 +74,9 @@ class Objective:
     def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], umt_fast.Alignment]:
         """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""
         mask, student, teacher = self.config.mask, self.config.student, self.teacher
-        num_visible = masking.count_visible(student.patches, mask.ratio)
+        rule = masking.find_rule(mask.rule)
+        counted = student.tokens if rule.counts == "per clip" else student.patches
+        num_visible = rule.count(counted, mask.ratio)
 
         def step(clip: Tensor) -> umt_fast.Alignment:
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
@@ -83,7 +85,7 @@ class Objective:
                     mask.rule, sets, student.token_frames, student.patches, mask.ratio, clip.device
                 )
                 return umt_fast.alignment_step(
-                    model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip
+                    model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip, rule=mask.rule
                 )
 
         return step

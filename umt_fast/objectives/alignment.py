@@ -11,7 +11,7 @@ from torch import Tensor
 from umt_kernels import cosine_alignment_loss
 
 from umt_fast import masking
-from umt_fast.config import check_fit
+from umt_fast.config import Masking, check_fit
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import Predictions, bare_student
 from umt_fast.models.vit import LAYER_NORM_EPS
@@ -51,16 +51,18 @@ def alignment_step(
     visible: Int[Tensor, "b g n"] | None = None,
     generator: torch.Generator | None = None,
     masks_per_clip: int = 1,
+    rule: Masking = "attention",
 ) -> Alignment:
     """Forward pass of stage 1 (UMT, arXiv 2303.16058, section 3.1). `out.loss.backward()` is the rest.
 
     clip         uint8 [B,T,H,W,3], or float [B,3,T,H,W] already normalised.
-    num_visible  patches drawn per frame; not looked at when `visible` is given.
+    num_visible  patches drawn per frame (tokens per clip if `rule` counts so); not looked at when `visible` is given.
     visible      the visible set, instead of a draw: [B,T,n] ids within a frame or [B,1,n] within the clip. It must
                  not hold an id twice; it is sorted.
     generator    source of the draw, on the clip's device; None uses the default one.
     masks_per_clip  visible sets per clip, M: one pass of the teacher serves M * B samples of the student, those of
                  a clip next to each other. A given `visible` then has M * B rows.
+    rule         the masking rule that draws from the scores, by its name in `umt_fast.masking.RULES`.
 
     `student` is a VideoStudent, bare or wrapped (DDP, torch.compile). Nothing is read back to the host. Raises
     ValueError for models that do not fit each other, or a clip or a visible set that does not fit them.
@@ -73,7 +75,7 @@ def alignment_step(
             if num_visible is None:
                 raise ValueError("num_visible is None and no visible set is given; give one of them")
             of_sets = state.scores.repeat_interleave(masks_per_clip, dim=0)
-            visible = masking.draw_by_score(of_sets, num_visible, generator)
+            visible = masking.find_rule(rule).draw(of_sets, num_visible, generator)
         else:
             masking.check_visible(visible, masks_per_clip * batch, frames, patches)
             visible = visible.long().sort(dim=-1).values

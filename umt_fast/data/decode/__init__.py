@@ -52,12 +52,12 @@ def open_video(video: Video, content: bytes | None = None, square_pixels: bool =
     is not the one that the index describes.
     """
     if posixpath.splitext(video.member or video.path)[1].lower() in IMAGE_SUFFIXES:
-        from umt_fast.data.decode import stills
+        from umt_fast.data.decode import stills  # needs Pillow
 
         with stills.opened(video, content) as still:
             yield still
         return
-    from umt_fast.data.decode import by_index, container, stills  # they import PyAV, which only decoding needs
+    from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
 
     opened: Callable[[Video, bytes | None], contextlib.AbstractContextManager[Reader]] = functools.partial(
         container.opened, square_pixels=square_pixels
@@ -65,6 +65,8 @@ def open_video(video: Video, content: bytes | None = None, square_pixels: bool =
     if by_index.can_read(video):
         opened = by_index.opened
     elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
+        from umt_fast.data.decode import stills
+
         opened = stills.opened_folder
     with opened(video, content) as reader:
         yield reader
