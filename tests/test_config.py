@@ -11,15 +11,17 @@ from umt_fast.config import (
     TEACHERS,
     ConfigError,
     DataConfig,
+    MaeStPretrainConfig,
     MaskConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
+    VideoMaePretrainConfig,
 )
 from umt_fast.masking import count_visible
-from umt_fast.recipe import RENAMED, load_recipe, parse
+from umt_fast.recipe import RENAMED, load_recipe, parse, read_key
 from umt_fast.run.optim import Schedule
 
 RECIPES = Path(__file__).parents[1] / "train" / "recipes" / "pretrain"
@@ -49,7 +51,12 @@ def assert_fields(owner: object, expected: dict) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    assert isinstance(load_recipe(PretrainConfig, path), PretrainConfig)
+    kind = {
+        None: PretrainConfig,
+        "videomae": VideoMaePretrainConfig,
+        "mae_st": MaeStPretrainConfig,
+    }[read_key(path, "objective")]
+    assert isinstance(load_recipe(kind, path), kind)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
