@@ -77,7 +77,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 _UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")
-"""Also the halves of characters, which an index may hold, but for those that stand for the bytes of a name."""
+"""Characters to escape, including lone surrogates, except the surrogates that encode the bytes of a file name."""
 _ESCAPE = re.compile(r"\\(?:([\\tnr])|x([0-9a-f]{2})|u([0-9a-f]{4}))")
 _NAMED = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 _NAMES = {character: name for name, character in _NAMED.items()}
@@ -94,18 +94,18 @@ def escape(text: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given."""
+    """Inverse of `escape`."""
     return _ESCAPE.sub(lambda found: _NAMED.get(found[1]) or chr(int(found[2] or found[3], 16)), text)
 
 
 def write_reasons(reasons: Iterable[tuple[str, str]]) -> bytes:
-    """A line for each file and what is wrong with it, both escaped, a tab between them. Names that are no text keep
-    their bytes."""
+    """A line for each file: its name and what is wrong with it, both escaped, a tab between them. A name that is not
+    text keeps its bytes."""
     lines = (f"{escape(name)}\t{escape(' '.join(reason.split()))}\n" for name, reason in reasons)
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def read_reasons(content: bytes) -> dict[str, str]:
-    """By file, the reasons that `write_reasons` wrote."""
+    """The reasons that `write_reasons` wrote, by file."""
     lines = content.decode("utf-8", "surrogateescape").split("\n")
     return {unescape(name): unescape(reason) for name, _, reason in (line.partition("\t") for line in lines) if name}

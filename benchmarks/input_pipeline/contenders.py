@@ -38,15 +38,15 @@ class Row:
     decoder: str
     workers: int
     pipelines: int | None = None
-    """Of DALI, each at work on a batch of its own; None: not on a GPU."""
+    """Number of DALI pipelines, each at work on its own batch; None: not on a GPU."""
     clips_per_second: float = 0.0
     memory_mb: float = 0.0
-    """Of all its processes, what they share counted once."""
+    """Memory of all its processes; shared pages count once."""
     gpu_memory_mb: float | None = None
     nvdec_percent: float | None = None
     rounds: list[float] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    """By the loader: what it leaves to another decoder."""
+    """Messages of the loader: what it leaves to another decoder."""
 
 
 def stream_of(files: Files, decoder: str, workers: int, pipelines: int | None = None) -> ClipStream:
@@ -59,7 +59,7 @@ def _leave(_what: object) -> None:
 
 
 def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], None] = _leave) -> None:
-    """PyAV and nothing else. Times and key frames are known beforehand, as to whoever decodes all frames in turn."""
+    """Decode with PyAV and nothing else. Times and key frames are known beforehand, as if all frames were decoded."""
     assert video.facts is not None
     times, keys = video.facts.times, video.facts.keys
     with av.open(video.path) as container:

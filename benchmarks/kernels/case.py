@@ -45,7 +45,7 @@ class OpCase:
     libraries: dict[str, Run] = field(default_factory=dict)
     """Contenders that may raise libraries.Unavailable when they are run."""
     tolerance: float | None = None
-    """Of an output, in place of TOLERANCE's."""
+    """Largest error of an output, in place of TOLERANCE's."""
 
     def __repr__(self) -> str:
         return self.group

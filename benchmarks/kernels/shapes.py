@@ -10,7 +10,7 @@ from umt_fast.masking import count_visible
 from umt_fast.models.positions import bicubic_window
 
 MASK_RATIO = 0.8
-"""Of a frame's patches or a clip's tokens, the share hidden (UMT, arXiv 2303.16058)."""
+"""Share of a frame's patches or a clip's tokens that is hidden (UMT, arXiv 2303.16058)."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class Kernel:
     """Which rate of `Rates` its operations go by."""
 
     def seconds(self, rates: Rates) -> float:
-        """Of all calls: the longer of arithmetic and memory traffic, which overlap."""
+        """Time of all calls: the longer of arithmetic and memory traffic, which overlap."""
         return self.calls * max(self.flops / getattr(rates, self.unit), self.bytes / rates.copy)
 
     def bound(self, rates: Rates) -> str:

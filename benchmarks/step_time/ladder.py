@@ -53,7 +53,7 @@ class Rung:
     fp8_student: bool = False
     timed: bool = True
     backend: str = "inductor"
-    """Of torch.compile."""
+    """Backend of torch.compile."""
     loss_tolerance: float = 0.02
     """Largest distance of a loss from the reference's at the same step: bf16 and fp16 rounding, of losses near 2."""
 
@@ -63,7 +63,7 @@ class Rung:
 
     @property
     def mode(self) -> str | None:
-        """Of torch.compile; the graphs of that mode are replaced by our own, which hold the whole step."""
+        """Mode of torch.compile; the graphs of that mode are replaced by our own, which hold the whole step."""
         return "max-autotune-no-cudagraphs" if self.max_autotune and self.backend == "inductor" else None
 
     @property
@@ -106,7 +106,7 @@ def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...
 
 
 def missing(rung: Rung, device: torch.device) -> str | None:
-    """What the rung needs and this machine lacks."""
+    """What the rung needs but this machine does not have."""
     if (rung.kernels or rung.captured) and device.type != "cuda":
         return "a CUDA GPU"
     if rung.kernels and (lacks := umt_kernels.backend.lacking(device)) is not None:

@@ -52,7 +52,7 @@ def on_its_device(launch: Launch) -> Launch:
 
 
 def lacking(device: torch.device) -> str | None:
-    """What tensors on `device` lack to take the kernels, and the mend; None where they take them."""
+    """What is missing for tensors on `device` to use the kernels, with its fix; None if nothing is."""
     if device.type != "cuda" and not INTERPRETED:
         return "a CUDA GPU"
     if triton is None:
@@ -61,7 +61,7 @@ def lacking(device: torch.device) -> str | None:
 
 
 def kernels_on(device: torch.device) -> str:
-    """Which kernels tensors on `device` take, in words."""
+    """Name of the kernels that tensors on `device` use."""
     if triton is None:
         return "plain PyTorch (triton is missing)"
     if lacking(device) is None:

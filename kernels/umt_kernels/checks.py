@@ -17,7 +17,7 @@ EVERYWHERE = os.environ.get("UMT_KERNELS_CHECK_IDS", "0") == "1"
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether `x` has numbers to look at: not while a program is traced or transformed."""
+    """Whether the values of `x` can be read: not while a program is traced or transformed."""
     return not torch.compiler.is_compiling() and is_plain(x) and not is_transformed(x)
 
 

@@ -304,7 +304,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of layer, sample and row."""
+    """Strides of layer, sample and row."""
     return (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
 
 

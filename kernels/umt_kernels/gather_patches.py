@@ -103,7 +103,7 @@ def weight_matrix(
 
 
 def default_layout(clip: Tensor) -> str:
-    """Of a video; that of an image has no time."""
+    """Layout of a video; that of an image lacks the T."""
     return "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
 
 

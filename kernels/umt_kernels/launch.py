@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 ABSENT_GPU = (132, 2048)
-"""Multiprocessors and threads of each, where there is no GPU to ask: an H100's."""
+"""Number of multiprocessors and threads per multiprocessor of an H100, used when there is no GPU."""
 
 REGISTERS = 65536
-"""Of each multiprocessor, since compute capability 5.0 (CUDA C++ Programming Guide)."""
+"""Registers per multiprocessor, since compute capability 5.0 (CUDA C++ Programming Guide)."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Boolean masks of tokens and the ids that the ops take, one into the other, without a look at the values."""
+"""Conversion between boolean token masks and ids, without reading values on the host."""
 
 from __future__ import annotations
 

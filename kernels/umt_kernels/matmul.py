@@ -137,7 +137,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _describable(x: Tensor) -> bool:
-    """What TMA asks of a tensor: rows and a start on 16-byte boundaries. Triton 3.5's interpreter counts elements."""
+    """Whether TMA can read a tensor: its rows and start must be on 16-byte boundaries.
+
+    Triton 3.5's interpreter counts elements.
+    """
     row = x.stride(0) * (1 if INTERPRETED else x.element_size())
     return x.data_ptr() % 16 == 0 and row % 16 == 0
 
@@ -403,7 +406,7 @@ if triton is not None:
 
     @triton.jit
     def _rounded(x, DTYPE: tl.constexpr):
-        """To the nearest number of an 8-bit dtype; x is within its range. The float8 conversion rounds by itself."""
+        """Round to the nearest number of an 8-bit dtype; x is in its range. The float8 conversion rounds by itself."""
         if DTYPE.is_int():
             x = tl.floor(x + 0.5)
         return x.to(DTYPE)

@@ -277,7 +277,7 @@ def pixel_targets(
     shift: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "b m f"]:
-    """What `pixel_loss` compares with: pixels in the order (time, row, column, colour), normalised per token."""
+    """Targets of `pixel_loss`: pixels in the order (time, row, column, colour), normalised per token."""
     pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B, T, H, W, 3]
     cubes = pixels.unfold(1, tubelet_size, tubelet_size).unfold(2, patch_size, patch_size)
     cubes = cubes.unfold(3, patch_size, patch_size)  # a view [B, t, h, w, 3, u, p, p]
@@ -327,7 +327,7 @@ def linear(
     activation: str | None,
     residual: Float[Tensor, "... n"] | None,
 ) -> Float[Tensor, "... n"]:
-    """In the dtype of x, as PyTorch's own layers; it leaves PyTorch its kernels, so it is also what runs by default."""
+    """The result has the dtype of x. This uses PyTorch's own matmul, so it is also the default."""
     y = activated(F.linear(x, weight, None if bias is None else bias.to(x.dtype)), activation)
     return y if residual is None else (residual + y).to(residual.dtype)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, per channel."""
 FILL = 128
-"""What geometric operations show beyond the frame."""
+"""Grey value that geometric operations show beyond the frame."""
 _HIGHEST = 10.0
 """Levels run from 0 to this."""
 
@@ -227,7 +227,7 @@ class PublishedAugment:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one clip, normalised."""
+        """Shape of one normalised clip."""
         return 3, self.frames, self.side, self.side
 
     @property

@@ -79,7 +79,7 @@ class Source:
 
 @dataclass(frozen=True)
 class CaptionList:
-    """What training visits: the rows of `videos` carry the captions."""
+    """The videos that training visits: the rows of `videos` carry the captions."""
 
     videos: VideoList
     idx: Int[np.ndarray, " n"]

@@ -42,11 +42,11 @@ class ClipTransform(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one clip."""
+        """Shape of one clip."""
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the clips, e.g. `np.dtype(np.float32)`."""
+        """Dtype of the clips, e.g. `np.dtype(np.float32)`."""
 
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
         """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order the frame sampling asked for;
@@ -83,7 +83,7 @@ class ClipStream:
 
     @property
     def clips_shape(self) -> tuple[int, ...]:
-        """Of the clips of one visit: [R,T,H,W,3], or what the transform makes."""
+        """Shape of the clips of one visit: [R,T,H,W,3], or what the transform makes."""
         shape = (self.frames, self.side, self.side, 3) if self.transform is None else self.transform.shape
         return self.clips_per_visit, *shape
 

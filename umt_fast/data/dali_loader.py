@@ -63,7 +63,7 @@ LARGEST_LUMA_ERROR = 4.0
 
 @dataclass
 class DecodedVisit:
-    """What PyAV made of one visit."""
+    """Clips that PyAV decoded for one visit."""
 
     place: int
     reason: str
@@ -81,13 +81,13 @@ class BatchPlan:
     requests: list[VisitRequest]
     """Without their content."""
     content: UInt8[Tensor, " bytes"]
-    """Of the requests, one behind the other, `sizes` each."""
+    """Bytes of all requests, concatenated; `sizes` has the length of each."""
     sizes: list[int]
     decoded: UInt8[Tensor, "n r t h w 3"]
-    """What PyAV made of the other visits, at `places`."""
+    """Clips that PyAV decoded for the other visits, at `places`."""
     places: list[int]
     reasons: Counter[str]
-    """Why DALI did not decode those, and how many."""
+    """Number of those visits, by the reason why DALI did not decode them."""
 
     def pin_memory(self) -> BatchPlan:
         self.decoded = self.decoded.pin_memory()
@@ -113,7 +113,7 @@ class DaliSupport:
     """Codecs of which DALI gives other frames than PyAV."""
 
     def why_not(self, stored: Storage) -> str | None:
-        """Why PyAV decodes a video, as far as its header tells; None if DALI does."""
+        """Why PyAV decodes a video, judged by its header; None if DALI does."""
         codec, size = stored.codec, (stored.width, stored.height)
         if codec not in (CPU_CODECS if self.engines is None else self.engines):
             return codec

@@ -104,12 +104,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may cost, whatever it says of itself; the settings of the same names."""
+    """Limits for reading one file, independent of what its header says; the settings of the same names."""
 
     max_bytes: int = DataConfig.max_bytes
     max_pixels: int = DataConfig.max_pixels
     time_limit: float = math.inf
-    """None unless training: `prepare` has a limit of its own."""
+    """Seconds. Infinite except in training; `prepare` has its own limit."""
 
     @classmethod
     def of(cls, config: DataConfig) -> Limits:
@@ -132,7 +132,7 @@ class Part:
     """Frames; None: to the end."""
 
     def bounds(self, timeline: Timeline) -> tuple[int, int]:
-        """Its first frame and the one after its last. Raises BadVideo if it has no frame."""
+        """Numbers of its first frame and of the one after its last. Raises BadVideo if it has no frame."""
         first, last = self.first, timeline.num_frames
         if self.start > 0 or self.end is not None:
             first = max(first, int(np.searchsorted(timeline.seconds, self.start - _HALF_MICROSECOND)))
@@ -153,7 +153,7 @@ class Video:
     """A video file, or one in a shard."""
 
     path: str
-    """Of the file, or of the shard: a local path or a URL."""
+    """Path of the file, or of the shard: a local path or a URL."""
     member: str = ""
     """Its name in the shard."""
     offset: int | None = None
@@ -167,14 +167,14 @@ class Video:
     part: Part | None = None
     """The part that clips are made of; None: all of it."""
     read_timeout: float = DataConfig.read_timeout
-    """Seconds within which it must have come, if it is remote."""
+    """Seconds in which it must arrive, if it is remote."""
     limits: Limits = DEFAULT_LIMITS
     refused: str = ""
-    """Why it must not be read, if so."""
+    """Reason why it must not be read; empty: it may be."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Name of the video for messages."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
     @property
@@ -183,7 +183,7 @@ class Video:
 
 
 class VideoList(Sequence[Video]):
-    """The videos of a run, each a row as of an index, of which only `path` is required.
+    """The videos of a run; each is one row in the format of an index; only `path` is required.
 
     The rows stay one block of bytes, which all worker processes share and which may be mapped from a file. A list of
     objects would be copied into each process, page by page, as it counts their references.
@@ -206,18 +206,18 @@ class VideoList(Sequence[Video]):
         self._confined = confined
         self.may_be_remote = is_url(base) or (isinstance(block, bytes) and b"://" in block)
         self.read_timeout = DataConfig.read_timeout
-        """Of its videos."""
+        """Read timeout of its videos, seconds."""
         self.limits = DEFAULT_LIMITS
-        """Likewise."""
+        """Limits of its videos."""
         self._confined = confined
         self.distinct: int | None = None
-        """How many different videos it names, where that is known."""
+        """Number of different videos in it, if known."""
         self.known_digest: str | None = None
-        """Of a block that is mapped from a file."""
+        """Digest, if the block is mapped from a file."""
 
     @classmethod
     def of_bytes(cls, rows: Iterable[bytes], base: str = "", confined: bool = False) -> VideoList:
-        """Of rows in JSON."""
+        """A list from rows in JSON."""
         rows = list(rows)
         ends = np.cumsum([0, *map(len, rows)])
         return cls(b"".join(rows), np.stack((ends[:-1], ends[1:]), 1), base, confined=confined)

@@ -37,7 +37,7 @@ class LabelledVideos:
     videos: VideoList
     labels: Int[np.ndarray, " n"]
     classes: tuple[str, ...]
-    """Their names; the numbers themselves where the list has numbers and no class file is given."""
+    """Names of the classes; their numbers if the list has numbers and no class file is given."""
 
 
 def read_labelled(
@@ -74,7 +74,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 
 
 def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], VideoList, list[str]]:
-    """For each video where its label stands, and the label as it stands there."""
+    """For each video, the location of its label in the list, and the label's text."""
     suffix = posixpath.splitext(source)[1].lower()
     if not source or suffix in (".tar", ".jsonl", *VIDEO_SUFFIXES) or (is_url(source) and suffix not in _LISTS):
         return _of_rows(source, read_manifest(source, prefix, read_timeout))

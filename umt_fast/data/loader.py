@@ -45,7 +45,7 @@ GRACE = 1.0
 NO_LABEL = -1
 """Label of a video without one."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""As malloc.h numbers them."""
+"""Numbers of the options in malloc.h."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MAX_DEATHS = 3
 """Times that workers may be killed at one batch before the loader gives up. The out-of-memory killer picks its victims
@@ -92,28 +92,28 @@ class Batch:
 
     @property
     def paths(self) -> list[str]:
-        """Of each visit."""
+        """Path of each visit's video."""
         return [video.path for video in self.videos]
 
     @property
     def visits(self) -> list[int]:
-        """Their numbers in the run."""
+        """Number of each visit in the run."""
         return [video.visit for video in self.videos]
 
     @property
     def rows(self) -> list[int]:
-        """Of each visit, the video's row in the list, from 0."""
+        """Row of each visit's video in the list, from 0."""
         return [video.row for video in self.videos]
 
     @property
     def labels(self) -> Int64[Tensor, " b"]:
-        """Of each clip; -1 where the list has none."""
+        """Label of each clip; -1 if the list has none."""
         labels = [NO_LABEL if video.label is None else video.label for video in self.videos]
         return torch.tensor(labels, dtype=torch.int64).repeat_interleave(self._clips_per_visit)
 
     @property
     def captions(self) -> list[str]:
-        """Of each clip; empty where the list has none."""
+        """Caption of each clip; empty if the list has none."""
         return [video.caption or "" for video in self.videos for _ in range(self._clips_per_visit)]
 
     @property

@@ -78,8 +78,8 @@ def read_manifest(
       directory. After a URL with a query, a comma begins a label only if the query has no other comma.
 
     Indices, shards and lists may be URLs, and a URL that names none of them is a folder with an index. `read_timeout`:
-    seconds for each read from a URL, now and of the videos later. `limits` hold likewise. Raises ManifestError if there
-    is nothing to read.
+    seconds for each read from a URL, now and of the videos later. `limits` hold for both too. Raises ManifestError if
+    there is nothing to read.
     """
     videos = _read(source, os.path.expanduser(prefix), read_timeout, limits.max_bytes)
     videos.read_timeout, videos.limits = read_timeout, limits
@@ -259,10 +259,10 @@ class LineParser:
     columns: tuple[tuple[str, int], ...] = ()
     """Names and places of the columns, where a header names them."""
     width: int = 0
-    """How many columns the header has."""
+    """Number of columns in the header."""
     separator: str = ","
     total_first: bool = True
-    """Of two numbers after a folder of frames, the first is the number of frames and the second the label."""
+    """Whether the first of two numbers after a folder of frames is the number of frames, and the second the label."""
 
     def __call__(self, line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8", "surrogateescape").strip()
@@ -313,7 +313,7 @@ def _header(line: str) -> tuple[tuple[tuple[str, int], ...], int, str]:
 
 
 def _find_columns(names: dict[str, Any]) -> dict[str, str]:
-    """By our name, the name that a table has for a column."""
+    """The table's name of each column, by our name."""
     lower = {name.lower(): name for name in reversed(names)}
     columns = {}
     for ours, known in _COLUMNS.items():

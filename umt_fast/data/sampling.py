@@ -30,7 +30,7 @@ class Timeline:
     """When the frames of a video are shown."""
 
     times: Sequence[int] | np.ndarray
-    """Of each frame, ascending, in ticks."""
+    """Time of each frame, ascending, in ticks."""
     tick: Callable[[], float]
     """Seconds; measured when first needed."""
 
@@ -40,7 +40,7 @@ class Timeline:
 
     @functools.cached_property
     def seconds(self) -> Float[np.ndarray, " n"]:
-        """Of each frame, after the first."""
+        """Time of each frame after the first frame, seconds."""
         times = np.asarray(self.times, np.float64)
         return (times - times[0]) * self.tick()
 
@@ -50,7 +50,7 @@ class Timeline:
         return (self.num_frames - 1) / float(self.seconds[-1]) if self.num_frames > 1 else 25.0
 
     def between(self, first: int, last: int) -> Timeline:
-        """Of the frames from `first` up to, but not including, `last`."""
+        """The timeline of the frames from `first` up to, but not including, `last`."""
         return Timeline(self.times[first:last], self.tick)
 
 

@@ -95,7 +95,7 @@ class Sample:
     video: str
     """Path of the .mp4 file."""
     facts: dict[str, Any]
-    """For the .json file."""
+    """Content of the .json file."""
     label: int | None = None
     caption: str | None = None
 

@@ -16,9 +16,9 @@ import numpy as np
 from umt_fast.data.index import BadVideo
 
 _PR_SET_PDEATHSIG = 1
-"""As linux/prctl.h numbers it."""
+"""Number of the option in linux/prctl.h."""
 IDLE = -1
-"""In place of a row: the worker reads none."""
+"""Stands in place of a row while the worker reads none."""
 
 
 def end_with_parent(parent: int) -> None:
@@ -101,7 +101,7 @@ class WorkerWatch:
 
 
 _own: tuple[WorkerWatch, int] | None = None
-"""In a worker: its watch and number."""
+"""The watch and the number of this process, in a worker."""
 
 
 def note_reading(row: int) -> None:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: tests on labels, retrieval, features."""
+"""Evaluation of trained models: tests on labels, retrieval, features."""

@@ -70,7 +70,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scores:
-    """What predictions of labelled videos are worth, in percent."""
+    """Accuracy of predictions for labelled videos, in percent."""
 
     videos: int
     top1: float
@@ -118,7 +118,7 @@ def confusion(labels: Int[Tensor, " n"], predicted: Int[Tensor, " n"], classes: 
 
 @dataclass
 class Predictions:
-    """What a model says of a list's videos."""
+    """A model's predictions for the videos of a list."""
 
     rows: Int[Tensor, " n"]
     """The place in the list of each video that was read, ascending."""

@@ -92,7 +92,7 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
     """The model that a file holds: from its tensors' shapes and, where they do not say, from its settings.
 
     `state` has no prefixes. Settings are ours (a `classifier` or `student` section) or the published argument object.
-    Raises WeightsError where a size is told by neither.
+    Raises WeightsError if neither the tensors nor the settings give a size.
     """
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.dim() != 5:

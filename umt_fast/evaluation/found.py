@@ -29,7 +29,7 @@ class Hit:
     video: Video
     label: str
     right: bool | None = None
-    """None where nobody knows."""
+    """None if the right answer is unknown."""
     seconds: tuple[float, float] | None = None
     """The part of the video that was found; None: all of it."""
 

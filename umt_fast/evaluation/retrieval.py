@@ -54,7 +54,7 @@ class Retrieval:
     rerank_v2t: Float[Tensor, "v n"]
     rerank_t2v: Float[Tensor, "n v"]
     recalls: dict[str, float]
-    """By the re-ranked scores."""
+    """Recalls by the re-ranked scores."""
     coarse_recalls: dict[str, float]
 
 

@@ -40,7 +40,7 @@ class Loaded:
     model: VideoTextModel | VideoQaModel
     tokenizer: Tokenizer
     digest: str
-    """Of the weights: tells models apart."""
+    """Hash of the weights; two models differ in it."""
 
 
 def load_model(

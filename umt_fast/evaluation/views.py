@@ -27,7 +27,7 @@ class Views:
     frames: int
     """Per clip."""
     side: int
-    """Of a clip; the short side of the frame is resized to it."""
+    """Height and width of a clip; the short side of the frame is resized to it."""
     rule: FrameRule = "sparse"
     rate: float = 1
     """Frames of the video per frame of a `dense` clip."""
@@ -45,7 +45,7 @@ class Views:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one view."""
+        """Shape of one view."""
         return self.frames, self.side, self.side, 3
 
     @property

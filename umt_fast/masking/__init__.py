@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a masking rule needs, over what it counts, and how it draws."""
+    """Input of a masking rule, the unit in which it counts tokens, and its draw function."""
 
     needs: Literal["nothing", "scores"]
     """scores: the teacher's attention to each patch, so the draw waits for the teacher."""
     counts: Literal["per frame", "per clip"]
-    """Where the number of visible tokens is fixed and rounded."""
+    """Unit in which the number of visible tokens is fixed and rounded."""
     count: Callable[[int, float], int]
     """(tokens, hidden share) -> visible tokens. The published codes round differently."""
     draw: Callable[[Float[Tensor, "b t p"], int, torch.Generator | None], Int[Tensor, "b g n"]]

@@ -66,7 +66,7 @@ class VideoClassifier(VideoTransformer):
             self.head.weight.mul_(init_scale)
 
     def features(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b d"]:
-        """What the head classifies. Raises ValueError for a clip of another size or number of frames."""
+        """Input of the classification head. Raises ValueError for a clip of another size or number of frames."""
         check_clip(clip, self.config.image_size, self.config.frames)
         (x,) = self.hidden_states(clip, self.pos_embed[0])
         return self.fc_norm(x.mean(1)) if self.config.pool == "mean" else self.norm(x[:, 0])

@@ -219,7 +219,10 @@ class ClipTeacher(nn.Module):
             module.patch_weight.copy_(module._fold_resize())
 
     def set_attention(self, backend: Backend, last: Backend) -> None:
-        """Use `backend` in every block and `last` in the last one; before torch.compile, which takes them in."""
+        """Use `backend` in every block and `last` in the last one.
+
+        Call this before torch.compile, which makes the choice part of the graph.
+        """
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         for block in blocks:
             block.attn.backend = backend

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class NormedTransformer(VideoTransformer):
-    """The video ViT with a final LayerNorm, under its published name; whoever takes hidden states applies it."""
+    """The video ViT with a final LayerNorm, under its published name; the caller of `hidden_states`
+    applies the norm."""
 
     def __init__(self, config: VitConfig, drop_path: float, hidden: int | None = None) -> None:
         super().__init__(config, drop_path, hidden)
@@ -36,14 +37,14 @@ class AlignmentHead(nn.Module):
 
 
 class Predictions(NamedTuple):
-    """What the student says of the visible tokens, before each layer's own LayerNorm: the loss takes that in."""
+    """Student outputs at the visible tokens, before each layer's LayerNorm, which the loss applies."""
 
     hidden: Float[Tensor, "k b m c"]
     weight: Float[Tensor, "k c"]
     bias: Float[Tensor, "k c"]
 
     def normed(self, eps: float = LAYER_NORM_EPS) -> Float[Tensor, "k b m c"]:
-        """After the LayerNorm; not L2-normalised."""
+        """Predictions after the LayerNorm; not L2-normalised."""
         plain = F.layer_norm(self.hidden.float(), self.hidden.shape[-1:], eps=eps)
         return plain * self.weight[:, None, None] + self.bias[:, None, None]
 
@@ -69,11 +70,14 @@ class VideoStudent(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def set_attention(self, backend: Backend) -> None:
-        """Use `backend` in every block; before torch.compile, which takes it in."""
+        """Use `backend` in every block. Call this before torch.compile, which makes the choice part of the graph."""
         self.encoder.set_attention(backend)
 
     def set_recompute(self, recompute: Recompute) -> None:
-        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        """Choose what the backward pass recomputes instead of keeping.
+
+        Call this before torch.compile, which makes the choice part of the graph.
+        """
         self.encoder.set_recompute(recompute)
 
     def forward(self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "r m"]) -> Predictions:
@@ -81,7 +85,7 @@ class VideoStudent(nn.Module):
 
         clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]; ids index the flattened (t, h, w) grid. With
         r = M * B rows of ids, rows M i to M (i + 1) are visible sets of clip i. Raises ValueError for a clip of
-        another size, or a number of rows that is no multiple of the clips.
+        another size, or a number of rows that is not a multiple of the number of clips.
         """
         check_clip(clip, self.config.image_size, self.config.frames)
         hidden = self.encoder.hidden_states(clip, self.position, token_ids, self.config.aligned_blocks)

@@ -44,20 +44,26 @@ def init_linear(module: nn.Module) -> None:
 
 
 class MaskedAutoencoder(nn.Module):
-    """What both families share: every block by the same attention backend and recomputed in the same way."""
+    """Base of both families: sets the attention backend and the recomputation of all blocks."""
 
     def __init__(self) -> None:
         super().__init__()
         self.run_block = RUN_BLOCK["none"]
 
     def set_attention(self, encoder: Backend, decoder: Backend) -> None:
-        """Use these backends in the blocks of either part; before torch.compile, which takes them in."""
+        """Use these backends in the blocks of either part.
+
+        Call this before torch.compile, which makes the choice part of the graph.
+        """
         for name, module in self.named_modules():
             if isinstance(module, (Attention, SeparateAttention)):
                 module.backend = decoder if name.startswith("decoder") else encoder
 
     def set_recompute(self, recompute: Recompute) -> None:
-        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        """Choose what the backward pass recomputes instead of keeping.
+
+        Call this before torch.compile, which makes the choice part of the graph.
+        """
         for module in self.modules():
             if isinstance(module, (MaskedAutoencoder, VideoTransformer, PixelDecoder)):
                 module.run_block = RUN_BLOCK[recompute]

@@ -201,7 +201,7 @@ class Bert(nn.Module):
                 module.backend = backend
 
     def set_recompute(self, recompute: Recompute) -> None:
-        """What the backward pass computes again instead of keeping it; before torch.compile."""
+        """Choose what the backward pass recomputes. Call this before torch.compile."""
         self.run_block = RUN_BLOCK[recompute]
 
     def _run(self, layers: Iterable[nn.Module], x: Tensor, mask: Tensor | None, context: Context | None) -> Tensor:
@@ -265,7 +265,7 @@ class BertWithHead(nn.Module):
         self.cls = LanguageHead(config)
 
     def logits(self, hidden: Float[Tensor, "... h"]) -> Float[Tensor, "... w"]:
-        """Of every word at each of the hidden states."""
+        """Logits of every vocabulary word for each hidden state."""
         return self.cls.predictions(hidden, self.bert.embeddings.word_embeddings.weight)
 
 
@@ -278,14 +278,14 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def padding_mask(attention_mask: Int[Tensor, "r l"]) -> Bool[Tensor, "r 1 1 l"] | None:
-    """What may be looked at, of a mask with 1 for real tokens. None where, seen on the CPU, nothing is padding."""
+    """Attention mask, True at real tokens. None if the mask is on the CPU and has no padding."""
     if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.bool()[:, None, None]
 
 
 def causal_mask(attention_mask: Int[Tensor, "r l"]) -> Bool[Tensor, "r 1 l l"]:
-    """The same where a token may look only at itself and those before it."""
+    """Attention mask for a decoder: each token attends to itself and earlier tokens."""
     length = attention_mask.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
     return attention_mask.bool()[:, None, None] & past
@@ -294,8 +294,8 @@ def causal_mask(attention_mask: Int[Tensor, "r l"]) -> Bool[Tensor, "r 1 l l"]:
 def cut_padding(
     input_ids: Int[Tensor, "r l"], attention_mask: Int[Tensor, "r l"]
 ) -> tuple[Int[Tensor, "r m"], Int[Tensor, "r m"]]:
-    """Both without the columns that are padding in every row. A mask that is not on the CPU is left as it is: to look
-    at it would make the host wait."""
+    """Both tensors without the columns that contain only padding. A mask on a GPU is left as it is: reading it would
+    make the host wait."""
     if attention_mask.device.type != "cpu":
         return input_ids, attention_mask
     used = attention_mask.any(dim=0).nonzero()

@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 @dataclass
 class Seen:
-    """What the video encoder makes of a batch of clips."""
+    """Outputs of the video encoder for a batch of clips."""
 
     tokens: Float[Tensor, "b m d"]
-    """The visible tokens after the last norm: what texts look at."""
+    """The visible tokens after the last norm, to which texts attend."""
     pooled: Float[Tensor, "b f d"]
     """Their mean, normed again: of each frame, or f = 1 of all visible tokens where some are hidden."""
     predictions: Predictions | None = None
-    """Of the teacher's outputs at the visible tokens."""
+    """Predictions of the teacher's outputs at the visible tokens."""
 
 
 class VisionEncoder(nn.Module):
@@ -108,7 +108,7 @@ class VisionEncoder(nn.Module):
 
 
 class _VideoAndText(nn.Module):
-    """What both models share."""
+    """Base of both models."""
 
     config: VideoTextConfig
     vision_encoder: VisionEncoder
@@ -122,7 +122,7 @@ class _VideoAndText(nn.Module):
                 module.set_attention(text)
 
     def set_recompute(self, vision: Recompute, text: Recompute) -> None:
-        """What the backward pass computes again instead of keeping it; before torch.compile."""
+        """Choose what the backward pass recomputes. Call this before torch.compile."""
         self.vision_encoder.encoder.set_recompute(vision)
         for module in self.modules():
             if isinstance(module, Bert):

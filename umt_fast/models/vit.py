@@ -174,13 +174,16 @@ class VideoTransformer(nn.Module):
         return [layer % depth for layer in layers]
 
     def set_attention(self, backend: Backend) -> None:
-        """Use `backend` in every block; before torch.compile, which takes it in."""
+        """Use `backend` in every block. Call this before torch.compile, which makes the choice part of the graph."""
         for module in self.modules():
             if isinstance(module, (Attention, SeparateAttention)):
                 module.backend = backend
 
     def set_recompute(self, recompute: Recompute) -> None:
-        """What the backward pass computes again instead of keeping it; before torch.compile, which takes it in."""
+        """Choose what the backward pass recomputes instead of keeping.
+
+        Call this before torch.compile, which makes the choice part of the graph.
+        """
         self.run_block = RUN_BLOCK[recompute]
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Alignment:
-    """What `alignment_step` found."""
+    """Results of `alignment_step`."""
 
     loss: Float[Tensor, ""]
     visible: Int[Tensor, "b g n"]
@@ -81,7 +81,7 @@ def alignment_step(
             visible = visible.long().sort(dim=-1).values
         targets = teacher.targets(state, visible)
         scores = state.scores
-        del state  # a third of the teacher's activations would lie about while the student runs
+        del state  # otherwise a third of the teacher's activations stays in memory while the student runs
     predictions = student(clip, masking.token_ids(visible, frames * patches))
     loss = cosine_alignment_loss(
         predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=LAYER_NORM_EPS

@@ -21,7 +21,7 @@ EPS = 1e-6
 
 @dataclass
 class Reconstruction:
-    """What a step on pixels found."""
+    """Results of a step on pixels."""
 
     loss: Float[Tensor, ""]
     predictions: Float[Tensor, "b s f"]
@@ -114,7 +114,7 @@ SAMPLING_WEIGHT = 1e-4
 
 @dataclass
 class AdaptiveReconstruction(Reconstruction):
-    """What a step of AdaMAE found. `loss` is the sum of both losses."""
+    """Results of a step of AdaMAE. `loss` is the sum of both losses."""
 
     reconstruction: Float[Tensor, ""]
     sampling: Float[Tensor, ""]

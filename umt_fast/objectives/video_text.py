@@ -40,7 +40,7 @@ class NoNegatives(RunError, ValueError):
 
 @dataclass
 class Draws:
-    """What is drawn at random in a step, in this order. In `video_text_step` what is given is not drawn."""
+    """Random choices of a step, drawn in this order. `video_text_step` draws only those that it is not given."""
 
     visible: Int[Tensor, "b t n"] | None = None
     """Ascending ids of the visible patches of each frame. None in the result of a model without a teacher."""

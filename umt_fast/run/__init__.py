@@ -1,1 +1,1 @@
-"""What every training loop needs around it."""
+"""Everything that a training loop needs besides the model, the loss and the data."""

@@ -66,7 +66,8 @@ class StopSignal:
         signal.set_wakeup_fd(self._previous_fd)
         os.close(self._write)
         self._tasks.put(None)
-        # Both end now, but for a fetch that waits for data. A thread that wakes while Python exits may abort it.
+        # Both threads end now, unless a fetch still waits for data. A thread that wakes while Python
+        # exits may abort it.
         self._watcher.join()
         if self._fetcher is not None:
             self._fetcher.join(timeout=0.5)
@@ -132,7 +133,7 @@ class StopSignal:
 
     def _fetch(self) -> None:
         if self._world.device.type == "cuda":
-            torch.cuda.set_device(self._world.device)  # the present device is a thread's own
+            torch.cuda.set_device(self._world.device)  # each thread has its own current device
         while (task := self._tasks.get()) is not None:
             future, fetch = task
             try:

@@ -19,15 +19,15 @@ from umt_fast.weights.keys import strip_wrappers
 
 @dataclass
 class LoadReport:
-    """What became of a state dict's keys, named as the model's."""
+    """What was done with each key of a state dict; keys are named as in the model."""
 
     loaded: list[str]
     missing: list[str]
-    """In the model alone: these keep their values."""
+    """Keys only in the model: these keep their values."""
     unexpected: list[str]
-    """In the file alone."""
+    """Keys only in the file."""
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """In both, with the file's shape and the model's: these keep the model's values."""
+    """Keys in both, with the file's shape and the model's: these keep the model's values."""
 
     def lines(self) -> list[str]:
         """Each key that was not loaded and why, for people."""

@@ -149,7 +149,10 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
     cls, patches = positions[:1], positions[1:]
     side = math.isqrt(len(patches))
     if side**2 != len(patches):
-        raise WeightsError(f"positional_embedding {list(positions.shape)} is no class token and square of patches")
+        raise WeightsError(
+            f"positional_embedding {list(positions.shape)} "
+            "does not consist of one class token and a square grid of patches"
+        )
     if side == grid:
         return positions
     image = patches.float().T.reshape(1, -1, side, side)

@@ -148,7 +148,7 @@ def read_bert(source: str | Path) -> TensorDict:
 _BERT_FILES = ("config.json", "vocab.txt", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 _POSITIONS = "positional_embedding"
 _COPIES = ("embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-"""Keys whose content is there under another, or is no parameter."""
+"""Keys to skip: their content also exists under another key, or it is not a parameter."""
 _UNUSED_FOR_ANSWERS = ("temp", "vision_proj.", "text_proj.", "itm_head.", "vision_encoder.pool_norm.")
 
 

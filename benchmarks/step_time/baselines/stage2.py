@@ -163,7 +163,7 @@ class BaselineVision(nn.Module):
         self.clip_decoder = nn.ModuleList(StudentHead(config) for _ in range(config.align_layers))
         for norm in (head.norm for head in self.clip_decoder if isinstance(head, StudentHead)):
             norm.eps = eps
-        self.position = sinusoid_positions(config.tokens, config.width)[None]  # no buffer: it stays on the host
+        self.position = sinusoid_positions(config.tokens, config.width)[None]  # not a buffer: it stays on the host
 
     def forward(
         self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"]

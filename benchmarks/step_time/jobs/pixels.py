@@ -27,7 +27,7 @@ from umt_fast.run.optim import build_optimizer, clip_gradients
 OPTIM = OptimConfig(lr=3e-5)
 MASK_RATIO = 0.9
 LOSS_TOLERANCE = 0.002
-"""Of losses near 1 that fall by 0.01 over the steps that are compared."""
+"""Largest difference of losses near 1, which fall by 0.01 over the steps that are compared."""
 MODELS = {
     "videomae_b16": VideoMaeConfig(),
     "videomae_l16": VideoMaeConfig(

@@ -25,7 +25,8 @@ from umt_fast.run.optim import build_optimizer, clip_gradients
 
 MASK_RATIO = 0.8
 OPTIM = OptimConfig(lr=3e-5)
-"""Low, as there is no warm-up: at 1.5e-4 the loss jumps after some steps, at another step with every rounding."""
+"""The learning rate is low because there is no warm-up: at 1.5e-4 the loss jumps after some steps, and rounding decides
+at which step."""
 
 MODELS = {
     "umt_b16": (STUDENTS["umt_b16"], TEACHERS["clip_b16"]),

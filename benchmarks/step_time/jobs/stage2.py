@@ -25,11 +25,11 @@ from umt_fast.run import attention_choice, costs
 from umt_fast.run.optim import build_optimizer
 
 OPTIM = OptimConfig(lr=1e-5, betas=(0.9, 0.999), weight_decay=0.02)
-"""Low, as there is no warm-up."""
+"""The learning rate is low because there is no warm-up."""
 LENGTH, SHORTEST, LONGEST = 32, 6, 20
 """Tokens: of a padded text, of the texts."""
 LOSS_TOLERANCE = 0.15
-"""Of losses near 15, most of it from the masked words of an untrained model."""
+"""Largest difference of losses near 15, most of it from the masked words of an untrained model."""
 
 MODELS = {
     "umt_b16": VideoTextConfig(replace(STUDENTS["umt_b16"], frames=4, drop_path=0.0), TEACHERS["clip_b16"]),
@@ -71,7 +71,7 @@ class Stage2Work:
         return _build_lean(rung, self) if rung.lean else _build_baseline(rung, self)
 
     def flops(self, lean: bool) -> dict[str, int]:
-        """Of the vision side as `costs` counts it; of the text side its linear layers and attention."""
+        """Operations of the vision side, as `costs` counts them, and of the text side's linear layers and attention."""
         config, teacher = self.config, self.config.teacher
         assert teacher is not None
         count = costs.lean_flops if lean else costs.published_flops

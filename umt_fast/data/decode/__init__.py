@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
-"""Of picture files, which are videos of one frame."""
+"""Suffixes of picture files, which count as videos of one frame."""
 INSTALL = "pip install 'umt-fast[dali]' (for CUDA 12: pip install nvidia-dali-cuda120)"
 
 
@@ -73,7 +73,8 @@ def open_video(video: Video, content: bytes | None = None, square_pixels: bool =
 
 
 def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[int], UInt8[np.ndarray, "h w 3"]]]:
-    """The frames at `indices`, in any order and with repeats, as they are decoded: each with its places in that."""
+    """The frames at `indices`, in any order and with repeats, as they are decoded, each with its
+    positions in `indices`."""
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
@@ -93,7 +94,7 @@ def read_frames(
 
 
 def probe(video: Video, content: bytes | None = None) -> Facts:
-    """What an index holds of a video: its packets are listed and its first frame decoded. Raises BadVideo."""
+    """Index entry of a video. Lists its packets and decodes its first frame. Raises BadVideo."""
     from umt_fast.data.decode import container
 
     return container.probe(video, content)

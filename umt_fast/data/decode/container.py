@@ -38,7 +38,7 @@ CONTAINERS = (
     "3gp asf av1 avi dv dvd flv gif gxf h261 h263 h264 hevc ivf m4v matroska mjpeg mov mpeg mpegts mpegvideo mpjpeg "
     "mxf nut obu ogg rm swf vc1 vob wtv y4m yuv4mpegpipe aac ac3 aiff amr caf flac mp3 wav"
 ).replace(" ", ",")
-"""FFmpeg's names of the formats that are opened; those of sound alone, to say that there is no video in them."""
+"""FFmpeg's names of allowed formats. Audio formats are included so that the error can say "no video"."""
 
 ONE_THREAD = 1
 """For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
@@ -52,7 +52,7 @@ class Storage:
     pixels: str
     """FFmpeg's name of the pixel format."""
     matrix: int
-    """From which YCbCr to which RGB, as ITU-T H.273 numbers them: 1 is BT.709, 2 unknown, 5 and 6 are BT.601."""
+    """YCbCr-to-RGB matrix, by its number in ITU-T H.273: 1 is BT.709, 2 unknown, 5 and 6 are BT.601."""
     width: int
     """Pixels, before any turning."""
     height: int
@@ -265,7 +265,7 @@ class Reader:
 
     @as_bad_video()
     def facts(self) -> Facts:
-        """What an index holds of this video. Raises BadVideo."""
+        """Index entry of this video. Raises BadVideo."""
         frames = self._rewind() if self.timed else self._decode_all()
         first = next((frame for frame in frames if not self.timed or frame.pts == self.pts[0]), None)
         if first is None:
@@ -414,7 +414,7 @@ class RgbConverter:
     """Converts the frames of one video to uint8 RGB [H,W,3], upright.
 
     It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
-    facts in an index have no mirrored pictures, so their rotation says it all.
+    facts in an index have no mirrored pictures, so their rotation is enough.
     """
 
     def __init__(self, indexed: bool, aspect: Fraction = Fraction(1)) -> None:

@@ -71,7 +71,7 @@ def _cut(reader: Reader, indices: list[int]) -> tuple[bytes, list[int]] | None:
 
 
 def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.Packet]:
-    """By time, in the order of decoding, the packets from the key frames before the given times to those."""
+    """Packets by time, in decoding order: from the key frame before each given time up to that time."""
     waiting: dict[int, set[int]] = {}
     for time in times:
         waiting.setdefault(reader.key_of(time), set()).add(time)

@@ -20,10 +20,10 @@ class NoEngine(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engines support of one codec, in 8-bit 4:2:0."""
+    """Limits of the engines for one codec, in 8-bit 4:2:0."""
 
     engines: int
-    """How many support it."""
+    """Number of engines that support it."""
     width: tuple[int, int]
     """Smallest and largest, pixels."""
     height: tuple[int, int]
@@ -59,7 +59,7 @@ class _Capabilities(ctypes.Structure):
 
 
 def limits(device: torch.device) -> dict[str, Limits]:
-    """By codec, what the engines of a GPU support. Raises NoEngine if there are none or the driver hides them."""
+    """Limits of a GPU's engines, by codec. Raises NoEngine if there are none or the driver hides them."""
     if device.type != "cuda":
         raise NoEngine("no GPU")
     try:

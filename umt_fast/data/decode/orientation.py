@@ -1,4 +1,4 @@
-"""How a file asks players to turn its pictures, followed as FFmpeg's autorotate does."""
+"""Rotation that a file asks of players, applied as FFmpeg's autorotate does."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 
 @functools.lru_cache(maxsize=64)
 def from_matrix(matrix: bytes) -> Orientation:
-    """Of nine 32-bit integers, FFmpeg's AV_FRAME_DATA_DISPLAYMATRIX: the same choice as `ffmpeg -autorotate`."""
+    """Orientation from FFmpeg's AV_FRAME_DATA_DISPLAYMATRIX, nine 32-bit integers: as `ffmpeg -autorotate` chooses."""
     a, b, _, c, d = np.frombuffer(matrix[:20], "=i4").tolist()
     across, down = math.hypot(a, c), math.hypot(b, d)
     if not across or not down:

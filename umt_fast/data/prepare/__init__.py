@@ -77,11 +77,11 @@ class Report:
     fresh: int
     """Copies made by this run."""
     failures: dict[str, str]
-    """Why there is no copy, by the source's name."""
+    """Reason why a video has no copy, by the source's name."""
     bytes_before: int
     bytes_after: int
     seconds: float
-    """Of video, in all copies."""
+    """Seconds of video in all copies."""
     fresh_seconds: float
     elapsed: float
     workers: int
@@ -175,7 +175,7 @@ class _Preparation:
         self.journal = Journal(self.out / STATE_NAME / "journal.jsonl")
         self.shard_of = {item.number: shard for shard in plan.shards for item in shard.items}
         self.open_items: dict[str, set[str]] = {}
-        """By shard: the videos to try before it can be written."""
+        """Videos to try before a shard can be written, by shard."""
 
     def run(self) -> Report:
         started = time.monotonic()

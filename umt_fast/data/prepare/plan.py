@@ -29,7 +29,7 @@ class Item:
     number: int
     video: Video
     path: str
-    """Of the copy, relative to the folder of copies, or its name in the shard."""
+    """Path of the copy, relative to the folder of copies, or its name in the shard."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class Shard:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the shard's content."""
+        """Digest of everything that decides the shard's content."""
         content = [
             (item.name, item.path, line.label, line.caption) for item, line in zip(self.items, self.lines, strict=True)
         ]

@@ -39,7 +39,7 @@ COMPARED = 8
 class Verdict:
     checked: int
     compared: int
-    """How many of them with their sources."""
+    """Number of copies that were compared with their sources."""
     lowest: tuple[float, str] | None
     """The lowest PSNR of a copy against its source, dB, and its name."""
     problems: list[tuple[str, str]]
@@ -71,7 +71,7 @@ class Verdict:
 class _Task:
     copy: Video
     file: str
-    """Of the copy, or of its shard."""
+    """File name of the copy, or of its shard."""
     digest: str
     source: Video | None
 

@@ -45,13 +45,13 @@ class CopyTask:
     temporary: str
     target: str
     root: str
-    """Folder of all copies, out of which none may be written."""
+    """Folder of all copies; none may be written outside it."""
     recipe: Recipe
 
 
 @dataclass(frozen=True)
 class PackTask:
-    """Copies to pack into a shard, likewise."""
+    """Copies to pack into a shard, also written under a temporary name and then moved to `target`."""
 
     shard: Shard
     samples: list[Sample]
@@ -143,7 +143,7 @@ class _Assignment:
     task: Any
     time_limit: float | None
     deaths: int = 0
-    """Of workers that did this task."""
+    """Number of workers that died while doing this task."""
 
 
 class Workers:
@@ -191,7 +191,7 @@ class Workers:
                     yield given.task, outcome[0]
 
     def _outcome(self, future: Future[Any], given: _Assignment) -> tuple[Any] | None:
-        """What became of a task, in a tuple; None if it is tried again."""
+        """The outcome of a task, in a tuple; None if the task is tried again."""
         try:
             return (future.result(),)
         except concurrent.futures.TimeoutError:
