@@ -157,7 +157,7 @@ def test_a_recipe_overrides_a_preset_and_the_rest_stays(tmp_path):
         ('[data]\ncrop_scales = ["large"]', ["line 2", "data.crop-scales", "large"]),
     ],
 )
-def test_a_mistake_is_told_by_file_and_key(tmp_path, text, words):
+def test_errors_name_the_file_and_the_key(tmp_path, text, words):
     path = recipe(tmp_path, text)
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError) as caught:
@@ -167,7 +167,7 @@ def test_a_mistake_is_told_by_file_and_key(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("text", ["student = 3", 'optim = "fast"', "mask = [1]"])
-def test_a_value_in_place_of_a_table_is_told(tmp_path, text):
+def test_a_value_in_place_of_a_table_is_refused(tmp_path, text):
     path = recipe(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_recipe(PretrainConfig, path)

@@ -73,7 +73,7 @@ def test_a_student_of_ours_gives_its_encoder():
     assert "norm.weight" in load_classifier(first, student.state_dict()).loaded
 
 
-def test_tells_mistakes_from_what_is_meant():
+def test_reports_mistakes_but_not_intended_differences():
     source = VideoClassifier(ClassifierConfig(**SIZES, num_classes=7))
     wider = VideoClassifier(ClassifierConfig(**{**SIZES, "width": 64}, num_classes=7))
     report = load_classifier(wider, source.state_dict())

@@ -310,7 +310,7 @@ def test_a_broken_config_of_a_folder_is_named(tower, tmp_path):
         read_weights(folder)
 
 
-def test_weights_of_another_depth_are_told_by_key(tower):
+def test_errors_name_the_keys_of_weights_of_another_depth(tower):
     deeper = TeacherConfig(64, 16, 1, None, WIDTH, 3, 2, 16, 2)
     with pytest.raises(WeightsError, match=r"do not fit the teacher: missing transformer\.resblocks\.2\."):
         teacher_with(tower, deeper)
@@ -327,19 +327,19 @@ def test_weights_of_another_depth_are_told_by_key(tower):
         (TeacherConfig(32, 8, 1, None, 32, 2, 2, 16, 2), "conv1.weight is [32, 3, 1, 16, 16]"),
     ],
 )
-def test_weights_of_another_shape_are_told_by_key(tower, config, words):
+def test_errors_name_the_keys_of_weights_of_another_shape(tower, config, words):
     with pytest.raises(WeightsError) as caught:
         teacher_with(tower, config)
     assert words in str(caught.value)
 
 
-def test_a_vision_model_without_projection_is_told_by_key(tower):
+def test_error_names_the_missing_projection(tower):
     state = {k: v for k, v in hugging_face_vision(tower).state_dict().items() if "visual_projection" not in k}
     with pytest.raises(WeightsError, match=r"missing proj \[32, 16\]"):
         teacher_with(state)
 
 
-def test_positions_of_no_square_grid_are_told_by_key(tower):
+def test_error_names_positions_that_are_not_a_square_grid(tower):
     """For example the text tower alone: 77 positions."""
     with pytest.raises(WeightsError, match="positional_embedding"):
         teacher_with({**tower, "positional_embedding": torch.randn(77, WIDTH)})
@@ -394,7 +394,7 @@ def test_a_checkpoint_of_umts_own_trainer_loads(tmp_path):
     assert torch.equal(other.encoder.blocks[1].mlp.fc1.weight, student.encoder.blocks[1].mlp.fc1.weight)
 
 
-def test_student_weights_that_do_not_fit_are_told_by_key():
+def test_error_names_the_keys_of_student_weights_that_do_not_fit():
     state = umt_state_dict(VideoStudent(STUDENT))
     state["encoder.norm.weight"] = torch.zeros(5)
     del state["encoder.blocks.1.attn.q_bias"]

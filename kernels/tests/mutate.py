@@ -31,13 +31,13 @@ class Fault:
     tests: tuple[str, ...]
     """Files of tests, or files and names, the quickest to notice it first."""
     which: int | None = None
-    """Of several places with `old` this one, counted from 0; None: there is only one."""
+    """Number of the place to change among those with `old`, from 0; None: there is only one."""
 
 
 NORM, LOSS, PATCHES = "gather_layer_norm.py", "cosine_alignment_loss.py", "gather_patches.py"
 SCORES, DRAW, CHECKS = "cls_scores.py", "sample_visible.py", "checks.py"
 
-FORMS = "test_what_other_models_need"
+FORMS = "test_forms_for_other_models"
 T_NORM = (f"test_gather_layer_norm.py::{FORMS}", "test_gather_layer_norm.py")
 T_LOSS = (f"test_cosine_alignment_loss.py::{FORMS}", "test_cosine_alignment_loss.py")
 T_SHORT = ("test_cosine_alignment_loss.py::test_a_prediction_without_a_direction_gets_no_gradient",)

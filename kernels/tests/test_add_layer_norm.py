@@ -81,7 +81,7 @@ def run(given: dict, **settings) -> tuple[Tensor, Tensor]:
 
 
 def gradients(outputs: tuple[Tensor, Tensor], given: dict, used: str = "both") -> list[Tensor]:
-    """Of a sum over the outputs that are `used`, weighted so that each element counts differently."""
+    """Gradients of a sum over the outputs that are `used`, weighted so that each element counts differently."""
     leaves = [given[name] for name in TENSORS if given[name] is not None]
     total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for output, name, low in zip(outputs, ("residual", "norm"), (-1.0, 0.5), strict=True):

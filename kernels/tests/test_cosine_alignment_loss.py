@@ -174,7 +174,7 @@ def test_norms_of_the_dtype_of_predictions_get_gradients_of_that_dtype(device, a
 
 @pytest.mark.parametrize("scale", [65536.0, 2.0**-10])
 def test_float16_gradients_survive_a_loss_scale(device, scale, assert_near):
-    """65536, GradScaler's first scale, is no float16; and without it the gradient of a mean is a small number."""
+    """65536, GradScaler's first scale, does not fit float16, and without it a gradient of a mean is small."""
     given = drawn(device, (2, 2, 60, 60, 64), torch.float16, False, False)
     given["predictions"].mul_(100)
     expected = differentiated(lambda given: formula(**given), given, scale, wide=True)
@@ -346,7 +346,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_other_models_need(device, form, dtype, few_programs, assert_near):
+def test_forms_for_other_models(device, form, dtype, few_programs, assert_near):
     distance, reduction, weighted, sets, padded, norm, layers = form
     batch, kept, tokens, width, k = 2, 4, 4 if sets == 0 else 7, 20, max(1, layers)
     rows = batch * max(1, sets)

@@ -69,7 +69,7 @@ OPS = list(cases(torch.device("cpu")))
 
 
 def scalar(value: Tensor) -> Tensor:
-    """Of a value, with a gradient that differs from place to place."""
+    """Weighted sum of a value, whose gradient differs from place to place."""
     return (value * torch.linspace(0.5, 2, value.numel(), device=value.device).view_as(value).to(value.dtype)).sum()
 
 

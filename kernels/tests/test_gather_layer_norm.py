@@ -151,7 +151,7 @@ def test_a_row_may_be_given_twice_where_nothing_is_scattered(device):
         run(given)
 
 
-def test_eps_is_no_negative_number():
+def test_a_negative_eps_is_refused():
     with pytest.raises(ValueError, match=r"eps = -1e-06"):
         gather_layer_norm(torch.zeros(1, 2, 3), torch.zeros(3), torch.zeros(3), -1e-6)
 
@@ -333,7 +333,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_what_other_models_need(device, form, out_dtype, few_programs, spread, assert_near):
+def test_forms_for_other_models(device, form, out_dtype, few_programs, spread, assert_near):
     sets, kept, layers, switches = form
     batch, length, width = 2, 7, 20
     generator = torch.Generator().manual_seed(kept + layers)

@@ -82,7 +82,7 @@ def test_one_fused_kernel_and_no_custom_op(name, monkeypatch):
 
 
 def test_a_draw_keeps_its_kernel(needs_kernels):
-    """Top-k and sort are no code of Inductor's."""
+    """Inductor generates no code for top-k and sort."""
     scores, seen = torch.rand(4, 9), []
 
     def look(graph, inputs):

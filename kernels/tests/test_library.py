@@ -214,7 +214,7 @@ CUSTOM_OPS = list(custom_op_cases(torch.device("cpu")))
 def test_opcheck(device, needs_kernels, name):
     for arguments in custom_op_cases(device)[name]:
         tests = ["test_schema", "test_faketensor"]
-        # Of the loss, the outputs after the first are for its own backward; to differentiate them is no use of it.
+        # The loss's outputs after the first are only for its own backward and are not differentiated.
         if name != "cosine_alignment_loss":
             tests += ["test_autograd_registration", "test_aot_dispatch_static", "test_aot_dispatch_dynamic"]
         elif arguments[-1]:  # with gradients

@@ -156,7 +156,7 @@ def test_no_rows(device, backend):
     assert mlp(x, w, None, w.T, None, backend=backend).shape == (2, 0, 8)
 
 
-def test_only_what_is_asked_for_gets_a_gradient(device, backend, assert_near):
+def test_only_requested_inputs_get_a_gradient(device, backend, assert_near):
     x, w1 = drawn(device, (20, 16), torch.float32), drawn(device, (24, 16), torch.float32)
     w2, b1 = drawn(device, (16, 24), torch.float32), drawn(device, (24,), torch.float32).requires_grad_()
     mlp(x, w1, b1, w2, None, backend=backend).sum().backward()

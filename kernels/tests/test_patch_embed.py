@@ -170,7 +170,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("copied", [False, True])
-def test_what_other_models_need(device, form, copied, assert_near):
+def test_forms_for_other_models(device, form, copied, assert_near):
     """Against a float64 convolution of the clip in [B,C,T,H,W], row by row."""
     layout, channels, dtype, patch, halo, tubelet, sets, padded = form
     generator = torch.Generator().manual_seed(channels)

@@ -135,7 +135,7 @@ def test_float64_is_differentiable(device):
         ({"predictions": torch.zeros(2, 5, 96, dtype=torch.int64)}, TypeError, "predictions has dtype torch.int64"),
     ],
 )
-def test_what_does_not_fit_is_named(change, error, words):
+def test_errors_name_inputs_that_do_not_fit(change, error, words):
     predictions, clip, ids = inputs(torch.device("cpu"), True, 4, 2, torch.float32)
     given = {"predictions": predictions, "clip": clip, "token_ids": ids, "patch_size": 4, **change}
     with pytest.raises(error) as caught:

@@ -351,7 +351,7 @@ def test_no_rows(device):
     assert sample_visible(torch.zeros(0, 12, device=device), 3).shape == (0, 3)
 
 
-def test_a_score_that_is_no_number_counts_as_zero(device):
+def test_a_nan_score_counts_as_zero(device):
     nan = float("nan")
     scores = torch.tensor([[1.0, nan, 2.0, nan]], device=device).expand(50, -1)
     drawn = sample_visible(scores, 2, generator(0, device))
@@ -373,7 +373,7 @@ def test_nan_and_0_are_alike(device):
         ({"scores": torch.rand(2, 4, device="meta")}, ValueError, ["generator is on cpu", "scores is on meta"]),
     ],
 )
-def test_what_is_no_draw_at_all(given, error, words):
+def test_invalid_arguments_are_refused(given, error, words):
     given = {"scores": torch.rand(2, 4), "num_visible": 2, "generator": generator(), **given}
     with pytest.raises(error) as caught:
         sample_visible(**given)

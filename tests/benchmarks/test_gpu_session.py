@@ -196,10 +196,13 @@ def test_a_session_without_a_gpu_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_session.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"PyTorch sees no CUDA GPU.*--rehearse"):
         gpu_session.main([])
-    for arguments, told in ((["--minutes", "0.1"], "--minutes 0.1: must be above"), (["--rehearse"], "give a folder")):
+    for arguments, message in (
+        (["--minutes", "0.1"], "--minutes 0.1: must be above"),
+        (["--rehearse"], "give a folder"),
+    ):
         with pytest.raises(SystemExit):
             gpu_session.main(arguments)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def session_content() -> dict:

@@ -190,7 +190,7 @@ def test_sqlite_rows_must_be_as_published(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[3]", '["a", ""]', "[]"])
-def test_answers_that_are_no_list_are_refused(tmp_path, content):
+def test_answers_that_are_not_a_list_are_refused(tmp_path, content):
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(CaptionError, match=r"answers\.json"):
         read_answers(str(tmp_path / "answers.json"))

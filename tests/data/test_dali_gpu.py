@@ -82,7 +82,7 @@ def _luma_errors(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_are_those_of_pyav(tmp_path, write_video, kind):
-    """Of each codec that this GPU takes; a codec whose frames differ is told of and left to PyAV, which fails here."""
+    """The loader reports a codec whose frames differ and leaves it to PyAV; here that is a failure."""
     codec, settings = KINDS[kind]
     path = str(write_video(tmp_path / kind, codec, **{"size": (192, 144), **settings}))
     said: list[str] = []

@@ -351,7 +351,7 @@ def test_shards(mixed, tmp_path):
     assert [len(batch.paths) for batch in in_shards] == [4] * 4
 
 
-def test_what_goes_to_pyav_is_said_once(mixed):
+def test_codecs_left_to_pyav_are_reported_once(mixed):
     said: list[str] = []
     _by_dali(
         _stream([path for path in mixed if path.endswith((".webm", ".mp4"))]), batches=6, batch_size=4, say=said.append
@@ -497,7 +497,7 @@ def test_where_dali_fails_pyav_decides(sample, mixed, tmp_path, monkeypatch):
     assert {name for name, _ in _bad(made)} == {damaged}
 
 
-def test_what_dali_alone_cannot_read_stays_in_the_batch(mixed, monkeypatch):
+def test_videos_that_only_dali_cannot_read_stay_in_the_batch(mixed, monkeypatch):
     monkeypatch.setattr(DecodingPipeline, "finish", lambda pipeline: _fail(pipeline))
     stream = _stream(mixed)
     _assert_same(_by_dali(stream, batches=2, batch_size=4), _by_pyav(stream, batches=2, batch_size=4))
@@ -533,14 +533,14 @@ def test_a_codec_of_other_frames_is_left_to_pyav(mixed, monkeypatch):
     assert "other frames" in takes.why_not(_stored("vp9"))
 
 
-# What goes to whom.
+# Which decoder gets which video.
 
 
 def _stored(codec: str, pixels: str = "yuv420p", matrix: int = 2, size: tuple[int, int] = (64, 48)) -> Storage:
     return Storage(codec, pixels, matrix, *size)
 
 
-def test_what_the_cpu_takes():
+def test_formats_that_dali_decodes_on_the_cpu():
     takes = DaliSupport()
     assert takes.why_not(_stored("vp9")) is None
     assert takes.why_not(_stored("vp9", size=(49, 37))) is None
@@ -550,7 +550,7 @@ def test_what_the_cpu_takes():
     assert takes.why_not(_stored("mjpeg", "yuvj422p", 9)) is None
 
 
-def test_what_a_gpu_takes():
+def test_formats_that_dali_decodes_on_a_gpu():
     takes = DaliSupport({"h264": nvdec.Limits(7, (48, 4096), (16, 4096), 65536)})
     assert takes.why_not(_stored("h264", matrix=1)) is None
     assert takes.why_not(_stored("vp9")) == "vp9"
@@ -617,8 +617,8 @@ def test_large_buffers_leave_no_holes(write_video, tmp_path):
     """10 batches leave 5 MB of them; 30 to 100 MB where malloc gives DALI all its memory."""
     path = write_video(tmp_path / "a.avi", "mjpeg", size=(320, 240), frames=16, **MJPEG)
     command = [sys.executable, "-c", HOLES, str(path)]
-    told = subprocess.run(command, cwd=Path(__file__).parents[3], check=True, capture_output=True, text=True)
-    assert int(told.stdout) < 10 << 20
+    finished = subprocess.run(command, cwd=Path(__file__).parents[3], check=True, capture_output=True, text=True)
+    assert int(finished.stdout) < 10 << 20
 
 
 def test_a_batch_outlives_the_next_and_the_loader(mixed):

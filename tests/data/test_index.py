@@ -95,7 +95,7 @@ def test_a_row_with_an_impossible_number_is_refused(key, number):
         VideoList.of_rows([row])[0]
 
 
-def test_a_setup_that_is_no_base64_is_refused():
+def test_a_setup_that_is_not_base64_is_refused():
     row = {"path": "a", **describe(_facts([0], [0])), "packets": {"sizes": 1, "first": 2, "setup": "!!!!"}}
     with pytest.raises(BadIndex, match="base64"):
         VideoList.of_rows([row])[0]
@@ -135,7 +135,7 @@ def test_a_list_of_videos_is_a_sequence():
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "does not begin with"),
         (b"a.mp4,3\n", "does not begin with"),
@@ -147,10 +147,10 @@ def test_a_list_of_videos_is_a_sequence():
         (write_index([{"path": "a", **describe(_facts([0], [0])), "packets": {"sizes": 1, "first": 2}}]), "'setup'"),
     ],
 )
-def test_what_is_no_index_is_refused(content, told):
+def test_files_that_are_not_an_index_are_refused(content, message):
     with pytest.raises(BadIndex, match=r"/data/index\.jsonl") as caught:
         parse_index(content, "/data/index.jsonl")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_video_of_more_frames_than_there_are_is_refused():

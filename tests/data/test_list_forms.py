@@ -120,10 +120,10 @@ def test_a_folder_search_finds_what_ffmpeg_reads_and_says_what_it_left_out(tmp_p
         (tmp_path / other).touch()
     found = read_manifest(str(tmp_path))
     assert [Path(video.path).name for video in found] == sorted(f"x.{kind}" for kind in kinds)
-    told = capsys.readouterr().err
-    assert "left out 6 files of other kinds: " in told
+    message = capsys.readouterr().err
+    assert "left out 6 files of other kinds: " in message
     for part in ("2 .txt", "2 hidden", "1 .srt", "1 without a suffix"):
-        assert part in told
+        assert part in message
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.srt").touch()
     with pytest.raises(ManifestError, match=r"holds no video, but 1 \.srt: looked for .*\.mp4"):

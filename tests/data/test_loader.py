@@ -469,15 +469,15 @@ def test_more_memory_than_there_is_is_done_without():
     assert BufferPool.for_workers(0, 4, 10) is None
 
 
-def test_a_small_dev_shm_is_told(videos, monkeypatch):
+def test_error_names_a_small_dev_shm(videos, monkeypatch):
     def full(size):
         raise RuntimeError("No space left on device (28)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.raises(NoSharedMemory) as told:
+    with pytest.raises(NoSharedMemory) as caught:
         _batches(_stream(videos, workers=1), batches=40, batch_size=1)  # more than there are buffers
     said = f"a decoding process found no {FRAMES * SIDE * SIDE * 3} bytes in /dev/shm (No space left on device (28)); "
-    assert str(told.value).startswith(said + "enlarge that")
+    assert str(caught.value).startswith(said + "enlarge that")
     assert not multiprocessing.active_children()
 
 

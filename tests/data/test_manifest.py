@@ -98,7 +98,7 @@ def test_folder_finds_every_suffix(tmp_path, suffix):
     assert read_manifest(str(tmp_path)) == [str(tmp_path / f"a{suffix}")]
 
 
-def test_folder_named_like_a_video_is_no_video(tmp_path):
+def test_folder_named_like_a_video_is_not_a_video(tmp_path):
     """Extracted frames often lie in a folder named after their video."""
     _touch(tmp_path, "a.mp4", "b.avi/frame_0001.jpg", "c.avi/inside.mp4")
     assert read_manifest(str(tmp_path)) == [str(tmp_path / "a.mp4"), str(tmp_path / "c.avi" / "inside.mp4")]
@@ -160,7 +160,7 @@ def test_folder_without_videos(tmp_path, names):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.WebM", "missing.mkv"])
-def test_one_video_is_no_list(tmp_path, name):
+def test_one_video_is_not_a_list(tmp_path, name):
     if name != "missing.mkv":
         _touch(tmp_path, name)
     with pytest.raises(ManifestError, match="one video") as caught:
@@ -168,7 +168,7 @@ def test_one_video_is_no_list(tmp_path, name):
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_binary_file_is_no_list(listing):
+def test_binary_file_is_not_a_list(listing):
     source = listing(b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe" * 50)
     with pytest.raises(ManifestError, match="not a text") as caught:
         read_manifest(source)
@@ -180,7 +180,7 @@ def test_errors_are_the_users():
     assert issubclass(ManifestError, RunError)
 
 
-def test_unfinished_copies_are_no_data_set(tmp_path):
+def test_unfinished_copies_are_not_a_data_set(tmp_path):
     (tmp_path / ".prepare").mkdir()
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ManifestError, match=r"unfinished copies; give umt_fast\.data\.prepare the same command again"):

@@ -70,16 +70,16 @@ def test_one_shard(shards):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda path: None, "cannot read the shard .*: No such file"),
         (lambda path: path.write_bytes(b"no tar" * 1000), "cannot read the shard .*: not a tar file"),
         (lambda path: tarfile.open(path, "w").close(), "no video in the 1 shards"),
     ],
 )
-def test_a_shard_that_cannot_be_used(tmp_path, make, told):
+def test_a_shard_that_cannot_be_used(tmp_path, make, message):
     make(tmp_path / "s.tar")
-    with pytest.raises(ManifestError, match=told):
+    with pytest.raises(ManifestError, match=message):
         read_manifest(str(tmp_path / "s.tar"))
 
 
@@ -219,7 +219,7 @@ def test_remote_shards_without_an_index_are_listed_by_their_headers(server, loca
     assert videos[0].path == server.url + "/s-008.tar"
 
 
-def test_a_server_without_ranges_is_told(server):
+def test_error_names_a_server_without_ranges(server):
     server.fail = lambda path, _number: "whole" if path.endswith(".tar") else None
     with pytest.raises(NothingReadable, match=r"were asked for; does the server answer range requests\?"):
         _batches(read_manifest(server.url))
@@ -270,8 +270,8 @@ def test_a_server_that_never_answers_is_given_up_when_the_time_is_over(server, m
     videos = read_manifest(server.url, read_timeout=3)  # in which a busy machine answers
     server.fail = lambda path, number: "stall" if "s-009" in path else None
     begun = time.monotonic()
-    told = r"s-009.tar: given up after [2-5] attempts in \d+\.\d s: no answer in time \(read timeout 2 s\)$"
-    with pytest.raises(ManifestError, match=told):
+    message = r"s-009.tar: given up after [2-5] attempts in \d+\.\d s: no answer in time \(read timeout 2 s\)$"
+    with pytest.raises(ManifestError, match=message):
         read_manifest(server.url + "/s-009.tar", read_timeout=2)
     assert time.monotonic() - begun < 20
     bad = {name for batch in _batches(videos) for name, _ in batch.bad}
@@ -324,7 +324,7 @@ def test_a_read_that_hangs_holds_no_process_up(server):
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
 
 
-def test_what_is_not_there_is_not_tried_again(server):
+def test_a_missing_file_is_not_tried_again(server):
     with pytest.raises(ManifestError, match=r"cannot read the list http.*: no such file"):
         read_manifest(server.url + "/other")
     assert set(server.requests.values()) == {1}

@@ -115,7 +115,7 @@ def test_files_by_url_and_through_caches_are_read(film, cache):
 
 
 def test_a_reference_file_opens_nothing(tmp_path, film):
-    """At its worst it would give a local file to whoever wrote it, and run its templates."""
+    """At worst it would disclose a local file to its author, and run its templates."""
     references = {"version": 1, "refs": {"a.mp4": [f"file://{film}"]}}
     (tmp_path / "ref.json").write_text(json.dumps(references))
     (tmp_path / "list.csv").write_text(f"reference://a.mp4::file://{tmp_path}/ref.json\n")

@@ -209,7 +209,7 @@ def test_a_search_that_cannot_be_made_ends_in_one_line(trained, demo_videos, cha
         search.main([*options, "--seconds", "9", "--index", str(demo_videos.parent / "index"), "?!"])
 
 
-def test_files_that_are_no_stage_2_model_are_refused(trained, tmp_path):
+def test_files_that_are_not_a_stage_2_model_are_refused(trained, tmp_path):
     torch.save({"model": {"encoder.x": torch.ones(2)}}, tmp_path / "stage1.pth")
     with pytest.raises(WeightsError, match="is not a stage-2 model: it has no vision_encoder"):
         load_model(tmp_path / "stage1.pth")

@@ -98,7 +98,7 @@ def test_no_number_of_trials_makes_a_backend_break_the_graph():
 
 
 @pytest.mark.parametrize(("queries", "called"), [(9, "packed"), (4, "apart")])
-def test_what_is_measured_is_the_call_that_the_models_make(monkeypatch, queries, called):
+def test_measures_the_call_that_the_models_make(monkeypatch, queries, called):
     calls = []
 
     def apart(q, k, v):
@@ -121,7 +121,7 @@ def test_what_is_measured_is_the_call_that_the_models_make(monkeypatch, queries,
     assert set(calls) == {called}
 
 
-def test_fault_finds_what_breaks_a_graph_and_what_does_not_run():
+def test_fault_finds_backends_that_break_a_graph_or_do_not_run():
     def breaks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return SDPA.attend(q, k, v)
@@ -215,7 +215,7 @@ def test_auto_measures_once_and_takes_the_fastest(monkeypatch, cache):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '"x"', "\x00\x01"])
-def test_a_broken_cache_is_measured_anew_and_mended(cache, content):
+def test_a_broken_cache_is_measured_again_and_rewritten(cache, content):
     cache.parent.mkdir()
     cache.write_text(content)
     choice = choose("auto", USE, torch.device("cpu"), torch.float32, compiled=False)
@@ -240,7 +240,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("rule", "masks"), [("attention", 1), ("tube", 2), ("random", 1), ("random", 2)])
-def test_what_is_measured_are_the_shapes_that_a_run_calls(monkeypatch, rule, masks):
+def test_measures_the_shapes_that_a_run_uses(monkeypatch, rule, masks):
     """The shapes that `accelerate` chooses for, against those that attention then gets."""
     config = PretrainConfig(
         student=StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16),

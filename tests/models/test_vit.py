@@ -242,7 +242,7 @@ def test_any_number_of_frames_that_the_tubelet_divides(tubelet, frames):
     assert model.hidden_states(clip, sinusoid_positions(tokens, 32))[0].shape == (1, tokens, 32)
 
 
-def test_what_does_not_fit_the_encoder_is_named():
+def test_errors_name_inputs_that_do_not_fit_the_encoder():
     model, position = small_vit()
     clip = torch.randn(2, 3, 4, 32, 32)
     for arguments, words in (

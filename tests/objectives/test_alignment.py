@@ -35,7 +35,7 @@ def some_visible(count: int = 4) -> Tensor:
     return torch.rand(BATCH, FRAMES, PATCHES).topk(count).indices.sort().values
 
 
-def test_what_comes_out(models, clip):
+def test_shapes_and_ranges_of_the_outputs(models, clip):
     student, teacher = models
     out = alignment_step(student, teacher, clip, 4)
     assert out.visible.shape == (BATCH, FRAMES, 4)

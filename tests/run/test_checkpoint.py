@@ -177,7 +177,7 @@ def test_the_file_appears_only_when_it_is_whole_and_on_disk(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage" * 100, None])
-def test_what_is_no_checkpoint_is_named(saved, data):
+def test_error_names_a_file_that_is_not_a_checkpoint(saved, data):
     path = checkpoint.list_checkpoints(saved)[-1]
     path.write_bytes(path.read_bytes()[:-50] if data is None else data)
     with pytest.raises(WeightsError, match=r"cannot read checkpoint .*clips_0000000020\.pth"):
@@ -239,6 +239,6 @@ def test_wrapped_students_are_seen_through(wrap):
     assert (student.encoder.norm.weight == 2).all()
 
 
-def test_what_wraps_no_student_is_named():
+def test_error_names_a_model_that_is_not_a_student():
     with pytest.raises(TypeError, match="Linear is not a VideoStudent"):
         umt_state_dict(nn.Linear(2, 2))

@@ -101,7 +101,7 @@ def test_drawn_sets_of_a_clip_differ_and_follow_its_own_scores(clip):
     assert (drawn[4:] >= 12).all()
 
 
-def test_rows_that_are_no_multiple_of_the_clips_are_named(clip):
+def test_rows_that_are_not_a_multiple_of_the_clips_are_refused(clip):
     student, teacher = models()
     with pytest.raises(ValueError, match="3 rows, which is not a multiple of 2 clips"):
         student(clip, torch.zeros(3, 12, dtype=torch.int64))
@@ -256,7 +256,7 @@ def test_settings_that_exclude_each_other_are_named():
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_an_old_torch_is_told_before_the_first_step(monkeypatch, recompute):
+def test_an_old_torch_is_refused_before_the_first_step(monkeypatch, recompute):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
     wanted = config(compute=LowPrecisionConfig(attention="math", compile=True, recompute=recompute))
     ranks = World(0, 2, torch.device("cpu"))

@@ -130,7 +130,7 @@ def test_a_quantised_teacher_compiles_as_one_graph(teacher, clip):
     torch._dynamo.reset()
 
 
-def test_what_is_missing_is_named(monkeypatch, teacher):
+def test_errors_name_the_missing_gpu_or_package(monkeypatch, teacher):
     with pytest.raises(ConfigError, match="fp8 needs a GPU"):
         quantize_teacher(teacher, "fp8")
     monkeypatch.setitem(sys.modules, "torchao", None)

@@ -127,7 +127,7 @@ def test_a_warmup_longer_than_the_run_ends_with_it():
     assert schedule.warmup_steps == schedule.total_steps == 5
 
 
-def test_too_few_clips_for_a_step_are_told():
+def test_error_names_too_few_clips_for_a_step():
     with pytest.raises(ConfigError) as caught:
         Schedule(OptimConfig(epochs=2), clips=10, global_batch=64)
     for words in ("2 epochs of 10 videos", "64", "--optim.batch-size"):

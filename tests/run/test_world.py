@@ -37,7 +37,7 @@ def test_ranks_that_are_clear(environment, expected):
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM started 2 tasks.* start one torchrun per node"),
     ],
 )
-def test_what_is_half_set_is_named(environment, message):
+def test_errors_name_the_variables_that_are_missing_or_wrong(environment, message):
     with pytest.raises(ConfigError, match=message):
         read_environment(environment)
 

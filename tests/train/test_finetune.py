@@ -80,7 +80,7 @@ def change(config: FinetuneConfig, section: str, **values) -> FinetuneConfig:
 
 
 def weights_of(config: FinetuneConfig) -> dict[str, torch.Tensor]:
-    """Of the last checkpoint, the moving average's included."""
+    """Weights of the last checkpoint, including the moving average's."""
     path = max((config.run.folder / "checkpoints").glob("*.pth"))
     content = torch.load(path, weights_only=True)
     average = {f"average.{key}": value for key, value in content.get("average", {}).items()}

@@ -68,7 +68,7 @@ def test_resume_is_exact(trainer, processes):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trainer, demo_videos):
-    """At the same clip, whatever is left of the epoch shared out anew; a longer list is told."""
+    """It goes on at the same clip and divides the rest of the epoch anew; a longer list is reported."""
     status, output = trainer.run(
         "--run.name", "a", "--optim.batch-size", "1", "--run.stop-at", "3", "--data.crops-per-clip", "1", processes=2
     )
@@ -189,7 +189,7 @@ def test_bad_files_are_listed_and_skipped(trainer, demo_videos):
 
 
 def test_strange_file_names_do_no_harm(trainer, demo_videos):
-    """Bytes that are no text, mathematical text, a colon, a line separator."""
+    """Bytes that are not text, mathematical text, a colon, a line separator."""
     folder = trainer.folder / "strange"
     folder.mkdir()
     video = next(demo_videos.parent.glob("*.mp4")).read_bytes()
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trainer):
     assert [path.read_bytes() for path in trainer.checkpoints("d")] == [before]
 
 
-def test_mistakes_are_told_in_one_line(trainer, tmp_path):
+def test_mistakes_end_with_a_one_line_error(trainer, tmp_path):
     cases = {
         ("--data.train", "/nowhere.csv"): "cannot read the list /nowhere.csv",
         ("--optim.batch-size", "4096"): "lower --optim.batch-size",

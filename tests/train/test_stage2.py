@@ -183,7 +183,7 @@ def test_kinds_alternate_and_every_list_is_walked_once_an_epoch():
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_what_a_run_leaves_is_fine_tuned_tested_and_asked(runner, whole):
+def test_a_checkpoint_can_be_fine_tuned_evaluated_and_queried(runner, whole):
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
     assert all(line[loss] > 0 for line in metrics for loss in ("uta", "vtc", "vtm", "mlm"))
     assert metrics[-1]["lr"] >= 1e-5
@@ -251,7 +251,7 @@ def test_captions_of_any_length_are_taken(runner):
         (["--dry-run"], "--dry-run is for train.pretrain"),
     ],
 )
-def test_what_cannot_be_run_ends_in_one_line(runner, options, says):
+def test_settings_that_cannot_run_end_with_a_one_line_error(runner, options, says):
     with pytest.raises(SystemExit, match=says):
         runner.run(f"bad_{abs(hash(tuple(options)))}", *options)
 

@@ -47,7 +47,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(demo_videos, tmp_path) -> Iterator[Server]:
-    """Of the demo's videos; `list.txt` in `tmp_path` names them by their URLs."""
+    """Server of the demo's videos; `list.txt` in `tmp_path` names them by their URLs."""
     running = Server(demo_videos.parent)
     names = [line.split(",")[0] for line in demo_videos.read_text().splitlines()]
     urls = [f"http://127.0.0.1:{running.server_port}/{Path(name).name}\n" for name in names]

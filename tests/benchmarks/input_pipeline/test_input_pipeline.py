@@ -89,7 +89,7 @@ def test_a_bare_loop_that_fails_ends_the_benchmark(copy, tmp_path, monkeypatch):
         contenders.measure_bare(files, 2, 0.1, crop=False)
 
 
-def test_what_cannot_be_used_is_told_in_a_sentence(tmp_path):
+def test_unusable_arguments_end_with_a_one_line_error(tmp_path):
     with pytest.raises(SystemExit, match=r"error: cannot read the list .*none: No such file"):
         input_pipeline.main([str(tmp_path / "none")])
     (tmp_path / "a.mp4").write_bytes(b"no video")
@@ -154,7 +154,7 @@ def test_the_rate_of_a_step_is_that_of_the_fastest_exact_rung(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--soak", "7", "--batch", "8"], "--soak 7 is less than one batch of 8"),
         (["--soak", "0"], "--soak 0: must be above 0"),
@@ -165,11 +165,11 @@ def test_the_rate_of_a_step_is_that_of_the_fastest_exact_rung(tmp_path):
         (["--step-rate", "1", "--step-from", "x"], "not allowed with"),
     ],
 )
-def test_refusals(options, told, capsys):
+def test_refusals(options, message, capsys):
     with pytest.raises(SystemExit) as caught:
         input_pipeline.main(["videos", *options])
     assert caught.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_memory_is_watched(short, two_videos, capsys):

@@ -64,7 +64,7 @@ def shared_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def compile_row(monkeypatch, kernel, *arguments, bulk=(), arch=80, **settings):
-    """The report's row of a kernel that is no op's."""
+    """The report's row of a kernel that does not belong to an op."""
     monkeypatch.setattr(compile_report, "traffic", lambda launch: (1, 1))
     with gpu_code.compile_only(arch) as launched:
         kernel[(1,)](*arguments, **settings)
@@ -109,7 +109,7 @@ def test_every_kernel_has_cases():
     assert set(traffic.BULK) < kernels
 
 
-def test_halo_is_no_failure_and_says_why():
+def test_halo_is_not_a_failure_and_the_table_says_why():
     (row,) = compile_report.report(find_case("gather_patches", "UMT-L/16 teacher, all, halo 1, u8->bf16"), 80)
     assert row.bulk == {"clip": (8, 8)}
     assert row.failures() == []

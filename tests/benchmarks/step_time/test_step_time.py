@@ -126,7 +126,7 @@ def test_every_phase_of_a_step_is_timed(rung):
     assert all(seconds > 0 for seconds in spent.values())
 
 
-def test_what_cannot_run_says_what_it_needs(monkeypatch):
+def test_rungs_that_cannot_run_say_what_they_need(monkeypatch):
     assert [missing(rung, CPU) for rung in (FLOAT, BASELINE, SDPA, COMPILED, LEAN, LEAN_COMPILED)] == [None] * 6
     assert [missing(rung, CPU) for rung in ladder(CPU)[6:]] == ["a CUDA GPU"] * 8
     gpu = torch.device("cuda")
@@ -218,7 +218,7 @@ def test_the_command_writes_what_it_measured(results):
     assert report.k710_days(1.0) == pytest.approx(658_000 * 200 / 32 / 86400)
 
 
-def test_what_goes_on_beside_the_step_is_told(results):
+def test_report_has_the_work_beside_the_step(results):
     pytest.importorskip("av")
     content = report.read(results / "step_time.json")
     assert [(found["model"], found["batch"]) for found in content["beside"]] == [("tiny", 1), ("tiny", 2)]
@@ -358,7 +358,7 @@ def test_a_rung_that_breaks_leaves_the_others(monkeypatch, call):
 
 
 def test_the_first_rung_that_runs_is_the_reference_and_says_so(monkeypatch):
-    """As where there is no memory for the baseline in float32."""
+    """As when the baseline in float32 does not fit in memory."""
 
     def narrow(work, rung):
         if rung is FLOAT:

@@ -156,17 +156,17 @@ def test_a_file_of_another_size_is_a_bad_video(copies, tmp_path):
         read_frames(replace(video, path=str(tmp_path / "a.mp4")), lambda count: [0])
 
 
-@pytest.mark.parametrize(("content", "told"), [(None, "No such file"), (b"", "empty file")])
-def test_a_file_that_is_not_there_or_empty_is_a_bad_video(copies, tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"", "empty file")])
+def test_a_file_that_is_not_there_or_empty_is_a_bad_video(copies, tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(BadVideo, match=told):
+    with pytest.raises(BadVideo, match=message):
         read_frames(replace(copies("h264", 1), path=str(tmp_path / "a.mp4")), lambda count: [0])
 
 
 @pytest.mark.parametrize("number", [0, 0xFFFFFFFF, 0x00010000])
 def test_a_table_of_other_sizes_is_a_bad_video(copies, number):
-    """As where other bytes of the same length have taken the file's place."""
+    """As when other bytes of the same length have replaced the file."""
     video = copies("h264", 4)
     content = bytearray(Path(video.path).read_bytes())
     begin = _where(video).sizes

@@ -184,7 +184,7 @@ def test_trimmed_by_an_edit_list(sample, decode_all, tmp_path, first, count):
 
 @pytest.mark.parametrize("shared_time", [False, True])
 def test_vp8_frames_that_are_not_shown(sample, decode_all, tmp_path, shared_time):
-    """Two-pass VP8 hides alternate reference frames in packets of their own; they are no frames of the video."""
+    """Two-pass VP8 hides alternate reference frames in packets of their own; they are not frames of the video."""
     hidden = (10, 20, 33)
     times: dict[int, int] = {}
 

@@ -61,7 +61,7 @@ READ = {
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 tells")
 @pytest.mark.parametrize("what", READ)
-def test_what_is_left_early_is_freed(what, write_video, tmp_path):
+def test_readers_closed_early_free_their_memory(what, write_video, tmp_path):
     source = Video(str(write_video(tmp_path / "source.mkv", frames=12)))
     facts, _seconds = write_copy(source, str(tmp_path / "a.mp4"), Recipe(gop=1))
     video = Video(str(tmp_path / "a.mp4"), facts=facts)

@@ -99,7 +99,7 @@ def test_it_is_cut_from_bytes_too(sample):
     assert cut_excerpt(_video("s3://bucket/a.webm"), lambda count: [3, 40], path.read_bytes()) == one
 
 
-def test_what_is_no_plain_video_has_none(write_video, tmp_path):
+def test_no_excerpt_of_videos_with_an_edit_list_or_rotation(write_video, tmp_path):
     never = pytest.fail
     cut = write_video(tmp_path / "cut.mp4", frames=20, times=list(range(-5, 15)))
     assert cut_excerpt(_video(cut), lambda count: never("drawn")) is None
@@ -108,7 +108,7 @@ def test_what_is_no_plain_video_has_none(write_video, tmp_path):
         assert cut_excerpt(_video(turned), lambda count: never("drawn")) is None
 
 
-def test_h264_whose_key_frames_are_none_has_none(write_video, tmp_path):
+def test_no_excerpt_from_an_open_gop_of_h264(write_video, tmp_path):
     """An open GOP begins with a picture that does not reset the decoder; cut free, it loses what follows."""
     path = write_video(tmp_path / "open.mp4", options={"x264-params": "open-gop=1:bframes=3:scenecut=0"})
     assert cut_excerpt(_video(path), lambda count: [2, 50]) is None
@@ -191,6 +191,6 @@ def test_vp9_superframes(sample):
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x00", b"\x12" * 30, b"\x82" + b"\xff" * 20])
-def test_what_is_no_vp9(packet):
+def test_packets_that_are_not_vp9_are_refused(packet):
     with pytest.raises(ValueError, match="VP9"):
         list(vp9.read_formats(packet))

@@ -118,7 +118,7 @@ def driver(monkeypatch):
     return install
 
 
-def test_what_the_driver_says(driver):
+def test_limits_are_those_of_the_driver(driver):
     driver(_Driver({4: 7, 8: 7, 10: 3}))
     found = nvdec.limits(GPU)
     assert found["h264"] == nvdec.Limits(7, (48, 4096), (16, 2048), 32768)

@@ -222,7 +222,7 @@ def test_a_failed_name_of_several_lines(tmp_path):
     assert read_reasons(content) == {str(name): "empty file"}
 
 
-def test_a_name_that_is_no_text(write_video, tmp_path):
+def test_a_file_name_that_is_not_text(write_video, tmp_path):
     (tmp_path / "source").mkdir()
     write_video(tmp_path / "source" / "a.mp4", frames=4)
     os.rename(tmp_path / "source" / "a.mp4", os.fsencode(tmp_path) + b"/source/caf\xe9 1, take 2.mp4")
@@ -558,7 +558,7 @@ def test_a_list_may_grow(source, unbroken, tmp_path):
 
 def _square_or_die(number: int) -> int:
     if number == 3:
-        faulthandler.disable()  # this crash is no news
+        faulthandler.disable()  # this crash is expected
         os.kill(os.getpid(), signal.SIGSEGV)
     return number**2
 
@@ -583,7 +583,7 @@ def _sleep(seconds: float) -> float:
     return seconds
 
 
-def test_pool_kills_what_is_overdue():
+def test_pool_kills_overdue_workers():
     begun = time.monotonic()
     with Workers(_sleep, 2) as pool:
         pool.add(60, time_limit=0.5)
@@ -698,7 +698,7 @@ def test_verify_finds_an_index_of_other_times(made):
     }
 
 
-def test_a_damaged_row_of_an_index_is_told(made, tmp_path):
+def test_error_names_a_damaged_row_of_an_index(made, tmp_path):
     out = made()
     index = out / "index.jsonl"
     rows = index.read_bytes().split(b"\n")
