@@ -76,7 +76,7 @@ class StageEnd:
 
 
 def stages(work: Path, rehearse: bool) -> list[Stage]:
-    """What is run, in order, with its results below `work`."""
+    """The stages in the order in which they run, with results below `work`."""
     run = (sys.executable, "-u", "-m")
     time_step: tuple[str, ...] = (*run, "benchmarks.step_time", "--resume", "--no-decoding")
     base, large = "umt_b16", "umt_l16"

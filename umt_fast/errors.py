@@ -2,4 +2,4 @@
 
 
 class RunError(Exception):
-    """Its message names the value, the place and the repair; the programs print it without a traceback."""
+    """An error whose message names the value, the place and the fix; the programs print it without a traceback."""

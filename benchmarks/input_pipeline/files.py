@@ -30,7 +30,7 @@ class Files:
     """Frames from one key frame to the next, on average."""
     videos: VideoList
     known: list[Video]
-    """The same with their facts, as an index has them."""
+    """The same videos with their facts, as in an index."""
     bytes_per_video: float
 
 
@@ -79,7 +79,7 @@ def read_files(name: str, source: Path | str) -> Files:
 
 
 def _look_into(video: Video) -> Video:
-    """With its facts. Exits where the bare loop could not read it."""
+    """The video with its facts. Exits if the bare loop could not read it."""
     try:
         facts = probe(video)
     except BadVideo as error:

@@ -51,12 +51,12 @@ class Row:
     spill: int
     """Bytes per thread."""
     loads: dict[str, dict[int, int]]
-    """By argument: width -> instructions."""
+    """Number of instructions by argument and width."""
     stores: dict[str, dict[int, int]]
     tensor: dict[str, int] | None
     """Instructions of the matrix units by name, of kernels that should have them."""
     bulk: dict[str, tuple[int, int]]
-    """By bulk argument: the narrowest load (0: none was found) and the widest that its layout allows."""
+    """For each bulk argument, the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int
     least: int
     occupancy: float

@@ -41,7 +41,7 @@ ARCHITECTURES = {
     90: Architecture("H100, H200", 228 << 10, 227 << 10),
     100: Architecture("B200", 228 << 10, 227 << 10),
 }
-"""By compute capability, times ten."""
+"""Architectures by compute capability, times ten."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Launch:
     """Op and, where an op has several kernels, which: `gather_layer_norm_backward`."""
     programs: int
     arguments: dict[str, Any]
-    """By parameter; those of a real launch, compile-time settings among them."""
+    """Arguments of a real launch, by parameter; they include compile-time settings."""
     warps: int
     shared: int
     """Bytes per program."""

@@ -1,6 +1,6 @@
 """The ops as eager PyTorch does them in UMT's published code: all tokens first, then a boolean mask.
 
-Written anew after what that code computes, not copied from it. Each function takes the tensors of one case by name.
+Our own code for what that code computes, not copied from it. Each function takes the tensors of one case by name.
 `hidden` is the published mask: True at every token that the student does not see.
 """
 

@@ -90,7 +90,7 @@ def grouped(content: Content) -> dict[Key, dict[str, KernelTime]]:
 
 
 def predicted_seconds(one: KernelTime, facts: dict[str, Any]) -> float | None:
-    """By arithmetic; None for a device whose rates are not known."""
+    """Time computed from the device's rates; None if they are not known."""
     sheet = GPUS.get(gpu_name(facts["device"]))
     copy = facts.get("copy_bytes_per_second") or (sheet and sheet.copy)
     if not copy or sheet is None:

@@ -88,7 +88,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung]:
-    """Those on request, the reference first: untimed where it was not requested."""
+    """The requested rungs after the reference, which is not timed unless it was requested too."""
     reference, *rungs = (replace(rung, backend=options.compile_backend) for rung in JOBS[options.job].ladder(device))
     if not options.rungs:
         return [reference, *(rung for rung in rungs if options.fp8_student or not rung.fp8_student)]

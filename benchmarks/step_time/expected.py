@@ -18,7 +18,7 @@ from umt_fast.run import costs
 
 @dataclass(frozen=True)
 class Form:
-    """What distinguishes the rungs, as far as kernels go."""
+    """Differences between the rungs that change which kernels run."""
 
     published: bool = False
     """All tokens embedded, finished and projected; else only those that the method needs."""
@@ -32,7 +32,7 @@ class Form:
     epilogues: bool = False
     """GELU, its derivative and the bias gradients within the matmuls."""
     eight_bit: bool = False
-    """The teacher's matmuls in 8 bits, but for the queries, keys and values of its last block."""
+    """The teacher's matmuls in 8 bits, except the queries, keys and values of its last block."""
 
 
 FORMS = {
@@ -49,8 +49,8 @@ FORMS = {
     "+ own fp8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
     "+ own int8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
 }
-"""By rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled as in
-Triton, and a CUDA graph closes the gaps between kernels."""
+"""Form of each rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled
+as in Triton, and a CUDA graph closes the gaps between kernels."""
 
 
 @dataclass(frozen=True)

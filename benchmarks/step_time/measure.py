@@ -54,7 +54,7 @@ class RungResult:
     gemm_share: float | None = None
     """Share of the rate of a large matmul in the rung's precision, measured in the same run."""
     losses: list[float] = field(default_factory=list)
-    """Those of the first steps, from the same weights, clips and random choices on every rung."""
+    """Losses of the first steps, from the same weights, clips and random choices on every rung."""
     loss_error: float | None = None
     """Largest distance of one of them from the reference's at the same step; None for the reference."""
     loss_tolerance: float | None = None

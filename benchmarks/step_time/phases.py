@@ -15,7 +15,7 @@ PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimis
 
 
 def no_mark(_phase: str) -> None:
-    """For a step that is not timed."""
+    """Mark nothing, for a step that is not timed."""
 
 
 def wait_for(device: torch.device) -> None:

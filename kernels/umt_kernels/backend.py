@@ -21,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter runs the kernels on CPU tensors: for tests."""
 
 REFERENCE_ONLY = os.environ.get("UMT_KERNELS_REFERENCE", "0") == "1"
-"""Every op runs its reference: to tell whether a kernel is at fault."""
+"""Every op runs its reference, to find out whether a kernel is at fault."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -28,7 +28,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is at work. The kernels know neither."""
+    """Whether torch.func (grad, vmap, jvp) or forward-mode differentiation is active. The kernels support neither."""
     if torch.compiler.is_compiling():  # Dynamo handles both itself
         return False
     return _is_transformed(tensors)

@@ -57,7 +57,7 @@ def sample_visible(
         raise ValueError(f"generator is on {generator.device}, but scores is on {scores.device}; bring them together")
     if scores.shape[1] > LONGEST or not runs_kernel("sample_visible", scores):
         return reference.sample_visible(scores, num_visible, generator, counts)
-    # On the device, so that it can be captured in a CUDA graph and drawn anew at every replay.
+    # On the device, so that it can be captured in a CUDA graph and drawn again at every replay.
     seed = torch.randint(2**62, (1,), device=scores.device, generator=generator)
     return _draw(scores.detach() if scores.requires_grad else scores, num_visible, seed, counts)
 

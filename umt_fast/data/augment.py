@@ -154,7 +154,7 @@ def draw_erased(height: int, width: int, settings: AugmentConfig, draws: Draws) 
 
 
 def normalise(frames: UInt8[np.ndarray, "t h w 3"] | UInt8[Tensor, "t h w 3"]) -> Float[Tensor, "3 t h w"]:
-    """To float32 with ImageNet's mean and deviation."""
+    """Convert to float32 and normalise by ImageNet's mean and standard deviation."""
     pixels = torch.as_tensor(frames).float() / 255
     return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(3, 0, 1, 2)
 
@@ -180,7 +180,7 @@ def augment_published(
 
 
 def augment_frames(frames: UInt8[np.ndarray, "t h w 3"], operations: list[Operation]) -> UInt8[np.ndarray, "t h w 3"]:
-    """The same operations on each frame."""
+    """Apply the same operations to each frame."""
     if not operations:
         return frames
     augmented = np.empty_like(frames)

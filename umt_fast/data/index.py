@@ -64,14 +64,14 @@ class Packets:
     sizes: int
     """First byte of the table of their sizes, 32-bit big-endian."""
     first: int
-    """Their first byte."""
+    """First byte of the packets."""
     setup: bytes
     """FFmpeg's extradata, which the decoder needs first."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is needed to choose and find the frames of a video."""
+    """Facts for choosing and finding the frames of a video."""
 
     width: int
     """Pixels, upright."""

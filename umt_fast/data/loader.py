@@ -88,7 +88,7 @@ class Batch:
     bad: list[tuple[str, str]]
     """Videos that could not be read while making the batch, and why."""
     lease: Lease | None = None
-    """In a worker: the buffer that holds `clip`."""
+    """The buffer that holds `clip`, in a worker."""
 
     @property
     def paths(self) -> list[str]:
@@ -189,7 +189,7 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:
-    """For each visit the bytes of its first video, if that is remote, fetched some visits ahead."""
+    """Bytes of each visit's first video, if that is remote, fetched some visits ahead."""
     if not stream.videos.may_be_remote:
         yield from itertools.repeat(None, len(visits))
         return

@@ -33,8 +33,8 @@ def read_motion(
 
     view  the part of the frame that the clip shows; None: all of it.
 
-    Key frames and blocks that are coded anew have no vectors and count as 0, and so does every frame of a codec whose
-    vectors FFmpeg does not hand out (it does for H.264, MPEG-1, 2 and 4). Raises BadVideo.
+    Key frames and intra-coded blocks have no vectors and count as 0, and so does every frame of a codec whose vectors
+    FFmpeg does not export (it does for H.264, MPEG-1, 2 and 4). Raises BadVideo.
     """
     wanted = set(frame_ids)
     found: dict[int, Tensor] = {}

@@ -20,7 +20,7 @@ SCALE = (0.5, 1.0)
 """Area of a training crop, as a share of the frame."""
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
-"""For a crop that fits, as RandomResizedCrop."""
+"""Attempts to draw a crop that fits, as RandomResizedCrop."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def list_shard(
     raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
     rows: list[dict[str, Any]] = []
     beside: dict[str, dict[str, bytes]] = {}
-    """By key: the content of the small members, by suffix."""
+    """Content of the small members, by key and suffix."""
     try:
         headers: Any = _Headers(raw)
         with raw, tarfile.open(fileobj=headers, mode="r:") as tar:

@@ -31,7 +31,7 @@ class Lease:
     buffer: int
 
     def open(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-        """In the training process: the buffer, which is free again once no tensor or array shares its memory."""
+        """The buffer, in the training process. It is free again once no tensor or array shares its memory."""
         return _pools[self.pool].open(self.buffer, shape, dtype)
 
 

@@ -241,7 +241,7 @@ async def _get(system: Any, url: str, start: int, end: int | None, most: int, ti
 
 
 _unfinished: list[bytearray] = []
-"""What has come of the answers that are being read, the oldest first. All are read in one thread, fsspec's."""
+"""Bytes received so far of each unfinished answer, the oldest first. All are read in one thread, fsspec's."""
 os.register_at_fork(after_in_child=_unfinished.clear)  # that thread does not live on in a child
 
 

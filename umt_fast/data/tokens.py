@@ -72,7 +72,7 @@ class Tokenizer:
             raise BadVocabulary(f"{path}: {error}") from None
 
     def write(self, path: Path) -> None:
-        """As a vocab.txt."""
+        """Write a vocab.txt."""
         path.write_text("".join(f"{word}\n" for word in self.vocabulary), "utf-8")
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n l"]]:

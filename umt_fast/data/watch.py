@@ -22,7 +22,7 @@ IDLE = -1
 
 
 def end_with_parent(parent: int) -> None:
-    """In a worker: have the kernel kill it when its parent ends, however that ends (Linux only)."""
+    """Have the kernel kill this worker when its parent ends, however that ends (Linux only)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -56,7 +56,7 @@ class WorkerWatch:
         """Rows that are not read again, each with the reason. A worker has those known when it was forked."""
 
     def __reduce__(self) -> tuple[type[WorkerWatch], tuple[int, float, dict[int, str]]]:
-        """A spawned worker shares no memory: it writes on a board of its own, which nobody reads."""
+        """A spawned worker shares no memory: it writes to its own board, which nobody reads."""
         return WorkerWatch, (len(self._board), self._limit, dict(self.stalled))
 
     def start(self) -> None:
@@ -73,7 +73,7 @@ class WorkerWatch:
         self._board[:, 1] = IDLE
 
     def join(self, worker: int) -> None:
-        """In a worker, before it begins."""
+        """Register this process as `worker`, before it begins."""
         global _own
         _own = (self, worker)
         self._board[worker] = os.getpid(), IDLE, 0
@@ -105,6 +105,6 @@ _own: tuple[WorkerWatch, int] | None = None
 
 
 def note_reading(row: int) -> None:
-    """In a worker: this row is read from now on; -1: none. Raises BadVideo for one that stalled a worker before."""
+    """Note that this worker now reads `row`; -1: none. Raises BadVideo for a row that stalled a worker before."""
     if _own is not None:
         _own[0].begin(_own[1], row)

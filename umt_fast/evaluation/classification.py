@@ -63,7 +63,7 @@ def merge_views(
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    """By numpy: torch's float64 exp differs from it in the last bit, and the published code merges with numpy."""
+    """Softmax by numpy, as in the published code; torch's float64 exp differs from numpy's in the last bit."""
     exponents = np.exp(logits - logits.max(-1, keepdims=True))
     return exponents / exponents.sum(-1, keepdims=True)
 

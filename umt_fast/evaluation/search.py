@@ -150,7 +150,7 @@ def read_index(path: Path, key: str) -> SearchIndex | None:
                 return None
             rows, seconds, vectors = (file.get_tensor(name) for name in ("rows", "seconds", "vectors"))
             bad = [(str(name), str(reason)) for name, reason in json.loads(metadata.get("bad", "[]"))]
-    except Exception:  # whatever a spoiled file makes its reader raise: it is made anew
+    except Exception:  # a damaged file may raise anything in its reader; it is rebuilt
         return None
     return SearchIndex(rows.numpy(), seconds.numpy(), vectors, bad)
 

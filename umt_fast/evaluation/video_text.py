@@ -149,13 +149,13 @@ def digest_of(state: TensorDict) -> str:
 
 @dataclass(frozen=True)
 class EmbedSettings:
-    """How the videos of a list are looked at."""
+    """Settings for embedding the videos of a list."""
 
     batch_size: int = 8
     max_words: int = 32
     """Longest text, in tokens."""
     max_seconds: float | None = None
-    """Only the beginning of a longer video is looked at."""
+    """Only this much of the beginning of a longer video is used; None: all of it."""
     antialias: bool = False
     bf16: bool = False
 

@@ -99,7 +99,7 @@ def pick_queries(found: RetrievalSet, result: Retrieval, count: int = SHOWN) -> 
 
 
 def recall_table(recalls: dict[str, float], coarse: dict[str, float], chance: dict[str, float] | None = None) -> str:
-    """The six recalls of both scores, and those of chance, as lines for people."""
+    """The six recalls of both scores, and those of chance, as lines of text."""
     lines = [f"{'':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
     for name, values in (("re-ranked", recalls), ("coarse", coarse)):
         for key, way in (("img", "text to video"), ("txt", "video to text")):

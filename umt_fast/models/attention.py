@@ -57,7 +57,7 @@ def attention(
 
 
 def self_attention(qkv: Float[Tensor, "b l 3 h d"], backend: Backend) -> Float[Tensor, "b l h d"]:
-    """The same where q, k and v are one tensor. Nothing is copied apart first."""
+    """Attention of one packed tensor of q, k and v, which are not copied apart first."""
     return backend.attend_packed(qkv)
 
 
@@ -106,7 +106,7 @@ TORCH_KERNELS = {
 
 @dataclass(frozen=True)
 class Library:
-    """A package with an attention of its own. All of them take [b,l,h,d]."""
+    """A package with its own attention function. All of them take [b,l,h,d]."""
 
     module: str
     function: str
@@ -163,14 +163,14 @@ def fault(
 ) -> str | None:
     """Why `backend` cannot be used there, found by a small trial; None if it can.
 
-    `compiled` asks whether torch.compile takes it in whole: some libraries would break the graph.
+    `compiled` asks whether torch.compile traces it without a graph break, which some libraries cause.
     """
     q, k, v = torch.ones(3, 1, 8, 1, head_dim, device=device, dtype=dtype).unbind()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend)
 
-    # Every trial compiles `attend` anew, and torch.compile gives a function up after a few times.
+    # Every trial compiles `attend` again, and torch.compile gives a function up after a few times.
     many = torch._dynamo.config.patch(recompile_limit=MANY) if compiled else contextlib.nullcontext()
     try:
         with torch.set_grad_enabled(gradients), many:

@@ -30,7 +30,7 @@ INIT_STD = 0.02
 class Pairing:
     """Which rows of a batch of texts look at which of the given videos (or other states).
 
-    The rows come in segments, one behind another. A segment `(ids, texts)` pairs `texts` neighbouring rows with each
+    The rows come in consecutive segments. A segment `(ids, texts)` pairs `texts` neighbouring rows with each
     video of `ids`, or with each of all videos in their order if `ids` is None.
     """
 
@@ -66,7 +66,7 @@ ONE_TO_ONE = Pairing()
 
 @dataclass(frozen=True)
 class Context:
-    """What the fusion layers look at."""
+    """Input of the fusion layers' cross-attention."""
 
     states: Float[Tensor, "v m d"]
     """Tokens of videos, or hidden states of questions."""

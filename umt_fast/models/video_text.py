@@ -35,7 +35,7 @@ class Seen:
     tokens: Float[Tensor, "b m d"]
     """The visible tokens after the last norm, to which texts attend."""
     pooled: Float[Tensor, "b f d"]
-    """Their mean, normed again: of each frame, or f = 1 of all visible tokens where some are hidden."""
+    """Mean of the visible tokens, normed again: of each frame, or f = 1 of all visible tokens where some are hidden."""
     predictions: Predictions | None = None
     """Predictions of the teacher's outputs at the visible tokens."""
 

@@ -133,7 +133,7 @@ def _ranks(group: Any) -> int:
 
 
 def _gather(own: Tensor, group: Any) -> Tensor:
-    """`own` of all ranks, one behind another."""
+    """`own` of all ranks, concatenated."""
     ranks = _ranks(group)
     if ranks == 1:
         return own

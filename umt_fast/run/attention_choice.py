@@ -1,7 +1,7 @@
 """Which attention backend is fastest here: measured once on the shapes of the run, then remembered.
 
 The choices are in `attention.json` of the folder UMT_FAST_CACHE, by default ~/.cache/umt-fast. A choice holds for one
-GPU, shape, dtype and set of versions. Deleting the file makes the next run measure anew.
+GPU, shape, dtype and set of versions. Deleting the file makes the next run measure again.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class TrainState:
     config: Any
     """The run's settings, a dataclass of sections."""
     plan: dict[str, Any] = field(default_factory=dict)
-    """What the schedule rests on, such as the number of videos."""
+    """Values that determine the schedule, such as the number of videos."""
     attention: dict[str, str] = field(default_factory=dict)
     companions: dict[str, nn.Module] = field(default_factory=dict)
     """Other modules to save and restore by name, such as a moving average of the weights."""
@@ -116,7 +116,7 @@ class TrainState:
     def restore(self, folder: Path, found: Checkpoint | None = None, step_clips: int = 1) -> bool:
         """Go on from the newest checkpoint in `folder`, or from `found`, which `find_checkpoint` has read.
 
-        Returns whether there was one. A run with another global batch, `step_clips`, counts its steps anew from the
+        Returns whether there was one. A run with another global batch, `step_clips`, recounts its steps from the
         clips seen; a rank that the checkpoint does not know starts with random numbers of its own.
         """
         found = found if found is not None else find_checkpoint(folder, self.world)
@@ -215,7 +215,7 @@ def remove_unfinished(folder: Path) -> None:
 def find_checkpoint(
     folder: Path, world: World, resume: str = "auto", say: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint that a run in `folder` continues, the same on every rank; None if it starts anew.
+    """The checkpoint that a run in `folder` continues, the same on every rank; None if it starts from step 0.
 
     resume  auto: the newest one in `folder` that is whole. One that is damaged is renamed to *.damaged, `say` reports
     it, and the one before is tried. never: none, and RunError if the folder holds one. Else a file's path.

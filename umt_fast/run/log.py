@@ -58,7 +58,7 @@ class LossBuffer:
         self._steps.append(_Step(step, values, grad_norm, list(files)))
 
     def take(self, device: torch.device) -> Report:
-        """What happened since the last time. Waits for the device."""
+        """Report on the steps since the last call. Waits for the device."""
         report = Report(bad=self._bad, waited=self._waited, peak_bytes=peak_memory(device))
         steps, self._steps, self._bad, self._waited = self._steps, [], [], 0.0
         if not steps:
@@ -113,7 +113,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What turns a step's time into the share of the hardware's arithmetic that it used (MFU, arXiv 2204.02311)."""
+    """Figures to compute MFU from a step's time: the share of the hardware's arithmetic in use (arXiv 2204.02311)."""
 
     step_flops: float
     """Operations of a step over all ranks."""
@@ -228,7 +228,7 @@ class RunLog:
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Append to metrics.jsonl and TensorBoard, making the folder anew if it was removed meanwhile."""
+        """Append to metrics.jsonl and TensorBoard, creating the folder again if it was removed meanwhile."""
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             self.say(f"{self.folder} was removed meanwhile; it is made anew")

@@ -52,7 +52,7 @@ class World:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def find_lost(self) -> str:
-        """Which ranks do not answer, in words; all ranks call it when a collective has failed, the main one learns."""
+        """Say, on the main rank, which ranks do not answer. All ranks call this after a collective has failed."""
         try:
             limit = timedelta(seconds=ANSWER_SECONDS)
             dist.monitored_barrier(self.roll_call_group, limit, wait_all_ranks=self.main)

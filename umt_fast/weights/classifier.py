@@ -30,7 +30,7 @@ class LoadReport:
     """Keys in both, with the file's shape and the model's: these keep the model's values."""
 
     def lines(self) -> list[str]:
-        """Each key that was not loaded and why, for people."""
+        """A line for each key that was not loaded, with the reason."""
         lines = [f"not in the file, starts anew: {key}" for key in self.missing]
         lines += [f"not in the model, left out: {key}" for key in self.unexpected]
         return lines + [
@@ -62,7 +62,7 @@ def load_classifier(
     frames: int | None = None,
 ) -> LoadReport:
     """Load a pre-trained or fine-tuned state dict by the published rules, and say what was not loaded. Never raises
-    for a key that does not fit; `LoadReport.unforeseen` tells the mistakes from what is meant.
+    for a key that does not fit; `LoadReport.unforeseen` lists those that are mistakes.
 
     A head of 710 classes (K710) gives its first 400 rows to a model of 400, or the rows `class_map`. Prefixes of
     wrappers are removed. Positions of another number of frames or grid are resampled; `frames` is how many token

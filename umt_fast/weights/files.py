@@ -115,7 +115,7 @@ def _read_file(path: Path) -> TensorDict:
 
 
 def _load_content(path: Path) -> Any:
-    """What a file of PyTorch holds; nothing in it is executed."""
+    """Content of a PyTorch file; nothing in it is executed."""
 
     def load() -> Any:
         if zipfile.is_zipfile(path):
@@ -239,7 +239,7 @@ def _config_beside(path: Path) -> Path | None:
 
 
 def _activation_in(path: Path) -> Activation | None:
-    """What a config says of its CLIP; None for one of another kind of model. Raises WeightsError."""
+    """Activation function of the CLIP that a config describes; None for another kind of model. Raises WeightsError."""
     config = _read_json(path)
     try:
         if "model_cfg" in config:  # open_clip's

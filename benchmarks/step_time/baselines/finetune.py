@@ -1,6 +1,6 @@
 """One step of fine-tuning as published (UMT, arXiv 2303.16058, section 4.2), in plain PyTorch.
 
-Written anew after what the public code computes, with its costs left in: attention over all tokens by matmul, softmax,
+Our own code for what the public code computes, with its costs left in: attention over all tokens by matmul, softmax,
 matmul; a float32 position table on the host, added at every step; mixup and cutmix on the device, in place; on a GPU
 half-precision weights with float32 copies in the optimiser, as DeepSpeed trains them; the host waits for the loss of
 every step. Parameter names are those of the checkpoints.

@@ -1,6 +1,6 @@
 """One step of VideoMAE's pre-training as published (arXiv 2203.12602), in plain PyTorch.
 
-Written anew after what the public code computes, with its costs left in: every token is embedded before most are
+Our own code for what the public code computes, with its costs left in: every token is embedded before most are
 dropped by a boolean mask; attention by matmul, softmax, matmul; position tables on the host; the decoder's positions
 expanded and masked at every step; the targets are made in float32 by un-normalising the clip, cutting it into tokens,
 normalising all of them and masking; fp16 with loss scaling on a GPU; the host waits for the loss of every step.

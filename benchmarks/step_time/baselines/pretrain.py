@@ -1,6 +1,6 @@
 """One step of stage-1 pre-training as published (arXiv 2303.16058), in plain PyTorch: the base of every speed-up.
 
-Written anew after what the public code computes, with its costs left in: every token is embedded, projected and
+Our own code for what the public code computes, with its costs left in: every token is embedded, projected and
 normalised before most are thrown away; a frame of another size is resized first; the mask is a boolean tensor made
 on the CPU from a multinomial draw; position tables live on the host; the student attends by matmul, softmax, matmul;
 gradients are scaled for fp16; the host waits for the loss of every step. Parameter names are those of the checkpoints.

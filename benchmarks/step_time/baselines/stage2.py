@@ -1,6 +1,6 @@
 """One step of stage 2 as published (arXiv 2303.16058, section 3.2), in plain PyTorch: what every speed-up is over.
 
-Written anew after what the public code computes, with its costs left in: the vision side of `pretrain`; texts padded to
+Our own code for what the public code computes, with its costs left in: the vision side of `pretrain`; texts padded to
 the full length; the masked texts in a text pass and a fusion pass of their own; keys and values of a video projected
 for each of its pairs; BERT attending by matmul, additive mask, softmax, matmul; the language head on every token; the
 whole matrix of similarities for the contrast. Parameter names are those of the checkpoints; dropout is off.

@@ -14,7 +14,7 @@ from umt_fast.config import StudentConfig
 
 
 class Work(Protocol):
-    """What every rung of a ladder works on, on one device: the same clips, weights and random choices."""
+    """Input of every rung of a ladder, on one device: the same clips, weights and random choices."""
 
     @property
     def device(self) -> torch.device: ...
@@ -29,7 +29,7 @@ class Work(Protocol):
 @dataclass(frozen=True)
 class Job:
     models: tuple[str, ...]
-    """Those of the published recipes, smallest first, then `tiny`, to try the benchmark."""
+    """Models of the published recipes, smallest first, then `tiny`, to try the benchmark."""
     batch: int
     """Clips per step on a GPU, by default."""
     cpu_batch: int

@@ -30,7 +30,7 @@ def reference_ops() -> Iterator[None]:
 def timed_step(
     rung: Rung, draw: Callable[[bool], Tensor], step: Callable[[Tensor, Mark], Tensor], drawing: str
 ) -> TimedStep:
-    """`draw` makes the clip of a step, and whatever else is drawn in buffers of its own; `step` trains on it.
+    """`draw` makes the clip of a step and draws everything else into its own buffers; `step` trains on it.
 
     The first is the phase `drawing`.
     """

@@ -101,14 +101,14 @@ class Recipe:
             raise ConfigError(f"--codec {self.codec}: this FFmpeg has no {CODECS[self.codec].encoder}")
 
     def resolved(self) -> Recipe:
-        """With the defaults filled in."""
+        """This recipe with the defaults filled in."""
         gop = self.gop or (1 if self.codec == "mjpeg" else 4)
         quality = self.quality or CODECS[self.codec].quality[gop == 1]
         return Recipe(self.codec, self.short_side, gop, quality, self.square_pixels)
 
 
 def copy_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height of the copy: even, as 4:2:0 asks, and never larger than the source but for a side of 1."""
+    """Width and height of the copy: even, as 4:2:0 asks, and never larger than the source unless a side is 1."""
     short = min(width, height)
     if short <= short_side:
         return max(width // 2 * 2, 2), max(height // 2 * 2, 2)

@@ -17,9 +17,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.copies: dict[str, dict[str, Any]] = {}
-        """By the source's name: the index row, and the source's bytes and seconds."""
+        """Index row, and the source's bytes and seconds, by the source's name."""
         self.shards: dict[str, dict[str, Any]] = {}
-        """By file name: its size and digest, and the offset of each video."""
+        """Size and digest of each shard and the offset of each video in it, by file name."""
         content = path.read_bytes() if path.exists() else b""
         for line in content.split(b"\n")[:-1]:  # after the last line feed there may be half a line
             try:
