@@ -2,7 +2,8 @@
 
 Each fault replaces a piece of source that must be there exactly as often as it says (once, if it says nothing). The
 broken copy runs the tests of its op in Triton's interpreter, in a process of its own that already has torch imported.
-A fault that no test notices is printed, and the exit status is 1. `python kernels/tests/mutate.py WORD` runs only the
+First every test runs on the source as it is, and must pass. A fault that no test notices is printed, and the exit
+status is 1. `python kernels/tests/mutate.py WORD` runs only the
 faults whose file or source contains WORD.
 """
 
@@ -14,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -244,12 +245,24 @@ def main(word: str = "") -> int:
     for on in (True, False):  # what the tests' fixtures import, imported once
         torch.use_deterministic_algorithms(on)
     assert "umt_kernels" not in sys.modules
-    waiting = [fault for fault in FAULTS if word in fault.file or word in fault.old]
-    total, begun = len(waiting), time.monotonic()
-    for fault in waiting:
+    chosen = [fault for fault in FAULTS if word in fault.file or word in fault.old]
+    for fault in chosen:
         broken(fault)
+    begun = time.monotonic()
+    # Without a fault: a test that fails anyway would seem to catch all.
+    controls = {fault.tests: replace(fault, new=fault.old) for fault in chosen}
+    if failed := run_all(list(controls.values()), wanted=False):
+        print(f"{len(failed)} groups of tests fail without a fault")
+        return 1
+    survived = run_all(list(chosen), wanted=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} faults caught in {time.monotonic() - begun:.0f} s")
+    return 1 if survived or not chosen else 0
+
+
+def run_all(waiting: list[Fault], wanted: bool) -> list[Fault]:
+    """Run the tests of every fault, as many at a time as there are cores; those not noticed, or not as `wanted`."""
     running: dict[int, tuple[Fault, tempfile.TemporaryDirectory, float]] = {}
-    survived = []
+    others = []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             fault, folder = waiting.pop(0), tempfile.TemporaryDirectory(prefix="mutate-")
@@ -263,15 +276,17 @@ def main(word: str = "") -> int:
             if done:
                 del running[pid]
                 code = os.waitstatus_to_exitcode(status)
-                caught = code not in (0, 2, 3, 4, 5)  # passed, or no test was run: a fault in this list
-                if not caught:
-                    survived.append(fault)
-                verdict = "caught" if caught else f"NOT CAUGHT ({code})"
+                noticed = code not in (0, 2, 3, 4, 5)  # passed, or no test was run: an error in this list
+                if noticed != wanted or code in (2, 3, 4, 5):
+                    others.append(fault)
                 seconds = time.monotonic() - since
-                print(f"{verdict} {fault.file}: {fault.old!r} -> {fault.new!r} ({seconds:.0f} s)", flush=True)
+                if wanted:
+                    verdict = "caught" if noticed else f"NOT CAUGHT ({code})"
+                    print(f"{verdict} {fault.file}: {fault.old!r} -> {fault.new!r} ({seconds:.0f} s)", flush=True)
+                elif code:
+                    print(f"FAILS WITHOUT A FAULT ({code}) {' '.join(fault.tests)}", flush=True)
                 folder.cleanup()
-    print(f"{total - len(survived)} of {total} faults caught in {time.monotonic() - begun:.0f} s")
-    return 1 if survived or not total else 0
+    return others
 
 
 if __name__ == "__main__":

@@ -81,12 +81,12 @@ def gather_patches(
         tokens = (frames // tubelet_size) * (height // patch_height) * (width // patch_width)
         meaning = "a clip has {} tokens"
         check_ids("token_ids", token_ids, clip.shape[0], tokens, meaning, sets=True, padded=padded)
-    clip = clip.detach() if clip.requires_grad else clip
     patch, around = (patch_height, patch_width), (halo_height, halo_width)
     if not _runs_kernel(clip, dtype, mean, patch, tubelet_size, around, token_ids):
         return reference.gather_patches(
-            clip, patch, tubelet_size, token_ids, around, mean, std, dtype, order, padded
+            clip.detach(), patch, tubelet_size, token_ids, around, mean, std, dtype, order, padded
         )  # fmt: skip
+    clip = clip.detach() if clip.requires_grad else clip
     constants = [] if mean is None else list(mean), [] if std is None else list(std)
     return _forward(clip, order, list(patch), tubelet_size, token_ids, list(around), *constants, dtype, padded)
 
