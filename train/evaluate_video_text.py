@@ -62,7 +62,7 @@ class VideoTextTestConfig:
     vocabulary: str = ""
     """vocab.txt or BERT folder; empty: that of the run's folder."""
     frames: int | None = None
-    """Of a clip; None: those of training. Published: 4 for zero-shot, 12 after fine-tuning."""
+    """Frames of a clip; None: as in training. Published: 4 for zero-shot, 12 after fine-tuning."""
     k: int = PUBLISHED_K
     """Candidates that the fusion layers score."""
     first_token: FirstToken = "twice"

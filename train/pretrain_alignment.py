@@ -48,7 +48,7 @@ class Objective:
 
     @property
     def flops(self) -> int:
-        """Of one forward and backward pass on one process."""
+        """Operations of one forward and backward pass on one process."""
         student, mask = self.config.student, self.config.mask
         seen = masking.count_seen(mask.rule, student.token_frames, student.patches, mask.ratio)
         clips = self.config.optim.batch_size

@@ -76,7 +76,7 @@ class Objective:
 
     @property
     def flops(self) -> int:
-        """Of one forward and backward pass on one process."""
+        """Operations of one forward and backward pass on one process."""
         every = isinstance(self.sizes, MaeStConfig)
         length = self.sizes.tokens if every else self.visible + self.decoded
         scored = self.decoded - (self.overlap or 0)

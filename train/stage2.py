@@ -62,7 +62,7 @@ class Alternation:
         self._known: tuple[int, list[str]] = (-1, [])
 
     def kind(self, step: int) -> str:
-        """Of step number `step`, from 0."""
+        """Learning rate of step number `step`, from 0."""
         epoch, place = divmod(step, self.per_epoch)
         return self._epoch(epoch)[place]
 

@@ -54,7 +54,7 @@ class MixConfig:
     mixup: float = 0.8
     """Alpha of the Beta distribution that mixup's share is drawn from (arXiv 1710.09412); 0: no mixup."""
     cutmix: float = 1.0
-    """Likewise for cutmix (arXiv 1905.04899)."""
+    """The same for cutmix (arXiv 1905.04899)."""
     probability: float = 1.0
     """Chance that a batch, or with `elem` a clip, is mixed at all."""
     switch: float = 0.5
@@ -97,7 +97,7 @@ class DataConfig:
     """Videos that a pipeline decodes at once, at their full size in memory; 0: all of a batch, which is then handed
     over without a copy."""
     crops_per_clip: int = 1
-    """Clips cut from one decoded video: the same frames, cropped and flipped anew (UMT's num_sample). A batch still
+    """Clips cut from one decoded video: the same frames, cropped and flipped again (UMT's num_sample). A batch still
     holds `optim.batch_size` clips."""
     crop_scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     """Crop sides as shares of the short side."""

@@ -103,7 +103,7 @@ class ClassifierConfig(VitConfig):
     pool: Literal["mean", "first"] = "mean"
     """What the head sees: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
     learnable_positions: bool = False
-    """Positions drawn anew in place of the sinusoid table. They get no gradient either, as published."""
+    """Random positions in place of the sinusoid table. They get no gradient either, as published."""
     positions: Literal["resized", "direct"] = "resized"
     """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: the table of the model's
     own number of tokens (VideoMAE)."""
@@ -275,7 +275,7 @@ class TextConfig:
     max_positions: int = 512
     mlp_width: int = 3072
     dropout: float = 0.0
-    """Of hidden states and attention, in training; BERT's own is 0.1."""
+    """Dropout of hidden states and attention in training; BERT's own is 0.1."""
     pad_id: int = 0
     cls_id: int = 101
     sep_id: int = 102

@@ -81,7 +81,7 @@ class OptimConfig:
     lr: float = 1.5e-4
     """Peak learning rate for 256 clips per step; scaled linearly with the global batch."""
     min_lr: float = 1e-5
-    """Learning rate at the end, scaled likewise."""
+    """Learning rate at the end, scaled in the same way."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
