@@ -36,7 +36,6 @@ from umt_fast.config.sections import (
 class PretrainConfig:
     """Stage 1: a student aligned with a frozen CLIP teacher."""
 
-    objective: Literal["alignment"] = "alignment"
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teacher_weights: str = ""
@@ -49,6 +48,7 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    objective: Literal["alignment"] = "alignment"
 
     def __post_init__(self) -> None:
         check_fit(self.student, self.teacher)
