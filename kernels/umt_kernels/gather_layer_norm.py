@@ -547,9 +547,8 @@ if triton is not None:
         if WEIGHT:
             tl.store(partial_ptr + slot + column, tl.sum(dw, axis=0), mask=inside)
         if BIAS:
-            tl.store(
-                partial_ptr + tl.num_programs(0).to(tl.int64) * width + slot + column, tl.sum(db, axis=0), mask=inside
-            )
+            slot += tl.num_programs(0).to(tl.int64) * width
+            tl.store(partial_ptr + slot + column, tl.sum(db, axis=0), mask=inside)
 
     @triton.jit
     def _invert_kernel(

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[3]
 def test_cases_run_and_are_kept(tmp_path):
     pytest.importorskip("pytest_benchmark")
     command = ["-m", "pytest", "-q", "benchmarks/kernels", "-k", "cls_scores and eager", "-p", "no:xdist"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}  # xdist's, above all
+    environment = {**outside, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(
         [sys.executable, *command, "--benchmark-json", str(tmp_path / "out.json")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
