@@ -104,3 +104,19 @@ def test_workers_end_with_their_parent(demo_videos):
 
 def test_a_watch_that_never_started_closes():
     WorkerWatch(0, 1.0).close()
+
+
+def test_workers_that_have_not_joined_are_left_alone(monkeypatch):
+    killed = []
+    monkeypatch.setattr("umt_fast.data.watch._own", None)
+    monkeypatch.setattr("umt_fast.data.watch.os.kill", lambda *arguments: killed.append(arguments))
+    watch = WorkerWatch(2, limit=0.05)
+    watch.start()
+    time.sleep(0.3)
+    assert watch.take_killed() == []
+    watch.join(1)
+    watch.begin(1, 7)
+    time.sleep(0.3)
+    watch.close()
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+    assert [activity.row for activity in watch.take_killed()] == [7]

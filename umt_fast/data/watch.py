@@ -48,6 +48,7 @@ class WorkerWatch:
 
     def __init__(self, workers: int, limit: float, stalled: dict[int, str] | None = None) -> None:
         self._board = np.frombuffer(mmap.mmap(-1, max(workers, 1) * 24), np.int64).reshape(-1, 3)
+        self._board[:, 1] = IDLE  # until a worker joins: it may take its time, and a spawned one never does
         self._limit = limit
         self._killed: list[Activity] = []
         self._closed = threading.Event()
@@ -93,7 +94,8 @@ class WorkerWatch:
             now = time.monotonic_ns()
             for pid, row, since in self._board.tolist():
                 seconds = (now - since) / 1e9
-                if row != IDLE and row not in self.stalled and seconds > self._limit:
+                # Never process 0: that is a kill of our own process group.
+                if pid > 0 and row != IDLE and row not in self.stalled and seconds > self._limit:
                     self.stalled[row] = f"it stalled a decoding process for {seconds:.0f} s"
                     self._killed.append(Activity(row, seconds))
                     with contextlib.suppress(ProcessLookupError):
