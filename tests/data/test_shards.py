@@ -316,7 +316,7 @@ def test_a_read_that_hangs_holds_no_process_up(server):
     process = subprocess.Popen([sys.executable, "-c", code, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    time.sleep(0.2)
+    time.sleep(1)  # it now waits for the list
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=50)
