@@ -309,6 +309,8 @@ def test_a_read_that_hangs_holds_no_process_up(server):
     server.fail = lambda path, number: "stall"
     server.stall = 60
     code = (
+        # A background job of a shell ignores Ctrl-C, and so would its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from umt_fast.data import index, manifest, storage; "
         "storage.start_reading(index.Video(sys.argv[1] + '/0.mp4')); print('on', flush=True); "
         "manifest.read_manifest(sys.argv[1])"

@@ -92,6 +92,8 @@ def test_a_signal_saves_though_no_data_comes(trainer, server, tmp_path, number, 
 
 def test_ctrl_c_before_the_first_step(server, tmp_path):
     code = (
+        # A background job of a shell ignores Ctrl-C, and so would its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from umt_fast.config import DataConfig; from umt_fast.data.loader import first_clips; "
         "from umt_fast.data.manifest import read_manifest; from umt_fast.data.clips import ClipStream; "
         "first_clips(ClipStream(read_manifest(sys.argv[1]), DataConfig(), 4, 32, seed=0))"
