@@ -10,6 +10,7 @@ same videos; `decode.dali.build_pipeline` lists how pixels differ.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,8 @@ class BatchPlanDataset(Dataset[BatchPlan]):
         self, place: int, video: Video, rng: Generator, content: bytes | None
     ) -> VisitRequest | DecodedVisit:
         """Raises BadVideo and OSError where PyAV's loader does."""
+        if content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
+            return self._decode(place, "folders of frames", video, rng, content)
         content, _ = fetch(video, content)
         stored = look_up(video, content)
         if reason := self.support.why_not(stored):
