@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,11 @@ def videomae_step(
 
     `model` is a VideoMae, bare or wrapped (DDP, torch.compile).
     """
-    hidden_only = decoded is None
+    weights, places = None, None
     if decoded is None:
-        decoded = hidden_ids(visible, config.tokens)
-    weights, places, scored = None, None, decoded
-    if not hidden_only:
+        decoded = scored = hidden_ids(visible, config.tokens)
+    else:
+        scored = decoded
         shown = torch.zeros(len(visible), config.tokens, dtype=torch.bool, device=visible.device)
         seen = shown.scatter_(1, visible, True).gather(1, decoded)
         if overlap is None:
@@ -63,8 +63,21 @@ def videomae_step(
             places = seen.sort(dim=1, stable=True).indices[:, : decoded.shape[1] - overlap]
             scored = decoded.gather(1, places)
     predictions = model(clip, visible, decoded, places)
+    loss = _videomae_loss(config, predictions, clip, scored, weights=weights)
+    return Reconstruction(loss, predictions, scored, visible)
+
+
+def _videomae_loss(
+    config: VideoMaeConfig,
+    predictions: Float[Tensor, "b s f"],
+    clip: Shaped[Tensor, "b ..."],
+    scored: Int[Tensor, "b s"],
+    weights: Float[Tensor, "b s"] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
+    """Error against VideoMAE's targets: pixels in [0, 1], normalised per token and colour."""
     uint8 = clip.dtype == torch.uint8
-    loss = pixel_loss(
+    return pixel_loss(
         predictions,
         clip,
         scored,
@@ -75,8 +88,8 @@ def videomae_step(
         scale=None if uint8 else IMAGENET_STD,
         shift=(0.0, 0.0, 0.0) if uint8 else IMAGENET_MEAN,
         weights=weights,
+        reduction=reduction,
     )
-    return Reconstruction(loss, predictions, scored, visible)
 
 
 def mae_st_step(
@@ -136,19 +149,7 @@ def adamae_step(
     an AdaMae, bare or wrapped (DDP).
     """
     predictions, p, visible, hidden = model(clip, num_visible, visible, generator)
-    uint8 = clip.dtype == torch.uint8
-    errors = pixel_loss(
-        predictions,
-        clip,
-        hidden,
-        config.patch_size,
-        config.tubelet_size,
-        normalise="channel" if config.normalise_targets else "none",
-        eps=EPS,
-        scale=None if uint8 else IMAGENET_STD,
-        shift=(0.0, 0.0, 0.0) if uint8 else IMAGENET_MEAN,
-        reduction="none",
-    )
+    errors = _videomae_loss(config, predictions, clip, hidden, reduction="none")
     eps = torch.finfo(p.dtype).eps
     log_p = (p / p.sum(-1, keepdim=True)).clamp(eps, 1 - eps).log().gather(1, hidden)
     reconstruction = errors.mean()
