@@ -13,6 +13,7 @@ from umt_fast.config.base import (
     GatherGradient,
     Masking,
     Parallel,
+    PixelMasking,
     Precision,
     Recompute,
     Stage2Job,
@@ -30,6 +31,8 @@ from umt_fast.config.jobs import (
 )
 from umt_fast.config.models import (
     CLASSIFIERS,
+    IMAGENET_STATISTICS,
+    MAE_ST_STATISTICS,
     STUDENTS,
     TEACHERS,
     TEXTS,
@@ -59,6 +62,8 @@ from umt_fast.config.sections import (
 
 __all__ = [
     "CLASSIFIERS",
+    "IMAGENET_STATISTICS",
+    "MAE_ST_STATISTICS",
     "MLP_RATIO",
     "STUDENTS",
     "TEACHERS",
@@ -88,6 +93,7 @@ __all__ = [
     "OptimConfig",
     "Parallel",
     "PixelMaskConfig",
+    "PixelMasking",
     "Precision",
     "PretrainConfig",
     "Recompute",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from umt_fast.errors import RunError
 
 Masking = Literal["attention", "random", "tube", "mae_st", "frame"]
+PixelMasking = Literal["tube", "random", "frame", "mae_st", "adamae", "everest", "motion", "region", "flow", "text"]
 Precision = Literal["auto", "bf16", "fp32"]
 Decoder = Literal["auto", "dali", "pyav"]
 TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"]

@@ -109,6 +109,8 @@ class DataConfig:
     """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
     frame_rate: float | None = None
     """Frames a second of a clip, from a random moment on, whatever the video's own rate; None: see `frame_step`."""
+    clip_seconds: float | None = None
+    """Seconds that a clip's frames are spread over evenly, from a random moment on (MAE-ST); None: see `frame_step`."""
     square_pixels: bool = False
     """Widen frames with non-square pixels as players do; by default they are read as they are stored, as UMT does."""
     max_bad_fraction: float = 0.1
@@ -131,9 +133,12 @@ class DataConfig:
         check_share("data.flip", self.flip)
         check_share("data.max_bad_fraction", self.max_bad_fraction)
         check_share("data.crop_scales", *self.crop_scales)
-        check_at_least(self, "data", frame_step=1, frame_rate=0.001)
-        if self.frame_step is not None and self.frame_rate is not None:
-            raise ConfigError("data.frame_step and data.frame_rate are both given; choose one")
+        check_at_least(self, "data", frame_step=1, frame_rate=0.001, clip_seconds=0.001)
+        given = [
+            f"data.{key}" for key in ("frame_step", "frame_rate", "clip_seconds") if getattr(self, key) is not None
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"{given[0]} and {given[1]} are both given; choose one")
         if self.crop_area is not None:
             check_share("data.crop_area", *self.crop_area)
             if not 0 < self.crop_area[0] <= self.crop_area[1]:

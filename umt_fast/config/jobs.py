@@ -152,6 +152,12 @@ class _PixelsConfig:
         check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
         if self.compute.cuda_graph and self.optim.accumulate > 1:
             raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        if self.compute.cuda_graph and self.mask.source:
+            raise ConfigError(f"compute.cuda_graph cannot record the function of mask.source = {self.mask.source}")
+        if self.mask.rule == "everest" and self.compute.parallel == "fsdp":
+            raise ConfigError("mask.rule = everest looks at embedded patches before the model runs; use parallel = ddp")
+        if self.mask.rule == "motion" and self.data.square_pixels:
+            raise ConfigError("mask.rule = motion looks at pixels as they are stored; remove --data.square-pixels")
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,11 @@ class VideoMaePretrainConfig(_PixelsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.objective == "adamae") != (self.mask.rule == "adamae"):
+            raise ConfigError(
+                f"objective = {self.objective} with mask.rule = {self.mask.rule}: the objective adamae and the rule of "
+                "this name belong together"
+            )
         if self.mask.decoder_ratio is not None:
             if self.model.grid % 2:
                 raise ConfigError(f"mask.decoder_ratio needs an even grid of patches; model has {self.model.grid}")
@@ -177,8 +188,13 @@ class MaeStPretrainConfig(_PixelsConfig):
     objective: Literal["mae_st"] = "mae_st"
     model: MaeStConfig = field(default_factory=MaeStConfig)
     mask: PixelMaskConfig = field(default_factory=lambda: PixelMaskConfig("mae_st"))
+    data: DataConfig = field(default_factory=lambda: DataConfig(crop_area=(0.5, 1.0)))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mask.rule in ("adamae", "everest"):
+            raise ConfigError(
+                f"mask.rule = {self.mask.rule} is not for objective = mae_st, whose decoder sees all tokens"
+            )
         if self.mask.decoder_ratio is not None:
             raise ConfigError("mask.decoder_ratio is not for objective = mae_st, whose decoder sees all tokens")

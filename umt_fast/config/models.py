@@ -93,9 +93,14 @@ class StudentConfig(VitConfig):
         return _aligned("student", self.depth, self.align_layers, self.align_interval)
 
 
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+MAE_ST_STATISTICS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
+"""Mean and standard deviation that pixels in [0, 1] are normalised with, per colour."""
+
+
 @dataclass(frozen=True)
 class ClassifierConfig(VitConfig):
-    """The video ViT that classifies pooled tokens, as UMT fine-tunes it."""
+    """The video ViT that classifies pooled tokens, as UMT, VideoMAE and MAE-ST fine-tune it."""
 
     num_classes: int = 400
     drop_path: float = 0.0
@@ -107,6 +112,12 @@ class ClassifierConfig(VitConfig):
     positions: Literal["resized", "direct"] = "resized"
     """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: the table of the model's
     own number of tokens (VideoMAE)."""
+    architecture: Literal["umt", "mae_st"] = "umt"
+    """umt: UMT's and VideoMAE's ViT; mae_st: MAE-ST's, with a class token, learned positions and the encoder's norm."""
+    mlp_width: int | None = None
+    """Width inside the MLPs; None: 4 x width."""
+    head_dropout: float = 0.0
+    """Dropout of the pooled vector in training."""
 
     _section = "classifier"
 
@@ -118,6 +129,22 @@ class ClassifierConfig(VitConfig):
             raise ConfigError(f"classifier: drop_path = {self.drop_path} is not in [0, 1)")
         if self.pool not in ("mean", "first"):
             raise ConfigError(f"classifier: pool = {self.pool!r}: give mean or first")
+        if not 0 <= self.head_dropout < 1:
+            raise ConfigError(f"classifier: head_dropout = {self.head_dropout} is not in [0, 1)")
+        if self.mlp_width is not None and self.mlp_width < 1:
+            raise ConfigError(f"classifier: mlp_width = {self.mlp_width} is not 1 or more")
+        if self.architecture == "mae_st" and (
+            self.pool != "mean" or self.learnable_positions or self.mlp_width is not None
+        ):
+            raise ConfigError(
+                "classifier: architecture = mae_st pools the mean and has learned positions and MLPs of 4 x width; "
+                "leave out pool, learnable_positions and mlp_width"
+            )
+
+    @property
+    def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        """Mean and standard deviation per colour of the pixels that the model was made for."""
+        return MAE_ST_STATISTICS if self.architecture == "mae_st" else IMAGENET_STATISTICS
 
 
 @dataclass(frozen=True)

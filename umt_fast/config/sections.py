@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from umt_fast.config.base import (
     GatherGradient,
     Masking,
     Parallel,
+    PixelMasking,
     Precision,
     Recompute,
     StudentPrecision,
@@ -82,6 +84,8 @@ class OptimConfig:
     """Peak learning rate for 256 clips per step; scaled linearly with the global batch."""
     min_lr: float = 1e-5
     """Learning rate at the end, scaled in the same way."""
+    repeat_peak: bool = True
+    """Whether the warm-up's last step has the peak rate, like the first after it (UMT, VideoMAE), or not (MAE-ST)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
@@ -273,14 +277,46 @@ class JointConfig:
 class PixelMaskConfig:
     """Which tokens the encoder sees, and which the decoder predicts."""
 
-    rule: Literal["tube", "random", "frame", "mae_st"] = "tube"
+    rule: PixelMasking = "tube"
+    """tube, random, frame and mae_st need nothing; everest and adamae look at the patches; motion needs videos with
+    motion vectors, region `regions` and `order`, flow and text `source`."""
     ratio: float = 0.9
     """Share of the patches that the encoder does not see."""
     decoder_ratio: float | None = None
     """Share of the patches that the decoder leaves out by a running cell (VideoMAE V2): 0.25, 0.5 or 0.75. None: it
     predicts all hidden patches."""
+    candidate_ratio: float = 0.7
+    """everest: share of the patches that are too much like the frame before to be seen or decoded."""
+    regions: str = ""
+    """region: folder of mask videos, which have the names of the videos."""
+    order: tuple[int, ...] = ()
+    """region: grey values of the mask videos, from the first to be shown on."""
+    least_share: float = 0.1
+    """region: share of a frame up to which further regions are shown."""
+    source: str = ""
+    """flow and text: a function, as `module:name`, that finds optical flow, or similarity to the caption, in clips."""
 
     def __post_init__(self) -> None:
         check_share("mask.ratio", self.ratio, below_one=True)
+        check_share("mask.candidate_ratio", self.candidate_ratio, below_one=True)
+        check_share("mask.least_share", self.least_share)
+        if self.rule == "region" and not (self.regions and self.order):
+            raise ConfigError(
+                "mask.rule = region needs mask videos and the order in which their grey values are shown: give "
+                "--mask.regions FOLDER and --mask.order 0 1 ..."
+            )
+        if self.rule in ("flow", "text") and not re.fullmatch(r"[\w.]+:\w+", self.source):
+            what = "optical flow" if self.rule == "flow" else "similarity to the caption"
+            raise ConfigError(
+                f"mask.rule = {self.rule} needs {what}: give --mask.source MODULE:FUNCTION (it is {self.source!r}); "
+                "docs/pixels.md says what the function returns"
+            )
+        if self.rule == "everest" and not self.candidate_ratio < self.ratio:
+            raise ConfigError(
+                f"mask.candidate_ratio = {self.candidate_ratio}: must be below mask.ratio = {self.ratio}, or nothing "
+                "is left to decode"
+            )
+        if self.rule == "everest" and self.decoder_ratio is not None:
+            raise ConfigError("mask.decoder_ratio is not for mask.rule = everest, which chooses what is decoded itself")
         if self.decoder_ratio not in (None, 0.25, 0.5, 0.75):
             raise ConfigError(f"mask.decoder_ratio = {self.decoder_ratio}: give 0.25, 0.5 or 0.75")

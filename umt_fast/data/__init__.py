@@ -19,9 +19,9 @@ __all__ = ["open_loader"]
 def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
     """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `loader.WorkerBatches`.
 
-    A stream with a transform is decoded by PyAV.
+    A stream that makes more than crops of frames is decoded by PyAV.
     """
-    choice = choose_decoder("pyav" if stream.transform is not None else stream.config.decoder, device)
+    choice = choose_decoder("pyav" if stream.needs_pyav else stream.config.decoder, device)
     pinned = device.type == "cuda"
     if not choice.dali:
         from umt_fast.data.loader import ClipLoader  # it imports PyAV; doctor reports where that is missing

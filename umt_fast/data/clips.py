@@ -8,8 +8,8 @@ num_sample). So clip number i of a run is always the same clip, and a run can re
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from umt_fast.data.sampling import (
     frames_at_rate,
     sample_rng,
     segment_frames,
+    spread_frames,
 )
 
 if TYPE_CHECKING:
@@ -72,10 +73,17 @@ class ClipStream:
     """False: every epoch follows the list, as an evaluation does."""
     replace: bool = True
     """Whether another video takes the place of an unreadable one. False: its clips are missing from the batch."""
+    drawn: Any = field(default=None, init=False)
+    """What was drawn for the visit that was just made, where a stream hands that out; it comes with the batch."""
 
     def __post_init__(self) -> None:
         self.videos.limits = Limits.of(self.config)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def needs_pyav(self) -> bool:
+        """Whether its clips are more than crops of frames, which is all that other decoders make."""
+        return self.transform is not None
 
     @property
     def clips_per_visit(self) -> int:
@@ -117,6 +125,8 @@ class ClipStream:
             return StrideSampling(self.frames, self.config.frame_step)(timeline, rng)
         if self.config.frame_rate is not None:
             return frames_at_rate(timeline, self.frames, self.config.frame_rate, rng)
+        if self.config.clip_seconds is not None:
+            return spread_frames(timeline, self.frames, self.config.clip_seconds, rng)
         return segment_frames(timeline.num_frames, self.frames, rng)
 
     def draw_views(self, width: int, height: int, rng: np.random.Generator) -> list[View]:

@@ -75,6 +75,8 @@ class VisitedVideo:
     path: str
     label: int | None
     caption: str | None
+    drawn: Any = None
+    """What the stream says of its choices, such as `view_pairs.DrawnPair`s."""
 
 
 @dataclass
@@ -146,7 +148,7 @@ def read_visit(
     stream: ClipStream,
     visit: int,
     content: Future[bytes] | None,
-    read: Callable[[Video, Generator, bytes | None], None],
+    read: Callable[[Video, Generator, bytes | None], Any],
 ) -> tuple[VisitedVideo | None, list[tuple[str, str]]]:
     """`read` a visit's video or, while that fails, a replacement, with its random generator.
 
@@ -162,20 +164,20 @@ def read_visit(
             note_reading(row)
             fetched, content = content, None  # it belongs to the first attempt
             with time_limit(video.limits.time_limit):
-                read(video, rng, None if fetched is None else fetched.result())
+                drawn = read(video, rng, None if fetched is None else fetched.result())
         except (BadVideo, OSError) as error:
             bad.append((name, str(error)))
         except Exception as error:  # an unexpected error of a decoder must not end the run either
             bad.append((name, f"{type(error).__name__}: {error}"))
         else:
             note_reading(IDLE)
-            return VisitedVideo(visit, row, name, video.label, video.caption), bad
+            return VisitedVideo(visit, row, name, video.label, video.caption, drawn), bad
     note_reading(IDLE)
     return None, bad
 
 
-def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> None:
-    """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Raises BadVideo."""
+def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> Any:
+    """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Returns what the stream says of it. Raises BadVideo."""
     clips: Sequence[Clip] = ()
     with open_video(video, content, stream.config.square_pixels) as reader:
         indices = stream.choose_frames(video, reader.timeline, rng)
@@ -186,6 +188,7 @@ def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | No
                 clip.add(places, frame)
     for clip in clips:
         clip.finish()
+    return stream.drawn
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:

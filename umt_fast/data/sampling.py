@@ -121,6 +121,26 @@ class StrideSampling:
         return stride_frames(timeline.num_frames, self.frames, self.step, start)
 
 
+def spread_frames(timeline: Timeline, frames: int, seconds: float, rng: np.random.Generator) -> list[int]:
+    """`frames` frames spread over `seconds` of the video, both ends included (MAE-ST, arXiv 2205.09113).
+
+    The start is uniform in real numbers over the places where the clip fits; places are rounded down. A video that is
+    too short repeats its last frame.
+    """
+    total, length = timeline.num_frames, seconds * timeline.fps
+    start = rng.uniform(0, max(total - length, 0))
+    return span_frames(total, frames, start, start + length - 1)
+
+
+def span_frames(total: int, frames: int, first: float, last: float) -> list[int]:
+    """Places spread evenly from `first` to `last`, kept inside a video of `total` frames and rounded down.
+
+    In float32, as published: there the spread of a clip that fits exactly can end one frame earlier.
+    """
+    places = torch.linspace(first, last, frames).clamp(0, total - 1)
+    return [int(place) for place in places]
+
+
 def interval_frames(total: int, frames: int, rng: np.random.Generator, last: bool = False) -> list[int]:
     """One random frame from each of `frames` equal intervals of whole numbers (stage 2 in training).
 

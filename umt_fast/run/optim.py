@@ -49,11 +49,12 @@ def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         layer = last
-        if name in _POSITIONS or name.startswith("patch_embed."):
+        position = name.startswith(_POSITIONS)
+        if position or name.startswith("patch_embed."):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        decayed = parameter.dim() > 1 and not name.endswith(".bias") and name not in _POSITIONS
+        decayed = parameter.dim() > 1 and not name.endswith(".bias") and not position
         scale = layer_decay ** (last - layer)
         group = groups.setdefault(
             (layer, decayed),
@@ -64,7 +65,7 @@ def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float
     return list(groups.values())
 
 
-_POSITIONS = ("pos_embed", "cls_token", "mask_token")
+_POSITIONS = ("pos_embed", "cls_token", "mask_token")  # and MAE-ST's pos_embed_spatial and others
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -89,14 +90,21 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
 
 
 def learning_rate(
-    step: int, total_steps: int, warmup_steps: int, peak: float, final: float, start: float = 0.0
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    peak: float,
+    final: float,
+    start: float = 0.0,
+    repeat_peak: bool = True,
 ) -> float:
-    """UMT's schedule: `start` to `peak` in equal parts over the warm-up, then half a cosine to `final`.
+    """UMT's and VideoMAE's schedule: `start` to `peak` in equal parts over the warm-up, then half a cosine to `final`.
 
-    Steps count from 0. The warm-up's last step and the first one after it both have `peak`.
+    Steps count from 0. The warm-up's last step and the first one after it both have `peak`; without `repeat_peak` only
+    the latter has, as in MAE-ST.
     """
     if step < warmup_steps:
-        return start + (peak - start) * step / max(warmup_steps - 1, 1)
+        return start + (peak - start) * step / max(warmup_steps - repeat_peak, 1)
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
@@ -122,9 +130,11 @@ class Schedule:
         self.warmup_steps = min(int(config.warmup_epochs * clips / global_batch), self.total_steps)
         self.peak = config.lr * global_batch / 256
         self.final = config.min_lr * global_batch / 256
+        self.repeat_peak = config.repeat_peak
 
     def __call__(self, step: int) -> float:
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak, self.final)
+        repeat = self.repeat_peak
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak, self.final, repeat_peak=repeat)
 
 
 class EpochSchedule:
@@ -144,9 +154,11 @@ class EpochSchedule:
         self.warmup_steps = min(int(config.warmup_epochs * self.epoch_steps), self.total_steps)
         scale = step_clips / 256
         self.start, self.peak, self.final = config.warmup_lr * scale, config.lr * scale, config.min_lr * scale
+        self.repeat_peak = config.repeat_peak
 
     def __call__(self, step: int) -> float:
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak, self.final, self.start)
+        rates = (self.peak, self.final, self.start)
+        return learning_rate(step, self.total_steps, self.warmup_steps, *rates, self.repeat_peak)
 
 
 class MovingAverage(nn.Module):
