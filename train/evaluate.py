@@ -35,6 +35,7 @@ from umt_fast.evaluation.classification import predict
 from umt_fast.evaluation.features import infer_sizes
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
+from umt_fast.models.classifier import build_classifier
 from umt_fast.run import launch
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.compute import choose_attention
@@ -98,7 +99,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
     names: Any = read_classes(data.classes) if data.classes else classes or sizes.num_classes
     listed = read_labelled(data.test, data.prefix, names, data.read_timeout)
     check_files(listed.videos, data.test, data.prefix)
-    model = umt_fast.VideoClassifier(sizes)
+    model = build_classifier(sizes)
     report = load_classifier(model, state)
     wrong = [line for line in report.lines() if "pos_embed" not in line]
     if wrong:

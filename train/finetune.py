@@ -34,6 +34,7 @@ from umt_fast.evaluation.classification import Predictions, predict, score
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
 from umt_fast.files import put_in_place
+from umt_fast.models.classifier import Classifier, build_classifier
 from umt_fast.objectives.classification import mix, soft_cross_entropy
 from umt_fast.run import checkpoint, launch, parallel
 from umt_fast.run.attention_choice import Use
@@ -165,7 +166,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
         checkpoint.check_same(found, config, FIXED)
 
     torch.manual_seed(run.seed)  # the same new head on every rank
-    classifier = umt_fast.VideoClassifier(config.classifier, config.init.scale)
+    classifier = build_classifier(config.classifier, config.init.scale)
     notes = load_init(classifier, config) if found is None else []
     if len(listed.classes) < config.classifier.num_classes:
         notes.append(f"note: the list has {len(listed.classes)} classes, the head {config.classifier.num_classes}")
@@ -242,7 +243,7 @@ def read_lists(
     return config, listed, others[0], others[1]
 
 
-def load_init(classifier: umt_fast.VideoClassifier, config: FinetuneConfig) -> list[str]:
+def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
     """Load the weights that the run starts from. Returns lines that say what was loaded and what was not.
 
     Raises WeightsError for a file that does not fit, unless init.strict is off.
@@ -277,7 +278,7 @@ def read_class_map(path: str, classes: int) -> list[int]:
 
 
 def accelerate(
-    model: umt_fast.VideoClassifier, config: FinetuneConfig, world: World, bf16: bool, stored: dict, notes: list[str]
+    model: Classifier, config: FinetuneConfig, world: World, bf16: bool, stored: dict, notes: list[str]
 ) -> dict[str, str]:
     """Give the model the run's attention, recomputation and compilation. Returns the attention by use."""
     sizes = config.classifier
@@ -301,7 +302,8 @@ def make_stream(config: FinetuneConfig, listed: LabelledVideos) -> ClipStream:
     sampling = TrainSampling(sizes.frames, data.rule, data.rate, data.fps)
     shape = (listed.videos, data, sizes.frames, sizes.image_size, config.run.seed, sampling)
     if config.augment.mode == "published":
-        transform = PublishedAugment(sizes.frames, sizes.image_size, data.crops_per_clip, config.augment)
+        shape_of = (sizes.frames, sizes.image_size, data.crops_per_clip)
+        transform = PublishedAugment(*shape_of, config.augment, sizes.pixel_statistics)
         return ClipStream(*shape, transform=transform)
     return CroppedStream(*shape, augment=config.augment)
 
@@ -322,7 +324,7 @@ def make_objective(
         if augment.mode != "published":
             seeds = np.array([[(seed, visit, crop, 3) for crop in range(crops)] for visit in batch.visits])
             drawn = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in seeds.reshape(-1, 4)]
-            clips = augment_batch(clips, drawn, augment)
+            clips = augment_batch(clips, drawn, augment, config.classifier.pixel_statistics)
         key = np.random.SeedSequence((seed, batch.visits[0], 4)).generate_state(1)
         clips, targets = mix(clips, truth, classes, config.mix, np.random.RandomState(key))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -413,7 +415,7 @@ def describe(
     bf16: bool,
     listed: LabelledVideos,
     schedule: EpochSchedule,
-    model: umt_fast.VideoClassifier,
+    model: Classifier,
 ) -> str:
     """The lines at the top of a run: what is computed, with what, on what."""
     optim, sizes = config.optim, config.classifier

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from umt_fast.config import AugmentConfig, DataConfig
-from umt_fast.data.augment import MEAN, OPERATIONS, STD, augment_frames, draw_operation
+from umt_fast.config import IMAGENET_STATISTICS, AugmentConfig, DataConfig
+from umt_fast.data.augment import OPERATIONS, augment_frames, draw_operation
 from umt_fast.data.fast_augment import CroppedStream, apply_to_frames, augment_batch
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_manifest
@@ -52,7 +52,8 @@ def test_a_clip_depends_on_its_seed_alone():
     assert torch.equal(augment_batch(clips[1:], [6], settings)[0], both[1])
     assert not torch.equal(augment_batch(clips[1:], [7], settings)[0], both[1])
     off = augment_batch(clips, [5, 6], AugmentConfig(operations=0, erase=0))
-    expected = (clips.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    mean, std = (torch.tensor(part) for part in IMAGENET_STATISTICS)
+    expected = (clips.float() / 255 - mean) / std
     assert torch.allclose(off, expected.permute(0, 4, 1, 2, 3), atol=1e-6)
     with pytest.raises(ValueError, match="1 seeds for 2 clips"):
         augment_batch(clips, [5], settings)

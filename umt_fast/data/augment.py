@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from umt_fast.config import AugmentConfig, FrameRule
+from umt_fast.config import IMAGENET_STATISTICS, AugmentConfig, FrameRule
 from umt_fast.data.index import BadVideo
 from umt_fast.data.sampling import Draws, Timeline, train_frames
 from umt_fast.data.views import Box
@@ -24,8 +24,8 @@ from umt_fast.data.views import Box
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, UInt8
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, per channel."""
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation per channel that pixels in [0, 1] are normalised with."""
 FILL = 128
 """Grey value that geometric operations show beyond the frame."""
 _HIGHEST = 10.0
@@ -153,14 +153,21 @@ def draw_erased(height: int, width: int, settings: AugmentConfig, draws: Draws) 
     return None
 
 
-def normalise(frames: UInt8[np.ndarray, "t h w 3"] | UInt8[Tensor, "t h w 3"]) -> Float[Tensor, "3 t h w"]:
-    """Convert to float32 and normalise by ImageNet's mean and standard deviation."""
+def normalise(
+    frames: UInt8[np.ndarray, "t h w 3"] | UInt8[Tensor, "t h w 3"], statistics: Statistics = IMAGENET_STATISTICS
+) -> Float[Tensor, "3 t h w"]:
+    """Convert to float32 and normalise by a mean and standard deviation, by default ImageNet's."""
+    mean, std = statistics
     pixels = torch.as_tensor(frames).float() / 255
-    return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(3, 0, 1, 2)
+    return ((pixels - torch.tensor(mean)) / torch.tensor(std)).permute(3, 0, 1, 2)
 
 
 def augment_published(
-    frames: UInt8[np.ndarray, "t h w 3"], side: int, settings: AugmentConfig, draws: Draws
+    frames: UInt8[np.ndarray, "t h w 3"],
+    side: int,
+    settings: AugmentConfig,
+    draws: Draws,
+    statistics: Statistics = IMAGENET_STATISTICS,
 ) -> Float[Tensor, "3 t side side"]:
     """One training clip of whole frames, draw by draw as published: RandAugment, crop, flip, erasing.
 
@@ -169,7 +176,7 @@ def augment_published(
     operations = draw_operations(settings, draws)
     frames = augment_frames(frames, operations)
     box = draw_crop(frames.shape[1], frames.shape[2], settings, draws)
-    clip = normalise(frames[:, box.top : box.top + box.height, box.left : box.left + box.width])
+    clip = normalise(frames[:, box.top : box.top + box.height, box.left : box.left + box.width], statistics)
     clip = F.interpolate(clip, size=(side, side), mode="bilinear", align_corners=False)
     if settings.flip > 0 and draws.numpy.uniform() < settings.flip:
         clip = clip.flip(-1)
@@ -224,6 +231,7 @@ class PublishedAugment:
     side: int
     clips: int
     settings: AugmentConfig
+    statistics: Statistics = IMAGENET_STATISTICS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -246,4 +254,4 @@ class PublishedAugment:
         draws = Draws.seeded(int(rng.integers(2**32)))
         stacked = np.stack(frames)
         for clip in out:
-            clip[:] = augment_published(stacked, self.side, self.settings, draws).numpy()
+            clip[:] = augment_published(stacked, self.side, self.settings, draws, self.statistics).numpy()

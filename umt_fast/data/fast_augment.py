@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from umt_fast.config import AugmentConfig
+from umt_fast.config import IMAGENET_STATISTICS, AugmentConfig
 from umt_fast.data.augment import (
     FILL,
-    MEAN,
-    STD,
     Operation,
+    Statistics,
     draw_crop,
     draw_erased,
     draw_operations,
@@ -49,7 +48,10 @@ class CroppedStream(ClipStream):
 
 
 def augment_batch(
-    clips: UInt8[Tensor, "b t h w 3"], seeds: Sequence[int], settings: AugmentConfig
+    clips: UInt8[Tensor, "b t h w 3"],
+    seeds: Sequence[int],
+    settings: AugmentConfig,
+    statistics: Statistics = IMAGENET_STATISTICS,
 ) -> Float[Tensor, "b 3 t h w"]:
     """RandAugment, normalisation and erasing of cropped clips, where they lie; float32.
 
@@ -57,7 +59,7 @@ def augment_batch(
     """
     if len(seeds) != len(clips):
         raise ValueError(f"{len(seeds)} seeds for {len(clips)} clips")
-    mean, std = (torch.tensor(part, device=clips.device).view(3, 1, 1, 1) for part in (MEAN, STD))
+    mean, std = (torch.tensor(part, device=clips.device).view(3, 1, 1, 1) for part in statistics)
     out = torch.empty(len(clips), 3, *clips.shape[1:4], device=clips.device)
     for clip, seed, normalised in zip(clips, seeds, out, strict=True):
         draws = Draws.seeded(seed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from umt_fast.config import ClassifierConfig, DataConfig, VitConfig
+from umt_fast.config import MLP_RATIO, ClassifierConfig, DataConfig, VitConfig
 from umt_fast.models.classifier import classifier_positions
 from umt_fast.models.encoder import Pool, VideoEncoder
 from umt_fast.models.positions import resize_positions, sinusoid_positions
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from umt_fast.run.world import World
 
 _HEAD_WIDTH = 64
-"""Width of an attention head in every published model."""
+"""Width of an attention head in the published models but those of `_HEADS`."""
+_HEADS = {1280: 16, 1408: 16}
+"""Heads by width: VideoMAE's ViT-H and ViT-g."""
 
 
 def load_encoder(
@@ -71,17 +73,19 @@ def encoder_of(
     position = state.get("pos_embed")
     if position is not None:
         position = fit_positions(position, config, trained.token_frames)[0]
-    elif pool == "tokens":  # pre-training has the direct formula for its own size
+    elif pool == "tokens" or trained.positions == "direct":  # pre-training has the direct formula for its own size
         table = sinusoid_positions(trained.tokens, trained.width)
         position = resize_positions(table, trained.token_frames, config.token_frames, config.grid)
     else:
         position = classifier_positions(config)
     if position.shape != (config.tokens, config.width):
         raise WeightsError(f"{source}: pos_embed has {len(position)} rows, this clip {config.tokens} tokens")
-    encoder = VideoEncoder(config, pool, position.contiguous())
+    encoder = VideoEncoder(config, pool, position.contiguous(), trained.mlp_width)
     own = encoder.state_dict()
     state = {key.replace(f"{norm}.", "norm.", 1) if key.startswith(f"{norm}.") else key: v for key, v in state.items()}
     lacking = [key for key, value in own.items() if key not in state or state[key].shape != value.shape]
+    if lacking and "blocks.0.attn.q.weight" in state:
+        raise WeightsError(f"{source} is a MAE-ST, whose encoder has a class token: use umt_fast.models.pixels for it")
     if lacking:
         raise WeightsError(f"{source} is not a video encoder: no {lacking[0]} {list(own[lacking[0]].shape)}")
     encoder.load_state_dict({key: state[key] for key in own})
@@ -94,25 +98,44 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
     `state` has no prefixes. Settings are ours (a `classifier` or `student` section) or the published argument object.
     Raises WeightsError if neither the tensors nor the settings give a size.
     """
+    own = settings.get("model")  # of a masked autoencoder of ours; a published argument object has a name there
+    own = own if isinstance(own, dict) else {}
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.dim() != 5:
         raise WeightsError(f"{source} is not a video encoder: it has no patch_embed.proj.weight [D,3,t,p,p]")
     width, _, tubelet, patch, _ = kernel.shape
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
-    ours = settings.get("classifier") or settings.get("student") or {}
-    heads = heads or ours.get("heads") or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
+    ours = settings.get("classifier") or settings.get("student") or own
+    heads = heads or ours.get("heads") or _HEADS.get(width)
+    heads = heads or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
     if heads is None or depth == 0:
         raise WeightsError(f"{source}: {depth} blocks of width {width}, and nothing says how many heads; give heads=")
     frames = ours.get("frames") or settings.get("num_frames")
     size = ours.get("image_size") or _named_size(settings.get("model")) or settings.get("input_size")
+    hidden = state.get("blocks.0.mlp.fc1.weight")
+    mlp_width = len(hidden) if hidden is not None and len(hidden) != MLP_RATIO * width else None
     table = state.get("pos_embed")
     if table is not None:
         frames, size = _from_table(table.shape[1], tubelet, patch, frames, size)
     classes = len(state["head.weight"]) if "head.weight" in state else 1
     pool: Literal["mean", "first"] = "mean"
-    if "head.weight" in state and "fc_norm.weight" not in state:
+    mae_st = "blocks.0.attn.q.weight" in state
+    if "head.weight" in state and "fc_norm.weight" not in state and not mae_st:
         pool = "first"
-    return ClassifierConfig(size or 14 * patch, patch, tubelet, frames or 8, width, depth, heads, classes, pool=pool)
+    return ClassifierConfig(
+        size or 14 * patch,
+        patch,
+        tubelet,
+        frames or 8,
+        width,
+        depth,
+        heads,
+        classes,
+        pool=pool,
+        positions=ours.get("positions", "resized"),
+        architecture="mae_st" if mae_st else "umt",
+        mlp_width=mlp_width,
+    )
 
 
 def _named_size(name: Any) -> int | None:

@@ -1,13 +1,15 @@
-"""The video ViT with one linear classifier on its pooled tokens (UMT's fine-tuning), and the bare encoder."""
+"""The video ViT with one linear classifier on its pooled tokens, as UMT and VideoMAE fine-tune it."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from umt_fast.config import ClassifierConfig, VitConfig
+from umt_fast.config import ClassifierConfig, MaeStConfig, VitConfig
+from umt_fast.models.pixels import MaeStClassifier
 from umt_fast.models.positions import resize_positions, sinusoid_positions
 from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
 
@@ -41,7 +43,7 @@ class VideoClassifier(VideoTransformer):
     pos_embed: Tensor
 
     def __init__(self, config: ClassifierConfig, init_scale: float = INIT_SCALE) -> None:
-        super().__init__(config, config.drop_path)
+        super().__init__(config, config.drop_path, config.mlp_width)
         self.config = config
         direct = config.positions == "direct"
         table = (sinusoid_positions(config.tokens, config.width) if direct else classifier_positions(config))[None]
@@ -56,6 +58,7 @@ class VideoClassifier(VideoTransformer):
             self.fc_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         else:
             self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(config.head_dropout)
         self.head = nn.Linear(config.width, config.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -73,4 +76,16 @@ class VideoClassifier(VideoTransformer):
 
     def forward(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
         """Logits. clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]."""
-        return self.head(self.features(clip))
+        return self.head(self.dropout(self.features(clip)))
+
+
+Classifier = VideoClassifier | MaeStClassifier
+
+
+def build_classifier(config: ClassifierConfig, init_scale: float = INIT_SCALE) -> Classifier:
+    """The model that `config.architecture` names. MAE-ST's head has a scale of its own in place of `init_scale`."""
+    if config.architecture == "umt":
+        return VideoClassifier(config, init_scale)
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(VitConfig)}
+    mae_st = MaeStConfig(**sizes, target_frames=config.token_frames)
+    return MaeStClassifier(mae_st, config.num_classes, config.head_dropout, config.drop_path)

@@ -25,9 +25,16 @@ class VideoEncoder(VideoTransformer):
 
     position: Tensor
 
-    def __init__(self, config: VitConfig, pool: Pool = "tokens", position: Float[Tensor, "n d"] | None = None) -> None:
-        """`position`: the table of the config's tokens; None: the sinusoids of pre-training."""
-        super().__init__(config)
+    def __init__(
+        self,
+        config: VitConfig,
+        pool: Pool = "tokens",
+        position: Float[Tensor, "n d"] | None = None,
+        mlp_width: int | None = None,
+    ) -> None:
+        """`position`: the table of the config's tokens; None: the sinusoids of pre-training. `mlp_width`: the width
+        inside the MLPs; None: 4 x width."""
+        super().__init__(config, hidden=mlp_width)
         self.config = config
         self.pool = pool
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)

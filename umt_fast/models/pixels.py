@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from umt_kernels import patch_embed
 
-from umt_fast.config import MaeStConfig, Recompute, VideoMaeConfig
+from umt_fast.config import MAE_ST_STATISTICS, MaeStConfig, Recompute, VideoMaeConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.heads import NormedTransformer
 from umt_fast.models.positions import sinusoid_positions
@@ -26,8 +26,7 @@ from umt_fast.models.vit import (
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-MAE_ST_MEAN = (0.45, 0.45, 0.45)
-MAE_ST_STD = (0.225, 0.225, 0.225)
+MAE_ST_MEAN, MAE_ST_STD = MAE_ST_STATISTICS
 
 
 def take_rows(x: Float[Tensor, "b l d"], ids: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
@@ -50,14 +49,14 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.run_block = RUN_BLOCK["none"]
 
-    def set_attention(self, encoder: Backend, decoder: Backend) -> None:
-        """Use these backends in the blocks of either part.
+    def set_attention(self, encoder: Backend, decoder: Backend | None = None) -> None:
+        """Use these backends in the blocks of either part; None: the encoder's for both.
 
         Call this before torch.compile, which makes the choice part of the graph.
         """
         for name, module in self.named_modules():
             if isinstance(module, (Attention, SeparateAttention)):
-                module.backend = decoder if name.startswith("decoder") else encoder
+                module.backend = decoder if decoder is not None and name.startswith("decoder") else encoder
 
     def set_recompute(self, recompute: Recompute) -> None:
         """Choose what the backward pass recomputes instead of keeping.
@@ -147,18 +146,20 @@ class VideoMae(MaskedAutoencoder):
 class MaeStEncoder(MaskedAutoencoder):
     """The encoder of MAE-ST (arXiv 2205.09113) under its published flat parameter names, with learned positions."""
 
-    def __init__(self, config: MaeStConfig) -> None:
+    def __init__(self, config: MaeStConfig, drop_path: float = 0.0) -> None:
+        """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first."""
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.blocks = self._make_blocks(config.depth, config.width, config.heads)
+        self.blocks = self._make_blocks(config.depth, config.width, config.heads, drop_path)
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self._add_positions("", config.width)
 
-    def _make_blocks(self, depth: int, width: int, heads: int) -> nn.ModuleList:
-        bias = self.config.qkv_bias
+    def _make_blocks(self, depth: int, width: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
+        bias, steps = self.config.qkv_bias, max(depth - 1, 1)
         return nn.ModuleList(
-            Block(width, heads, 0.0, attention=SeparateAttention(width, heads, bias)) for _ in range(depth)
+            Block(width, heads, drop_path * index / steps, attention=SeparateAttention(width, heads, bias))
+            for index in range(depth)
         )
 
     def _add_positions(self, prefix: str, width: int) -> None:
@@ -258,14 +259,17 @@ class MaeSt(MaeStEncoder):
 class MaeStClassifier(MaeStEncoder):
     """MAE-ST's fine-tuned model: the mean of all tokens but the class token, the encoder's norm, one linear layer."""
 
-    def __init__(self, config: MaeStConfig, num_classes: int, dropout: float = 0.0) -> None:
-        super().__init__(config)
+    def __init__(self, config: MaeStConfig, num_classes: int, dropout: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__(config, drop_path)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(config.width, num_classes)
         self._init_weights()
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
 
+    def features(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b d"]:
+        """Input of the classification head, before dropout. clip as for `MaeSt`."""
+        return self.norm(self.last_block(clip)[:, int(self.config.class_token) :].mean(1))
+
     def forward(self, clip: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b k"]:
         """Logits. clip as for `MaeSt`."""
-        x = self.last_block(clip)[:, int(self.config.class_token) :]
-        return self.head(self.dropout(self.norm(x.mean(1))))
+        return self.head(self.dropout(self.features(clip)))

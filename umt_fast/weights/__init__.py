@@ -1,6 +1,7 @@
 """Weight files and the key names in them.
 
-`files` reads and writes, `keys` maps names onto stage 1's models, `classifier` and `video_text` onto the others'.
+`files` reads and writes, `keys` maps names onto stage 1's models, `classifier`, `videomae` and `video_text` onto the
+others'.
 """
 
 from umt_fast.weights.classifier import LoadReport, fit_positions, load_classifier, strip_prefixes
@@ -31,6 +32,12 @@ from umt_fast.weights.video_text import (
     read_bert,
     video_text_state_dict,
 )
+from umt_fast.weights.videomae import (
+    hugging_face_videomae_names,
+    load_autoencoder,
+    published_videomae_names,
+    save_hugging_face_videomae,
+)
 
 __all__ = [
     "HOW_TO_GET_CLIP",
@@ -41,7 +48,9 @@ __all__ = [
     "bert_folder",
     "clip_image_tower",
     "fit_positions",
+    "hugging_face_videomae_names",
     "inflate",
+    "load_autoencoder",
     "load_bert",
     "load_classifier",
     "load_clip_teacher",
@@ -49,10 +58,12 @@ __all__ = [
     "load_stage1",
     "load_umt_student",
     "load_video_text",
+    "published_videomae_names",
     "read_bert",
     "read_model",
     "read_weights",
     "resample_positions",
+    "save_hugging_face_videomae",
     "strip_prefixes",
     "strip_wrappers",
     "umt_state_dict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import VitConfig
-from umt_fast.models.classifier import VideoClassifier
+from umt_fast.models.classifier import Classifier
 from umt_fast.models.positions import resize_positions
 from umt_fast.weights.files import TensorDict, WeightsError
 from umt_fast.weights.keys import strip_wrappers
+from umt_fast.weights.videomae import published_videomae_names
 
 
 @dataclass
@@ -44,7 +46,8 @@ class LoadReport:
         By design the head, the norm before it and positions may start anew, and what follows the blocks of a
         pre-trained model is left out. Everything else, a block of another width say, is a mistake.
         """
-        ours, theirs = ("head.", "fc_norm.", "norm.", "pos_embed"), ("norm.", "fc_norm.", "clip_decoder.", "head.")
+        ours = ("head.", "fc_norm.", "norm.", "pos_embed")
+        theirs = ("norm.", "fc_norm.", "head.", *_AFTER_THE_ENCODER)
         return LoadReport(
             [],
             [key for key in self.missing if not key.startswith(ours)],
@@ -53,8 +56,17 @@ class LoadReport:
         ).lines()
 
 
+_AFTER_THE_ENCODER = (
+    "clip_decoder.",  # UMT
+    *("encoder_to_decoder.", "mask_token", "decoder."),  # VideoMAE
+    *("pos_embed_probs", "get_token_probs."),  # AdaMAE
+    *("decoder_embed.", "decoder_blocks.", "decoder_norm.", "decoder_pred.", "decoder_cls_token", "decoder_pos_embed"),
+)
+"""How names of pre-training begin that a classifier has no use for; the last line is MAE-ST's."""
+
+
 def load_classifier(
-    model: VideoClassifier,
+    model: Classifier,
     state_dict: Mapping[str, Any],
     *,
     delete_head: bool = False,
@@ -73,7 +85,7 @@ def load_classifier(
     weight = state.get("head.weight")
     if delete_head:
         state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
-    elif weight is not None and (class_map is not None or (len(weight) == 710 and model.config.num_classes == 400)):
+    elif weight is not None and (class_map is not None or (len(weight) == 710 and len(model.head.weight) == 400)):
         rows = torch.as_tensor(range(400) if class_map is None else class_map)
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= len(weight)):
             raise WeightsError(
@@ -117,7 +129,9 @@ def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
     for key in ("model", "module", "state_dict", "model_state"):
         if isinstance(state.get(key), Mapping):
             state = state[key]
-    return strip_wrappers({key: value for key, value in state.items() if isinstance(value, Tensor)})
+    tensors = strip_wrappers({key: value for key, value in state.items() if isinstance(value, Tensor)})
+    tensors = {re.sub(r"^head\.projection\.", "head.", key): value for key, value in tensors.items()}  # PySlowFast's
+    return published_videomae_names(tensors)
 
 
 def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tensor:

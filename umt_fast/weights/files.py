@@ -47,6 +47,8 @@ class Weights(TensorDict):
         TorchScript are OpenAI's own."""
         self.origin = origin
         """The file that says so; else the one that they were read from."""
+        self.config = config
+        """The config.json or open_clip_config.json beside them, if there is one."""
         if config is not None and (stated := _activation_in(config)):
             self.activation, self.origin = stated, config
 
@@ -55,8 +57,8 @@ def read_weights(source: str | Path) -> Weights:
     """Tensors of a weight file, a folder (Hugging Face, open_clip, timm) or a repo id, by key.
 
     Files: .safetensors; PyTorch's .pt/.pth/.bin, unpickled with weights_only, from under top keys `model`,
-    `state_dict` or `module` in any nesting; TorchScript archives (OpenAI's CLIP), whose code is not run. In folders
-    and repos the weights may be sharded. Raises WeightsError.
+    `state_dict`, `module` or `model_state` in any nesting; TorchScript archives (OpenAI's CLIP), whose code is not
+    run. In folders and repos the weights may be sharded. Raises WeightsError.
     """
     if not source:
         raise WeightsError(f"no teacher weights are named.\n{HOW_TO_GET_CLIP}")
@@ -75,8 +77,8 @@ def read_weights(source: str | Path) -> Weights:
 def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
     """As `read_weights`, with the settings that the file holds beside them, by name; {} where there are none.
 
-    They are the `config` of a checkpoint of ours and, if it is a classifier, its class names under `classes`; or the
-    argument object of a published one.
+    They are the `config` of a checkpoint of ours and, if it is a classifier, its class names under `classes`; the
+    argument object of a published one; or the config.json of Hugging Face's VideoMAE.
     """
     path = Path(source).expanduser()
     if path.is_file() and path.suffix != ".safetensors" and not is_torchscript(path):
@@ -88,9 +90,37 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
             settings = {**settings, "classes": content["schedule"].get("classes")}
         return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
     try:
-        return read_weights(source), {}
+        weights = read_weights(source)
     except WeightsError as error:  # whose advice is where to get CLIP
         raise WeightsError(str(error).removesuffix(HOW_TO_GET_CLIP).rstrip()) from None
+    return weights, {} if weights.config is None else videomae_settings(_read_json(weights.config))
+
+
+def videomae_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of Hugging Face's VideoMAE as the settings that our checkpoints hold; {} for another model.
+
+    Raises WeightsError for a size that is not a number: clips that are not square, say.
+    """
+    if config.get("model_type") != "videomae":
+        return {}
+    sizes = {ours: config.get(theirs, default) for ours, (theirs, default) in _VIDEOMAE_SIZES.items()}
+    if wrong := [f"{name} = {value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
+        raise WeightsError(f"config.json of a VideoMAE: {wrong[0]}; give an integer >= 1")
+    settings: dict[str, Any] = {"classifier": {**sizes, "positions": "direct"}, "data": {"rule": "dense", "rate": 4.0}}
+    labels = config.get("id2label")
+    if isinstance(labels, dict) and all(str(number) in labels for number in range(len(labels))):
+        settings["classes"] = [str(labels[str(number)]) for number in range(len(labels))]
+    return settings
+
+
+_VIDEOMAE_SIZES = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 16),
+    "frames": ("num_frames", 16),
+    "tubelet_size": ("tubelet_size", 2),
+    "heads": ("num_attention_heads", 12),
+}
+"""Our names of a VideoMAE's sizes, theirs, and what a config.json that leaves one out means."""
 
 
 def write_weights(path: str | Path, state: TensorDict) -> None:
@@ -145,7 +175,7 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
     return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
 
-_TOP_KEYS = ("model", "state_dict", "module")
+_TOP_KEYS = ("model", "state_dict", "module", "model_state")
 
 
 class _Ignored:
