@@ -54,6 +54,7 @@ def test_every_recipe_loads(path):
     kind = {
         None: PretrainConfig,
         "videomae": VideoMaePretrainConfig,
+        "adamae": VideoMaePretrainConfig,
         "mae_st": MaeStPretrainConfig,
     }[read_key(path, "objective")]
     assert isinstance(load_recipe(kind, path), kind)

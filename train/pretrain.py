@@ -22,7 +22,6 @@ import umt_fast
 from train import pretrain_alignment, pretrain_pixels
 from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrainConfig
 from umt_fast.data import open_loader
-from umt_fast.data.clips import ClipStream
 from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.run import checkpoint, launch, parallel
 from umt_fast.run.checkpoint import TrainState
@@ -60,8 +59,10 @@ class Job(NamedTuple):
     """The student as its processes train it: bare, in DDP's wrapper or sharded by FSDP."""
     schedule: Schedule
     loader: Loader
+    to_device: Callable[[Batch], Tensor]
+    """batch -> the clips that the objective gets."""
     objective: Callable[[Tensor], Any]
-    """clip -> what the objective found, with its `loss`."""
+    """clips -> what the objective found, with its `loss`."""
     log: RunLog
     last: int
     """The step to stop after."""
@@ -117,7 +118,7 @@ def train(config: Any, world: World) -> bool:
             set_learning_rate(state.optimizer, job.schedule(step - 1))
             values = []
             for i, batch in enumerate(batches):
-                clip = batch.clip.to(world.device, non_blocking=True)
+                clip = job.to_device(batch)
                 if captured is not None:
                     out, norm = captured(clip)
                 else:
@@ -161,8 +162,7 @@ def prepare(config: Any, world: World) -> Job:
     parts = OBJECTIVES[config.objective]
     videos = read_manifest(data.train, data.prefix, data.read_timeout)
     check_files(videos, data.train, data.prefix)
-    sizes = parts.clip_sizes(config)
-    stream = ClipStream(videos, data, sizes.frames, sizes.image_size, run.seed)
+    stream = parts.make_stream(config, videos)
     step_clips = world.size * optim.batch_size * optim.accumulate
     epoch_clips = len(videos) * data.crops_per_clip
     schedule = Schedule(optim, epoch_clips, step_clips)
@@ -206,7 +206,7 @@ def prepare(config: Any, world: World) -> Job:
     )
     max_bad = data.max_bad_fraction * videos.count_distinct()
     objective = built.objective(model, bf16)
-    return Job(state, model, schedule, loader, objective, log, last, epoch_clips, max_bad, built.draw)
+    return Job(state, model, schedule, loader, built.to_device, objective, log, last, epoch_clips, max_bad, built.draw)
 
 
 def capture(step: Callable[[Tensor], T], world: World) -> CapturedStep[T]:

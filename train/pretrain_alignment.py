@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import umt_fast
 from umt_fast import masking, weights
-from umt_fast.config import PretrainConfig, StudentConfig
+from umt_fast.config import PretrainConfig
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.index import VideoList
 from umt_fast.run import costs
 from umt_fast.run.compute import accelerate
 from umt_fast.run.world import World
@@ -25,8 +27,8 @@ FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "da
 """Settings that a resumed run must share with the run that it continues."""
 
 
-def clip_sizes(config: PretrainConfig) -> StudentConfig:
-    return config.student
+def make_stream(config: PretrainConfig, videos: VideoList) -> ClipStream:
+    return ClipStream(videos, config.data, config.student.frames, config.student.image_size, config.run.seed)
 
 
 class Objective:
@@ -70,6 +72,9 @@ class Objective:
     ) -> tuple[dict[str, str], list[str]]:
         """Give the models the run's attention, precision and compilation: the choices, and lines that say them."""
         return accelerate(self.config, self.world, self.model, self.teacher, bf16, sample, stored)
+
+    def to_device(self, batch: Batch) -> Tensor:
+        return batch.clip.to(self.world.device, non_blocking=True)
 
     def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], umt_fast.Alignment]:
         """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""

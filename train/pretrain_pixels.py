@@ -8,29 +8,42 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from umt_kernels import patch_embed
 
 from umt_fast import masking
-from umt_fast.config import MaeStConfig, MaeStPretrainConfig, VideoMaeConfig, VideoMaePretrainConfig
-from umt_fast.masking.published import draw_running_cells
+from umt_fast.config import ConfigError, MaeStConfig, MaeStPretrainConfig, VideoMaeConfig, VideoMaePretrainConfig
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.guides import GuidedStream
+from umt_fast.data.index import VideoList
 from umt_fast.models.pixels import MaeSt, MaskedAutoencoder, VideoMae
 from umt_fast.models.token_sampler import AdaMae
+from umt_fast.objectives.pixel_masks import PixelMasks
 from umt_fast.objectives.pixels import Reconstruction, adamae_step, mae_st_step, restore, videomae_step
 from umt_fast.run import costs
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.compute import choose_attention
 from umt_fast.run.world import World
-from umt_fast.weights import load_exactly, read_weights, strip_wrappers
+from umt_fast.weights import load_autoencoder, read_model
 
 if TYPE_CHECKING:
     from umt_fast.data.loader import Batch
 
 PixelsConfig = VideoMaePretrainConfig | MaeStPretrainConfig
-FIXED = ("objective", "model", "mask", "data.crops_per_clip", "data.frame_step", "run.seed")
+FIXED = (
+    *("objective", "model", "mask", "run.seed"),
+    *("data.crops_per_clip", "data.frame_step", "data.frame_rate", "data.clip_seconds"),
+)
 """Settings that a resumed run must share with the run that it continues."""
 
 
-def clip_sizes(config: PixelsConfig) -> VideoMaeConfig | MaeStConfig:
-    return config.model
+def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
+    """The run's clips, with a fourth channel where the masking rule looks at motion or regions."""
+    sizes, mask = config.model, config.mask
+    shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
+    needs = masking.find_rule(mask.rule).needs
+    if needs == "motion" or needs == "regions":
+        return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
+    return ClipStream(*shape)
 
 
 class Objective:
@@ -40,9 +53,8 @@ class Objective:
         self.config = config
         self.world = world
         self.sizes = config.model
-        self.visible = masking.count_seen(
-            config.mask.rule, self.sizes.token_frames, self.sizes.patches, config.mask.ratio
-        )
+        self.masks = PixelMasks(config.model, config.mask)
+        self.visible, self.decoded = self.masks.num_visible, self.masks.num_decoded
         self.model = build_model(config).to(world.device)
         # VideoMAE's mask token does not decay; MAE-ST's learned tables and tokens do.
         self.no_decay = () if config.objective == "mae_st" else ("mask_token",)
@@ -50,7 +62,7 @@ class Objective:
     def load_initial(self) -> None:
         """The autoencoder's weights of `init`, if it is given. Raises WeightsError."""
         if self.config.init:
-            load_exactly(self.model, strip_wrappers(read_weights(self.config.init)), "model")
+            load_autoencoder(self.model, read_model(self.config.init)[0])
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -58,28 +70,11 @@ class Objective:
         return [block for name in named for block in self.model.get_submodule(name).children()]
 
     @property
-    def decoded(self) -> int:
-        """Tokens that the decoder predicts."""
-        kept = self.config.mask.decoder_ratio
-        tokens = self.sizes.tokens
-        return tokens - self.visible if kept is None else tokens - int(tokens * kept)
-
-    @property
-    def overlap(self) -> int | None:
-        """How many visible tokens are decoded too: the same number in every clip, or None where it differs."""
-        mask, frames = self.config.mask, self.sizes.token_frames
-        if mask.decoder_ratio is None:
-            return 0
-        if mask.rule != "tube" or frames % 4:
-            return None
-        return self.visible // frames * int(frames * (1 - mask.decoder_ratio))
-
-    @property
     def flops(self) -> int:
         """Operations of one forward and backward pass on one process."""
         every = isinstance(self.sizes, MaeStConfig)
         length = self.sizes.tokens if every else self.visible + self.decoded
-        scored = self.decoded - (self.overlap or 0)
+        scored = self.decoded - (self.masks.overlap or 0)
         return costs.pixel_flops(self.sizes, self.config.optim.batch_size, self.visible, length, scored).total
 
     @property
@@ -118,37 +113,47 @@ class Objective:
             said.append("torch.compile: the model; the first step takes minutes")
         return {name: backend.name for name, backend in chosen.items()}, said
 
+    def to_device(self, batch: Batch) -> Tensor:
+        """The batch's clips, uint8 [B,T,H,W,3], or 4 channels with a guide of the masking rule."""
+        if self.config.mask.rule == "text":
+            self.masks.captions = batch.captions
+            if "" in self.masks.captions:
+                row = batch.rows[self.masks.captions.index("") // self.config.data.crops_per_clip]
+                raise ConfigError(f"mask.rule = text needs captions: row {row + 1} of the list has none")
+        return batch.clip.to(self.world.device, non_blocking=True)
+
     def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], Reconstruction]:
-        """clip [B,T,H,W,3] -> the error of the hidden tokens that the run's masking rule draws."""
+        """clip -> the error of the hidden tokens that the run's masking rule draws."""
 
         def step(clip: Tensor) -> Reconstruction:
+            guide = clip[..., 3] if clip.shape[-1] == 4 else None
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
-                return self._step(model, clip)
+                return self._step(model, clip[..., :3], guide)
 
         return step
 
-    def _step(self, model: nn.Module, clip: Tensor) -> Reconstruction:
-        config, mask, sizes = self.config, self.config.mask, self.sizes
-        if config.objective == "adamae":
+    def _step(self, model: nn.Module, clip: Tensor, guide: Tensor | None) -> Reconstruction:
+        sizes = self.sizes
+        if self.config.objective == "adamae":
             assert isinstance(sizes, VideoMaeConfig)
             return adamae_step(model, sizes, clip, self.visible)
-        sets = masking.draw_blind(mask.rule, len(clip), sizes.token_frames, sizes.patches, mask.ratio, clip.device)
-        assert sets is not None  # no rule here waits for a teacher
-        visible = masking.token_ids(sets, sizes.tokens)
+        visible, decoded, overlap = self.masks.draw(clip, guide, self._embed)
         if isinstance(sizes, MaeStConfig):
             return mae_st_step(model, sizes, clip, visible)
-        if mask.decoder_ratio is None:
-            return videomae_step(model, sizes, clip, visible)
-        decoded = draw_running_cells(
-            len(clip), sizes.token_frames, sizes.grid, sizes.grid, mask.decoder_ratio, clip.device
-        )
-        return videomae_step(model, sizes, clip, visible, decoded, self.overlap)
+        return videomae_step(model, sizes, clip, visible, decoded, overlap)
+
+    @torch.no_grad()
+    def _embed(self, clip: Tensor) -> Tensor:
+        """Embedded patches without positions, which EVEREST compares from frame to frame."""
+        assert isinstance(self.model, VideoMae)
+        conv = self.model.encoder.patch_embed.proj
+        return patch_embed(clip, conv.weight, conv.bias, self.sizes.patch_size)
 
     def draw(self, batch: Batch, out: Reconstruction, folder: Path) -> None:
         """A clip, what the encoder saw of it, and what the decoder made of it: `visible.png`."""
         from umt_fast.run.pictures import draw_reconstruction
 
-        clip, tokens = batch.clip[:1].cpu(), self.sizes.tokens
+        clip, tokens = batch.clip[:1, ..., :3].cpu(), self.sizes.tokens
         first = Reconstruction(out.loss, out.predictions[:1].cpu(), out.scored[:1].cpu(), out.visible[:1].cpu())
         restored = restore(self.sizes, clip, first)[0]
         shown = clip[0]

@@ -45,7 +45,7 @@ save_every = 100
 CASES = {
     "videomae": ("videomae", "", "ratio = 0.5"),
     "videomaev2": ("videomae", "", "ratio = 0.5\ndecoder_ratio = 0.5"),
-    "adamae": ("adamae", "", 'rule = "random"\nratio = 0.5'),
+    "adamae": ("adamae", "", 'rule = "adamae"\nratio = 0.5'),
     "mae_st": ("mae_st", "target_frames = 4", 'rule = "mae_st"\nratio = 0.5'),
 }
 

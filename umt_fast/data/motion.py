@@ -36,17 +36,25 @@ def read_motion(
     Key frames and intra-coded blocks have no vectors and count as 0, and so does every frame of a codec whose vectors
     FFmpeg does not export (it does for H.264, MPEG-1, 2 and 4). Raises BadVideo.
     """
+    maps = read_motion_maps(video, frame_ids, content)
+    return torch.stack([pool(maps[index], grid, view) for index in frame_ids])
+
+
+def read_motion_maps(
+    video: Video, frame_ids: Sequence[int], content: bytes | None = None
+) -> dict[int, Float[Tensor, "h w"]]:
+    """`motion_map` of each of the frames, by their ids, in a pass over the file up to the last one. Raises BadVideo."""
     wanted = set(frame_ids)
     found: dict[int, Tensor] = {}
     for index, frame in enumerate(container.each_frame(video, content, {"flags2": "+export_mvs"})):
         if index in wanted:
-            found[index] = pool(motion_map(frame), grid, view)
+            found[index] = motion_map(frame)
             if len(found) == len(wanted):
                 break
     missing = sorted(wanted - found.keys())
     if missing:
         raise BadVideo(f"no frame {missing[0]}")
-    return torch.stack([found[index] for index in frame_ids])
+    return found
 
 
 def motion_map(frame: av.VideoFrame) -> Float[Tensor, "h w"]:

@@ -4,9 +4,9 @@ A visible set is an integer tensor `[B, G, n]`: n ascending ids in each of G gro
 in time order. A rule either draws per frame of tokens (G = frames, ids are patches of that frame) or over the whole
 clip (G = 1). The number of visible tokens is fixed, so every shape of a step is static.
 
-A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking`. Rules that need more than the
-teacher's scores (flow, motion, text, regions) are functions in `umt_fast.masking.guided`; the draws of the published
-codes from a NumPy seed are in `umt_fast.masking.published`.
+A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking` or `PixelMasking`. A row turns
+scores into a visible set. What makes scores of flow, motion, text features and regions is in `umt_fast.masking.guided`;
+the draws of the published codes from a NumPy seed are in `umt_fast.masking.published`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from umt_kernels import sample_visible
 
-from umt_fast.config import Masking
+from umt_fast.config import Masking, PixelMasking
+from umt_fast.masking.guided import draw_marked, highest
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -29,14 +30,17 @@ if TYPE_CHECKING:
 class Rule:
     """Input of a masking rule, the unit in which it counts tokens, and its draw function."""
 
-    needs: Literal["nothing", "scores"]
-    """scores: the teacher's attention to each patch, so the draw waits for the teacher."""
+    needs: Literal["nothing", "scores", "sampler", "tokens", "motion", "regions", "flow", "text"]
+    """scores: the teacher's attention to each patch, so the draw waits for the teacher; sampler: AdaMAE's network;
+    tokens: embedded patches; motion, regions: the guide channel of `umt_fast.data.guides`; flow, text: what a function
+    of the user finds in the clip."""
     counts: Literal["per frame", "per clip"]
     """Unit in which the number of visible tokens is fixed and rounded."""
     count: Callable[[int, float], int]
     """(tokens, hidden share) -> visible tokens. The published codes round differently."""
     draw: Callable[[Float[Tensor, "b t p"], int, torch.Generator | None], Int[Tensor, "b g n"]]
-    """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get ones as scores."""
+    """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get ones as scores; others
+    what `guided` makes of their input."""
 
 
 def _draw_attention(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
@@ -60,6 +64,14 @@ def _draw_frames(scores: Tensor, num_visible: int, generator: torch.Generator | 
     return _draw_random(in_kept_slot.contiguous(), num_visible, generator)  # score 0 comes after all others
 
 
+def _hide_highest(scores: Tensor, num_visible: int, _generator: torch.Generator | None) -> Tensor:
+    return highest(-scores, num_visible)
+
+
+def _show_highest(scores: Tensor, num_visible: int, _generator: torch.Generator | None) -> Tensor:
+    return highest(scores, num_visible)
+
+
 def count_visible(tokens: int, ratio: float) -> int:
     """Tokens left visible out of `tokens` when the share `ratio` is hidden, rounded as UMT and VideoMAE round."""
     return tokens - int(tokens * ratio)
@@ -69,7 +81,7 @@ def _count_rounded_down(tokens: int, ratio: float) -> int:
     return int(tokens * (1 - ratio))
 
 
-RULES: dict[Masking, Rule] = {
+RULES: dict[Masking | PixelMasking, Rule] = {
     # UMT's semantic masking (arXiv 2303.16058, 3.1): in proportion to the class token's attention, without replacement.
     "attention": Rule("scores", "per frame", count_visible, _draw_attention),
     # Uniform over the tokens of the clip.
@@ -80,17 +92,30 @@ RULES: dict[Masking, Rule] = {
     "mae_st": Rule("nothing", "per clip", _count_rounded_down, _draw_random),
     # Whole frames of tokens are hidden; of the others tokens are left out at random until the count is exact.
     "frame": Rule("nothing", "per clip", count_visible, _draw_frames),
+    # In proportion to the probabilities of a learned network (AdaMAE, arXiv 2211.09120).
+    "adamae": Rule("sampler", "per clip", _count_rounded_down, _draw_random),
+    # Some of the tokens that differ most from the frame before; the others of them are decoded (EVEREST, arXiv
+    # 2211.10636).
+    "everest": Rule("tokens", "per clip", _count_rounded_down, draw_marked),
+    # What moves most is hidden (MGM, ICCV 2023; after the paper, which has no public code).
+    "motion": Rule("motion", "per frame", count_visible, _hide_highest),
+    # Regions are shown in a given order until enough is visible (MARLIN, arXiv 2211.06627).
+    "region": Rule("regions", "per clip", _count_rounded_down, draw_marked),
+    # A map of the middle frame is carried along by optical flow (MGMAE, arXiv 2308.10794).
+    "flow": Rule("flow", "per frame", _count_rounded_down, _show_highest),
+    # What is most like the caption is hidden (text-guided masking; after the paper, which has no public code).
+    "text": Rule("text", "per frame", count_visible, _hide_highest),
 }
 
 
-def find_rule(name: Masking) -> Rule:
+def find_rule(name: Masking | PixelMasking) -> Rule:
     """The rule called `name`. Raises ValueError with the names there are."""
     if name not in RULES:
         raise ValueError(f"no masking rule {name!r}; choose one of {', '.join(RULES)}")
     return RULES[name]
 
 
-def count_seen(rule: Masking, frames: int, patches: int, ratio: float) -> int:
+def count_seen(rule: Masking | PixelMasking, frames: int, patches: int, ratio: float) -> int:
     """Visible tokens of a whole clip of `frames` x `patches` tokens."""
     found = find_rule(rule)
     if found.counts == "per clip":
@@ -106,7 +131,7 @@ def draw_by_score(
 
 
 def draw_blind(
-    rule: Masking,
+    rule: Masking | PixelMasking,
     batch: int,
     frames: int,
     patches: int,
@@ -114,13 +139,22 @@ def draw_blind(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b g n"] | None:
-    """The visible sets of a rule that needs no scores; None for a rule that waits for the teacher's."""
-    found = find_rule(rule)
-    if found.needs == "scores":
+    """The visible sets of a rule that needs no scores; None for a rule that waits for some."""
+    if find_rule(rule).needs != "nothing":
         return None
-    tokens = frames * patches if found.counts == "per clip" else patches
-    ones = torch.ones(batch, frames, patches, device=device)
-    return found.draw(ones, found.count(tokens, ratio), generator)
+    return draw_scored(rule, torch.ones(batch, frames, patches, device=device), ratio, generator)
+
+
+def draw_scored(
+    rule: Masking | PixelMasking,
+    scores: Float[Tensor, "b t p"],
+    ratio: float,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "b g n"]:
+    """The visible sets of a rule, from the scores that it needs, when the share `ratio` is hidden."""
+    found = find_rule(rule)
+    tokens = scores[0].numel() if found.counts == "per clip" else scores.shape[2]
+    return found.draw(scores, found.count(tokens, ratio), generator)
 
 
 def token_ids(visible: Int[Tensor, "b g n"], tokens: int) -> Int[Tensor, "b m"]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 def highest(scores: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b t n"]:
@@ -56,7 +56,7 @@ def redundancy_removing(
     Returns the visible ids and the ids to decode, both ascending. Their union are the c most different tokens.
     """
     _batch, count, _ = tokens.shape
-    by_frame = tokens.detach().unflatten(1, (frames, -1))
+    by_frame = tokens.detach().float().unflatten(1, (frames, -1))
     change = (by_frame[:, :-1] - by_frame[:, 1:]).norm(dim=-1)
     importance = torch.cat((change[:, :1], change), dim=1).flatten(1)  # the first frame has the change to the second
     candidates = importance.topk(int((1 - candidate_ratio) * count), dim=1).indices
@@ -133,11 +133,21 @@ def region_visible(
 ) -> Int[Tensor, "b 1 n"]:
     """Show regions in the given order until `least_share` of a frame is visible (MARLIN, arXiv 2211.06627).
 
+    Over the clip, visible tokens are left out at random until `num_visible` stand; where fewer are, hidden ones come
+    in at random. The rest is `regions_shown`'s.
+    """
+    return draw_marked(regions_shown(regions, order, patch_size, least_share).float(), num_visible, generator)
+
+
+def regions_shown(
+    regions: Int[Tensor, "b t h w"], order: Sequence[int], patch_size: int, least_share: float = 0.1
+) -> Bool[Tensor, "b t p"]:
+    """The patches that MARLIN shows before it trims them to a fixed number.
+
     regions  a label per pixel of the first frame of every tubelet, as a parsing map or mask video gives it.
     order    labels from the first to be shown on; MARLIN: background, skin, then the parts of the face at random.
 
-    Over the clip, visible tokens are left out at random until `num_visible` stand; where fewer are, hidden ones come
-    in at random. A frame without any of the labels is visible as a whole.
+    A frame without any of the labels is visible as a whole.
     """
     batch, frames, height, width = regions.shape
     patches = (height // patch_size) * (width // patch_size)
@@ -146,7 +156,13 @@ def region_visible(
         touched = F.max_pool2d((regions == label).float().flatten(0, 1)[:, None], patch_size)
         needed = shown.float().mean(-1, keepdim=True) < least_share
         shown |= needed & (touched.view(batch, frames, patches) > 0)
-    shown |= ~shown.any(-1, keepdim=True)
-    noise = torch.rand(batch, frames * patches, device=regions.device, generator=generator)
-    first = (noise + shown.flatten(1)).topk(num_visible, dim=1).indices
+    return shown | ~shown.any(-1, keepdim=True)
+
+
+def draw_marked(
+    marks: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "b 1 n"]:
+    """Over the clip, `num_visible` tokens at random, those marked 1 before those marked 0."""
+    noise = torch.rand(marks.flatten(1).shape, device=marks.device, generator=generator)
+    first = (noise + marks.flatten(1)).topk(num_visible, dim=1).indices
     return first.sort(dim=1).values[:, None]
