@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from umt_fast.config import IMAGENET_STATISTICS, AugmentConfig, DataConfig
+from umt_fast.config import IMAGENET_STATISTICS, MAE_ST_STATISTICS, AugmentConfig, DataConfig
 from umt_fast.data.augment import OPERATIONS, augment_frames, draw_operation
 from umt_fast.data.fast_augment import CroppedStream, apply_to_frames, augment_batch
 from umt_fast.data.loader import ClipLoader
@@ -55,6 +55,8 @@ def test_a_clip_depends_on_its_seed_alone():
     mean, std = (torch.tensor(part) for part in IMAGENET_STATISTICS)
     expected = (clips.float() / 255 - mean) / std
     assert torch.allclose(off, expected.permute(0, 4, 1, 2, 3), atol=1e-6)
+    of_mae_st = augment_batch(clips, [5, 6], AugmentConfig(operations=0, erase=0), MAE_ST_STATISTICS)
+    assert torch.allclose(of_mae_st, ((clips.float() / 255 - 0.45) / 0.225).permute(0, 4, 1, 2, 3), atol=1e-6)
     with pytest.raises(ValueError, match="1 seeds for 2 clips"):
         augment_batch(clips, [5], settings)
 

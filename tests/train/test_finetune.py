@@ -282,7 +282,8 @@ PUBLISHED = {
 
 
 def test_every_recipe_is_the_published_one():
-    assert {path.stem for path in finetune.RECIPES.glob("*.toml")} == {*PUBLISHED, "tiny"}
+    found = {path.stem for path in finetune.RECIPES.glob("*.toml")}
+    assert {name for name in found if "mae" not in name} == {*PUBLISHED, "tiny"}  # the others: test_finetune_pixels.py
     for name, expected in PUBLISHED.items():
         recipe = load_recipe(FinetuneConfig, finetune.RECIPES / f"{name}.toml")
         model, optim, data = recipe.classifier, recipe.optim, recipe.data
