@@ -33,7 +33,7 @@ from umt_fast.data.manifest import check_files
 from umt_fast.evaluation.classification import Predictions, predict, score
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
-from umt_fast.files import put_in_place
+from umt_fast.files import read_small
 from umt_fast.models.classifier import Classifier, build_classifier
 from umt_fast.objectives.classification import mix, soft_cross_entropy
 from umt_fast.run import checkpoint, launch, parallel
@@ -42,6 +42,7 @@ from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.compute import choose_attention
 from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
+from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import EpochSchedule, MovingAverage, clip_gradients, layer_decay_groups, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
@@ -106,7 +107,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
     if is_validated(config, schedule, start) and state.plan["validated"] != start:
         validate(config, job)  # a signal came between the step and this
     with StopSignal(world) as stop, log:
-        with job.loader as loader:
+        with job.loader as loader, save_if_lost(state, folder, run.keep):
             log.start_clock(start)
             for step in range(start + 1, job.last + 1):
                 waiting = time.perf_counter()
@@ -135,7 +136,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
                     report()
                     validate(config, job)
                     save()
-                elif step % run.save_every == 0:
+                elif step % run.save_every == 0 or (step % run.log_every == 0 and state.save_due(run.save_minutes)):
                     report()
                     save()
 
@@ -186,14 +187,12 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     if average is not None:
         state.companions["average"] = average
     if found is not None:
-        state.restore(folder, found, step_clips)
         state.plan |= {key: found.content["schedule"][key] for key in ("best_top1", "validated")}
-        notes += [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, config, plan)]
+    notes += state.go_on(folder, found, step_clips)
     if world.main:
-        checkpoint.remove_unfinished(folder)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "classes.txt").write_text("".join(f"{name}\n" for name in listed.classes), "utf-8")
-    last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
+    last = run.last_step(schedule.total_steps)
     throughput = measure_throughput(config, world, bf16)
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)
     log.say("\n".join((describe(config, world, bf16, listed, schedule, classifier), *notes)))
@@ -269,7 +268,7 @@ def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
 def read_class_map(path: str, classes: int) -> list[int]:
     """The published JSON list of head rows. Raises WeightsError for anything else."""
     try:
-        rows = json.loads(Path(path).expanduser().read_text("utf-8-sig"))
+        rows = json.loads(read_small(Path(path).expanduser()).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"cannot read the class map {path}: {error}") from None
     if not isinstance(rows, list) or not all(type(row) is int for row in rows) or len(rows) != classes:
@@ -340,7 +339,6 @@ def is_validated(config: FinetuneConfig, schedule: EpochSchedule, step: int) -> 
 
 def validate(config: FinetuneConfig, job: Job) -> None:
     """Test the validation list's one view, and keep the weights if they are the best so far."""
-    job.state.plan["validated"] = job.state.step
     found, top1 = None, float(job.state.step)  # without a list the last weights are the best
     if job.validation is not None:
         found = run_views(config, job, job.validation, validation=True)
@@ -351,6 +349,7 @@ def validate(config: FinetuneConfig, job: Job) -> None:
             f"validation after step {job.state.step}: top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  "
             f"loss {scores.loss:.4f}  ({scores.videos} videos{unread})"
         )
+    job.state.plan["validated"] = job.state.step
     if top1 > job.state.plan["best_top1"]:
         job.state.plan["best_top1"] = top1
         save_best(config, job, None if found is None else top1)
@@ -385,9 +384,7 @@ def save_best(config: FinetuneConfig, job: Job, top1: float | None) -> None:
         return
     path = config.run.folder / BEST
     content = {"model": state, "config": dataclasses.asdict(job.state.config), "schedule": job.state.plan, "top1": top1}
-    aside = path.with_name(f".{BEST}")
-    torch.save({**content, "step": job.state.step}, aside)
-    put_in_place(aside, path)
+    checkpoint.write_tensors(path, {**content, "step": job.state.step})
 
 
 def test(config: FinetuneConfig, job: Job) -> None:

@@ -28,6 +28,7 @@ from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
 from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
+from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
@@ -106,7 +107,7 @@ def train(config: Any, world: World) -> bool:
 
     captured = capture(lambda clip: (forward_backward(clip), update()), world) if config.compute.cuda_graph else None
 
-    with StopSignal(world) as stop, log, job.loader as loader:
+    with StopSignal(world) as stop, log, job.loader as loader, save_if_lost(state, folder, run.keep):
         log.start_clock(start)
         for step in range(start + 1, job.last + 1):
             waiting = time.perf_counter()
@@ -183,13 +184,8 @@ def prepare(config: Any, world: World) -> Job:
 
     plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
     state = TrainState(built.model, optimizer, world, config, plan, attention)
-    if found is not None:
-        state.restore(folder, found, step_clips)
-        notes.append(f"going on from {found.path} at step {state.step}")
-        notes += checkpoint.list_changes(found, config, plan, attention)
-    if world.main:
-        checkpoint.remove_unfinished(folder)
-    last = schedule.total_steps if run.stop_at is None else min(run.stop_at, schedule.total_steps)
+    notes += state.go_on(folder, found, step_clips)
+    last = run.last_step(schedule.total_steps)
     peaks = world.gather(peak_flops(world.device, bf16).flops)
     throughput = Throughput(built.flops * optim.accumulate * world.size, sum(peaks))
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.compute import choose_attention
 from umt_fast.run.hardware import in_use, resolve_precision
 from umt_fast.run.log import LossBuffer, RunLog, read_metrics, say
+from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import build_optimizer, clip_gradients, floored_cosine, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
@@ -119,6 +121,7 @@ def train(config: Stage2Config, world: World) -> bool:
     with StopSignal(world) as stop, log, contextlib.ExitStack() as opened:
         for loader in job.loaders.values():
             opened.enter_context(loader)
+        opened.enter_context(save_if_lost(state, folder, run.keep))
         log.start_clock(start)
         for step in range(start + 1, job.last + 1):
             kind = job.alternation.kind(step - 1)
@@ -194,13 +197,10 @@ def prepare(config: Stage2Config, world: World) -> Job:
     warmup = optim.warmup_epochs * alternation.per_epoch
     plan = {f"list of {kind}s": listed.videos.digest() for kind, listed in lists.items()} | {"total_steps": total}
     state = TrainState(model, optimizer, world, config, plan, attention)
-    if found is not None:
-        state.restore(folder, found, step_clips)
-        notes = [f"going on from {found.path} at step {state.step}", *checkpoint.list_changes(found, config, plan)]
+    notes += state.go_on(folder, found, step_clips)
     if world.main:
-        checkpoint.remove_unfinished(folder)
         tokenizer.write(run.folder / VOCABULARY)
-    last = total if run.stop_at is None else min(run.stop_at, total)
+    last = run.last_step(total)
     log = RunLog(run.folder, world, state.step, total, step_clips)
     log.say("\n".join((describe(config, world, bf16, lists, total, model), *notes, *said)))
     streams = {kind: make_stream(config, kind, lists[kind].videos) for kind in alternation.batches}
@@ -238,18 +238,24 @@ def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Quest
         lists = {kind: captions.read_training(s, data.identity, data.read_timeout) for kind, s in sources.items() if s}
         if not lists:
             raise ConfigError("no training data: give --data.images and --data.videos lists with captions")
+        for found in lists.values():
+            captions.check_files(found.videos, found.starts)
         return lists, []
     if not data.videos or data.images:
         raise ConfigError(f"job = {config.job} takes --data.videos alone; pictures may be among them")
     if config.job == "retrieval":
         found = captions.read_retrieval_training(data.videos, data.join_captions, data.same_caption, data.read_timeout)
+        captions.check_files(found.videos, found.starts)
         return {"video": found}, []
-    questions = [question for source in data.videos for question in captions.read_questions(source)]
+    asked = [captions.read_questions(source) for source in data.videos]
+    questions = list(itertools.chain.from_iterable(asked))
     unanswered = next((question for question in questions if not question.answers), None)
     if unanswered is not None:
         raise ConfigError(f"question {unanswered.number} of {unanswered.path} has no answer to learn from")
     videos = VideoList.of_rows({"path": question.path, "caption": question.question} for question in questions)
     videos.read_timeout = data.read_timeout
+    starts = itertools.accumulate(map(len, asked[:-1]), initial=0)
+    captions.check_files(videos, zip(data.videos, starts, strict=True))
     return {"video": CaptionList(videos, np.arange(len(questions)))}, questions
 
 

@@ -18,6 +18,7 @@ from umt_fast.files import put_in_place
 from umt_fast.run import checkpoint
 from umt_fast.run.checkpoint import TrainState, find_checkpoint
 from umt_fast.run.launch import check_alike
+from umt_fast.run.lost_rank import RandomStates, save_if_lost
 from umt_fast.run.optim import build_optimizer
 from umt_fast.run.world import World
 
@@ -118,6 +119,59 @@ def test_a_save_is_due_by_the_clock(monkeypatch):
     assert not state.save_due(10)
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: state.saved_at + 601)
     assert state.save_due(10)
+
+
+# When another rank is lost.
+
+
+@pytest.fixture
+def main_rank(monkeypatch) -> TrainState:
+    """The main rank of two after one step, with the random states of both."""
+    monkeypatch.setattr(World, "set_timeout", lambda *_: None)
+    monkeypatch.setattr(RandomStates, "share", lambda *_: None)
+    monkeypatch.setattr(RandomStates, "received", lambda *_: [{"cpu": torch.get_rng_state()}] * 2)
+    state = new_state()
+    state = TrainState(state.model, state.optimizer, World(0, 2, torch.device("cpu")), CONFIG)
+    step(state)
+    return state
+
+
+def test_the_main_rank_saves_the_last_whole_step_alone(main_rank, tmp_path):
+    path = main_rank.save_alone(tmp_path, keep=3)
+    assert path == main_rank.save_alone(tmp_path, keep=3) == main_rank.last_saved
+    alone = new_state(seed=5)
+    assert alone.restore(tmp_path, step_clips=4)
+    assert torch.equal(parameters(alone), parameters(main_rank))
+    assert len(checkpoint.load_checkpoint(path)["rng"]) == 2
+
+
+def _infinite(state: TrainState) -> None:
+    with torch.no_grad():
+        state.model[0].weight[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda state: state.optimizer.step(), "in the middle of a step"),
+        (lambda state: setattr(state._random, "received", lambda: None), "had not sent its random state"),
+        (lambda state: setattr(state, "_advanced", False), "no step was made"),
+        (_infinite, r"0\.weight holds values that are not finite"),
+    ],
+)
+def test_what_is_not_a_whole_step_is_not_saved_alone(main_rank, tmp_path, spoil, says):
+    spoil(main_rank)
+    with pytest.raises(RunError, match=says):
+        main_rank.save_alone(tmp_path, keep=3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_lost_rank_makes_the_main_rank_save(main_rank, tmp_path, capsys):
+    for error, saved in ((RuntimeError("shapes differ"), 0), (RuntimeError("[gloo/pair.cc:1] Connection closed"), 1)):
+        with pytest.raises(RuntimeError), save_if_lost(main_rank, tmp_path, keep=3):
+            raise error
+        assert len(checkpoint.list_checkpoints(tmp_path)) == saved
+    assert "another rank is lost after step 1; saved" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_was_removed_is_made_anew(folder):

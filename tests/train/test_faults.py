@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,7 +24,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 ENDLESS = ("--optim.epochs", "500", "--run.save-every", "100000")
 
 
-def start_ranks(trainer, *options: str, second: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    trainer, *options: str, second: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """Two ranks without torchrun; the second has options of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,7 +39,7 @@ def start_ranks(trainer, *options: str, second: tuple[str, ...] = ()) -> list[su
             "2",
             *options,
             *own[rank],
-            environment={**shared, "RANK": str(rank), "LOCAL_RANK": "0"},
+            environment={**(environment or {}), **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
         )
         for rank in range(2)
     ]
@@ -111,20 +112,59 @@ def test_an_environment_that_is_half_set_is_one_line(trainer, monkeypatch):
     assert "WORLD_SIZE = 2, but RANK is not set" in output
 
 
-def test_a_restart_by_torchrun_goes_on_at_the_last_checkpoint(trainer):
-    settings = ("--optim.batch-size", "2", "--run.save-every", "2", "--data.workers", "0", "--optim.epochs", "4")
+DIES = """
+import os, signal, time
+
+def die(*_, **__):
+    time.sleep(0.5)  # what it has sent arrives
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rank, attempt = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+if rank == "{rank}" and attempt == "0":
+    {code}
+"""
+"""Imported by Python at its start: ends a rank at a chosen place."""
+
+
+def dying_at(trainer, rank: int, code: str) -> dict[str, str]:
+    """The environment in which a rank runs `code` at its start, which may call `die`."""
+    root = Path(__file__).parents[2]
+    (trainer.folder / "sitecustomize.py").write_text(DIES.format(rank=rank, code=code.replace("\n", "\n    ")))
+    return {"PYTHONPATH": f"{trainer.folder}:{root}:{root / 'kernels'}"}
+
+
+SIXTH_STEP = """import torch
+real, calls = torch.Tensor.backward, iter(range(5))
+torch.Tensor.backward = lambda *given, **options: die() if next(calls, None) is None else real(*given, **options)"""
+
+
+def test_a_lost_rank_costs_no_whole_step(trainer):
+    """The main rank saves the last step, although no save was due; torchrun starts both again, to the same bits."""
+    settings = ("--optim.batch-size", "2", "--run.save-every", "100", "--data.workers", "0", "--optim.epochs", "4")
     status, output = trainer.run("--run.name", "whole", *settings, processes=2)
     assert status == 0, output
-    launcher = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
-    child = trainer.start("--run.name", "parts", *settings, launcher=launcher)
-    trainer.wait_for_step(child, 4)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(child.pid)], capture_output=True, text=True).stdout
-    os.kill(int(found.split()[-1]), signal.SIGKILL)
+    child = trainer.start(
+        *("--run.name", "parts", *settings),
+        launcher=("--standalone", "--nproc-per-node", "2", "--max-restarts", "2"),
+        environment=dying_at(trainer, 1, SIXTH_STEP),
+    )
     output, _ = child.communicate(timeout=120)
     assert child.returncode == 0, output
-    assert "going on from" in output
+    assert "another rank is lost after step 5; saved " in output
+    assert "clips_0000000020.pth at step 5" in output
     whole, parts = (read_weights(trainer.checkpoints(name)[-1]) for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+def test_a_rank_that_is_done_waits_for_the_others(trainer):
+    """Else torchrun could not start them again should one be lost, since the first one's torchrun has ended."""
+    drawing = "from umt_fast.run import pictures\npictures.draw_loss_curve = die"
+    options = ("--run.name", "e", "--run.stop-at", "2", "--data.workers", "0")
+    ranks = start_ranks(trainer, *options, environment=dying_at(trainer, 0, drawing))
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=60)
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
+    assert "another process of the run was lost or is late" in output
 
 
 def test_the_run_goes_on_without_a_reader(trainer):

@@ -6,8 +6,11 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +43,7 @@ from umt_fast.weights import WeightsError, read_model, write_weights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
+MATH = ComputeConfig(precision="fp32", attention="math")
 SIZES = {"image_size": 32, "patch_size": 16, "frames": 2, "width": 32, "depth": 2, "heads": 2}
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -124,6 +128,46 @@ def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
     finetune.train(config, ALONE)
     assert torch.load(config.run.folder / "best.pth", weights_only=True)["step"] == 8
     assert (config.run.folder / "test" / "test.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_saves_and_stops_the_run(config, monkeypatch, number):
+    real, updates = finetune.clip_gradients, iter(range(2))
+
+    def clip(*given):
+        if next(updates, None) == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # until the watching thread has read it
+        return real(*given)
+
+    monkeypatch.setattr(finetune, "clip_gradients", clip)
+    assert not finetune.train(change(config, "run", save_every=100), ALONE)
+    assert torch.load(next((config.run.folder / "checkpoints").glob("*")), weights_only=True)["clips_seen"] == 8
+
+
+def test_checkpoints_by_the_clock_and_a_folder_that_is_removed_meanwhile(config, monkeypatch):
+    config = change(config, "run", save_minutes=0.0, save_every=100, log_every=1, keep=9, stop_at=4)
+    real, updates = finetune.clip_gradients, iter(range(2))
+
+    def clip(*given):
+        if next(updates, None) == 1:
+            shutil.rmtree(config.run.folder)
+        return real(*given)
+
+    monkeypatch.setattr(finetune, "clip_gradients", clip)
+    assert finetune.train(config, ALONE)
+    assert [path.name for path in sorted((config.run.folder / "checkpoints").glob("*"))] == [
+        f"clips_{n:010d}.pth" for n in (8, 12, 16)
+    ]
+    assert (config.run.folder / finetune.BEST).exists()
+
+
+def test_a_resumed_run_lists_an_attention_that_changed(config, capsys):
+    assert finetune.train(change(config, "run", stop_at=1), ALONE)
+    assert finetune.train(dataclasses.replace(change(config, "run", stop_at=2), compute=MATH), ALONE)
+    said = capsys.readouterr().out
+    assert "note: compute.attention was sdpa when it was saved, now math" in said
+    assert "note: attention of classifier was sdpa when it was saved, now math" in said
 
 
 def test_a_run_leaves_its_report_and_best_weights(config, capsys):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from umt_fast import weights
 from umt_fast.config import CaptionDataConfig, ComputeConfig, ConfigError, JointConfig, OptimConfig, Stage2Config
 from umt_fast.evaluation.video_text import load_model
 from umt_fast.recipe import load_recipe
+from umt_fast.run.stop import EXIT_STOPPED
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("a", "red", "blue", "circle", "square", "star", "that", "spins", "orbits", "bounces")
@@ -214,6 +218,34 @@ def test_a_stage_1_checkpoint_starts_the_video_encoder(runner, capsys, tmp_path)
     for key, value in student.state_dict().items():
         assert torch.equal(model[f"vision_encoder.{key}"], value), key
     assert f"video encoder: {tmp_path / 'stage1.pth'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.usefixtures("one_thread")
+def test_a_warning_saves_and_stops_the_run(runner, monkeypatch, number):
+    """Also when the run's folder was removed meanwhile."""
+    real, updates, name = stage2.clip_gradients, iter(range(2)), f"warned-{number}"
+
+    def clip(*given):
+        if next(updates, None) == 1:
+            shutil.rmtree(runner.folder / name)
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # until the watching thread has read it
+        return real(*given)
+
+    monkeypatch.setattr(stage2, "clip_gradients", clip)
+    with pytest.raises(SystemExit) as ended:
+        runner.run(name, "--run.save-every", "100")
+    assert ended.value.code == EXIT_STOPPED
+    assert last_checkpoint(runner.folder / name)["clips_seen"] == 4
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_resumed_run_lists_an_attention_that_changed(runner, capsys):
+    runner.run("changed", "--run.stop-at", "1")
+    runner.run("changed", "--run.stop-at", "2", "--compute.attention", "math")
+    said = capsys.readouterr().out
+    assert "note: attention of student was sdpa when it was saved, now math" in said
 
 
 @pytest.mark.usefixtures("one_thread")

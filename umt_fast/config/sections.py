@@ -195,6 +195,10 @@ class RunConfig:
     def folder(self) -> Path:
         return Path(self.dir).expanduser() / self.name
 
+    def last_step(self, total: int) -> int:
+        """The step to stop after, of a schedule of `total` steps."""
+        return total if self.stop_at is None else min(self.stop_at, total)
+
 
 @dataclass(frozen=True)
 class FinetuneOptimConfig(OptimConfig):

@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from umt_fast.errors import RunError
-from umt_fast.files import put_in_place
+from umt_fast.files import check_regular, put_in_place
+from umt_fast.run.lost_rank import RandomStates
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
 from umt_fast.weights.torchscript import refuse_bomb
@@ -73,14 +75,25 @@ class TrainState:
     last_saved: Path | None = None
     saved_at: float = field(default_factory=time.monotonic)
     _advanced: bool = False
+    _updating: bool = False
+    """Whether the optimiser has changed weights since the last `advance`."""
+    _random: RandomStates | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_updating", True))
+        if self.world.size > 1 and self.world.device.type == "cpu" and not isinstance(self.model, FSDPModule):
+            self._random = RandomStates(self.world)
 
     def advance(self, clips: int) -> None:
         """Count one step of `clips` clips over all ranks. After the first one ranks wait less long."""
         if not self._advanced and self.world.size > 1:
             self.world.set_timeout(self.config.run.step_timeout)
         self._advanced = True
+        self._updating = False
         self.step += 1
         self.clips_seen += clips
+        if self._random is not None:
+            self._random.share()
 
     def save_due(self, minutes: float | None) -> bool:
         """Whether `minutes` have passed since the last save, by the main rank's clock; every rank calls it."""
@@ -98,13 +111,8 @@ class TrainState:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=_WHOLE)
         rng = self.world.gather(get_rng_state(self.world.device))
         if self.world.main:
-            content = {"model": model, "optimizer": optimizer, "rng": rng, "config": asdict(self.config)}
-            content |= {"schedule": self.plan, "attention": self.attention}
-            content |= {name: module.state_dict() for name, module in self.companions.items()}
             try:
-                if (bad := find_not_finite(model)) is not None:
-                    raise RunError(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
-                save_checkpoint(folder, self.clips_seen, content, keep)
+                self._write(folder, keep, model, optimizer, rng)
             except (RunError, OSError) as error:
                 problem = error
         problem = self.world.gather(problem)[0]
@@ -112,6 +120,47 @@ class TrainState:
             raise problem
         self.last_saved, self.saved_at = path, time.monotonic()
         return path
+
+    def save_alone(self, folder: Path, keep: int) -> Path:
+        """Write the checkpoint of the last whole step on the main rank, after another rank was lost in the next one.
+
+        Raises RunError where this rank does not hold all of that step, and OSError for a disk that is full.
+        """
+        path = checkpoint_path(folder, self.clips_seen)
+        if path == self.last_saved:
+            return path
+        if isinstance(self.model, FSDPModule):
+            raise RunError("with --compute.parallel fsdp each rank holds a part of the model")
+        if self.world.device.type != "cpu":
+            raise RunError("the GPU waits for the lost rank in the middle of a step; see --run.save-minutes")
+        if self._updating or not self._advanced:
+            raise RunError("the optimiser was in the middle of a step" if self._updating else "no step was made")
+        if self._random is None or (rng := self._random.received()) is None:
+            raise RunError("the lost rank had not sent its random state")
+        self._write(folder, keep, *get_state_dict(self.model, self.optimizer, options=_WHOLE), rng)
+        self.last_saved = path
+        return path
+
+    def _write(self, folder: Path, keep: int, model: dict, optimizer: dict, rng: list[dict[str, Tensor]]) -> None:
+        content = {"model": model, "optimizer": optimizer, "rng": rng, "config": asdict(self.config)}
+        content |= {"schedule": self.plan, "attention": self.attention}
+        content |= {name: module.state_dict() for name, module in self.companions.items()}
+        if (bad := find_not_finite(model)) is not None:
+            raise RunError(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
+        save_checkpoint(folder, self.clips_seen, content, keep)
+
+    def go_on(self, folder: Path, found: Checkpoint | None, step_clips: int) -> list[str]:
+        """Restore what `find_checkpoint` found and clear the folder of unfinished files.
+
+        Returns lines that say where the run goes on, and each setting and choice that is not what it was.
+        """
+        if self.world.main:
+            remove_unfinished(folder)
+        if found is None:
+            return []
+        self.restore(folder, found, step_clips)
+        changes = list_changes(found, self.config, self.plan, self.attention)
+        return [f"going on from {found.path} at step {self.step}", *changes]
 
     def restore(self, folder: Path, found: Checkpoint | None = None, step_clips: int = 1) -> bool:
         """Go on from the newest checkpoint in `folder`, or from `found`, which `find_checkpoint` has read.
@@ -186,24 +235,29 @@ def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep
     """Write a checkpoint so that a crash or a full disk at any moment leaves the earlier ones whole.
 
     The file is written aside, flushed to disk and renamed; then all but it and the newest `keep` are removed. Raises
-    OSError, with the part that was written removed.
+    OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, clips_seen)
-    aside = folder / f".{path.name}.{os.getpid()}"
+    write_tensors(path, {"format": FORMAT, "clips_seen": clips_seen, **content})
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def write_tensors(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of torch, whole or not at all, and its folder if need be. Raises OSError for a disk that is full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
             try:
-                torch.save({"format": FORMAT, "clips_seen": clips_seen, **content}, file)
+                torch.save(content, file)
             except RuntimeError as error:  # torch's writer turns a failed write into this
                 raise OSError(f"cannot write {path}, is the disk full? {error}") from error
         put_in_place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        if old != path:
-            old.unlink(missing_ok=True)
-    return path
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -265,6 +319,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     look at them.
     """
     try:
+        check_regular(path)
         refuse_bomb(path)
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -322,10 +377,15 @@ def list_changes(
     then |= {f"attention of {name}": backend for name, backend in checkpoint.attention.items()}
     now |= {f"attention of {name}": backend for name, backend in attention.items()}
     return [
-        f"note: {key} was {then[key]} when it was saved, now {value}"
+        f"note: {key} was {_short(then[key])} when it was saved, now {_short(value)}"
         for key, value in now.items()
         if key in then and then[key] != value and key not in _FREE
     ]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 _FREE = ("run.stop_at", "run.resume", "run.name", "run.dir")

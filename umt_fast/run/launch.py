@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-
 from umt_fast import recipe
 from umt_fast.config import ConfigError
 from umt_fast.errors import RunError
@@ -20,6 +18,7 @@ from umt_fast.packages import explain_missing
 from umt_fast.run import world as processes
 from umt_fast.run.checkpoint import flatten
 from umt_fast.run.folder import hold_folder
+from umt_fast.run.lost_rank import end_without, is_lost_rank
 from umt_fast.run.stop import EXIT_STOPPED
 from umt_fast.run.world import World
 
@@ -65,10 +64,12 @@ def run(config: Any, train: Callable[[Any, World], bool]) -> None:
         check_alike(config, world)
         with hold_folder(config.run.folder, world):
             finished = train(config, world)
+        # A torchrun whose ranks are done starts them no more, so that a rank lost after that could not come back.
+        world.gather(None)
     except RuntimeError as error:
-        if world.size == 1 or not _is_lost_rank(error):
+        if world.size == 1 or not is_lost_rank(error):
             raise
-        _end_without(world, error)
+        end_without(world, error)
     finally:
         world.close()
     if not finished:
@@ -85,19 +86,6 @@ def check_alike(config: Any, world: World) -> None:
                     f"rank {rank} was started with {key} = {value}, rank 0 with {every[0].get(key)}; start all ranks "
                     "with the same command"
                 )
-
-
-def _is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or late; gloo has no class for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
-
-
-def _end_without(world: World, error: RuntimeError) -> None:
-    """Name the rank that was lost and end this process at once: its collectives would wait for that rank."""
-    lost, reason = world.find_lost(), processes.shorten(error)
-    with contextlib.suppress(OSError, ValueError):
-        print(f"error: another process of the run was lost or is late: {lost} ({reason})", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 @contextlib.contextmanager

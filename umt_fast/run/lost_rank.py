@@ -1,0 +1,89 @@
+"""What the other ranks do when one is lost or late: save the last whole step, name the rank, end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from umt_fast.errors import RunError
+from umt_fast.run.world import World, shorten
+
+if TYPE_CHECKING:
+    from umt_fast.run.checkpoint import TrainState
+
+ARRIVAL_SECONDS = 2.0
+"""How long the main rank waits for random states that a lost rank may have sent."""
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or late; gloo has no class for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
+
+
+class RandomStates:
+    """The random state of every rank after each step, sent to the main rank beside the next step.
+
+    A checkpoint needs all of them, and a lost rank can no longer send its own. CPU only, 5 KB per rank and step.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._pending: Any = None
+        self._states: list[Tensor] | None = None
+
+    def share(self) -> None:
+        """Start to send this rank's state; every rank calls it after each step."""
+        if self._pending is not None:
+            self._pending.wait()
+        own = torch.get_rng_state()
+        self._states = [torch.empty_like(own) for _ in range(self._world.size)] if self._world.main else None
+        self._pending = dist.gather(own, self._states, dst=0, group=self._world.host_group, async_op=True)
+
+    def received(self) -> list[dict[str, Tensor]] | None:
+        """The states after the last shared step, on the main rank; None unless all have arrived."""
+        try:
+            if self._states is None or not self._pending.wait(timedelta(seconds=ARRIVAL_SECONDS)):
+                return None
+        except RuntimeError:
+            return None
+        return [{"cpu": state} for state in self._states]
+
+
+@contextlib.contextmanager
+def save_if_lost(state: TrainState, folder: Path, keep: int) -> Iterator[None]:
+    """Around the loop of a run: when another rank is lost, the main rank saves the last whole step, if it can.
+
+    The error is raised again. Under torchrun there are 30 s for it (--shutdown-timeout) before the rank is killed;
+    a checkpoint is whole or not there.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if state.world.size > 1 and state.world.main and is_lost_rank(error):
+            try:
+                said = f"saved {state.save_alone(folder, keep)}"
+            except (RunError, OSError) as reason:
+                said = f"not saved: {reason}"
+            _tell(f"another rank is lost after step {state.step}; {said}")
+        raise
+
+
+def end_without(world: World, error: RuntimeError) -> None:
+    """Name the rank that was lost and end this process at once: its collectives would wait for that rank."""
+    lost, reason = world.find_lost(), shorten(error)
+    _tell(f"error: another process of the run was lost or is late: {lost} ({reason})")
+    os._exit(1)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+        print(text, file=sys.stderr, flush=True)
