@@ -6,7 +6,8 @@ import pytest
 
 from umt_fast.data.index import VideoList
 from umt_fast.data.labels import LabelError, read_classes, read_labelled
-from umt_fast.data.manifest import ManifestError
+from umt_fast.data.manifest import ManifestError, read_manifest
+from umt_fast.data.mapped_list import write_mapped
 
 
 def touch(folder: Path, names: list[str]) -> None:
@@ -24,6 +25,10 @@ def touch(folder: Path, names: list[str]) -> None:
         ("a,b.mp4,run\nc.mp4,arm wrestling", ["a,b.mp4", "c.mp4"], [1, 0], ("arm wrestling", "run")),
         ('"a, b.mp4",jump\n"c.mp4","run, far"', ["a, b.mp4", "c.mp4"], [0, 1], ("jump", "run, far")),
         ("\ufeffa.mp4\trun\n", ["a.mp4"], [0], ("run",)),
+        ("a.mp4;run\nb;c.mp4;hop", ["a.mp4", "b;c.mp4"], [1, 0], ("hop", "run")),
+        ('# all\r\npath,label\r\na.mp4,run\r\nb.mp4,"hop, far"', ["a.mp4", "b.mp4"], [1, 0], ("hop, far", "run")),
+        ("label\tpath\nrun\ta b.mp4", ["a b.mp4"], [0], ("run",)),
+        ("a.mp4 run\nb.mp4,hop", ["a.mp4", "b.mp4"], [1, 0], ("hop", "run")),
         ("https://x/a.mp4,3", ["https://x/a.mp4"], [3], ("0", "1", "2", "3")),
     ],
 )
@@ -35,6 +40,22 @@ def test_lists(tmp_path: Path, content, paths, labels, classes):
     assert [video.path for video in found.videos] == [p if "://" in p else f"{tmp_path}/{p}" for p in paths]
     assert found.labels.tolist() == labels
     assert found.classes == classes
+
+
+def test_lists_of_other_kinds_have_labels(tmp_path: Path, monkeypatch):
+    touch(tmp_path, ["a.mp4"])
+    monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "utf16.csv": "a.mp4,run\n".encode("utf-16"),
+        "plain": b"a.mp4,run\n",
+        "list.json": b'[{"path": "a.mp4", "label": "run"}]',
+    }.items():
+        Path(name).write_bytes(content)
+        found = read_labelled(name)
+        assert (found.videos[0].path, found.classes) == ("a.mp4", ("run",)), name
+    Path("numbers.csv").write_text("a.mp4,1\n")
+    write_mapped(read_manifest("numbers.csv"), "mapped.videos")
+    assert read_labelled("mapped.videos").labels.tolist() == [1]
 
 
 def test_folders_name_the_classes(tmp_path: Path):
@@ -70,6 +91,7 @@ def test_known_classes_number_the_names(tmp_path: Path):
         ("a.mp4,1\nb.mp4,7\n", 5, "line 2: label 7 is not one of 5 classes, 0 to 4"),
         ("a.mp4,1\n\nb.mp4\n", None, "line 3: no label"),
         ("a b.mp4\n", None, "line 1: no label"),
+        ("# all\npath;label\na.mp4;1\nb.mp4;\n", None, "line 4: no label"),
         ("a.mp4,1\nb.mp4,run\n", None, "line 2: label 'run', but line 1 has '1'"),
         ("a.mp4,run\nb.mp4,hop\n", ("walk", "run"), "line 2: no class 'hop' among the 2 known: walk, run"),
         ("a.mp4,-1\n", 3, "line 1: label -1 is not one of 3 classes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import json
@@ -49,11 +50,26 @@ def _read(source: str, prefix: str = "p") -> list[tuple]:
         ("v/num 7.mp4 0 -1", "v/num 7.mp4", None, None),
         ("v/plain.mp4 8 16", "v/plain.mp4", None, Part(first=8, count=16)),
         ("v/plain.mp4,8,16", "v/plain.mp4", None, Part(first=8, count=16)),
+        ("v/plain.mp4;8;16", "v/plain.mp4", None, Part(first=8, count=16)),
+        ('"v/a b.mp4" 8 16', "v/a b.mp4", None, Part(first=8, count=16)),
         ("v/plain.mp4,3.0", "v/plain.mp4", 3, None),
+        ("v/plain.mp4;3", "v/plain.mp4", 3, None),
+        ("v/plain.mp4\t3", "v/plain.mp4", 3, None),
+        ("v/num 7.mp4 3", "v/num 7.mp4", 3, None),
+        ('"v/a;b.mp4";3', "v/a;b.mp4", 3, None),
+        ('"v/a, b.mp4",x,3', "v/a, b.mp4", 3, None),
+        ('"v/a"b.mp4', '"v/a"b.mp4', None, None),
+        ("v/plain.mp4,3\r", "v/plain.mp4", 3, None),
+        ("v/plain.mp4,", "v/plain.mp4", None, None),
+        ("v/plain.mp4,playing guitar", "v/plain.mp4", None, None),
+        ("v/plain.mp4;run", "v/plain.mp4", None, None),
+        ("v/pl,ain.mp4\trun, far", "v/pl,ain.mp4", None, None),
+        ("v/a.mp4,b.mp4", "v/a.mp4,b.mp4", None, None),
         ("v/plain.mp4,²", "v/plain.mp4,²", None, None),
         ("v/plain.mp4,--5", "v/plain.mp4,--5", None, None),
         ("v/plain.mp4," + "9" * 5000, "v/plain.mp4," + "9" * 5000, None, None),
         ("https://h/a.mp4?sig=ok&x=1,2,3", "https://h/a.mp4?sig=ok&x=1,2,3", None, None),
+        ("https://h/a.mp4?sig=ok,abc", "https://h/a.mp4?sig=ok,abc", None, None),
         ("https://h/a.mp4?sig=ok,3", "https://h/a.mp4?sig=ok", 3, None),
         ("https://h/a.mp4?sig=1,2,3 4", "https://h/a.mp4?sig=1,2,3", 4, None),
     ],
@@ -62,6 +78,24 @@ def test_lines(listing, line, path, label, part):
     ((found, *rest),) = _read(listing(f"{line}\n"))
     assert found == (path if "://" in path else f"p/{path}")
     assert rest == [label, part, None]
+
+
+def test_comments_empty_lines_and_windows_line_ends(listing):
+    content = "# path,label\r\n\r\nv/a.mp4,3\r\n#v/b.mp4,4\r\n  \t\r\n./#c.mp4 5\r\n"
+    assert _read(listing(content)) == [("p/v/a.mp4", 3, None, None), ("p/./#c.mp4", 5, None, None)]
+
+
+def test_line_ends_of_old_macs(listing):
+    assert _read(listing("v/a.mp4,3\rv/b.mp4,4\r")) == [("p/v/a.mp4", 3, None, None), ("p/v/b.mp4", 4, None, None)]
+
+
+@pytest.mark.parametrize("filling", [" ", ",", '"', "a.mp4,"])
+@pytest.mark.parametrize("begin", ["", '"', "path,label\n"])
+def test_a_line_of_a_megabyte_is_read_or_refused_at_once(listing, begin, filling):
+    begun = time.process_time()
+    with contextlib.suppress(BadIndex, ManifestError):
+        assert len(read_manifest(listing(f"{begin}a{filling * (1 << 20)}b\rc\n"))[-1].path) > 1 << 20
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
@@ -78,6 +112,12 @@ def test_tables_with_a_header(listing):
     assert second == ("p/b.mp4", None, None, "c")
     tabs = "caption\tPath\nx\ta,1.mp4\n"
     assert _read(listing(tabs)) == [("p/a,1.mp4", None, None, "x")]
+    quoted = '"path";"label"\r\n"v/a;b.mp4";"3"\r\nv/c.mp4;guitar\r\n'
+    assert _read(listing(quoted)) == [("p/v/a;b.mp4", 3, None, None), ("p/v/c.mp4", None, None, None)]
+    frames = _read(listing("# VideoMAE V2\npath,start,total\na.mp4,8,16\nb.mp4,0,-1\n"))
+    assert [part for _, _, part, _ in frames] == [Part(first=8, count=16), None]
+    with pytest.raises(BadIndex, match="row 1 "):
+        read_manifest(listing("path,start\na.mp4,x\n"))[0]
     with pytest.raises(ManifestError, match="a header and no line"):
         read_manifest(listing("path,label\n"))
 
@@ -88,7 +128,19 @@ def test_json_lists(listing):
         ("p/a.mp4", None, Part(start=1.0), "x"),
         ("p/b.mp4", 2, None, None),
     ]
-    for wrong in ("{}", "[]", "[1]", "nothing", '[{"name": 1}]', '[{"video": "a"}, {"label": 1}]', "[" * 100_000):
+    assert _read(listing('[{"path": "a.mp4", "label": "run", "start": 8, "total": 9}]', "list.json")) == [
+        ("p/a.mp4", None, Part(first=8, count=9), None)
+    ]
+    for wrong in (
+        '[{"path": "a", "start": "x"}]',
+        "{}",
+        "[]",
+        "[1]",
+        "nothing",
+        '[{"name": 1}]',
+        '[{"video": "a"}, {"label": 1}]',
+        "[" * 100_000,
+    ):
         with pytest.raises(ManifestError, match=r"list\.json"):
             read_manifest(listing(wrong, "list.json"))
 

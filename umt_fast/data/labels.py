@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.index import INDEX_NAME, VideoList, is_url
-from umt_fast.data.manifest import VIDEO_SUFFIXES, ManifestError, read_manifest
+from umt_fast.data.index import INDEX_NAME, VideoList, is_url, suffix_of
+from umt_fast.data.manifest import VIDEO_SUFFIXES, as_utf8, read_manifest, split_columns
 from umt_fast.data.storage import read
 from umt_fast.errors import RunError
+from umt_fast.files import read_small
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -60,67 +61,51 @@ def read_labelled(
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """The names in a class file, one a line, numbered from 0. Raises LabelError for a name that comes twice."""
     try:
-        lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
+        lines = read_small(Path(path).expanduser()).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"cannot read the class file {path}: {reason}") from None
     names = [line.strip() for line in lines if line.strip()]
-    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
-    if twice is not None or not names:
-        raise LabelError(
-            f"the class file {path} is empty" if twice is None else f"{path} has the class {twice!r} twice"
-        )
+    if not names or "\0" in names[0]:
+        raise LabelError(f"the class file {path} {'is not text' if names else 'is empty'}")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise LabelError(f"{path} has the class {name[:100]!r} twice")
     return tuple(names)
 
 
 def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], VideoList, list[str]]:
     """For each video, the location of its label in the list, and the label's text."""
-    suffix = posixpath.splitext(source)[1].lower()
-    if not source or suffix in (".tar", ".jsonl", *VIDEO_SUFFIXES) or (is_url(source) and suffix not in _LISTS):
-        return _of_rows(source, read_manifest(source, prefix, read_timeout))
-    path = source if is_url(source) else str(Path(source).expanduser())
-    if os.path.isdir(path):
-        videos = read_manifest(source, prefix, read_timeout)
-        if os.path.exists(os.path.join(path, INDEX_NAME)):
-            return _of_rows(source, videos)
-        places = [os.path.relpath(video.path, path) for video in videos]
-        return places, videos, [place.split(os.sep)[0] if os.sep in place else "" for place in places]
-    try:
-        content = read(path, timeout=read_timeout).decode("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise ManifestError(f"cannot read the list {source}: {error.strerror or error}") from None
-    if "\0" in content:
-        raise ManifestError(f"{source} is not a text list: it holds a zero byte")
-    lines = [(f"line {number}", line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ManifestError(f"the list {source} is empty")
-    return _read_lines(source, prefix, read_timeout, lines)
-
-
-def _read_lines(
-    source: str, prefix: str, read_timeout: float, lines: list[tuple[str, str]]
-) -> tuple[list[str], VideoList, list[str]]:
-    """Every form of list that pre-training reads, if its labels are numbers; else `path,name` or `path name`."""
-    where, videos, labels = _of_rows(source, read_manifest(source, prefix, read_timeout))
+    videos = read_manifest(source, prefix, read_timeout)
+    labels = [str(row.get("label", row.get("class", ""))) for row in videos.rows()]
+    where = [f"row {row + 1}" for row in range(len(videos))]
+    path = source if is_url(source) else os.path.expanduser(source)
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, INDEX_NAME)):
+        where = [os.path.relpath(video.path, path) for video in videos]
+        return where, videos, [place.split(os.sep)[0] if os.sep in place else "" for place in where]
+    if suffix_of(source) not in _LISTS:
+        return where, videos, labels
+    content = as_utf8(read(path, timeout=read_timeout), source).decode("utf-8", "surrogateescape")
+    lines = [(f"line {number}", line.strip()) for number, line in enumerate(content.split("\n"), 1)]
+    lines = [(place, line) for place, line in lines if line and not line.startswith("#")]
+    where = [place for place, _ in lines]
+    if len(lines) > len(videos):  # a header
+        return where[1:], videos, labels
     if all(labels):
-        return [line for line, _ in lines] if len(lines) == len(videos) else where, videos, labels
-    parts = [_split(line) for _, line in lines]
-    paths = [path if is_url(path) else os.path.join(prefix, path) for path, _ in parts]
-    return [where for where, _ in lines], VideoList.of_paths(paths), [label for _, label in parts]
+        return where, videos, labels
+    parts = [_split(line) for _, line in lines]  # `path name`
+    paths = [path if is_url(path) else os.path.join(os.path.expanduser(prefix), path) for path, _ in parts]
+    return where, VideoList.of_paths(paths), [label for _, label in parts]
 
 
-_LISTS = (".csv", ".txt")
-
-
-def _of_rows(source: str, videos: VideoList) -> tuple[list[str], VideoList, list[str]]:
-    labels = ["" if video.label is None else str(video.label) for video in videos]
-    return [f"row {row + 1}" for row in range(len(videos))], videos, labels
+_LISTS = (".csv", ".tsv", ".txt", ".list", "")
+"""Suffixes of lists that have one video on each line."""
 
 
 def _split(line: str) -> tuple[str, str]:
     """Path and label of a line; a label that is empty or a video file's name is none."""
     if '"' in line:
-        fields = next(csv.reader([line]))
+        fields = split_columns(line)
         path, label = (fields[0], fields[-1]) if len(fields) > 1 else (line, "")
     else:
         path, _, label = line.rpartition(",") if "," in line else " ".join(line.rsplit(None, 1)).rpartition(" ")
