@@ -16,7 +16,8 @@ import tyro
 
 import umt_fast
 from umt_fast.config import ComputeConfig, ConfigError, DataConfig, RunConfig
-from umt_fast.data.captions import read_answers, read_questions, read_retrieval
+from umt_fast.data.captions import check_files, read_answers, read_questions, read_retrieval
+from umt_fast.data.index import VideoList
 from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import FirstToken
 from umt_fast.evaluation.retrieval import PUBLISHED_K
@@ -129,6 +130,7 @@ def retrieve(
     config: VideoTextTestConfig, loaded: Loaded, settings: EmbedSettings, world: World
 ) -> tuple[list[str], list[tuple[str, str]]]:
     found = read_retrieval(config.data.test, config.data.join_captions, config.data.read_timeout)
+    check_files(found.videos, [(config.data.test, 0)])
     about: dict[str, Any] = {"checkpoint": config.checkpoint, "list": config.data.test, "chance": report.chance(found)}
     about |= {"frames": loaded.model.config.vision.frames, "k": config.k}
     result, bad = report.run_retrieval(loaded, found, config.run.folder, settings, config.data, config.k, about)
@@ -140,6 +142,7 @@ def choose(
     config: VideoTextTestConfig, loaded: Loaded, settings: EmbedSettings, world: World
 ) -> tuple[list[str], list[tuple[str, str]]]:
     questions = report.read_choices(config.data.test)
+    check_files(VideoList.of_paths(question.path for question in questions), [(config.data.test, 0)])
     chosen, bad = report.choose_options(loaded, questions, settings, config.data)
     right = 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
     write(config, world, {"accuracy": round(right, 2), "chosen": chosen})
@@ -152,6 +155,7 @@ def ask(
     if not config.data.answers:
         raise ConfigError("give --data.answers a JSON list of answers to choose from")
     questions, answers = read_questions(config.data.test), read_answers(config.data.answers)
+    check_files(VideoList.of_paths(question.path for question in questions), [(config.data.test, 0)])
     said, bad = report.answer_questions(
         loaded, questions, answers, settings, config.data, config.k, config.first_token, config.data.max_answer_words
     )

@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 
+from umt_fast.data import captions
 from umt_fast.data.captions import (
     CaptionError,
     Source,
@@ -18,6 +19,7 @@ from umt_fast.data.captions import (
     read_retrieval_training,
     read_training,
 )
+from umt_fast.data.manifest import ManifestError
 from umt_fast.errors import RunError
 
 
@@ -194,3 +196,16 @@ def test_answers_that_are_not_a_list_are_refused(tmp_path, content):
     (tmp_path / "answers.json").write_text(content)
     with pytest.raises(CaptionError, match=r"answers\.json"):
         read_answers(str(tmp_path / "answers.json"))
+
+
+def test_a_source_of_which_no_file_is_there_is_refused(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    for name in ("there", "gone"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"video": f"{n}.mp4", "caption": "x"} for n in "abc"]))
+    good, bad = f"{tmp_path}/there.json={tmp_path}*2", f"{tmp_path}/gone.json=/nowhere"
+    captions.check_files((found := captions.read_training([good])).videos, found.starts)
+    for found in (captions.read_training([good, bad]), captions.read_retrieval_training([good, bad])):
+        with pytest.raises(
+            ManifestError, match=r"first 3 files of .*gone.json is there.*'/nowhere/a.mp4'.*gone.json=RO"
+        ):
+            captions.check_files(found.videos, found.starts)

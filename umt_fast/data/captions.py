@@ -15,6 +15,7 @@ source two and a half times an epoch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import posixpath
@@ -27,8 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from umt_fast.config import DataConfig
+from umt_fast.data import manifest
 from umt_fast.data.decode import IMAGE_SUFFIXES
-from umt_fast.data.index import DEFAULT_LIMITS, Limits, VideoList, is_url
+from umt_fast.data.index import DEFAULT_LIMITS, Limits, Video, VideoList, is_url
 from umt_fast.data.manifest import VIDEO_SUFFIXES, expand_shards, read_manifest
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
@@ -84,6 +86,8 @@ class CaptionList:
     videos: VideoList
     idx: Int[np.ndarray, " n"]
     """Rows with equal numbers match each other: not negatives of each other, and positives in the contrast."""
+    starts: tuple[tuple[str, int], ...] = ()
+    """Each source as it is written in the settings, and its first row."""
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -97,6 +101,19 @@ class RetrievalSet:
     texts: list[str]
     """Cleaned."""
     texts_of_videos: list[list[int]]
+
+
+def check_files(videos: Sequence[Video], starts: Iterable[tuple[str, int]]) -> None:
+    """Raise ManifestError for a source of which none of the first files is there. `starts`: as in CaptionList."""
+    for (text, first), (_, end) in itertools.pairwise((*starts, ("", len(videos)))):
+        source = Source.parse(text)
+        listed = [videos[row] for row in range(first, min(end, first + manifest.FIRST_LINES))]
+        start = source.root or os.getcwd()
+        manifest.check_files(
+            listed,
+            source.path,
+            advice=f"relative paths start from {start!r}; give another folder as {source.path}=ROOT",
+        )
 
 
 def read_annotations(source: Source, read_timeout: float = DataConfig.read_timeout) -> list[Annotation]:
@@ -127,7 +144,7 @@ def read_training(
     """
     rows: list[dict[str, Any]] = []
     numbers: list[np.ndarray] = []
-    first = 0
+    starts, first = [], 0
     for text in sources:
         source = Source.parse(text)
         entries = read_annotations(source, read_timeout)
@@ -136,12 +153,13 @@ def read_training(
             raise CaptionError(f"{source.path}, entry {several}: pre-training takes one file and one caption an entry")
         count = max(round(len(entries) * source.weight), 1)
         chosen = np.resize(np.arange(len(entries)), count)
+        starts.append((text, len(rows)))
         rows += [_row(entries[i], entries[i].paths[0], entries[i].captions[0]) for i in chosen]
         numbers.append(chosen + (first if identity == "distinct" else 0))
         first += len(entries)
     if not rows:
         raise CaptionError("no captions: give --data.images or --data.videos a list")
-    return CaptionList(_list(rows, read_timeout), np.concatenate(numbers).astype(np.int64))
+    return CaptionList(_list(rows, read_timeout), np.concatenate(numbers).astype(np.int64), tuple(starts))
 
 
 def read_videos(
@@ -172,8 +190,10 @@ def read_retrieval_training(
     same_caption  rows with equal raw captions match each other (Something-Something V2); otherwise rows whose files
                   have one base name do, as published, whatever their folder.
     """
-    rows, keys = [], []
+    rows: list[dict[str, Any]] = []
+    keys, starts = [], []
     for text in sources:
+        starts.append((text, len(rows)))
         for entry in read_annotations(Source.parse(text), read_timeout):
             captions = (" ".join(entry.captions),) if join else entry.captions
             for path in entry.paths:
@@ -182,7 +202,7 @@ def read_retrieval_training(
                     keys.append(caption if same_caption else posixpath.basename(path))
     numbers: dict[str, int] = {}
     idx = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-    return CaptionList(_list(rows, read_timeout), idx)
+    return CaptionList(_list(rows, read_timeout), idx, tuple(starts))
 
 
 def read_retrieval(source: str, join: bool = False, read_timeout: float = DataConfig.read_timeout) -> RetrievalSet:
@@ -282,8 +302,10 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
         try:
             if hasattr(connection, "setlimit"):  # Python 3.11
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
-            kinds = connection.execute("SELECT type FROM sqlite_master WHERE name = 'annos'").fetchall()
-            if kinds != [("table",)]:  # a view can compute without end
+            connection.execute("PRAGMA trusted_schema = OFF")
+            found = connection.execute("SELECT type, sql FROM sqlite_master WHERE name = 'annos'").fetchall()
+            # A view can compute without end, a virtual table runs an extension on what the file holds.
+            if len(found) != 1 or found[0][0] != "table" or "VIRTUAL" in str(found[0][1]).partition("(")[0].upper():
                 raise CaptionError(f"{path} is not an SQLite file with a table `annos` (id, file name, caption)")
             for place, (number, name, caption) in enumerate(connection.execute("SELECT * FROM annos ORDER BY 1")):
                 if number != place:

@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _extract(given: argparse.Namespace, world: World) -> None:
     from umt_fast.data.labels import LabelError, LabelledVideos, read_classes, read_labelled
-    from umt_fast.data.manifest import read_manifest
+    from umt_fast.data.manifest import check_files, read_manifest
     from umt_fast.evaluation.extract import Extraction, FeaturesError, extract
     from umt_fast.evaluation.views import Views
     from umt_fast.run.hardware import resolve_precision
@@ -216,6 +216,7 @@ def _extract(given: argparse.Namespace, world: World) -> None:
         if given.classes:
             raise
     videos = read_manifest(given.data, given.prefix) if listed is None else listed.videos
+    check_files(videos, given.data, given.prefix)
     views = Views(sizes.frames, sizes.image_size, given.rule, given.rate, segments=given.segments, crops=given.crops)
     settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass)
     about = {"checkpoint": str(given.checkpoint), "classes": None if listed is None else list(listed.classes)}
