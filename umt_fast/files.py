@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -52,6 +53,31 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+_FROM_THE_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for what is not a regular file: a pipe in a data set would hang its reader, a device never ends.
+
+    Pipes of the shell, `<(...)`, are allowed.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "a directory", str(path))
+    if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and str(path).startswith(_FROM_THE_SHELL)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def read_small(path: str | Path, most: int = 64 << 20) -> bytes:
+    """Content of a regular file of at most `most` bytes, which is one of names or settings. Raises OSError."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most} bytes", str(path))
+    return content
 
 
 def put_in_place(aside: Path, path: Path) -> None:

@@ -23,18 +23,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.finetune import read_class_map
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data import storage
-from umt_fast.data.captions import CaptionError, Source, read_annotations
+from umt_fast.data.captions import CaptionError, Source, read_annotations, read_answers, read_questions
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.index import FORMAT, BadIndex, BadVideo, Limits, Video, VideoList, describe, write_index
+from umt_fast.data.labels import read_classes, read_labelled
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.prepare import CannotPrepare, Recipe, Settings, prepare
 from umt_fast.data.prepare.verify import verify
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import CannotReach, TooLarge
+from umt_fast.data.tokens import Tokenizer
+from umt_fast.errors import RunError
+from umt_fast.run.checkpoint import load_checkpoint
+from umt_fast.weights import read_weights
 
 FAST = Recipe("mjpeg", 16)
 
@@ -256,6 +262,9 @@ def test_a_picture_that_is_postscript_is_refused(tmp_path):
         read_frames(Video(str(tmp_path / "x.png")), lambda count: [0])
 
 
+DEEP = b"[" * 200_000
+
+
 # Captions beside videos, and files that are not files.
 
 
@@ -291,6 +300,57 @@ def test_a_video_that_is_not_a_regular_file(tmp_path, kind, suffix):
         path.symlink_to("/dev/zero")
     with pytest.raises(BadVideo, match="not a regular file"):
         read_frames(Video("/dev/zero" if kind == "device" else str(path)), lambda count: [0])
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "list.csv": read_manifest,
+    "list.json": read_manifest,
+    "index.jsonl": lambda path: read_manifest(str(Path(path).parent)),
+    "s.tar": read_manifest,
+    "labels.csv": read_labelled,
+    "classes.txt": read_classes,
+    "captions.json": lambda path: read_annotations(Source(path)),
+    "captions.csv": lambda path: read_annotations(Source(path)),
+    "captions.db": lambda path: read_annotations(Source(path)),
+    "questions.json": read_questions,
+    "answers.json": read_answers,
+    "list.videos": read_manifest,
+    "vocab.txt": lambda path: Tokenizer.read(Path(path).parent),
+    "map.json": lambda path: read_class_map(path, 2),
+    "w.pth": read_weights,
+    "w.safetensors": read_weights,
+    "config.json": lambda path: read_weights(Path(path).parent),
+    "clips_0000000001.pth": lambda path: load_checkpoint(Path(path)),
+}
+
+
+NAMES_OF_ODD_THINGS = {("list.csv", "deep"), ("classes.txt", "deep")}
+"""A file or a class may have such a name."""
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "device", "deep", "zeros"])
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_data_set_holds_in_place_of_a_file_ends_in_one_error(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(DEEP if kind == "deep" else bytes(1 << 16))
+    one_error = pytest.raises((RunError, OSError))
+    with contextlib.nullcontext() if (name, kind) in NAMES_OF_ODD_THINGS else one_error:
+        READERS[name](str(path))
+
+
+def test_a_virtual_table_is_not_read(tmp_path):
+    """It would run an extension of SQLite on what the file holds."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
+        connection.execute("CREATE VIRTUAL TABLE annos USING fts4(id, path, caption)")
+        connection.commit()
+    with pytest.raises(CaptionError, match="with a table `annos`"):
+        read_annotations(Source(str(tmp_path / "a.db")))
 
 
 # Sizes.
@@ -463,9 +523,6 @@ def test_a_label_of_a_shard_that_is_not_a_number_is_none(tmp_path, film, label):
         tar.addfile(info, io.BytesIO(label))
     (video,) = read_manifest(str(tmp_path / "s.tar"))
     assert video.label is None
-
-
-DEEP = b"[" * 200_000
 
 
 @pytest.mark.parametrize(

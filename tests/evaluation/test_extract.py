@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from umt_fast import ClassifierConfig, VideoClassifier, load_encoder
 from umt_fast.config import DataConfig
@@ -162,3 +164,42 @@ def test_the_probe_command(checkpoint, listing, tmp_path, capsys):
         probe.main(["attentive", *folders])
     with pytest.raises(SystemExit, match=r"cannot read .*none"):
         probe.main(["knn", "--train", f"{tmp_path / 'none'}", "--test", f"{tmp_path / 'f'}"])
+
+
+def _features(**other: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"features": torch.ones(2, 1, 4), "rows": torch.arange(2), "labels": torch.tensor([0, 1])} | other
+
+
+@pytest.mark.parametrize(
+    ("index", "shard", "says"),
+    [
+        ({"shards": 10**15}, {}, "is not a number of files"),
+        ({"shards": "x"}, {}, "is not a number of files"),
+        ({"shards": True}, {}, "is not a number of files"),
+        ({"shards": 2}, {}, "lacks 1 of 2 shards"),
+        ({"classes": "ab"}, {}, "classes is not a list of names"),
+        ({"classes": ["a"]}, {}, "labels from 0 to 1 of 1 classes"),
+        ({}, {"labels": torch.tensor([0, 1 << 40])}, "labels from 0"),
+        ({}, {"labels": torch.tensor([-2, 1])}, "labels from -2"),
+        ({}, {"rows": torch.arange(3)}, "are not 2 integers"),
+        ({}, {"rows": torch.ones(2)}, "are not 2 integers"),
+        ({}, {"features": torch.ones(2, 4)}, r"features of \[2, 4\]"),
+        ({}, {"features": torch.full((2, 1, 4), float("nan"))}, "not finite"),
+        ({}, {"more": torch.ones(1)}, "not features, rows and labels"),
+    ],
+)
+def test_a_folder_of_features_is_not_trusted(tmp_path, index, shard, says):
+    (tmp_path / "features.json").write_text(json.dumps({"shards": 1, "classes": ["a", "b"]} | index))
+    save_file(_features(**shard), shard_path(tmp_path, 0))
+    with pytest.raises(FeaturesError, match=says):
+        read_features(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["features.json", "features_00000.safetensors"])
+def test_a_pipe_in_a_folder_of_features_does_not_hang(tmp_path, name):
+    (tmp_path / "features.json").write_text('{"shards": 1}')
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(FeaturesError, match=r"not a regular file|lacks 1"):
+        read_features(tmp_path)

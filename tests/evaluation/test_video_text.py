@@ -138,7 +138,7 @@ def test_a_folder_is_indexed_once_and_searched(trained, demo_videos, tmp_path, m
     monkeypatch.setattr(search, "build_index", None)
     search.main([*options, "a circle bounces"])
     assert capsys.readouterr().out.splitlines() == lines[:5]
-    index = search.read_index(folder / ".umt-fast-search" / "index.safetensors", "another model")
+    index = search.read_index(folder / ".umt-fast-search" / "index.safetensors", "another model", 8, 8)
     assert index is None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from umt_fast.data.index import BadIndex, VideoList, is_url
-from umt_fast.files import put_in_place
+from umt_fast.files import check_regular, put_in_place
 
 MAPPED_SUFFIX = ".videos"
 _FORMAT = b"umt-fast video list 1\n"
@@ -55,6 +55,7 @@ def write_mapped(videos: VideoList, target: str) -> int:
 def read_mapped(path: str) -> VideoList:
     """The videos of a list that `write_mapped` wrote. Raises BadIndex unless it is one, whole."""
     try:
+        check_regular(path)
         file = np.memmap(path, np.uint8, "r")
         head = bytes(file[:_HEADER])
         counts = json.loads(head[len(_FORMAT) :])

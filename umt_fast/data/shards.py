@@ -15,6 +15,7 @@ from typing import Any
 from umt_fast.config import DataConfig
 from umt_fast.data.index import is_url
 from umt_fast.data.storage import read, url_size
+from umt_fast.files import check_regular
 
 _LONGEST_TEXT = 1 << 20
 """Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
@@ -31,6 +32,8 @@ def list_shard(
     `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is not a tar file.
     """
     remote = is_url(path)
+    if not remote:
+        check_regular(path)
     raw = io.BufferedReader(_Remote(path, read_timeout), _HEADERS_AT_ONCE) if remote else open(path, "rb")  # noqa: SIM115
     rows: list[dict[str, Any]] = []
     beside: dict[str, dict[str, bytes]] = {}

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from umt_fast.config import DataConfig
 from umt_fast.data.index import Video, is_url
 from umt_fast.errors import RunError
+from umt_fast.files import check_regular
 
 T = TypeVar("T")
 
@@ -90,8 +91,10 @@ def read(
     not allowed or needs a package.
     """
     if not is_url(path):
+        check_regular(path)
         with open(path, "rb") as file:
-            file.seek(start)
+            if start:
+                file.seek(start)
             return file.read() if end is None else file.read(end - start)
     if end is not None and end <= start:
         return b""

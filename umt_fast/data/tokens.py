@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from umt_fast.errors import RunError
+from umt_fast.files import read_small
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -63,7 +64,7 @@ class Tokenizer:
         path = Path(path).expanduser()
         path = path / "vocab.txt" if path.is_dir() else path
         try:
-            words = path.read_text("utf-8").split("\n")
+            words = read_small(path).decode().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise BadVocabulary(f"cannot read the vocabulary {path}: {error}") from None
         try:

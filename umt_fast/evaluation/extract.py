@@ -18,10 +18,11 @@ from torch import Tensor
 
 from umt_fast.config import DataConfig
 from umt_fast.data.index import VideoList
+from umt_fast.data.labels import MOST_CLASSES
 from umt_fast.data.loader import ClipLoader
 from umt_fast.errors import RunError
 from umt_fast.evaluation.views import Views, view_stream
-from umt_fast.files import put_in_place, write_whole
+from umt_fast.files import put_in_place, read_small, write_whole
 from umt_fast.models.encoder import VideoEncoder
 from umt_fast.run.world import World
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 INDEX = "features.json"
 NO_LABEL = -1
+_MOST_SHARDS = 1 << 20
 
 
 class FeaturesError(RunError, ValueError):
@@ -178,24 +180,50 @@ def read_features(folder: str | Path) -> Features:
 
     folder = Path(folder).expanduser()
     index = _read_index(folder / INDEX)
-    paths = [shard_path(folder, number) for number in range(int(index.get("shards", 0)))]
-    missing = [path for path in paths if not path.exists()]
-    if missing or not paths:
-        raise FeaturesError(f"{folder} lacks {len(missing)} of {len(paths)} shards; run the extraction again")
-    try:
-        shards = [load_file(path) for path in paths]
-    except (OSError, SafetensorError) as error:
-        raise FeaturesError(f"cannot read a shard of {folder}: {error}") from None
+    count, classes = index.get("shards"), index.get("classes") or []
+    if type(count) is not int or not 0 < count <= _MOST_SHARDS:
+        raise FeaturesError(f"{folder / INDEX}: shards = {str(count)[:30]} is not a number of files")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise FeaturesError(f"{folder / INDEX}: classes is not a list of names")
+    paths = [shard_path(folder, number) for number in range(count)]
+    missing = sum(not path.is_file() for path in paths)
+    if missing:
+        raise FeaturesError(f"{folder} lacks {missing} of {count} shards; run the extraction again")
+    shards = []
+    for path in paths:
+        try:
+            shards.append(_check_shard(load_file(path), len(classes)))
+        except (OSError, SafetensorError, ValueError) as error:
+            raise FeaturesError(f"cannot read {path}: {error}") from None
     shards = [shard for shard in shards if len(shard["rows"])]
     if not shards:
         raise FeaturesError(f"{folder}: none of the videos could be read")
+    shapes = {shard["features"].shape[1:] for shard in shards}
+    if len(shapes) > 1:
+        raise FeaturesError(f"{folder}: its shards hold features of {len(shapes)} shapes")
     features, rows, labels = (torch.cat([shard[key] for shard in shards]) for key in ("features", "rows", "labels"))
-    return Features(features, rows, labels, list(index.get("classes") or []))
+    return Features(features, rows, labels, classes)
+
+
+def _check_shard(shard: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
+    """The tensors of a shard. Raises ValueError for others than an extraction writes."""
+    if shard.keys() != {"features", "rows", "labels"}:
+        raise ValueError(f"it holds {sorted(shard)}, not features, rows and labels")
+    features, rows, labels = shard["features"], shard["rows"], shard["labels"]
+    if features.dim() not in (3, 4) or not features.is_floating_point():
+        raise ValueError(f"features of {list(features.shape)}, {features.dtype}")
+    if any(x.dtype != torch.int64 or x.shape != features.shape[:1] for x in (rows, labels)):
+        raise ValueError(f"rows and labels are not {len(features)} integers")
+    if len(labels) and (int(labels.min()) < NO_LABEL or int(labels.max()) >= (classes or MOST_CLASSES)):
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} of {classes} classes")
+    if not bool(features.isfinite().all()):
+        raise ValueError("its features hold values that are not finite")
+    return shard
 
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         raise FeaturesError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):

@@ -23,7 +23,7 @@ import torch
 
 from umt_fast.data.decode import open_video, read_places
 from umt_fast.data.index import BadVideo, VideoList, is_url
-from umt_fast.data.manifest import read_manifest
+from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.data.pairs import resize_bicubic
 from umt_fast.data.sampling import middle_frames
 from umt_fast.data.tokens import clean_text
@@ -137,11 +137,18 @@ def save_index(path: Path, index: SearchIndex, key: str) -> None:
     put_in_place(aside, path)
 
 
-def read_index(path: Path, key: str) -> SearchIndex | None:
-    """A kept index, if there is one for `key`."""
+def refuse_links(folder: Path) -> None:
+    """Raise SearchError if `folder`, which came with the videos, would lead what is written to another place."""
+    for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+        if path.is_symlink():
+            raise SearchError(f"{path} is a link; remove it, or give --index a folder of your own")
+
+
+def read_index(path: Path, key: str, videos: int, width: int) -> SearchIndex | None:
+    """A kept index, if there is one for `key` that fits a list of so many videos and a joint space of `width`."""
     from safetensors import safe_open
 
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
@@ -150,9 +157,13 @@ def read_index(path: Path, key: str) -> SearchIndex | None:
                 return None
             rows, seconds, vectors = (file.get_tensor(name) for name in ("rows", "seconds", "vectors"))
             bad = [(str(name), str(reason)) for name, reason in json.loads(metadata.get("bad", "[]"))]
+        index = SearchIndex(rows.numpy(), seconds.numpy(), vectors, bad)
+        shapes = [tuple(found.shape) for found in (index.rows, index.seconds, vectors)]
+        fits = shapes == [(len(rows),), (len(rows), 2), (len(rows), width)]
+        fits = fits and bool(vectors.isfinite().all()) and bool(np.isfinite(index.seconds).all())
+        return index if fits and index.rows.min() >= 0 and index.rows.max() < videos else None
     except Exception:  # a damaged file may raise anything in its reader; it is rebuilt
         return None
-    return SearchIndex(rows.numpy(), seconds.numpy(), vectors, bad)
 
 
 def _read_parts(
@@ -219,15 +230,17 @@ def _run(options: argparse.Namespace) -> None:
         raise SearchError(f"--seconds {options.seconds} --count {options.count}: give numbers above 0")
     loaded = load_model(options.checkpoint, options.vocabulary, options.frames, device=options.device)
     videos = read_manifest(options.videos)
+    check_files(videos, options.videos)
     folder = options.index
     if folder is None:
         place = Path(options.videos).expanduser()
         if is_url(options.videos) or not place.exists():
             raise SearchError(f"give --index a folder: {options.videos} is not a local folder or list")
         folder = (place if place.is_dir() else place.parent) / ".umt-fast-search"
+        refuse_links(folder)
     key = json.dumps([loaded.digest, videos.digest(), loaded.model.config.vision.frames, options.seconds])
     path = folder / "index.safetensors"
-    index = read_index(path, key)
+    index = read_index(path, key, len(videos), loaded.model.config.joint_width)
     if index is None:
         print(f"indexing {len(videos)} videos ...", file=sys.stderr)
         index = build_index(loaded, videos, options.seconds)

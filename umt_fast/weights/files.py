@@ -15,6 +15,7 @@ from torch import Tensor
 
 from umt_fast.config import Activation
 from umt_fast.errors import RunError
+from umt_fast.files import read_small
 from umt_fast.weights.torchscript import is_torchscript, read_torchscript, refuse_bomb
 
 T = TypeVar("T")
@@ -290,11 +291,7 @@ def _activation_in(path: Path) -> Activation | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            content = file.read(_LARGEST_JSON + 1)
-        if len(content) > _LARGEST_JSON:
-            raise ValueError(f"larger than {_LARGEST_JSON} bytes")
-        found = json.loads(content)
+        found = json.loads(read_small(path, _LARGEST_JSON))
         if not isinstance(found, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
