@@ -19,12 +19,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali")
 
 from umt_fast.config import DataConfig
 from umt_fast.data import dali_loader as dali
-from umt_fast.data import synthetic
+from umt_fast.data import open_loader, synthetic
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Crop, View
 from umt_fast.data.dali_loader import BatchPlan, BatchPlanDataset, DaliLoader, DaliSupport
@@ -33,6 +34,7 @@ from umt_fast.data.decode.container import Storage
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest, to_rgb
 from umt_fast.data.index import VideoList, describe
 from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
+from umt_fast.data.pairs import IntervalSampling, PairTransform
 
 CPU = torch.device("cpu")
 FRAMES, SIDE = 4, 32
@@ -617,7 +619,7 @@ def test_large_buffers_leave_no_holes(write_video, tmp_path):
     """10 batches leave 5 MB of them; 30 to 100 MB where malloc gives DALI all its memory."""
     path = write_video(tmp_path / "a.avi", "mjpeg", size=(320, 240), frames=16, **MJPEG)
     command = [sys.executable, "-c", HOLES, str(path)]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[3], check=True, capture_output=True, text=True)
+    finished = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
     assert int(finished.stdout) < 10 << 20
 
 
@@ -688,3 +690,71 @@ def test_a_plan_holds_each_visit_once(mixed):
     assert all(len(order.views) == 3 for order in orders)
     for order in orders:
         assert bytes(order.content[:4]) == b"\x1a\x45\xdf\xa3"  # Matroska, each from its beginning
+
+
+# Stage 2: views that torch resizes bicubically, and pictures among the videos.
+
+
+def _pairs(paths: list[str], training: bool, antialias: bool = False, replace: bool = True, **config) -> ClipStream:
+    return ClipStream(
+        VideoList.of_paths(paths),
+        DataConfig(**{"workers": 0, **config}),
+        FRAMES,
+        SIDE,
+        0,
+        sampling=IntervalSampling(FRAMES, training),
+        transform=PairTransform(FRAMES, SIDE, training, antialias),
+        shuffle=training,
+        replace=replace,
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_views_of_stage_2_are_those_of_pyav(mixed, training, antialias):
+    """Random resized crops and flips, or whole frames: resized by torch, so that only chroma differs."""
+    stream = _pairs(mixed, training, antialias)
+    expected, made = (by(stream, batches=3, batch_size=5) for by in (_by_pyav, _by_dali))
+    _assert_alike(made, expected)
+    decoded = [not torch.equal(a.clip, b.clip) for a, b in zip(made, expected, strict=True)]
+    assert all(decoded)  # else DALI had no part in it
+
+
+def test_views_of_exact_frames_are_equal(sample, decode_all):
+    """From 4:4:4, which both decode to the bit."""
+    stream = _pairs([str(sample("vp9_444.webm"))] * 2, training=True)
+    expected, made = (by(stream, batches=4, batch_size=2) for by in (_by_pyav, _by_dali))
+    _assert_same(made, expected)
+    flipped = {BatchPlanDataset(stream, DaliSupport())[[v]].requests[0].views[0].flip for v in range(8)}
+    assert flipped == {False, True}
+
+
+def test_pictures_among_videos_are_left_to_pillow(vp9, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.jpg")
+    said: list[str] = []
+    stream = _pairs([*vp9[:3], str(tmp_path / "picture.jpg")], training=True)
+    made = _by_dali(stream, batches=2, batch_size=4, say=said.append)
+    _assert_alike(made, _by_pyav(stream, batches=2, batch_size=4))
+    assert "1 x pictures" in said[0]
+
+
+def test_a_test_leaves_out_what_cannot_be_read(vp9, tmp_path):
+    """In the workers, and where DALI itself fails."""
+    damaged = tmp_path / "damaged.webm"
+    content = bytearray(Path(vp9[0]).read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    damaged.write_bytes(content)
+    stream = _pairs([vp9[0], "gone.webm", vp9[1], str(damaged), vp9[2]], training=False, replace=False)
+    expected, made = (by(stream, batches=2, batch_size=3, end=5) for by in (_by_pyav, _by_dali))
+    assert [batch.rows for batch in made] == [batch.rows for batch in expected]
+    assert [path for path, _ in _bad(made)] == [path for path, _ in _bad(expected)]
+    for one, other in zip(made, expected, strict=True):
+        assert one.clip.shape == other.clip.shape
+        assert _luma_errors(one.clip, other.clip).max() < 2
+
+
+def test_open_loader_gives_stage_2_to_dali(vp9):
+    stream = _pairs(vp9, training=True, decoder="dali")
+    with open_loader(stream, CPU, lambda text: None, start=0, batches=1, batch_size=2) as loader:
+        assert isinstance(loader, DaliLoader)

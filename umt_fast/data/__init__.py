@@ -19,7 +19,7 @@ __all__ = ["open_loader"]
 def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
     """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `loader.WorkerBatches`.
 
-    A stream that makes more than crops of frames is decoded by PyAV.
+    A stream that makes more than views of frames is decoded by PyAV.
     """
     choice = choose_decoder("pyav" if stream.needs_pyav else stream.config.decoder, device)
     pinned = device.type == "cuda"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from umt_fast.data.sampling import (
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
+    from torch import Tensor
 
 REPLACEMENTS = 20
 """How many other videos are tried in place of an unreadable one."""
@@ -52,6 +53,17 @@ class ClipTransform(Protocol):
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
         """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order the frame sampling asked for;
         they may differ in size, and a frame asked for twice is the same array, so it must not be written to."""
+
+
+@runtime_checkable
+class ViewTransform(ClipTransform, Protocol):
+    """A transform that cuts one view out of all frames and resizes it; DALI can decode and cut for it."""
+
+    def draw_view(self, width: int, height: int, rng: np.random.Generator) -> View:
+        """The part of frames of this size that the clip shows."""
+
+    def resize(self, parts: UInt8[Tensor, "t h w 3"], flip: bool) -> UInt8[Tensor, "t s s 3"]:
+        """The clip of a view that was cut out of its frames already, on any device."""
 
 
 @dataclass
@@ -82,8 +94,8 @@ class ClipStream:
 
     @property
     def needs_pyav(self) -> bool:
-        """Whether its clips are more than crops of frames, which is all that other decoders make."""
-        return self.transform is not None
+        """Whether its clips are more than views of frames, which is all that other decoders make."""
+        return self.transform is not None and not isinstance(self.transform, ViewTransform)
 
     @property
     def clips_per_visit(self) -> int:
@@ -131,6 +143,8 @@ class ClipStream:
 
     def draw_views(self, width: int, height: int, rng: np.random.Generator) -> list[View]:
         """The crop of each of the visit's clips, from frames of this size."""
+        if isinstance(self.transform, ViewTransform):
+            return [self.transform.draw_view(width, height, rng)]
         scales, flip, area = self.config.crop_scales, self.config.flip, self.config.crop_area
         if area is not None:
             return [draw_area_view(width, height, area, flip, rng) for _ in range(self.config.crops_per_clip)]

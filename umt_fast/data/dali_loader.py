@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import nvdec
+from umt_fast.data.decode import IMAGE_SUFFIXES, nvdec
 from umt_fast.data.decode.container import Storage, fetch, look_up
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest
 from umt_fast.data.decode.excerpt import cut_excerpt
-from umt_fast.data.index import Video
+from umt_fast.data.index import Video, suffix_of
 from umt_fast.data.loader import (
     Batch,
     ClipDataset,
@@ -147,7 +147,7 @@ class BatchPlanDataset(Dataset[BatchPlan]):
                 made.append(self._request_or_decode(place, video, rng, held))
 
             found.append(read_visit(self.stream, visit, content, read))
-            if found[-1][0] is None:
+            if found[-1][0] is None and self.stream.replace:
                 break
         requests = [one for one in made if isinstance(one, VisitRequest)]
         decoded = [one for one in made if isinstance(one, DecodedVisit)]
@@ -168,6 +168,8 @@ class BatchPlanDataset(Dataset[BatchPlan]):
         """Raises BadVideo and OSError where PyAV's loader does."""
         if content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
             return self._decode(place, "folders of frames", video, rng, content)
+        if suffix_of(video.member or video.path) in IMAGE_SUFFIXES:
+            return self._decode(place, "pictures", video, rng, content)
         content, _ = fetch(video, content)
         stored = look_up(video, content)
         if reason := self.support.why_not(stored):
@@ -263,7 +265,7 @@ class DaliLoader(Loader):
         if not self._jobs:
             raise StopIteration
         job = self._jobs.popleft()
-        if job.plan.found[-1][0] is None:
+        if self.stream.replace and job.plan.found[-1][0] is None:
             raise nothing_readable(job.plan.found[-1][1])
         batch = self._finish(job)
         self._keep_busy()
@@ -329,7 +331,10 @@ class DaliLoader(Loader):
                     made.append(([request.place], clips.unsqueeze(0)))
         videos = [video for video, _ in found if video is not None]
         bad = [one for _, many in found for one in many]
-        return Batch(self._join(plan, made).flatten(0, 1), videos, bad)
+        joined = self._join(plan, made)
+        if len(videos) < len(found):  # a stream that does not replace leaves out what could not be read
+            joined = joined[[place for place, (video, _) in enumerate(found) if video is not None]]
+        return Batch(joined.flatten(0, 1), videos, bad)
 
     def _decode_alone(
         self, pipeline: DecodingPipeline, request: VisitRequest, plan: BatchPlan
@@ -338,9 +343,11 @@ class DaliLoader(Loader):
             return pipeline.decode(request), plan.found[request.place]
         except DecodeFailed:
             batch = ClipDataset(self.stream)[[plan.visits[request.place]]]
-        if not batch.videos:
+        if batch.videos:
+            return batch.clip, (batch.videos[0], batch.bad)
+        if self.stream.replace:
             raise nothing_readable(batch.bad)
-        return batch.clip, (batch.videos[0], batch.bad)
+        return torch.empty(self.stream.clips_shape, dtype=torch.uint8), (None, batch.bad)
 
     def _join(self, plan: BatchPlan, made: Iterable[tuple[Sequence[int], Tensor]]) -> UInt8[Tensor, "n r t h w 3"]:
         """The clips at their places. Nothing is copied where one group is the batch."""

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from umt_fast.data.crops import View
 from umt_fast.data.sampling import Timeline, interval_frames, middle_frames
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class IntervalSampling:
 
 @dataclass(frozen=True)
 class PairTransform:
-    """A `ClipTransform`: a random resized crop and flip in training, else the whole frame, its aspect not kept.
+    """A `ViewTransform`: a random resized crop and flip in training, else the whole frame, its aspect not kept.
 
     Resized bicubically; as published without antialiasing, which torchvision 0.13 did not do for tensors.
     """
@@ -63,10 +65,21 @@ class PairTransform:
     def shape(self) -> tuple[int, ...]:
         return self.frames, self.side, self.side, 3
 
+    def draw_view(self, width: int, height: int, rng: np.random.Generator) -> View:
+        """The part of frames of this size that the clip shows."""
+        if not self.training:
+            return View(0, 0, width, height, flip=False)
+        top, left, rows, columns = draw_crop(height, width, rng)
+        return View(left, top, columns, rows, bool(rng.random() < self.flip))
+
+    def resize(self, parts: UInt8[Tensor, "t h w 3"], flip: bool) -> UInt8[Tensor, "t s s 3"]:
+        """The clip of a view that was cut out of its frames already, on any device."""
+        return _resize(parts.flip(2) if flip else parts, self.side, self.antialias)
+
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
         height, width = frames[0].shape[:2]
-        top, left, rows, columns = draw_crop(height, width, rng) if self.training else (0, 0, height, width)
-        mirrored = self.training and rng.random() < self.flip
+        view = self.draw_view(width, height, rng)
+        top, left, rows, columns = view.y, view.x, view.height, view.width
         for place, frame in enumerate(frames):
             if frame.shape[:2] != (height, width):  # the video changes its size: the same part of the picture
                 y, x = frame.shape[0] / height, frame.shape[1] / width
@@ -75,16 +88,20 @@ class PairTransform:
                 ]
             else:
                 part = frame[top : top + rows, left : left + columns]
-            out[0, place] = resize_bicubic(part[:, ::-1] if mirrored else part, self.side, self.antialias)
+            out[0, place] = resize_bicubic(part[:, ::-1] if view.flip else part, self.side, self.antialias)
 
 
 def resize_bicubic(frame: UInt8[np.ndarray, "h w 3"], side: int, antialias: bool) -> UInt8[np.ndarray, "s s 3"]:
     """To a square, by torch in float32, rounded: torchvision's resize of a uint8 tensor."""
-    if frame.shape[:2] == (side, side):
-        return frame
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+    return _resize(torch.from_numpy(np.ascontiguousarray(frame))[None], side, antialias)[0].numpy()
+
+
+def _resize(frames: UInt8[Tensor, "t h w 3"], side: int, antialias: bool) -> UInt8[Tensor, "t s s 3"]:
+    if frames.shape[1:3] == (side, side):
+        return frames
+    pixels = frames.permute(0, 3, 1, 2).float()
     resized = F.interpolate(pixels, size=(side, side), mode="bicubic", align_corners=False, antialias=antialias)
-    return resized[0].permute(1, 2, 0).clamp_(0, 255).round_().to(torch.uint8).numpy()
+    return resized.permute(0, 2, 3, 1).clamp_(0, 255).round_().to(torch.uint8)
 
 
 def draw_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

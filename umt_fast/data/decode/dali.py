@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umt_fast.data.clips import ClipStream
+from umt_fast.data.clips import ClipStream, ViewTransform
 from umt_fast.data.crops import View
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ class VisitRequest:
 
 def build_pipeline(stream: ClipStream, device: torch.device, requests: int, threads: int) -> Pipeline:
     """A DALI pipeline that makes uint8 clips [R,T,side,side,3] of each of up to `requests` videos.
+
+    For a stream with a `ViewTransform` it makes the view alone, [T,h,w,3], which the transform resizes with torch:
+    DALI's cubic filter is another one than torch's.
 
     Against PyAV and torch, measured on the CPU (tests/data/test_dali_loader.py):
     - the decoded frames are the same, to the bit where chroma is not subsampled. From 4:2:0, DALI interpolates chroma
@@ -68,17 +71,21 @@ def build_pipeline(stream: ClipStream, device: torch.device, requests: int, thre
         for number in range(stream.config.crops_per_clip):
             corner = fn.external_source(name=f"corner{number}", dtype=types.INT32, ndim=1)
             extent = fn.external_source(name=f"extent{number}", dtype=types.INT32, ndim=1)
-            flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
             part = fn.slice(video, corner, extent, axis_names="HW")
+            if stream.transform is not None:
+                clips.append(part)
+                continue
+            flip = fn.external_source(name=f"flip{number}", dtype=types.INT32, ndim=0)
             part = fn.resize(part, size=(stream.side, stream.side), interp_type=types.INTERP_LINEAR, antialias=True)
             clips.append(fn.flip(part, horizontal=flip))
-        pipeline.set_outputs(fn.coord_transform(fn.stack(*clips), M=colours, dtype=types.UINT8))
+        made = clips[0] if stream.transform is not None else fn.stack(*clips)
+        pipeline.set_outputs(fn.coord_transform(made, M=colours, dtype=types.UINT8))
     pipeline.build()
     return pipeline
 
 
-def _inputs(requests: Sequence[VisitRequest]) -> dict[str, list[np.ndarray]]:
-    """For each request, the inputs that `build_pipeline` names."""
+def _inputs(requests: Sequence[VisitRequest], flips: bool) -> dict[str, list[np.ndarray]]:
+    """For each request, the inputs that `build_pipeline` names; `flips`: whether the pipeline mirrors."""
     inputs = {
         "encoded": [request.content for request in requests],
         "frames": [np.array(request.frames, np.int32) for request in requests],
@@ -88,7 +95,8 @@ def _inputs(requests: Sequence[VisitRequest]) -> dict[str, list[np.ndarray]]:
         views = [request.views[number] for request in requests]
         inputs[f"corner{number}"] = [np.array((view.y, view.x), np.int32) for view in views]
         inputs[f"extent{number}"] = [np.array((view.height, view.width), np.int32) for view in views]
-        inputs[f"flip{number}"] = [np.array(view.flip, np.int32) for view in views]
+        if flips:
+            inputs[f"flip{number}"] = [np.array(view.flip, np.int32) for view in views]
     return inputs
 
 
@@ -129,7 +137,7 @@ class DecodingPipeline:
         if self._pipeline is None:
             self._pipeline = build_pipeline(*self._arguments)
         self._at_work = requests
-        for name, values in _inputs(requests).items():
+        for name, values in _inputs(requests, flips=self._arguments[0].transform is None).items():
             self._pipeline.feed_input(name, values)
         self._pipeline.schedule_run()
 
@@ -140,8 +148,9 @@ class DecodingPipeline:
         DALI reuses the memory. Raises DecodeFailed.
         """
         assert self._pipeline is not None
-        device = self._arguments[1]
+        clip_stream, device = self._arguments[:2]
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        requests = self._at_work
         try:
             (clips,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:
@@ -149,7 +158,12 @@ class DecodingPipeline:
             raise DecodeFailed(str(error)) from None
         finally:
             self._at_work = ()
-        return torch.from_dlpack(clips.as_tensor())
+        if clip_stream.transform is None:
+            return torch.from_dlpack(clips.as_tensor())
+        assert isinstance(clip_stream.transform, ViewTransform)
+        parts = [torch.from_dlpack(part) for part in clips]
+        resize = clip_stream.transform.resize
+        return torch.stack([resize(part, of.views[0].flip) for part, of in zip(parts, requests, strict=True)])[:, None]
 
     def decode(self, request: VisitRequest) -> UInt8[Tensor, "r t h w 3"]:
         """The clips of one request, waited for. Raises DecodeFailed."""
