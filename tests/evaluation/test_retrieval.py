@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import stage2_cases as stage2
+import stage2_reference as reference
 import torch
 
 from umt_fast import VideoTextModel, weights
@@ -117,6 +118,56 @@ def test_recalls_take_the_best_right_answer_and_equal_scores_in_order():
 def test_a_frame_is_a_video(model):
     ids, mask = stage2.some_texts(8)
     assert retrieval.evaluate(model, CLIPS[:, :1], ids, mask, RIGHT).coarse_v2t.shape == (5, 8)
+
+
+class Wrapper(torch.nn.Module):
+    """As DDP holds a model."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_wrapped_models_and_odd_arguments(model):
+    """Numbers of texts as tensors; k above the number of videos; uneven counts; one text of two videos."""
+    ids, mask = stage2.some_texts(8)
+    plain = retrieval.evaluate(model, CLIPS, ids, mask, RIGHT, k=1000)
+    wrapped = Wrapper(model).train()
+    found = retrieval.evaluate(wrapped, CLIPS, ids, mask, [torch.tensor(numbers) for numbers in RIGHT], k=1000)
+    assert wrapped.training
+    assert model.training
+    assert torch.equal(found.rerank_t2v, plain.rerank_t2v)
+    assert found.recalls == plain.recalls
+    assert (found.rerank_v2t > retrieval.NOT_RANKED).all()
+    shared = retrieval.evaluate(model, CLIPS, ids, mask, [[0, 1], [2, 0], [3], [4, 5, 6], [7]])
+    assert torch.equal(shared.coarse_v2t, plain.coarse_v2t)
+    best = shared.coarse_t2v[0].argsort(descending=True)[0]
+    assert (retrieval.best_ranks(shared.coarse_t2v[:1], torch.tensor([[True, True, False, False, False]])) == 0) == (
+        best < 2
+    )
+    choices = retrieval.multiple_choice(Wrapper(model), CLIPS[:4], ids, mask)
+    assert torch.equal(choices, retrieval.multiple_choice(model, CLIPS[:4], ids, mask))
+    with pytest.raises(ValueError, match="k = 0: give the number of candidates"):
+        retrieval.evaluate(model, CLIPS, ids, mask, RIGHT, k=0)
+    with pytest.raises(TypeError, match="Linear is not a VideoTextModel"):
+        retrieval.evaluate(torch.nn.Linear(1, 1), CLIPS, ids, mask, RIGHT)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_scores_are_those_of_a_plain_writing_in_float64(model, frames):
+    ids, mask = stage2.some_texts(8)
+    clips = torch.randn(5, 3, frames, 32, 32)
+    found = retrieval.evaluate(model, clips, ids, mask, RIGHT)
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    seen = [reference.vision(state, model.config, clip.transpose(0, 1).double(), None) for clip in clips]
+    texts = [reference.text(state, model.config, *one) for one in zip(ids, mask, strict=True)]
+    coarse = reference.similarity(state, [pooled for _, pooled, _ in seen], texts, 1.0)
+    assert (found.coarse_v2t - coarse).abs().max() < 2e-6
+    for video, (tokens, _, _) in enumerate(seen):
+        for text in range(8):
+            fused = reference.fuse(state, model.config, texts[text], mask[text], tokens)
+            match = reference.linear(fused[0], state, "itm_head")[1]
+            assert abs(found.rerank_v2t[video, text] - match) < 2e-6
 
 
 @pytest.mark.parametrize(

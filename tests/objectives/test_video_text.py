@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import stage2_cases as stage2
+import stage2_reference as reference
 import torch
 import torch.nn.functional as F
 
@@ -119,6 +120,75 @@ def test_each_loss_has_the_published_value_from_what_goes_into_it(name):
     assert abs(mlm - case["loss.mlm"]) < 1e-5
 
 
+VARIED = {
+    "as recorded": ({}, {}, {}),
+    "texts meet the video at once": ({"fusion_layer": 0}, {}, {}),
+    "one fusion layer": ({"depth": 4, "fusion_layer": 3}, {}, {}),
+    "an image": ({}, {}, {"frames": 1}),
+    "aligned blocks apart": ({}, {"depth": 5, "align_interval": 2}, {"teacher": {"depth": 4, "align_interval": 1.5}}),
+    "one aligned block": ({}, {"align_layers": 1}, {"teacher": {"align_layers": 1}}),
+    "a hot temperature": ({}, {}, {"temperature": 0.8}),
+    "a cold temperature": ({}, {}, {"temperature": 1e-4}),
+    "all match but one": ({}, {}, {"idx": [7, 7, 7, 7, 2]}),
+    "pairs that match": ({}, {}, {"idx": [4, 9, 4, 9, 1]}),
+    "a batch of two": ({}, {}, {"idx": [1, 0]}),
+    "words of one token": ({}, {}, {"length": 1}),
+    "no padding": ({}, {}, {"full": True}),
+    "a resized teacher": ({}, {}, {"teacher": {"image_size": 28, "patch_size": 14, "input_size": 32}}),
+    "fine-tuning": ({}, {"frames": 3}, {"teacher": None}),
+}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", VARIED)
+def test_other_sizes_equal_a_plain_writing_in_float64(name):
+    text, vision, other = VARIED[name]
+    other = dict(other)
+    teacher = other.pop("teacher", {})
+    config = replace(
+        stage2.SMALL,
+        text=replace(stage2.SMALL.text, **text),
+        vision=replace(stage2.SMALL.vision, **vision),
+        teacher=None if teacher is None else replace(stage2.SMALL.teacher, **teacher),
+    )
+    torch.manual_seed(5)
+    model = VideoTextModel(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.temp.data.fill_(other.get("temperature", 0.3))
+    model.load_state_dict(model.state_dict())  # the teacher folds its resize into a kernel when it is loaded
+    idx = torch.tensor(other.get("idx", [0, 1, 2, 3, 4]))
+    batch, frames = len(idx), other.get("frames", config.vision.frames)
+    ids, mask = (x[:, : other.get("length")] for x in stage2.some_texts(batch, 7))
+    if other.get("full"):
+        mask[:] = 1
+        ids[ids == 0] = 6
+    clip = torch.randn(batch, 3, frames, 32, 32)
+    out = video_text_step(model, clip, F.pad(ids, (0, 2)), F.pad(mask, (0, 2)), idx)
+    out.total.backward()
+    state = {key: value.double() for key, value in model.state_dict().items()}
+    state["temp"] = torch.tensor(other.get("temperature", 0.3), dtype=torch.float64)
+    trained = {key for key, value in model.named_parameters() if value.grad is not None}
+    state = {key: value.requires_grad_(key in trained) for key, value in state.items()}
+    draws, length = out.draws, ids.shape[1]
+    words = () if draws.mlm_labels is None else (draws.mlm_input_ids[:, :length], draws.mlm_labels[:, :length])
+    drawn = (draws.visible, draws.negative_videos, draws.negative_texts, *words)
+    expected = reference.step(state, config, clip.transpose(1, 2).double(), ids, mask, idx, *drawn)
+    for loss in (*LOSSES, "total"):
+        assert abs(getattr(out, loss).detach() - expected[loss]) < 1e-5 * max(1, expected[loss]), loss
+    expected["total"].backward()
+    for key, parameter in model.named_parameters():
+        if key in trained and not key.endswith(".key.bias"):  # their gradient is 0
+            wanted = torch.zeros(()) if state[key].grad is None else state[key].grad
+            assert (parameter.grad - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-9, key
+    if draws.visible is not None:
+        for video, shown in zip(clip.transpose(1, 2).double(), draws.visible, strict=True):
+            attention = reference.teacher(state, config, video)[1].detach()
+            found = model.clip_teacher.encode(video.float().transpose(0, 1)[None]).scores[0]
+            assert (found - attention).abs().max() < 1e-6
+            assert (shown[:, 1:] > shown[:, :-1]).all()
+
+
 @pytest.fixture
 def model() -> VideoTextModel:
     model = VideoTextModel(stage2.SMALL)
@@ -178,6 +248,39 @@ def test_fine_tuning_pools_frame_by_frame_and_has_no_alignment_nor_words():
     assert model.vision_encoder(batch()[0]).pooled.shape == (4, 2, 16)
     out.total.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_draws_are_as_long_as_the_texts_and_used_as_given(model):
+    """Padding that is cut off does not shorten them, and words are drawn for it as well, as published."""
+    clip, ids, mask, idx = batch()
+    ids, mask = (F.pad(x[:, :5], (0, 6)) for x in (ids, mask))
+    torch.manual_seed(1)
+    out = video_text_step(model, clip, ids, mask, idx)
+    assert out.draws.mlm_input_ids.shape == out.draws.mlm_labels.shape == ids.shape
+    torch.manual_seed(1)
+    drawn = [torch.full(ids.shape, p).bernoulli().bool() for p in (0.5, 0.8, 0.5)]
+    words = torch.randint(30, ids.shape)
+    assert torch.equal(out.draws.mlm_input_ids, apply_words(ids, *drawn, words, stage2.SMALL.text)[0])
+    as_int32 = replace(out.draws, mlm_labels=out.draws.mlm_labels.int(), visible=out.draws.visible.flip(-1))
+    again = video_text_step(model, clip, ids.int(), mask.bool(), idx.int(), as_int32)
+    assert torch.equal(again.total, out.total)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"negative_videos": torch.tensor([1, 0, 3])}, r"draws.negative_videos has shape \[3\]; give \[4\]"),
+        ({"negative_texts": torch.tensor([1, 0, 3, 4])}, "draws.negative_texts has 4, but the batch has 4 samples"),
+        ({"mlm_labels": None}, "only one of mlm_input_ids and mlm_labels"),
+        ({"mlm_labels": torch.zeros(4, 3).long()}, r"draws.mlm_labels is \[4, 3\]; give \[4, 8\], as input_ids"),
+        ({"visible": torch.zeros(4, 3, 1).long()}, "visible"),
+    ],
+)
+def test_draws_that_do_not_fit_are_named(model, change, says):
+    inputs = batch()
+    draws = video_text_step(model, *inputs).draws
+    with pytest.raises(ValueError, match=says):
+        video_text_step(model, *inputs, replace(draws, **change))
 
 
 def test_a_weight_of_0_leaves_its_loss_out(model):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from umt_fast.models.text import Context, Pairing, cut_padding
-from umt_fast.models.video_text import VideoQaModel, sequence_losses
+from umt_fast.models.video_text import VideoQaModel, bare_video_text, sequence_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -31,7 +31,7 @@ class Ranked:
 
 @torch.no_grad()
 def rank_answers(
-    model: VideoQaModel,
+    model: torch.nn.Module,
     clip: Shaped[Tensor, "b ..."],
     question_ids: Int[Tensor, "b l"],
     question_mask: Int[Tensor, "b l"],
@@ -48,6 +48,11 @@ def rank_answers(
     """
     if first_token not in ("twice", "once"):
         raise ValueError(f"first_token = {first_token!r}; give twice or once")
+    if k < 1:
+        raise ValueError(f"k = {k}: give the number of answers to score in full, 1 or more")
+    model = bare_video_text(model)
+    if not isinstance(model, VideoQaModel):
+        raise TypeError(f"{type(model).__name__} retrieves; it does not answer questions")
     training = model.training
     model.eval()
     try:

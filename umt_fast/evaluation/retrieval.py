@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from umt_fast.models.text import Context, Pairing, cut_padding
-from umt_fast.models.video_text import VideoTextModel
+from umt_fast.models.video_text import VideoTextModel, bare_video_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -59,7 +59,7 @@ class Retrieval:
 
 
 def evaluate(
-    model: VideoTextModel,
+    model: torch.nn.Module,
     clips: Shaped[Tensor, "v ..."] | Iterable[Shaped[Tensor, "b ..."]],
     input_ids: Int[Tensor, "n l"],
     attention_mask: Int[Tensor, "n l"],
@@ -69,6 +69,7 @@ def evaluate(
 ) -> Retrieval:
     """Score `clips` against texts, both ways, without a mask and in evaluation mode.
 
+    model            a VideoTextModel, bare or wrapped.
     clips            all of them, or batches in order: uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W].
     texts_of_videos  for each video the numbers of its texts; several videos may share a text.
     k                candidates that are scored again, at most as many as there are.
@@ -76,9 +77,10 @@ def evaluate(
     In several processes each gets the clips of its own part of the videos, the parts one behind another in the order
     of the ranks, and all texts; the result is the same on all ranks, and the same as in one process.
     """
-    with torch.no_grad(), _evaluating(model):
-        embedded = embed(model, clips, input_ids, attention_mask)
-        return score(model, embedded, texts_of_videos, k, group)
+    own = _bare(model)
+    with torch.no_grad(), evaluating(own):
+        embedded = embed(own, clips, input_ids, attention_mask)
+        return score(own, embedded, texts_of_videos, k, group)
 
 
 def embed(
@@ -125,6 +127,9 @@ def score(
     parts = _gather(embedded.video, group)
     video = torch.cat(parts)
     videos, texts = len(video), len(embedded.text)
+    if k < 1:
+        raise ValueError(f"k = {k}: give the number of candidates to score again, 1 or more")
+    texts_of_videos = [[int(number) for number in numbers] for numbers in texts_of_videos]
     if len(texts_of_videos) != videos:
         raise ValueError(f"texts_of_videos has {len(texts_of_videos)} rows, but there are {videos} videos")
     check_answers(texts_of_videos, texts)
@@ -204,7 +209,7 @@ def check_answers(texts_of_videos: Sequence[Sequence[int]], texts: int) -> None:
 
 @torch.no_grad()
 def multiple_choice(
-    model: VideoTextModel,
+    model: torch.nn.Module,
     clip: Shaped[Tensor, "b ..."],
     input_ids: Int[Tensor, "r l"],
     attention_mask: Int[Tensor, "r l"],
@@ -218,7 +223,8 @@ def multiple_choice(
     if len(input_ids) % len(clip):
         raise ValueError(f"{len(input_ids)} options are not a multiple of {len(clip)} videos")
     options = len(input_ids) // len(clip)
-    with _evaluating(model):
+    model = _bare(model)
+    with evaluating(model):
         tokens, video = model.embed_video(clip)
         hidden, text = model.embed_text(input_ids, attention_mask)
         logits = model.match(hidden, attention_mask, Context(tokens, Pairing(((None, options),))))
@@ -228,6 +234,13 @@ def multiple_choice(
     return match_share * matches + (1 - match_share) * similar.softmax(dim=1)
 
 
+def _bare(model: torch.nn.Module) -> VideoTextModel:
+    own = bare_video_text(model)
+    if not isinstance(own, VideoTextModel):
+        raise TypeError(f"{type(own).__name__} answers questions; it does not retrieve")
+    return own
+
+
 def _best(scores: Float[Tensor, "r c"], k: int) -> Shaped[Tensor, "r c"]:
     """True at the k highest of each row."""
     chosen = scores.topk(min(k, scores.shape[1]), dim=1).indices
@@ -235,7 +248,7 @@ def _best(scores: Float[Tensor, "r c"], k: int) -> Shaped[Tensor, "r c"]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, and the mode from before afterwards."""
     training = model.training
     model.eval()

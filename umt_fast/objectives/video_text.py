@@ -20,7 +20,7 @@ from umt_kernels import cosine_alignment_loss
 from umt_fast import masking
 from umt_fast.config import TextConfig, VideoTextObjective
 from umt_fast.errors import RunError
-from umt_fast.models.text import BertWithHead, Context, Pairing, cut_padding, padding_mask
+from umt_fast.models.text import BertWithHead, Context, Pairing, padding_mask
 from umt_fast.models.video_text import VideoTextModel, bare_video_text
 from umt_fast.objectives.contrast import contrastive_loss, unit_mean
 
@@ -40,7 +40,7 @@ class NoNegatives(RunError, ValueError):
 
 @dataclass
 class Draws:
-    """Random choices of a step, drawn in this order. `video_text_step` draws only those that it is not given."""
+    """Random choices of a step. `video_text_step` draws those that it is not given: the words first, then in order."""
 
     visible: Int[Tensor, "b t n"] | None = None
     """Ascending ids of the visible patches of each frame. None in the result of a model without a teacher."""
@@ -96,11 +96,13 @@ def video_text_step(
         raise TypeError(f"{type(own).__name__} answers questions; its step is `answering_loss`")
     _check(clip, input_ids, attention_mask, idx)
     draws = Draws() if draws is None else replace(draws)
-    input_ids, attention_mask, draws = _cut(input_ids, attention_mask, draws)
+    _check_draws(draws, input_ids)
     if objective.vtm > 0 and (draws.negative_videos is None or draws.negative_texts is None):
         check_negatives(idx)
     if own.config.has_language_head and objective.mlm > 0 and draws.mlm_labels is None:
         draws.mlm_input_ids, draws.mlm_labels = mask_words(input_ids, own.config.text, objective.mlm_probability)
+    length = _used_length(input_ids, attention_mask, draws.mlm_labels, own.config.text.pad_id)
+    input_ids, attention_mask = input_ids[:, :length], attention_mask[:, :length]
     return model(functools.partial(_step, clip, input_ids, attention_mask, idx, draws, objective, generator))
 
 
@@ -138,7 +140,7 @@ def _step(
     # One pass for the texts and, behind them, the same texts with words hidden.
     words, labels = draws.mlm_input_ids, draws.mlm_labels
     fills = words is not None and labels is not None and model.config.has_language_head and objective.mlm > 0
-    ids = [input_ids, words] if fills and words is not None else [input_ids]
+    ids = [input_ids, words[:, : input_ids.shape[1]]] if fills and words is not None else [input_ids]
     mask = padding_mask(attention_mask)
     mask = None if mask is None else mask.to(device)
     both = torch.cat(ids).to(device, non_blocking=True)
@@ -188,7 +190,7 @@ def _step(
         vtm = F.cross_entropy(model.itm_head(first).float(), matches)
     if fills:
         assert labels is not None
-        mlm = _fill_in(model, of_video[:, -1], labels)
+        mlm = _fill_in(model, of_video[:, -1], labels[:, : input_ids.shape[1]])
     return _sum(uta, vtc, vtm, mlm, draws, objective)
 
 
@@ -282,18 +284,22 @@ def apply_words(
 def _fill_in(model: VideoTextModel, hidden: Float[Tensor, "b l h"], labels: Int[Tensor, "b l"]) -> Float[Tensor, ""]:
     """Cross-entropy of the hidden words. Only their tokens go through the head; 0 if there is none."""
     places = (labels.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU if the labels are: nothing waits for the GPU
-    wanted = labels.flatten()[places].to(hidden.device, non_blocking=True)
+    wanted = labels.flatten()[places].long().to(hidden.device, non_blocking=True)
     assert isinstance(model.text_encoder, BertWithHead)
     logits = model.text_encoder.logits(hidden.flatten(0, 1)[places.to(hidden.device, non_blocking=True)])
     return F.cross_entropy(logits.float(), wanted, reduction="sum") / max(len(places), 1)
 
 
-def _cut(input_ids: Tensor, attention_mask: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Draws]:
-    ids, mask = cut_padding(input_ids, attention_mask)
-    length = ids.shape[1]
-    if draws.mlm_input_ids is not None and draws.mlm_labels is not None:
-        draws = replace(draws, mlm_input_ids=draws.mlm_input_ids[:, :length], mlm_labels=draws.mlm_labels[:, :length])
-    return ids, mask, draws
+def _used_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, pad_id: int) -> int:
+    """Columns up to the last one that is more than padding in some text. All of them for tensors on a GPU: reading
+    those would make the host wait."""
+    if input_ids.device.type != "cpu" or attention_mask.device.type != "cpu":
+        return input_ids.shape[1]
+    used = (attention_mask != 0) | (input_ids != pad_id)
+    if labels is not None:
+        used |= labels.cpu() != IGNORED
+    columns = used.any(dim=0).nonzero()
+    return int(columns[-1]) + 1 if len(columns) else 1
 
 
 def _check(clip: Tensor, input_ids: Tensor, attention_mask: Tensor, idx: Tensor) -> None:
@@ -305,3 +311,23 @@ def _check(clip: Tensor, input_ids: Tensor, attention_mask: Tensor, idx: Tensor)
         )
     if idx.shape != (batch,):
         raise ValueError(f"idx has shape {list(idx.shape)}; give [{batch}], a number for each clip")
+
+
+def _check_draws(draws: Draws, input_ids: Tensor) -> None:
+    """Raise ValueError for given draws that do not fit the batch. `visible` is checked where it is used."""
+    batch = len(input_ids)
+    for name in ("negative_videos", "negative_texts"):
+        given = getattr(draws, name)
+        if given is None:
+            continue
+        if given.shape != (batch,):
+            raise ValueError(f"draws.{name} has shape {list(given.shape)}; give [{batch}], a place in the batch each")
+        if given.device.type == "cpu" and not bool(((given >= 0) & (given < batch)).all()):
+            wrong = given[(given < 0) | (given >= batch)]
+            raise ValueError(f"draws.{name} has {int(wrong[0])}, but the batch has {batch} samples")
+    words, labels = draws.mlm_input_ids, draws.mlm_labels
+    if (words is None) != (labels is None):
+        raise ValueError("draws has only one of mlm_input_ids and mlm_labels; give both or neither")
+    for name, one in (("mlm_input_ids", words), ("mlm_labels", labels)):
+        if one is not None and one.shape != input_ids.shape:
+            raise ValueError(f"draws.{name} is {list(one.shape)}; give {list(input_ids.shape)}, as input_ids")
