@@ -13,9 +13,29 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline
-from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
-from umt_fast.config import STUDENTS, TEACHERS, LowPrecisionConfig, MaskConfig, OptimConfig, PretrainConfig
+from umt_fast import (
+    ClipTeacher,
+    StudentConfig,
+    TeacherConfig,
+    TextConfig,
+    VideoQaModel,
+    VideoStudent,
+    VideoTextConfig,
+    VideoTextModel,
+    alignment_step,
+    video_text_step,
+)
+from umt_fast.config import (
+    STUDENTS,
+    TEACHERS,
+    LowPrecisionConfig,
+    MaskConfig,
+    OptimConfig,
+    PretrainConfig,
+    VideoTextObjective,
+)
 from umt_fast.models.attention import load
+from umt_fast.objectives.answering import answering_loss
 from umt_fast.recipe import load_recipe
 from umt_fast.run import costs
 from umt_fast.run.optim import build_optimizer
@@ -52,6 +72,47 @@ def test_lean_flops_are_those_that_are_counted(student_config, teacher_config, m
     with FlopCounterMode(display=False) as counter:
         out.loss.backward()
     assert counted(counter) == expected.student_backward
+
+
+def count_stage2(model, make_loss) -> int:
+    for module in model.modules():
+        if isinstance(module, ClipTeacher):
+            module.set_attention(load("math"), load("math"))
+    model.set_attention(load("math"), load("matmul"))  # the latter has masks too
+    with FlopCounterMode(display=False) as counter:
+        make_loss().backward()
+    return counted(counter)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("weights", [{}, {"uta": 0.0}, {"mlm": 0.0}, {"vtm": 0.0}, {"vtm": 0.0, "mlm": 0.0}])
+def test_a_video_text_step_costs_what_is_counted(weights, frames):
+    """To 1%: projections and the match head are left out."""
+    text = TextConfig(48, 4, 3, 2, 40, 20, 96, cls_id=2, sep_id=3, mask_id=4)
+    model = VideoTextModel(VideoTextConfig(replace(STUDENT, width=48), RESIZED, text, 4))
+    clip = torch.randint(0, 256, (3, frames, 64, 64, 3), dtype=torch.uint8)
+    mask = (torch.arange(12) < torch.tensor([[9], [4], [7]])).long()
+    objective = VideoTextObjective(**weights, mlm_probability=1.0)  # all words are hidden: no chance
+
+    def make_loss() -> Tensor:
+        return video_text_step(model, clip, 5 * mask, mask, torch.arange(3), objective=objective).total
+
+    found = costs.video_text_flops(model.config, objective, 3, frames, 9, int(mask.sum()))
+    assert found == pytest.approx(count_stage2(model, make_loss), rel=0.01)
+
+
+def test_answering_costs_what_is_counted():
+    text = TextConfig(48, 4, 3, 2, 40, 20, 96, cls_id=2, sep_id=3, mask_id=4)
+    model = VideoQaModel(VideoTextConfig(replace(STUDENT, width=48), None, text))
+    clip = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    question, answer = torch.ones(2, 8).long(), torch.ones(5, 4).long()
+
+    def make_loss() -> Tensor:
+        counts, weights = torch.tensor([2, 3]), torch.ones(5)
+        return answering_loss(model, clip, question, question, answer, answer, counts, weights)
+
+    found = costs.answering_flops(model.config, 2, 3, 5, 8, 4)
+    assert found == pytest.approx(count_stage2(model, make_loss), rel=0.01)
 
 
 @pytest.mark.parametrize(("student_config", "teacher_config"), CASES)

@@ -6,7 +6,7 @@ is under 1% and bound by memory. `torch.utils.flop_counter` agrees with these fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from umt_fast import masking
 from umt_fast.config import (
@@ -16,7 +16,10 @@ from umt_fast.config import (
     Recompute,
     StudentConfig,
     TeacherConfig,
+    TextConfig,
     VideoMaeConfig,
+    VideoTextConfig,
+    VideoTextObjective,
 )
 
 GIB = 2**30
@@ -48,9 +51,13 @@ def _block(tokens: int, width: int) -> int:
     return _rows(tokens, tokens, width) + 2 * tokens * width * 2 * width
 
 
+def _embedding(config: StudentConfig, tokens: int) -> int:
+    return 2 * tokens * config.width * 3 * config.tubelet_size * config.patch_size**2
+
+
 def _student(config: StudentConfig, seen: int, embedded: int) -> tuple[int, int]:
     """Forward and backward of one sample; `embedded` tokens go through the patch embedding."""
-    patch = 2 * embedded * config.width * 3 * config.tubelet_size * config.patch_size**2
+    patch = _embedding(config, embedded)
     blocks = config.depth * _block(seen, config.width)
     heads = config.align_layers * 2 * seen * config.width * config.target_width
     return patch + blocks + heads, patch + 2 * (blocks + heads)  # pixels get no gradient
@@ -85,6 +92,70 @@ def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, 
     heads = 2 * visible * config.width * config.decoder_width + 2 * scored * config.decoder_width * outputs
     forward = encoder + decoder + heads
     return Flops(0, clips * (patch + forward), clips * (patch + 2 * forward))  # pixels get no gradient
+
+
+def _text_layer(text: TextConfig, length: int) -> int:
+    """A BERT layer for one text: projections and MLP, then attention of its words to each other."""
+    return 2 * length * (4 * text.width**2 + 2 * text.width * text.mlp_width) + 4 * length**2 * text.width
+
+
+def _cross_attention(text: TextConfig, length: int, keys: int) -> int:
+    """Cross-attention of one text, without the projection of the keys and values."""
+    return 4 * length * text.width**2 + 4 * length * keys * text.width
+
+
+def text_flops(
+    config: VideoTextConfig, samples: int, length: int, seen: int, words: float, matches: bool = True
+) -> int:
+    """Forward pass of stage 2's text side for `samples` texts of `length` tokens, `seen` visible tokens per video.
+
+    `words` is how many hidden words are filled in; 0: that pass is left out, as in fine-tuning. `matches` is whether
+    VTM's three pairs of each sample go through the fusion layers.
+    """
+    text = config.text
+    fusion, fills = text.depth - text.fusion_layer, words > 0
+    layer, cross = _text_layer(text, length), _cross_attention(text, length, seen)
+    pairs = samples * (3 * matches + fills)
+    fused = pairs * (layer + cross) + (samples * 4 * seen * config.vision.width * text.width if pairs else 0)
+    head = round(words * 2 * text.width * (text.width + text.vocab_size))
+    return samples * (1 + fills) * text.fusion_layer * layer + fusion * fused + head
+
+
+def video_text_flops(
+    config: VideoTextConfig, objective: VideoTextObjective, clips: int, frames: int, length: int, tokens: int
+) -> int:
+    """Forward and backward pass of stage 2 on clips of `frames` frames, whose longest text has `length` tokens.
+
+    `tokens` is the number of tokens of all texts, of which MLM hides a share. An image is a clip of one frame.
+    """
+    vision = replace(config.vision, frames=frames)
+    seen, teacher, embedding = frames * vision.patches, 0, _embedding(vision, frames * vision.patches)
+    video = embedding + vision.depth * _block(seen, vision.width)
+    if config.teacher is not None and objective.uta > 0:
+        ratio = objective.image_mask_ratio if frames == 1 else objective.video_mask_ratio
+        seen = frames * masking.count_visible(vision.patches, ratio)
+        flops = lean_flops(vision, config.teacher, 1, seen)
+        teacher, video, embedding = flops.teacher, flops.student_forward, _embedding(vision, seen)
+    fills = objective.mlm > 0 and config.has_language_head
+    words = objective.mlm_probability * max(tokens - clips, 0) if fills else 0  # [CLS] is never hidden
+    text = text_flops(config, clips, length, seen, words, objective.vtm > 0)
+    return clips * (teacher + 3 * video - embedding) + 3 * text  # pixels get no gradient
+
+
+def answering_flops(
+    config: VideoTextConfig, clips: int, frames: int, answers: int, length: int, answer_length: int
+) -> int:
+    """Forward and backward pass of question answering; `length` is of the longest question, in tokens."""
+    vision, text = replace(config.vision, frames=frames), config.text
+    seen, fusion = frames * vision.patches, text.depth - text.fusion_layer
+    embedding = _embedding(vision, seen)
+    video = embedding + vision.depth * _block(seen, vision.width)
+    keys = 4 * seen * vision.width * text.width
+    question = text.depth * _text_layer(text, length) + fusion * (_cross_attention(text, length, seen) + keys)
+    answer = _text_layer(text, answer_length) + _cross_attention(text, answer_length, length)
+    head = answer_length * 2 * text.width * (text.width + text.vocab_size)
+    decoder = answers * (fusion * answer + head) + clips * fusion * 4 * length * vision.width * text.width
+    return clips * (3 * video - embedding) + 3 * (clips * question + decoder)
 
 
 def published_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int) -> Flops:

@@ -216,6 +216,7 @@ class RunLog:
         self._write(line)
         shown = {"loss": f"{line['loss']:.4f}", "lr": f"{line['lr']:.2e}"} if "lr" in line else {}
         shown |= {"ms": f"{line['step_ms']:.4g}", "clips/s": f"{line['clips_per_second']:.1f}"}
+        shown |= {key.replace("_", " "): f"{value:.4g}" for key, value in values.items() if key.endswith("_ms")}
         if "mfu" in line:
             shown["MFU"] = f"{line['mfu']:.1%}"
         shown |= {"peak GiB": f"{line['peak_gib']:.2f}", "data stall": f"{stall:.1%}"}
