@@ -20,12 +20,13 @@ demo-finetune: .venv/.run ## fine-tune from random weights and from the demo's e
 	rm -rf runs/demo-finetune
 	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
 
-# From the stage-1 checkpoint of `make demo`, if there is one.
+# From the stage-1 checkpoint of `make demo`, which it makes if there is none.
 demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, test retrieval; results in runs/demo-text
+	ls runs/demo/checkpoints/*.pth >/dev/null 2>&1 || $(MAKE) demo
 	rm -rf runs/demo-text runs/demo-text-retrieval
 	$(BIN)/python -m umt_fast.data.synthetic runs/demo-text-videos --captions
 	$(BIN)/python -m train.stage2 --recipe tiny --run.name demo-text --data.videos runs/demo-text-videos/train.json \
-		$(addprefix --init ,$(lastword $(sort $(wildcard runs/demo/checkpoints/*.pth))))
+		--init "$$(ls runs/demo/checkpoints/*.pth | tail -1)"
 	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --k 12 \
 		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
 

@@ -16,20 +16,23 @@ import tyro
 
 import umt_fast
 from umt_fast.config import ComputeConfig, ConfigError, DataConfig, RunConfig
+from umt_fast.config.base import check_at_least
 from umt_fast.data.captions import check_files, read_answers, read_questions, read_retrieval
 from umt_fast.data.index import VideoList
 from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import FirstToken
 from umt_fast.evaluation.retrieval import PUBLISHED_K
-from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model, section_of
 from umt_fast.files import write_whole
 from umt_fast.models import attention
 from umt_fast.run import launch
 from umt_fast.run.hardware import in_use, resolve_precision
 from umt_fast.run.log import say
 from umt_fast.run.world import World
-from umt_fast.weights import read_model
+from umt_fast.weights import WeightsError, read_model
 
+KEPT = frozenset(("max_words", "max_answer_words", "join_captions", "max_seconds", "antialias"))
+"""Settings of the data that a test shares with the training, unless it is given others."""
 VideoTextTestJob = Literal["retrieval", "multiple_choice", "qa"]
 
 
@@ -49,6 +52,10 @@ class TestDataConfig(DataConfig):
     max_seconds: float | None = None
     """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
     antialias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, "data", max_words=3, max_answer_words=3, max_seconds=0)
 
     __test__ = False  # pytest would collect it where it is imported
 
@@ -88,13 +95,13 @@ def read_settings(arguments: list[str]) -> VideoTextTestConfig:
     checkpoint = next((arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag == "--checkpoint"), "")
     default = VideoTextTestConfig()
     if checkpoint:
-        trained = read_model(checkpoint)[1].get("data", {})
-        kept = {
-            name: trained[name]
-            for name in ("max_words", "join_captions", "max_seconds", "antialias")
-            if name in trained
-        }
-        default = VideoTextTestConfig(data=TestDataConfig(**kept))
+        trained = section_of(read_model(checkpoint)[1], "data")
+        try:
+            default = VideoTextTestConfig(
+                data=TestDataConfig(**{name: trained[name] for name in KEPT & trained.keys()})
+            )
+        except TypeError as error:
+            raise WeightsError(f"{checkpoint}: its data settings cannot be used: {error}") from None
     config = tyro.cli(VideoTextTestConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
     if not config.checkpoint or not config.data.test:
         raise ConfigError("give --checkpoint a stage-2 model and --data.test a list")
@@ -112,7 +119,7 @@ def evaluate(config: VideoTextTestConfig, world: World) -> bool:
         loaded.model.set_attention(backend, backend)
     vision = loaded.model.config.vision
     if world.main:
-        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, "pyav").items())
+        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
         say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
         say(f"{config.job}: {vision.frames} frames of {vision.image_size} px, {config.checkpoint}")
     data = config.data
@@ -144,7 +151,7 @@ def choose(
     questions = report.read_choices(config.data.test)
     check_files(VideoList.of_paths(question.path for question in questions), [(config.data.test, 0)])
     chosen, bad = report.choose_options(loaded, questions, settings, config.data)
-    right = 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
+    right = report.choice_accuracy(chosen, questions)
     write(config, world, {"accuracy": round(right, 2), "chosen": chosen})
     return [f"accuracy {right:.2f} of {len(questions)} videos"], bad
 

@@ -6,120 +6,32 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from stage2_runs import WORDS, Runner, assert_equal, last_checkpoint
 
 pytest.importorskip("av")
 
-from train import stage2
+from train import stage2, stage2_data
 from umt_fast import weights
-from umt_fast.config import CaptionDataConfig, ComputeConfig, ConfigError, JointConfig, OptimConfig, Stage2Config
+from umt_fast.config import (
+    CaptionDataConfig,
+    ComputeConfig,
+    ConfigError,
+    JointConfig,
+    OptimConfig,
+    Stage2Config,
+    TextConfig,
+)
+from umt_fast.data import open_loader
+from umt_fast.data.tokens import Tokenizer, make_vocabulary
 from umt_fast.evaluation.video_text import load_model
 from umt_fast.recipe import load_recipe
 from umt_fast.run.stop import EXIT_STOPPED
-
-ROOT = Path(__file__).parents[2]
-WORDS = ("a", "red", "blue", "circle", "square", "star", "that", "spins", "orbits", "bounces")
-
-SMALL = """
-bert = "random"
-teacher_weights = "random"
-[student]
-image_size = 32
-frames = 2
-width = 16
-depth = 2
-heads = 2
-drop_path = 0.2
-align_layers = 2
-target_width = 8
-[teacher]
-image_size = 32
-width = 16
-depth = 2
-heads = 2
-align_layers = 2
-target_width = 8
-[text]
-width = 16
-depth = 3
-heads = 2
-fusion_layer = 1
-vocab_size = 80
-max_positions = 40
-mlp_width = 32
-dropout = 0.1
-[joint]
-width = 8
-[data]
-workers = 0
-max_words = 10
-[optim]
-epochs = 2
-warmup_epochs = 1
-batch_size = 2
-lr = 1e-3
-min_lr = 1e-5
-betas = [0.9, 0.999]
-[compute]
-precision = "fp32"
-attention = "sdpa"
-[run]
-device = "cpu"
-log_every = 1
-"""
-
-
-class Runner:
-    """Runs train.stage2 on the small recipe with lists of eight videos and six pictures."""
-
-    def __init__(self, folder: Path, videos: Path) -> None:
-        self.folder = folder
-        (folder / "small.toml").write_text(SMALL)
-        self.paths = [line.split(",")[0] for line in videos.read_text().splitlines()]
-        self.videos = self.list_of("videos.json", "video", self.paths)
-        pictures = []
-        for number in range(6):
-            pictures.append(str(folder / f"{number}.png"))
-            pixels = np.random.default_rng(number).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(pictures[-1])
-        self.images = self.list_of("images.json", "image", pictures)
-
-    def list_of(self, name: str, kind: str, paths: list[str], **more: object) -> str:
-        rng = np.random.default_rng(len(name))
-        entries = [{kind: path, "caption": " ".join(rng.choice(WORDS, 4)), **more} for path in paths]
-        (self.folder / name).write_text(json.dumps(entries))
-        return str(self.folder / name)
-
-    def arguments(self, name: str, *options: str, images: bool = True) -> list[str]:
-        lists = ["--data.videos", self.videos, *(("--data.images", self.images) if images else ())]
-        recipe = ["--recipe", str(self.folder / "small.toml"), "--run.dir", str(self.folder), "--run.name", name]
-        return [*recipe, *lists, *options]
-
-    def run(self, name: str, *options: str, images: bool = True) -> Path:
-        stage2.main(self.arguments(name, *options, images=images))
-        return self.folder / name
-
-    def run_two(self, name: str, *options: str) -> Path:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.stage2"]
-        done = subprocess.run(
-            [sys.executable, *command, *self.arguments(name, *options)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
-        return self.folder / name
 
 
 @pytest.fixture(scope="module")
@@ -131,25 +43,6 @@ def runner(tmp_path_factory, demo_videos) -> Runner:
 def whole(runner, one_thread) -> Path:
     """A whole run: two epochs of 4 batches of videos and 3 of pictures."""
     return runner.run("whole")
-
-
-def last_checkpoint(folder: Path) -> dict:
-    return torch.load(max((folder / "checkpoints").glob("*.pth")), weights_only=True)
-
-
-def assert_equal(one, two, where=""):
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_equal(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, list):
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_equal(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    else:
-        assert one == two, where
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -165,6 +58,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(runner, whole):
     assert losses[0] == losses[1]
 
 
+def test_two_processes_train_with_losses_left_out(runner):
+    """DDP waits for a gradient of every parameter that is not frozen."""
+    folder = runner.run_two("left_out", "--objective.mlm", "0", "--objective.uta", "0", "--optim.epochs", "1")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert len(metrics) == 3
+    assert all(line["mlm"] == line["uta"] == 0 < line["vtm"] for line in metrics)
+
+
 def test_two_processes_go_on_to_the_same_bits(runner):
     """And within an epoch: it has 2 batches of videos and 1 of pictures."""
     expected = last_checkpoint(runner.run_two("two"))
@@ -176,14 +77,14 @@ def test_two_processes_go_on_to_the_same_bits(runner):
 
 
 def test_kinds_alternate_and_every_list_is_walked_once_an_epoch():
-    plan = stage2.Alternation({"image": 3, "video": 5}, seed=1)
+    plan = stage2_data.Alternation({"image": 3, "video": 5}, seed=1)
     kinds = [plan.kind(step) for step in range(80)]
     for epoch in range(10):
         assert kinds[8 * epoch : 8 * epoch + 8].count("image") == 3
     assert len({tuple(kinds[8 * epoch : 8 * epoch + 8]) for epoch in range(10)}) > 5
     for step in range(80):
         assert plan.count("video", step) == kinds[:step].count("video")
-    assert stage2.Alternation({"image": 0, "video": 2}, 0).kind(1) == "video"
+    assert stage2_data.Alternation({"image": 0, "video": 2}, 0).kind(1) == "video"
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -261,6 +162,70 @@ def test_broken_and_missing_files_are_replaced_and_named(runner):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("job", ["pretrain", "retrieval"])
+@pytest.mark.usefixtures("one_thread")
+def test_a_batch_whose_samples_all_match_trains_on_the_other_losses(runner, whole, job, capsys):
+    """As the same video is drawn for every place of a batch, or all are captions of one."""
+    listed = runner.list_of("same.json", "video", runner.paths[:1] * 4)
+    start = () if job == "pretrain" else ("--init", str(max((whole / "checkpoints").glob("*.pth"))))
+    options = ("--job", job, "--data.videos", listed, "--optim.epochs", "1", *start)
+    if job == "pretrain":  # there rows of two lists have one number
+        one = runner.list_of("one.json", "video", runner.paths[:1])
+        options = ("--job", job, "--data.videos", one, one, "--optim.epochs", "1")
+    folder = runner.run(f"same_{job}", *options, images=False)
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert metrics[0]["vtm"] == 0
+    assert metrics[0]["vtc"] > 0
+    assert "samples of a batch match each other" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_replaced_video_keeps_its_caption_and_in_retrieval_its_number(runner):
+    """The published behaviour and its alternative, on batches of which one video was replaced."""
+    from train import stage2_objective
+    from umt_fast.recipe import load_recipe
+
+    recipe = load_recipe(Stage2Config, runner.folder / "small.toml")
+    listed = runner.list_of("replaced.json", "video", [*runner.paths[:3], "gone.mp4"])
+    seen = []
+
+    def record(model, clip, ids, mask, idx, objective):
+        seen.append((idx.tolist(), ids))
+        raise InterruptedError
+
+    for job, captions in (("pretrain", "published"), ("retrieval", "published"), ("pretrain", "replacement")):
+        data = replace(recipe.data, videos=(listed,), replaced_captions=captions)
+        config = replace(recipe, job=job, data=data, optim=replace(recipe.optim, batch_size=4))
+        lists, _ = stage2_data.read_lists(config)
+        tokenizer = Tokenizer(make_vocabulary(WORDS))
+        streams = {"video": stage2_data.make_stream(config, "video", lists["video"].videos)}
+        with open_loader(streams["video"], torch.device("cpu"), start=0, batches=1, batch_size=4) as loader:
+            batch = next(loader)
+        model = torch.nn.Linear(1, 1)
+        objective = stage2_objective.make_objective(config, model, tokenizer, lists, streams, False, print)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage2_objective, "video_text_step", record)
+            with pytest.raises(InterruptedError):
+                objective("video", batch)
+        asked = [next(streams["video"].attempts(visit))[0] for visit in batch.visits]
+        assert asked != batch.rows
+        videos = lists["video"].videos
+        shown = [videos[row].caption for row in (asked if captions == "published" else batch.rows)]
+        assert torch.equal(seen[-1][1], tokenizer(shown, config.data.max_words)[0])
+        assert seen[-1][0] == (asked if job == "retrieval" else batch.rows)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_log_has_time_and_mfu_of_each_kind(whole, runner, capsys):
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    assert all(line["mfu"] > 0 and line["step_ms"] > 0 for line in metrics)
+    folder = runner.run("kinds", "--run.log-every", "7", "--optim.epochs", "1")
+    (line,) = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert line["image_ms"] > 0
+    assert line["video_mfu"] > 0
+    assert "image ms" in capsys.readouterr().out
+
+
 def test_captions_of_any_length_are_taken(runner):
     texts = ["", "word " * 10_000, "?!,.", "\U0001f600 \u4e2d", *["a star"] * 4]
     entries = [{"video": path, "caption": text} for path, text in zip(runner.paths, texts, strict=True)]
@@ -281,6 +246,7 @@ def test_captions_of_any_length_are_taken(runner):
         (["--vocabulary", "none.txt"], "cannot read the vocabulary none.txt"),
         (["--bert", "/no/such/bert"], "no folder /no/such/bert"),
         (["--dry-run"], "--dry-run is for train.pretrain"),
+        (["--data.videos", "gone.json=/no/such/root"], "cannot read gone.json"),
     ],
 )
 def test_settings_that_cannot_run_end_with_a_one_line_error(runner, options, says):
@@ -295,6 +261,7 @@ def test_settings_that_cannot_run_end_with_a_one_line_error(runner, options, say
         ({"compute": ComputeConfig(parallel="fsdp")}, "stage 2 trains with ddp"),
         ({"optim": OptimConfig(batch_size=1)}, "optim.batch_size = 1: matching needs negatives; use 2 or more"),
         ({"joint": JointConfig(width=0)}, "joint_width = 0 is not 1 or more"),
+        ({"text": TextConfig(max_positions=31)}, "data.max_words = 32, but the text encoder has 31 positions"),
     ],
 )
 def test_settings_that_cannot_be_are_named(changes, says):

@@ -180,6 +180,12 @@ class CaptionDataConfig(DataConfig):
     """Lists of pictures."""
     videos: tuple[str, ...] = ()
     """Lists of videos; in fine-tuning pictures may be among them."""
+    validation: str = ""
+    """LIST or LIST=ROOT that is tested after every epoch; a fine-tuning keeps its best weights in best.pth."""
+    validation_job: Literal["retrieval", "multiple_choice"] = "retrieval"
+    """Content of the validation list; in question answering it always holds questions."""
+    answers: str = ""
+    """Questions: a JSON list of the answers that validation chooses from."""
     identity: Literal["published", "distinct"] = "published"
     """published: rows of different lists with one place count as the same sample; distinct: they do not."""
     replaced_captions: Literal["published", "replacement"] = "published"

@@ -119,6 +119,12 @@ class Stage2Config:
         _ = self.video_text  # checks the sizes
         if self.job != "qa" and self.optim.batch_size < 2 and self.objective.vtm > 0:
             raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: matching needs negatives; use 2 or more")
+        for name in ("max_words", "max_answer_words"):
+            if getattr(self.data, name) > self.text.max_positions:
+                raise ConfigError(
+                    f"data.{name} = {getattr(self.data, name)}, but the text encoder has {self.text.max_positions} "
+                    "positions (text.max_positions)"
+                )
         if self.compute.cuda_graph:
             raise ConfigError("compute.cuda_graph is for stage 1: here the length of the texts differs between batches")
         if self.compute.parallel != "ddp":

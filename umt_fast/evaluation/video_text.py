@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from umt_fast.config import ConfigError, DataConfig, StudentConfig, TextConfig, VideoTextConfig
+from umt_fast.config import DataConfig, StudentConfig, TextConfig, VideoTextConfig
 from umt_fast.data import open_loader
 from umt_fast.data.captions import RetrievalSet
 from umt_fast.data.clips import ClipStream
@@ -70,7 +70,7 @@ def load_model(
             f"no vocabulary for {path}: looked for {', '.join(map(str, found))}; give --vocabulary a vocab.txt or the "
             "folder of the BERT that it was trained from"
         )
-    tokenizer = Tokenizer.read(known, closing_sep=bool(settings.get("data", {}).get("closing_sep", False)))
+    tokenizer = Tokenizer.read(known, closing_sep=bool(section_of(settings, "data").get("closing_sep", False)))
     if len(tokenizer.vocabulary) != config.text.vocab_size:
         raise WeightsError(
             f"{known} has {len(tokenizer.vocabulary)} words, but the model {path} has {config.text.vocab_size}"
@@ -96,7 +96,7 @@ def infer_config(
         raise WeightsError(f"{source} is not a stage-2 model: it has no {error.args[0]}") from None
     width, _, _, patch, _ = kernel.shape
     text_width = words.shape[1]
-    vision, text = settings.get("student", {}), settings.get("text", {})
+    vision, text = section_of(settings, "student"), section_of(settings, "text")
     layers = _numbers(state, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.output")
     fusion = _numbers(state, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\.crossattention")
     if not fusion:
@@ -128,10 +128,16 @@ def infer_config(
                 **special,
             ),
             joint_width=len(state["vision_proj.weight"]) if "vision_proj.weight" in state else 1,
-            position_frames=settings.get("joint", {}).get("position_frames"),
+            position_frames=section_of(settings, "joint").get("position_frames"),
         )
-    except (ConfigError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{source}: {error}") from None
+
+
+def section_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings in a file; empty if the file, which others may have written, has none."""
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _numbers(state: TensorDict, pattern: str) -> set[int]:

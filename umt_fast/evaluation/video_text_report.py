@@ -194,6 +194,11 @@ def choose_options(
     return everything, [file for part in _gather(bad) for file in part]
 
 
+def choice_accuracy(chosen: dict[int, int], questions: Sequence[Choices]) -> float:
+    """In percent; a video that could not be read counts as wrong."""
+    return 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
+
+
 def _batches(loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data: DataConfig) -> Iterator[Batch]:
     """Clips of this rank's part of a list, in order; unreadable videos are left out."""
     rank, world_size = _place()

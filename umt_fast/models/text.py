@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from umt_fast.config import Recompute, TextConfig
+from umt_fast.errors import RunError
 from umt_fast.models.attention import SDPA, Backend, attention
 from umt_fast.models.recompute import RUN_BLOCK
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
+
+
+class TextTooLong(RunError, ValueError):
+    """A text with more tokens than the text encoder has positions."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Embeddings(nn.Module):
     def forward(self, input_ids: Int[Tensor, "r l"]) -> Float[Tensor, "r l h"]:
         length, limit = input_ids.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
-            raise ValueError(f"a text has {length} tokens, but this text encoder has {limit} positions")
+            raise TextTooLong(f"a text has {length} tokens, but this text encoder has {limit} positions")
         fixed = self.position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + fixed))
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from umt_kernels import gather_layer_norm
 
-from umt_fast.config import Recompute, TextConfig, VideoTextConfig
+from umt_fast.config import ConfigError, Recompute, TextConfig, VideoTextConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import AlignmentHead, NormedTransformer, Predictions
@@ -128,6 +128,13 @@ class _VideoAndText(nn.Module):
             if isinstance(module, Bert):
                 module.set_recompute(text)
 
+    def compile_text(self, **options: Any) -> None:
+        """Compile every text layer by itself, for texts of any number and length; options are torch.compile's."""
+        for module in self.modules():
+            if isinstance(module, Bert):
+                for layer in module.encoder.layer:
+                    layer.compile(dynamic=True, **options)
+
     def forward(self, step: Callable[[nn.Module], T]) -> T:
         """`step(self)`: what a wrapper (DDP) must see as one call of the model goes through here."""
         return step(self)
@@ -137,7 +144,7 @@ class VideoTextModel(_VideoAndText):
     """Video encoder, text encoder, their projections, the match head and the temperature.
 
     With a teacher it is the model of pre-training; without, that of retrieval, which has no alignment heads and, unless
-    asked for, no language head. A new teacher is random; `umt_fast.checkpoint.load_clip_teacher` gives it weights.
+    asked for, no language head. A new teacher is random; `umt_fast.weights.load_clip_teacher` gives it weights.
     """
 
     def __init__(self, config: VideoTextConfig) -> None:
@@ -189,7 +196,7 @@ class VideoQaModel(_VideoAndText):
         super().__init__()
         vision, text = config.vision, config.text
         if vision.width != text.width:
-            raise ValueError(f"vision.width = {vision.width} and text.width = {text.width} must be equal to answer")
+            raise ConfigError(f"vision.width = {vision.width} and text.width = {text.width} must be equal to answer")
         self.config = config = replace(config, teacher=None)
         self.clip_teacher = None
         self.vision_encoder = VisionEncoder(config, pools=False)

@@ -18,6 +18,7 @@ from umt_fast.models import attention
 from umt_fast.models.attention import Backend
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import VideoStudent
+from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.run import attention_choice
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.low_precision import lower_precision, lower_student_precision
@@ -125,3 +126,17 @@ def compile_models(
     student.compile(**options)
     teacher.encode = torch.compile(teacher.encode, **options)  # type: ignore[method-assign, call-overload]
     teacher.targets = torch.compile(teacher.targets, **options)  # type: ignore[method-assign, call-overload]
+
+
+def compile_video_text(model: VideoTextModel | VideoQaModel, backend: str = "inductor") -> None:
+    """Compile the video encoder, the teacher and each text layer. Their keys stay as they are.
+
+    Clips have one shape for each kind of batch, and one more in evaluation, each with a graph of its own. Texts differ
+    in length from batch to batch, so the graphs of their layers are for any length.
+    """
+    model.vision_encoder.compile(backend=backend)
+    model.compile_text(backend=backend)
+    teacher = model.clip_teacher
+    if teacher is not None:
+        teacher.encode = torch.compile(teacher.encode, backend=backend)  # type: ignore[method-assign]
+        teacher.targets = torch.compile(teacher.targets, backend=backend)  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """Stage 2 on a batch of videos with captions: four losses, backward, optimiser.
 
 Stochastic depth and dropout are off on every rung: all must give the same losses, which are compared before anything is
-timed. Texts have 6 to 20 tokens, as captions of WebVid have, padded to 32. `+ lean math` compiles the video encoder and
-the teacher; the text encoder, whose length changes from batch to batch, stays eager. No step is recorded as a graph.
+timed. Texts have 6 to 20 tokens, as captions of WebVid have, padded to 32. `+ lean math` compiles the video encoder,
+the teacher and the text layers, those for texts of any length. No step is recorded as a graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from umt_fast import VideoTextConfig, VideoTextModel, masking, video_text_step
 from umt_fast.config import STUDENTS, TEACHERS, TEXTS, OptimConfig, StudentConfig, TeacherConfig, TextConfig
 from umt_fast.objectives.video_text import IGNORED, Draws, mask_words
 from umt_fast.run import attention_choice, costs
-from umt_fast.run.optim import build_optimizer
+from umt_fast.run.compute import compile_video_text
+from umt_fast.run.optim import build_optimizer, clip_gradients
 
 OPTIM = OptimConfig(lr=1e-5, betas=(0.9, 0.999), weight_decay=0.02)
 """The learning rate is low because there is no warm-up."""
@@ -77,26 +78,26 @@ class Stage2Work:
         count = costs.lean_flops if lean else costs.published_flops
         visible = masking.count_visible(config.vision.patches, MASK_RATIO) * config.vision.frames
         phases = dict(count(config.vision, teacher, len(self.clip), visible).by_phase())
-        length = int(self.mask.sum(1).max()) if lean else LENGTH
         assert self.draws.mlm_labels is not None
-        masked = int(torch.ne(self.draws.mlm_labels, IGNORED).sum())
-        forward = text_flops(config, len(self.clip), length, visible, lean, masked)
+        if lean:
+            masked = int(torch.ne(self.draws.mlm_labels, IGNORED).sum())
+            forward = costs.text_flops(config, len(self.clip), int(self.mask.sum(1).max()), visible, masked)
+        else:
+            forward = published_text_flops(config, len(self.clip), visible)
         phases["loss"] = phases.get("loss", 0) + forward
         phases["backward"] = phases.get("backward", 0) + 2 * forward
         return phases
 
 
-def text_flops(config: VideoTextConfig, batch: int, length: int, seen: int, lean: bool, masked: int) -> int:
-    """Floating-point operations of the text side's forward pass."""
+def published_text_flops(config: VideoTextConfig, batch: int, seen: int) -> int:
+    """Floating-point operations of the published text side's forward pass: padded, nothing shared between pairs."""
     text, rows = config.text, 4 * batch
     width, fusion = text.width, text.depth - text.fusion_layer
-    layer = 2 * length * (4 * width**2 + 2 * width * text.mlp_width) + 4 * length**2 * width
-    cross = 4 * length * width**2 + 4 * length * seen * width
-    videos = 2 * batch if lean else rows  # of whose tokens keys and values are projected, gathered ones included
-    projected = (batch if lean else videos) * 4 * seen * config.vision.width * width
+    layer = 2 * LENGTH * (4 * width**2 + 2 * width * text.mlp_width) + 4 * LENGTH**2 * width
+    cross = 4 * LENGTH * width**2 + 4 * LENGTH * seen * width
+    projected = rows * 4 * seen * config.vision.width * width
     passes = 2 * batch * text.fusion_layer * layer + fusion * (rows * (layer + cross) + projected)
-    words = masked if lean else batch * length
-    return passes + 2 * words * width * (width + text.vocab_size)
+    return passes + 2 * batch * LENGTH * width * (width + text.vocab_size)
 
 
 def prepare(model: str, batch: int, device: torch.device) -> Stage2Work:
@@ -165,11 +166,8 @@ def _build_lean(rung: Rung, work: Stage2Work) -> TimedStep:
     }
     teacher.set_attention(fastest["teacher"], fastest["teacher's last block"])
     model.set_attention(fastest["student"], fastest["student"])
-    teacher.store_matmul_weights(torch.bfloat16)
     if rung.compiled:
-        model.vision_encoder.compile(backend=rung.backend)
-        teacher.encode = torch.compile(teacher.encode, backend=rung.backend)  # type: ignore[method-assign]
-        teacher.targets = torch.compile(teacher.targets, backend=rung.backend)  # type: ignore[method-assign]
+        compile_video_text(model, rung.backend)
     optimizer = build_optimizer(model, OPTIM, decay_scalars=True)
     idx = torch.arange(batch)
 
@@ -180,6 +178,7 @@ def _build_lean(rung: Rung, work: Stage2Work) -> TimedStep:
             mark("loss")
             out.total.backward()
             mark("backward")
+            clip_gradients(model, None)  # the norm that a run logs
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             mark("optimiser")

@@ -8,9 +8,10 @@ import torch
 
 from benchmarks.step_time.baselines.stage2 import BaselineStage2Step, BaselineVideoText, StepInputs
 from benchmarks.step_time.jobs import JOBS
-from benchmarks.step_time.jobs.stage2 import OPTIM, text_flops
+from benchmarks.step_time.jobs.stage2 import OPTIM, published_text_flops
 from benchmarks.step_time.phases import PHASES, no_mark
 from umt_fast.objectives.video_text import apply_words
+from umt_fast.run import costs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +63,6 @@ def test_lean_flops_are_fewer():
     lean, published = work.flops(lean=True), work.flops(lean=False)
     assert set(lean) <= set(PHASES)
     assert 0 < sum(lean.values()) < sum(published.values())
-    assert text_flops(work.config, 4, 20, 8, True, 9) < text_flops(work.config, 4, 32, 8, False, 9)
+    assert costs.text_flops(work.config, 4, 20, 8, 9) < published_text_flops(work.config, 4, 8)
     with pytest.raises(ValueError, match="batch = 1: matching needs negatives"):
         JOBS["stage2"].prepare("tiny", 1, torch.device("cpu"))

@@ -1,0 +1,127 @@
+"""Validation of a stage-2 run after every epoch, and the best checkpoint of a fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from umt_fast import weights
+from umt_fast.config import ConfigError, Stage2Config
+from umt_fast.data.captions import RetrievalSet, Source, check_files, read_answers, read_questions, read_retrieval
+from umt_fast.data.index import VideoList
+from umt_fast.data.tokens import Tokenizer
+from umt_fast.evaluation import retrieval
+from umt_fast.evaluation import video_text_report as report
+from umt_fast.evaluation.qa import PUBLISHED_K
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
+from umt_fast.files import put_in_place
+from umt_fast.models.video_text import VideoQaModel, VideoTextModel
+from umt_fast.run.checkpoint import TrainState
+
+BEST = "best.pth"
+Bad = list[tuple[str, str]]
+Test = Callable[[Loaded], tuple[float, str, dict[str, Any], Bad]]
+"""A model -> its score, which chooses the best, a line for the log, all figures, and the videos that are unreadable."""
+
+
+class Validation:
+    """Tests the model of a run after every epoch, on `data.validation`, without a trace in its random numbers.
+
+    A fine-tuning keeps the weights of the best epoch in best.pth: by the mean of the six recalls, or by accuracy, as
+    published. Pre-training only reports, since its last checkpoint is its result.
+    """
+
+    def __init__(
+        self, config: Stage2Config, state: TrainState, tokenizer: Tokenizer, epoch_steps: int, total: int, bf16: bool
+    ) -> None:
+        """Reads the list, so that one which cannot be used ends the run before its first step."""
+        self._config, self._state, self._tokenizer = config, state, tokenizer
+        self._epoch_steps, self._total = epoch_steps, total
+        data = config.data
+        self._settings = EmbedSettings(config.optim.batch_size, data.max_words, data.max_seconds, data.antialias, bf16)
+        self._test = self._read() if data.validation else None
+        state.plan |= {"best": -1.0, "validated": 0}
+
+    def due(self, step: int) -> bool:
+        """Whether validation follows a step: the last one of an epoch, or of the run."""
+        ends_epoch = step % self._epoch_steps == 0 or step == self._total
+        return self._test is not None and step > 0 and ends_epoch and self._state.plan["validated"] != step
+
+    def run(self, say: Callable[[str], None]) -> None:
+        """Test the model as it is; every process calls it."""
+        state, test = self._state, self._test
+        assert test is not None
+        model = state.model
+        assert isinstance(model, VideoTextModel | VideoQaModel)
+        state.plan["validated"] = state.step
+        device = state.world.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), retrieval.evaluating(model):
+            score, line, figures, bad = test(Loaded(model, self._tokenizer, ""))
+        unread = f"; {len(bad)} could not be read, the first one {bad[0][0]}: {bad[0][1]}" if bad else ""
+        say(f"validation after step {state.step}: {line}{unread}")
+        if self._config.job != "pretrain" and score > state.plan["best"]:
+            state.plan["best"] = score
+            self._save_best(figures)
+
+    def _save_best(self, figures: dict[str, Any]) -> None:
+        state, path = self._state, self._config.run.folder / BEST
+        if not state.world.main:
+            return
+        content = {"model": weights.video_text_state_dict(state.model), "config": dataclasses.asdict(state.config)}
+        aside = path.with_name(f".{BEST}")
+        torch.save({**content, "schedule": state.plan, "step": state.step, "validation": figures}, aside)
+        put_in_place(aside, path)
+
+    def _read(self) -> Test:
+        config, data = self._config, self._config.data
+        source = Source.parse(data.validation)
+        if config.job == "qa":
+            if not data.answers:
+                raise ConfigError("data.validation of questions needs data.answers: a JSON list to choose from")
+            questions, answers = read_questions(data.validation), read_answers(data.answers)
+            known = [question for question in questions if question.answers]
+            if not known:
+                raise ConfigError(f"no question of {source.path} has an answer to compare with")
+            check_files(VideoList.of_paths(question.path for question in known), [(data.validation, 0)])
+
+            def ask(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
+                said, bad = report.answer_questions(
+                    loaded, known, answers, self._settings, data, PUBLISHED_K, max_answer_words=data.max_answer_words
+                )
+                right = report.question_accuracy(said, known)
+                return right, f"accuracy {right:.2f} of {len(known)} questions", {"accuracy": right}, bad
+
+            return ask
+        if data.validation_job == "multiple_choice":
+            choices = report.read_choices(data.validation)
+            check_files(VideoList.of_paths(one.path for one in choices), [(data.validation, 0)])
+
+            def choose(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
+                chosen, bad = report.choose_options(loaded, choices, self._settings, data)
+                right = report.choice_accuracy(chosen, choices)
+                return right, f"accuracy {right:.2f} of {len(choices)} videos", {"accuracy": right}, bad
+
+            return choose
+        found = read_retrieval(data.validation, data.join_captions, data.read_timeout)
+        check_files(found.videos, [(data.validation, 0)])
+
+        def retrieve(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
+            recalls, bad = self._retrieve(loaded, found)
+            text, video = (
+                " / ".join(f"{recalls[f'{way}_r{n}']:.1f}" for n in retrieval.RECALLS) for way in ("img", "txt")
+            )
+            line = f"R@1 / 5 / 10 text to video {text}, video to text {video} of {len(found.videos)} videos"
+            return recalls["r_mean"], line, recalls, bad
+
+        return retrieve
+
+    def _retrieve(self, loaded: Loaded, found: RetrievalSet) -> tuple[dict[str, float], Bad]:
+        world, model = self._state.world, loaded.model
+        assert isinstance(model, VideoTextModel)
+        embedded, bad = embed_set(loaded, found, self._settings, self._config.data, world.rank, world.size)
+        bad = [file for part in world.gather(bad) for file in part]
+        with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=self._settings.bf16):
+            return retrieval.score(model, embedded, found.texts_of_videos).recalls, bad
