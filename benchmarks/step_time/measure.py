@@ -21,6 +21,7 @@ import torch
 from benchmarks.step_time import report
 from benchmarks.step_time.jobs import Job, Work
 from benchmarks.step_time.ladder import Rung, TimedStep, missing
+from benchmarks.step_time.memory import peak_on_cpu
 from benchmarks.step_time.phases import PhaseClock, no_mark, wait_for
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
@@ -46,7 +47,7 @@ class RungResult:
     """Median seconds of each phase; empty where the step is one graph."""
     clips_per_second: float | None = None
     peak_bytes: int | None = None
-    """GPU memory; None on a CPU, where rungs share a process."""
+    """Of the allocator: on a GPU with everything in it, on a CPU as `memory.peak_on_cpu` says."""
     model_flops: int = 0
     """Operations that the method needs: those of the lean step, on every rung."""
     flops: dict[str, int] = field(default_factory=dict)
@@ -183,6 +184,7 @@ def measure_model(
                         _time_in_turn([contender], repeats, device, gemm)
                         result.peak_bytes = torch.cuda.max_memory_allocated(device)
                     else:
+                        result.peak_bytes = peak_on_cpu(work, rung)
                         contenders.append(contender)
         except torch.OutOfMemoryError:
             result.not_run = "not run: out of memory"

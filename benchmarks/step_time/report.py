@@ -99,7 +99,7 @@ def rows(content: Content) -> list[list[str]]:
                     f"{result['clips_per_second']:.2f}",
                     f"{result['model_flops'] / seconds / 1e12:.2f}",
                     f"{100 * result['gemm_share']:.0f}",
-                    "" if peak is None else f"{peak / 2**30:.1f}",
+                    "" if peak is None else f"{peak / 2**30:.2f}",
                     f"{k710_days(result['clips_per_second']):.3g}" if content["job"] == "pretrain" else "",
                     _milliseconds(waits),
                     *losses,

@@ -130,7 +130,7 @@ def _build_own(rung: Rung, work: PixelsWork) -> TimedStep:
     )
     if rung.compiled:
         model.compile(fullgraph=True, dynamic=False, backend=rung.backend, mode=rung.mode)
-    optimizer = build_optimizer(model, OPTIM, capturable=rung.captured)
+    optimizer = build_optimizer(model, OPTIM, capturable=rung.captured, no_decay=("mask_token",))
 
     def draw(shared: bool) -> Tensor:
         visible.copy_(work.draw(compared if shared else timed))
