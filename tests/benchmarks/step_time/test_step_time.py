@@ -20,6 +20,7 @@ from benchmarks.step_time import beside, measure, page, plots, report
 from benchmarks.step_time.jobs import JOBS, pretrain
 from benchmarks.step_time.jobs.pretrain import PretrainWork, prepare
 from benchmarks.step_time.ladder import ladder, missing
+from benchmarks.step_time.memory import peak_on_cpu
 from benchmarks.step_time.phases import PHASES, PhaseClock, no_mark
 from umt_fast.run.world import World
 
@@ -77,6 +78,7 @@ def test_the_losses_of_a_recorded_rung_are_compared_as_it_will_be_timed(monkeypa
     made = []
     monkeypatch.setattr(pretrain, "CapturedStep", lambda step: made.append(capture(step)) or made[-1])
     monkeypatch.setattr(measure, "missing", lambda _rung, _device: None)
+    monkeypatch.setattr(measure, "peak_on_cpu", lambda _work, _rung: None)  # it builds the rung once more
     recorded = replace(LEAN, name="recorded", captured=True)
     _, result = measure.measure_model(JOB, "tiny", 1, [FLOAT, recorded], 1, CPU, {})
     if capture is Stale:
@@ -87,6 +89,24 @@ def test_the_losses_of_a_recorded_rung_are_compared_as_it_will_be_timed(monkeypa
     else:
         assert result.seconds
         assert len(made) == 2  # one of the visible set that is compared on, one that draws
+
+
+def test_peak_memory_on_a_cpu_counts_what_lives_at_once():
+    """A rung whose first step keeps 4 MiB, and whose every step needs 3 and then 2 MiB more."""
+
+    class Steps:
+        def build(self, _rung):
+            kept = []
+
+            def step(_shared, _mark):
+                if not kept:
+                    kept.append(torch.empty(4 << 20, dtype=torch.uint8))
+                for size in (3, 2):
+                    torch.empty(size << 20, dtype=torch.uint8)
+
+            return step
+
+    assert peak_on_cpu(Steps(), FLOAT) == pytest.approx(7 << 20, abs=4096)
 
 
 def test_a_float8_student_stays_within_what_is_allowed(monkeypatch):
@@ -327,12 +347,12 @@ def test_resume_measures_only_what_is_missing(monkeypatch, no_decoding, tmp_path
     monkeypatch.setattr(PretrainWork, "build", lambda work, rung: built.append(rung.name) or BUILD(work, rung))
     step_time.main([*command, "--rungs", FLOAT.name, SDPA.name, "--resume"])
     both = json.loads((tmp_path / "step_time.json").read_text())["results"]
-    assert built == [SDPA.name]
+    assert built == [SDPA.name] * 2  # for the times, and for the memory
     assert [result["rung"] for result in both] == [FLOAT.name, SDPA.name]
     assert both[0]["samples"] == first[0]["samples"]
     monkeypatch.setattr(step_time, "describe", lambda: {"torch": "1", "triton": "1", "commit": "abc", "sources": "def"})
     step_time.main([*command, "--rungs", FLOAT.name, "--resume"])
-    assert built == [SDPA.name, FLOAT.name]  # other sources: measured anew
+    assert built == [SDPA.name] * 2 + [FLOAT.name] * 2  # other sources: measured anew
 
 
 @pytest.mark.parametrize("call", [0, 1, 2], ids=["when built", "at the first step", "when it is recorded"])
