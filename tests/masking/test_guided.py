@@ -65,6 +65,16 @@ def test_motion_and_text_hide_the_highest():
         guided.motion_visible(motion, 5)
 
 
+def test_patches_that_move_alike_are_hidden_at_random():
+    still = torch.zeros(500, 2, 6)
+    drawn = guided.motion_visible(still, 2, torch.Generator().manual_seed(0))
+    counts = drawn.flatten().bincount(minlength=6)
+    assert counts.min() > 250  # 333 each, had every patch its share
+    assert torch.equal(drawn, guided.motion_visible(still, 2, torch.Generator().manual_seed(0)))
+    moving = torch.rand(20, 2, 6)
+    assert torch.equal(guided.lowest(moving, 2), guided.highest(-moving, 2))
+
+
 def test_regions_are_shown_in_order_until_enough_is_visible():
     regions = torch.full((1, 2, 8, 8), 2)
     regions[:, :, :4] = 0  # upper half: background

@@ -20,6 +20,7 @@ from umt_fast.objectives.pixels import (
     Reconstruction,
     adamae_step,
     mae_st_step,
+    restore,
     videomae_step,
 )
 from umt_fast.weights import load_classifier
@@ -259,6 +260,32 @@ def test_uint8_clips_and_normalised_ones_agree(name):
     one, two = step(model, pixels, mask), step(model, clip, mask)
     assert abs(float(one.loss.detach() - two.loss.detach())) < 1e-4
     assert (one.predictions - two.predictions).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("kind", [VideoMaeConfig, MaeStConfig])
+def test_exact_predictions_restore_the_clip(kind, normalise):
+    """What is neither seen nor predicted is grey."""
+    other = {"target_frames": 4} if kind is MaeStConfig else {}
+    config = kind(32, 8, 2, 8, 16, 1, 1, 8, 1, 1, normalise_targets=normalise, **other)
+    clip = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
+    visible = torch.arange(0, 64, 4).expand(2, -1)
+    scored = hidden_ids(visible, 64)[:, 5:]
+    shown = clip[:, config.target_frame_ids] if kind is MaeStConfig else clip
+    over, scale, shift = "channel" if normalise else "none", (1 / 255,) * 3, (0.0,) * 3
+    if kind is MaeStConfig:
+        over = "token" if normalise else "none"
+        scale, shift = (1 / 255 / 0.225,) * 3, (-2.0,) * 3
+    predictions = pixel_targets(shown, scored, 8, len(shown[0]) // 4, over, 0.0, False, scale, shift)
+    restored = restore(config, clip, Reconstruction(torch.zeros(()), predictions, scored, visible))
+    cells = (restored.int() - shown.int()).abs().unflatten(1, (4, -1)).unflatten(3, (4, 8)).unflatten(5, (4, 8))
+    error = cells.amax((2, 4, 6, 7)).flatten(1)  # of each token
+    grey = torch.ones(64, dtype=torch.bool)
+    grey[visible[0]] = grey[scored[0]] = False
+    assert (error[:, ~grey] <= 1).all()
+    pixels = restored.unflatten(1, (4, -1)).unflatten(3, (4, 8)).unflatten(5, (4, 8)).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    assert grey.sum() == 5
+    assert (pixels.flatten(1, 3)[:, grey] == 128).all()
 
 
 def test_target_frames_of_the_published_recipe():

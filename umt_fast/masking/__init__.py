@@ -20,7 +20,7 @@ from torch import Tensor
 from umt_kernels import sample_visible
 
 from umt_fast.config import Masking, PixelMasking
-from umt_fast.masking.guided import draw_marked, highest
+from umt_fast.masking.guided import draw_marked, highest, lowest
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -64,10 +64,6 @@ def _draw_frames(scores: Tensor, num_visible: int, generator: torch.Generator | 
     return _draw_random(in_kept_slot.contiguous(), num_visible, generator)  # score 0 comes after all others
 
 
-def _hide_highest(scores: Tensor, num_visible: int, _generator: torch.Generator | None) -> Tensor:
-    return highest(-scores, num_visible)
-
-
 def _show_highest(scores: Tensor, num_visible: int, _generator: torch.Generator | None) -> Tensor:
     return highest(scores, num_visible)
 
@@ -98,13 +94,13 @@ RULES: dict[Masking | PixelMasking, Rule] = {
     # 2211.10636).
     "everest": Rule("tokens", "per clip", _count_rounded_down, draw_marked),
     # What moves most is hidden (MGM, ICCV 2023; after the paper, which has no public code).
-    "motion": Rule("motion", "per frame", count_visible, _hide_highest),
+    "motion": Rule("motion", "per frame", count_visible, lowest),
     # Regions are shown in a given order until enough is visible (MARLIN, arXiv 2211.06627).
     "region": Rule("regions", "per clip", _count_rounded_down, draw_marked),
     # A map of the middle frame is carried along by optical flow (MGMAE, arXiv 2308.10794).
     "flow": Rule("flow", "per frame", _count_rounded_down, _show_highest),
     # What is most like the caption is hidden (text-guided masking; after the paper, which has no public code).
-    "text": Rule("text", "per frame", count_visible, _hide_highest),
+    "text": Rule("text", "per frame", count_visible, lowest),
 }
 
 

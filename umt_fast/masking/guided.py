@@ -23,12 +23,26 @@ def highest(scores: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b 
     return scores.topk(num_visible, dim=-1).indices.sort(dim=-1).values
 
 
-def motion_visible(motion: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b t n"]:
+def lowest(
+    scores: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "b t n"]:
+    """The `num_visible` patches of each frame with the lowest scores, equal ones in random order: in a frame without
+    motion no place must be preferred. Raises ValueError for more than there are."""
+    order = torch.rand(scores.shape, device=scores.device, generator=generator).argsort(-1)
+    ranks = scores.gather(-1, order).argsort(dim=-1, stable=True)
+    if not 1 <= num_visible <= scores.shape[-1]:
+        raise ValueError(f"num_visible = {num_visible}, but a frame has {scores.shape[-1]} patches")
+    return order.gather(-1, ranks[..., :num_visible]).sort(dim=-1).values
+
+
+def motion_visible(
+    motion: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "b t n"]:
     """Hide what moves most (MGM, motion guided masking, ICCV 2023; after the paper, which has no public code).
 
     motion  length of the codec's motion vectors in each patch, as `umt_fast.data.motion` reads them.
     """
-    return highest(-motion, num_visible)
+    return lowest(motion, num_visible, generator)
 
 
 def text_visible(
@@ -39,7 +53,7 @@ def text_visible(
     patches, text  CLIP features in the shared space; neither needs to be normalised.
     """
     similarity = torch.einsum("btpc,bc->btp", F.normalize(patches, dim=-1), F.normalize(text, dim=-1))
-    return highest(-similarity, num_visible)
+    return lowest(similarity, num_visible)
 
 
 def redundancy_removing(

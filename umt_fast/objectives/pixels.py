@@ -163,7 +163,8 @@ def restore(
     clip: UInt8[Tensor, "b t h w 3"],
     out: Reconstruction,
 ) -> UInt8[Tensor, "b t h w 3"]:
-    """The clip with its scored tokens replaced by their predictions. MAE-ST shows its target frames alone.
+    """The clip with its scored tokens replaced by their predictions, and tokens that are neither visible nor scored, as
+    VideoMAE V2 and EVEREST leave some, by grey. MAE-ST shows its target frames alone.
 
     Normalised predictions get back the mean and variance of the patch that they stand for, as published pictures do.
     """
@@ -181,6 +182,9 @@ def restore(
         predictions = predictions * pixels.std(over, keepdim=True) + pixels.mean(over, keepdim=True)
     elif isinstance(config, MaeStConfig):
         predictions = predictions * MAE_ST_STD[0] + MAE_ST_MEAN[0]
+    known = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    known = known.scatter(1, out.visible, True).scatter(1, out.scored, True)
+    tokens = torch.where(known[..., None, None], tokens, 0.5)
     tokens = tokens.scatter(1, out.scored[..., None, None].expand_as(predictions), predictions)
     shape = (len(clip), config.token_frames, grid, grid, tubelet, side, side, 3)
     frames = tokens.view(shape).permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(clip.shape)
