@@ -13,7 +13,16 @@ from torch import nn
 
 from umt_fast.config import DataConfig, FinetuneOptimConfig, OptimConfig
 from umt_fast.data.crops import draw_view
-from umt_fast.data.sampling import Timeline, span_frames, spread_frames, stride_frames, stride_start
+from umt_fast.data.sampling import (
+    Draws,
+    Timeline,
+    span_frames,
+    spread_frames,
+    stride_frames,
+    stride_start,
+    test_frames,
+    train_frames,
+)
 from umt_fast.run.optim import EpochSchedule, Schedule, layer_decay_groups, learning_rate
 
 RULES = json.loads((Path(__file__).parents[1] / "golden" / "pixels" / "data_rules.json").read_text())
@@ -123,3 +132,17 @@ def test_clips_of_mae_st_are_spread_over_seconds():
         if total > length:
             assert set(spans) <= {int(length) - 1, int(length)}
             assert len(set(drawn[:, 0])) > min(20, total - length - 1) / 2
+
+
+@pytest.mark.parametrize("total", [1, 15, 17, 63, 64, 65, 100, 250, 300, 301])
+@pytest.mark.parametrize("step", [2, 4])
+def test_test_views_of_videomae(total, step):
+    """As its text says: decode every `step`-th frame, 5 starts int(k (n - 16) / 4) among them; the last one repeats."""
+    decoded = list(range(0, total, step))
+    decoded += [decoded[-1]] * (16 - len(decoded))
+    for k in range(5):
+        start = int(k * ((len(decoded) - 16) / 4))
+        assert test_frames(total, 16, "strided", 5, k, step) == decoded[start : start + 16]
+    draws = (Draws.seeded(5), Draws.seeded(5))
+    one, two = (train_frames(total, 16, rule, own, step) for rule, own in zip(("strided", "dense"), draws, strict=True))
+    assert one == two  # training clips are the same

@@ -109,7 +109,7 @@ def test_recipes_of_videomae(name):
     if ssv2:
         assert (data.rule, test.segments, test.crops) == ("segment", 2, 3)
     else:
-        assert (data.rule, data.rate, test.segments, test.crops) == ("dense", other.get("rate", 4), 5, 3)
+        assert (data.rule, data.rate, test.segments, test.crops) == ("strided", other.get("rate", 4), 5, 3)
 
 
 def test_recipe_of_mae_st():

@@ -15,7 +15,7 @@ TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul"
 Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
 Recompute = Literal["none", "selective", "full"]
 Parallel = Literal["ddp", "fsdp"]
-FrameRule = Literal["sparse", "dense", "segment"]
+FrameRule = Literal["sparse", "dense", "strided", "segment"]
 TeacherPrecision = Literal["same", "int8", "fp8", "int8-triton", "fp8-triton"]
 """8-bit matmuls of the teacher: torchao's, or umt_kernels' with norms and activations in the same passes."""
 StudentPrecision = Literal["same", "fp8"]

@@ -160,11 +160,12 @@ class LabelledDataConfig(DataConfig):
     count_classes: bool = False
     """Take the number of classes from the training list (or the class file) in place of classifier.num_classes."""
     rule: FrameRule = "sparse"
-    """Frames of a clip: sparse, over the whole video; dense, at a fixed rate; segment, as Something-Something."""
+    """Frames of a clip: sparse, over the whole video; dense, at a fixed rate; strided, the same with VideoMAE's test
+    views; segment, as Something-Something."""
     rate: float = 4.0
-    """Frames of the video per frame of a dense clip."""
+    """Frames of the video per frame of a dense or strided clip."""
     fps: float | None = None
-    """Frames per second of a dense clip, in place of `rate`."""
+    """Frames per second of such a clip, in place of `rate`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

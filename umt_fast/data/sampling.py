@@ -1,10 +1,11 @@
 """Which frames of a video make a clip.
 
-Stage 1 draws with `segment_frames`. Fine-tuning has three rules, each for training, validation and multi-view tests,
+Stage 1 draws with `segment_frames`. Fine-tuning has four rules, each for training, validation and multi-view tests,
 as the published data sets define them:
 
     sparse    one frame from each of F equal parts of the whole video (Kinetics, Moments in Time)
     dense     F frames at a fixed rate, a clip of F * rate frames (UCF101, HMDB51)
+    strided   the same in training; a test spreads its views over every rate-th frame (VideoMAE)
     segment   one frame from each of F whole-numbered segments (Something-Something V2)
 """
 
@@ -256,18 +257,28 @@ def test_frames(total: int, frames: int, rule: FrameRule, views: int, view: int,
         length = total / frames
         every = sorted(int(length * v / views + length * i) for i in range(frames) for v in range(views))
         return every[view::views]
+    if rule == "strided":
+        return _strided_view(total, frames, views, view, max(round(rate), 1))
     span = round(frames * rate)
     start = int(view * max((total - span) / (views - 1), 0)) if views > 1 else max(total - span, 0) // 2
     ids = [start + int(rate * i) for i in range(frames)]
     return [index if index < total else max(i for i in ids if i < total) for index in ids]
 
 
+def _strided_view(total: int, frames: int, views: int, view: int, step: int) -> list[int]:
+    """VideoMAE's test: every `step`-th frame is decoded, and the views begin at even distances among those."""
+    kept = range(0, total, step)
+    slack = max(len(kept) - frames, 0)
+    start = int(view * (slack / (views - 1))) if views > 1 else slack // 2
+    return [kept[min(start + index, len(kept) - 1)] for index in range(frames)]
+
+
 test_frames.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it where it is imported
 
 
 def _check(total: int, frames: int, rule: str, rate: float) -> None:
-    if rule not in ("sparse", "dense", "segment"):
-        raise ValueError(f"rule = {rule!r}: give sparse, dense or segment")
+    if rule not in ("sparse", "dense", "strided", "segment"):
+        raise ValueError(f"rule = {rule!r}: give sparse, dense, strided or segment")
     if total < 1 or frames < 1 or not rate > 0:
         raise ValueError(f"total = {total}, frames = {frames}, rate = {rate}: give numbers above 0")
 

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, default=-1, help="block, negative from the end (default: the last)")
     parser.add_argument("--segments", type=int, default=1, help="views in time (default 1)")
     parser.add_argument("--crops", type=int, default=1, help="views in space (default 1)")
-    parser.add_argument("--rule", choices=("sparse", "dense", "segment"), default="sparse")
+    parser.add_argument("--rule", choices=("sparse", "dense", "strided", "segment"), default="sparse")
     parser.add_argument("--rate", type=float, default=4, help="frames of the video per frame of a dense clip")
     parser.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
     parser.add_argument("--image-size", type=int, help="side of a clip (default: the checkpoint's)")

@@ -107,7 +107,10 @@ def videomae_settings(config: dict[str, Any]) -> dict[str, Any]:
     sizes = {ours: config.get(theirs, default) for ours, (theirs, default) in _VIDEOMAE_SIZES.items()}
     if wrong := [f"{name} = {value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]:
         raise WeightsError(f"config.json of a VideoMAE: {wrong[0]}; give an integer >= 1")
-    settings: dict[str, Any] = {"classifier": {**sizes, "positions": "direct"}, "data": {"rule": "dense", "rate": 4.0}}
+    settings: dict[str, Any] = {
+        "classifier": {**sizes, "positions": "direct"},
+        "data": {"rule": "strided", "rate": 4.0},
+    }
     labels = config.get("id2label")
     if isinstance(labels, dict) and all(str(number) in labels for number in range(len(labels))):
         settings["classes"] = [str(labels[str(number)]) for number in range(len(labels))]
