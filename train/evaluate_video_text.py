@@ -21,7 +21,7 @@ from umt_fast.data.captions import check_files, read_answers, read_questions, re
 from umt_fast.data.index import VideoList
 from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import FirstToken
-from umt_fast.evaluation.retrieval import PUBLISHED_K
+from umt_fast.evaluation.retrieval import PUBLISHED_K, RECALLS
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model, section_of
 from umt_fast.files import write_whole
 from umt_fast.models import attention
@@ -121,7 +121,11 @@ def evaluate(config: VideoTextTestConfig, world: World) -> bool:
     if world.main:
         used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
         say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
-        say(f"{config.job}: {vision.frames} frames of {vision.image_size} px, {config.checkpoint}")
+        say(
+            "\n".join(
+                (f"{config.job}: {vision.frames} frames of {vision.image_size} px, {config.checkpoint}", *loaded.notes)
+            )
+        )
     data = config.data
     settings = EmbedSettings(config.batch_size, data.max_words, data.max_seconds, data.antialias, bf16)
     run = {"retrieval": retrieve, "multiple_choice": choose, "qa": ask}[config.job]
@@ -142,6 +146,8 @@ def retrieve(
     about |= {"frames": loaded.model.config.vision.frames, "k": config.k}
     result, bad = report.run_retrieval(loaded, found, config.run.folder, settings, config.data, config.k, about)
     lines = [f"{len(found.videos)} videos, {len(found.texts)} texts"]
+    if config.k < min(max(RECALLS), len(found.videos), len(found.texts)):
+        lines.append(f"note: only {config.k} candidates are re-ranked; R@10 also counts others, in the list's order")
     return [*lines, report.recall_table(result.recalls, result.coarse_recalls, about["chance"])], bad
 
 

@@ -175,7 +175,9 @@ def prepare(config: Stage2Config, world: World) -> Job:
     alternation = Alternation({kind: len(listed) // step_clips for kind, listed in lists.items()}, run.seed)
     if not alternation.batches:
         counts = ", ".join(f"{len(listed)} {kind}s" for kind, listed in lists.items())
-        raise ConfigError(f"{counts} do not fill one batch of {step_clips}; lower --optim.batch-size")
+        raise ConfigError(
+            f"{counts} do not fill one batch of {step_clips}; lower --optim.batch-size or give longer lists"
+        )
     total = optim.epochs * alternation.per_epoch
     warmup = optim.warmup_epochs * alternation.per_epoch
     plan = {f"list of {kind}s": listed.videos.digest() for kind, listed in lists.items()} | {"total_steps": total}

@@ -40,7 +40,7 @@ def build_model(config: Stage2Config, started: bool) -> tuple[VideoTextModel | V
         notes.append(f"text encoder: {_or_random('random')}")
     if whole:
         left = weights.load_video_text(model, state)
-        parts = sorted({".".join(key.split(".")[:2]) for key in left})
+        parts = sorted({key.split(".")[0] if key.startswith("clip_") else ".".join(key.split(".")[:2]) for key in left})
         notes.append(f"start: {config.init}" + (f", without its {', '.join(parts)}" if left else ""))
     elif state:
         weights.load_stage1(model, state)

@@ -15,7 +15,7 @@ pytest.importorskip("av")
 
 from umt_fast import VideoQaModel, VideoTextModel, weights
 from umt_fast.config import DataConfig
-from umt_fast.data.captions import Question, read_retrieval
+from umt_fast.data.captions import CaptionError, Question, read_retrieval
 from umt_fast.data.tokens import Tokenizer, make_vocabulary
 from umt_fast.evaluation import retrieval, search, video_text, video_text_report
 from umt_fast.evaluation.video_text import EmbedSettings, load_model
@@ -73,7 +73,12 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
     assert bad_again == bad
     assert "text to video" in video_text_report.recall_table(result.recalls, result.coarse_recalls)
     picked = video_text_report.pick_queries(found, result, 3)
-    assert [query for query, _ in picked] == [found.texts[0], found.texts[2], found.texts[5]]
+    assert [query.split("   ")[0] for query, _ in picked] == [found.texts[0], found.texts[2], found.texts[5]]
+    for (query, hits), text in zip(picked, (0, 2, 5), strict=True):
+        place = int(result.rerank_t2v[text].argsort(descending=True, stable=True).tolist().index(text)) + 1
+        assert query.endswith(f"(right at place {place} of 8)")
+        assert [hit.right for hit in hits] == [number == place for number in range(1, 6)]
+    assert picked[0][1][4].label.startswith("not re-ranked  ")  # k is 4
     with pytest.raises(TypeError):  # another setting is another embedding
         video_text_report.run_retrieval(loaded, found, tmp_path, replace(settings, antialias=True), DATA)
 
@@ -112,6 +117,8 @@ def test_questions_are_answered_over_a_list(trained, demo_videos):
     assert set(said) == {"0", "1", "2"}
     assert set(said.values()) <= set(answers)
     assert len(bad) == 1
+    with pytest.raises(CaptionError, match="2 questions have the id 0; their answers are told apart by it"):
+        video_text_report.answer_questions(loaded, questions[:1] * 2, answers, EmbedSettings(), DATA)
     right = 100 * sum(answer == "circle" for answer in said.values()) / 4
     assert video_text_report.question_accuracy(said, questions) == right
 
@@ -207,6 +214,27 @@ def test_a_search_that_cannot_be_made_ends_in_one_line(trained, demo_videos, cha
         search.main([*options, *change, "x"])
     with pytest.raises(SystemExit, match="has no words"):
         search.main([*options, "--seconds", "9", "--index", str(demo_videos.parent / "index"), "?!"])
+
+
+def test_a_model_of_the_other_job_is_named(trained):
+    with pytest.raises(WeightsError, match=r"qa.pth is fine-tuned for questions: test it with train.evaluate --job qa"):
+        load_model(trained / "checkpoints" / "qa.pth")
+    assert load_model(trained / "checkpoints" / "qa.pth", answers=True).notes == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"student": [3], "text": {"heads": "two"}}, "heads"),
+        ({"student": {"heads": 5}, "text": {"heads": 2}}, "width = 16 is not a positive multiple of heads = 5"),
+        ({"student": {"heads": 2, "frames": "x"}, "text": {"heads": 2}}, "checkpoint"),
+    ],
+)
+def test_settings_in_a_file_are_not_trusted(trained, tmp_path, settings, says):
+    content = torch.load(trained / "checkpoints" / "retrieval.pth", weights_only=True)
+    torch.save({**content, "config": settings}, tmp_path / "checkpoint.pth")
+    with pytest.raises(WeightsError, match=says):
+        load_model(tmp_path / "checkpoint.pth", trained)
 
 
 def test_files_that_are_not_a_stage_2_model_are_refused(trained, tmp_path):

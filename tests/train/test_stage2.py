@@ -283,12 +283,54 @@ def test_fine_tuning_without_a_start_is_refused(runner):
         runner.run("no_start", "--job", "retrieval", images=False)
 
 
+PUBLISHED = {  # learning rate, epochs, warm-up epochs, drop path, longest text, of the 5M checkpoints
+    "mc_msrvtt_b16": (8e-5, 5, 0, 0.2, 32),
+    "mc_msrvtt_l16": (4e-5, 5, 0, 0.3, 32),
+    "qa_anet_b16": (4e-5, 12, 1, 0.2, 25),
+    "qa_anet_l16": (4e-5, 10, 1, 0.3, 25),
+    "qa_msrvtt_b16": (2e-5, 8, 1, 0.2, 25),
+    "qa_msrvtt_l16": (2e-5, 8, 1, 0.4, 25),
+    "qa_msvd_b16": (2e-5, 15, 1, 0.2, 25),
+    "qa_msvd_l16": (6e-5, 6, 1, 0.4, 25),
+    "ret_anet_b16": (4e-5, 20, 1, 0.1, 150),
+    "ret_anet_l16": (4e-5, 20, 1, 0.2, 150),
+    "ret_didemo_b16": (2e-5, 15, 1, 0.1, 64),
+    "ret_didemo_l16": (4e-5, 5, 1, 0.3, 64),
+    "ret_lsmdc_b16": (2e-5, 10, 1, 0.2, 96),
+    "ret_lsmdc_l16": (2e-5, 8, 1, 0.2, 96),
+    "ret_msrvtt_b16": (2e-5, 10, 0, 0.2, 32),
+    "ret_msrvtt_l16": (2e-5, 7, 1, 0.3, 32),
+    "ret_msvd_b16": (1e-5, 5, 0, 0.2, 64),
+    "ret_msvd_l16": (1e-5, 3, 0, 0.3, 64),
+    "ret_ssv2_label_b16": (5e-5, 10, 0, 0.1, 25),
+    "ret_ssv2_label_l16": (5e-5, 10, 0, 0.2, 25),
+    "ret_ssv2_template_b16": (1e-4, 10, 1, 0.1, 25),
+    "ret_ssv2_template_l16": (1e-4, 10, 1, 0.2, 25),
+    **{f"{corpus}_b16": (1e-4, 10, 1, 0.1, 32) for corpus in ("5m", "17m", "25m")},
+    **{f"{corpus}_l16": (1e-4, 10, 1, 0.2, 32) for corpus in ("5m", "17m", "25m")},
+}
+
+
 @pytest.mark.parametrize("path", sorted(stage2.RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_as_published(path):
     config = load_recipe(Stage2Config, path)
     if path.stem == "tiny":
         return
+    optim, data = config.optim, config.data
+    found = (optim.lr, optim.epochs, optim.warmup_epochs, config.student.drop_path, data.max_words)
+    assert found == PUBLISHED[path.stem]
+    assert (data.max_answer_words, data.flip, data.antialias, data.closing_sep, data.last_frames) == (
+        5,
+        0.5,
+        *[False] * 3,
+    )
+    assert (data.identity, data.replaced_captions, config.joint.temperature) == ("published", "published", 0.07)
+    assert (data.validation_job == "multiple_choice") == path.stem.startswith("mc_")
+    assert (config.compute.recompute == "full") == (config.job != "pretrain")
     large = path.stem.endswith("l16")
+    assert (config.student.depth, config.student.heads, config.student.patch_size) == (
+        (24, 16, 16) if large else (12, 12, 16)
+    )
     assert config.student.width == config.text.width == (1024 if large else 768)
     assert (config.text.depth, config.text.fusion_layer) == ((24, 19) if large else (12, 9))
     assert config.joint.width == (768 if large else 512)
@@ -300,6 +342,8 @@ def test_every_recipe_is_as_published(path):
         assert (config.student.frames, config.optim.batch_size, config.optim.epochs) == (4, 128, 10)
         assert config.optim.lr == 1e-4
         assert config.teacher.target_width == config.joint.width
+        assert config.teacher.image_size == (196 if large else 224)
+        assert config.student.align_layers == config.teacher.align_layers == 6
         assert (config.objective.video_mask_ratio, config.objective.image_mask_ratio) == (0.8, 0.5)
     else:
         assert (config.student.frames, config.optim.batch_size) == (12, 32)

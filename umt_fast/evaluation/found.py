@@ -51,7 +51,7 @@ def draw_found(queries: Sequence[tuple[str, Sequence[Hit]]], path: Path) -> None
             box = (left + 1, top + LINE + 2, left + strip + 2 * EDGE, top + LINE + HEIGHT + 2 * EDGE + 1)
             draw.rectangle(box, fill=colour)
             sheet.paste(_picture(hit), (left + 1 + EDGE, top + LINE + 2 + EDGE))
-            draw.text((left + 2, box[3] + 1), _printable(hit.label, 40), fill=colour, font=font)
+            draw.text((left + 2, box[3] + 1), _printable(hit.label, 44), fill=colour, font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import posixpath
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,17 @@ def _run(options: argparse.Namespace) -> None:
         for match in matches:
             times = "{:.1f}-{:.1f} s".format(*match.seconds)
             print(f"  {match.score:8.3f}  {match.similarity:6.3f}  {times:>16}  {videos[match.row].name}")
-        hits = [Hit(videos[m.row], f"{m.score:.2f} {m.seconds[0]:.1f} s", None, m.seconds) for m in matches]
+        hits = [
+            Hit(
+                videos[match.row],
+                "{:.2f}  {:.1f}-{:.1f} s  {}".format(
+                    match.score, *match.seconds, posixpath.basename(videos[match.row].name)
+                ),
+                None,
+                match.seconds,
+            )
+            for match in matches
+        ]
         shown.append((query, hits))
     draw_found(shown, folder / "found.png")
     print(f"pictures: {folder / 'found.png'}", file=sys.stderr)

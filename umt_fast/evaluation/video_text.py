@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ class Loaded:
     tokenizer: Tokenizer
     digest: str
     """Hash of the weights; two models differ in it."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know of the file."""
 
 
 def load_model(
@@ -56,7 +58,8 @@ def load_model(
     Sizes come from the tensors and, in our files, from the settings; else 224 px and heads of 64 channels are assumed.
     vocabulary  a vocab.txt or a Hugging Face folder; empty: the vocab.txt of the run's folder.
     frames      of a clip; None: those of training (published files: 12).
-    answers     the model for questions.
+    answers     the model for questions. Its decoder comes from the fusion layers where the file has none, as in
+                training; `Loaded.notes` says so.
 
     Raises WeightsError, BadVocabulary.
     """
@@ -75,9 +78,15 @@ def load_model(
         raise WeightsError(
             f"{known} has {len(tokenizer.vocabulary)} words, but the model {path} has {config.text.vocab_size}"
         )
+    decodes = any(key.startswith("text_decoder.") for key in state)
+    if decodes and not answers:
+        raise WeightsError(f"{path} is fine-tuned for questions: test it with train.evaluate --job qa")
+    notes = []
+    if answers and not decodes:
+        notes.append(f"note: {path} was not fine-tuned for questions; its answers are of no use")
     model = (VideoQaModel if answers else VideoTextModel)(config)
     load_video_text(model, state)
-    return Loaded(model.to(device).eval(), tokenizer, digest_of(state))
+    return Loaded(model.to(device).eval(), tokenizer, digest_of(state), notes)
 
 
 def infer_config(
@@ -194,7 +203,7 @@ def embed_set(
                 hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace")).hexdigest(),
                 model.config.vision.frames,
                 model.config.vision.image_size,
-                [getattr(settings, field.name) for field in fields(settings) if field.name != "batch_size"],
+                [getattr(settings, one.name) for one in fields(settings) if one.name != "batch_size"],
                 [rank, world_size],
             ]
         ).encode()
@@ -251,7 +260,7 @@ def _write(path: Path, embedded: Embedded, bad: Sequence[tuple[str, str]]) -> No
 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.new")
-    tensors = {field.name: getattr(embedded, field.name).contiguous() for field in fields(embedded)}
+    tensors = {one.name: getattr(embedded, one.name).contiguous() for one in fields(embedded)}
     save_file(tensors, aside, metadata={"bad": json.dumps(bad)})
     put_in_place(aside, path)
 

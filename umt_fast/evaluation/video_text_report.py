@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from umt_fast.config import DataConfig
 from umt_fast.data import open_loader
@@ -27,6 +30,8 @@ from umt_fast.files import write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+
     from umt_fast.data.loader import Batch
 
 SHOWN = 8
@@ -83,19 +88,24 @@ def _write(
 
 
 def pick_queries(found: RetrievalSet, result: Retrieval, count: int = SHOWN) -> list[tuple[str, list[Hit]]]:
-    """Evenly spread texts, each with its best videos and whether they are right."""
+    """Evenly spread texts with the place of their video, each with its best videos and whether they are right."""
     texts = len(found.texts)
     chosen = sorted({texts * i // min(count, texts) for i in range(min(count, texts))})
     queries = []
     for text in chosen:
         scores = result.rerank_t2v[text]
-        best = scores.argsort(descending=True, stable=True)[:HITS].tolist()
-        hits = [
-            Hit(found.videos[video], f"{float(scores[video]):.2f}", text in found.texts_of_videos[video])
-            for video in best
-        ]
-        queries.append((found.texts[text], hits))
+        order = scores.argsort(descending=True, stable=True).tolist()
+        right = [text in numbers for numbers in found.texts_of_videos]
+        place = next(place for place, video in enumerate(order, 1) if right[video])
+        hits = [Hit(found.videos[video], _label(found, video, scores), right[video]) for video in order[:HITS]]
+        queries.append((f"{found.texts[text]}   (right at place {place} of {len(order)})", hits))
     return queries
+
+
+def _label(found: RetrievalSet, video: int, scores: Float[Tensor, " v"]) -> str:
+    score = float(scores[video])
+    shown = "not re-ranked" if score == retrieval.NOT_RANKED else f"{score:.2f}"
+    return f"{shown}  {posixpath.basename(found.videos[video].name)}"
 
 
 def recall_table(recalls: dict[str, float], coarse: dict[str, float], chance: dict[str, float] | None = None) -> str:
@@ -233,10 +243,14 @@ def answer_questions(
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The best answer of a list for each question, by the question's id; and the videos that could not be read.
 
-    In several processes each answers a part; all get all answers.
+    In several processes each answers a part; all get all answers. Raises CaptionError if two questions have one id.
     """
     model = loaded.model
     assert isinstance(model, VideoQaModel)
+    numbers = Counter(question.number for question in questions)
+    twice = next((number for number, count in numbers.items() if count > 1), None)
+    if twice is not None:
+        raise CaptionError(f"{numbers[twice]} questions have the id {twice}; their answers are told apart by it")
     device = model.vision_encoder.position.device
     listed = loaded.tokenizer([f"{answer} [SEP]" for answer in answers], max_answer_words)
     answer_ids, answer_mask = (x.to(device) for x in listed)
