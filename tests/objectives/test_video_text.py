@@ -340,6 +340,7 @@ def test_a_text_in_which_no_word_is_hidden_gives_no_loss(model):
         (lambda b: (b[0], b[1][:3], b[2][:3], b[3]), r"give both as \[4, L\]"),
         (lambda b: (b[0], b[1], b[2], b[3][:2]), r"idx has shape \[2\]; give \[4\]"),
         (lambda b: (b[0][:, :, :16], *b[1:]), "clip is"),
+        (lambda b: (b[0], b[1] + 30, *b[2:]), "but the text encoder knows 30 words, from 0 on"),
         (lambda b: (b[0], F.pad(b[1], (0, 9), value=1), F.pad(b[2], (0, 9), value=1), b[3]), "has 12 positions"),
     ],
 )

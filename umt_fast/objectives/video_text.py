@@ -94,7 +94,8 @@ def video_text_step(
     own = bare_video_text(model)
     if not isinstance(own, VideoTextModel):
         raise TypeError(f"{type(own).__name__} answers questions; its step is `answering_loss`")
-    _check(clip, input_ids, attention_mask, idx)
+    idx = torch.as_tensor(idx)
+    _check(clip, input_ids, attention_mask, idx, own.config.text.vocab_size)
     draws = Draws() if draws is None else replace(draws)
     _check_draws(draws, input_ids)
     if objective.vtm > 0 and (draws.negative_videos is None or draws.negative_texts is None):
@@ -302,13 +303,20 @@ def _used_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | Non
     return int(columns[-1]) + 1 if len(columns) else 1
 
 
-def _check(clip: Tensor, input_ids: Tensor, attention_mask: Tensor, idx: Tensor) -> None:
+def _check(clip: Tensor, input_ids: Tensor, attention_mask: Tensor, idx: Tensor, words: int) -> None:
     batch = len(clip)
     if input_ids.dim() != 2 or input_ids.shape != attention_mask.shape or len(input_ids) != batch:
         raise ValueError(
             f"input_ids {list(input_ids.shape)} and attention_mask {list(attention_mask.shape)}: "
             f"give both as [{batch}, L], a row for each of the {batch} clips"
         )
+    if (
+        input_ids.device.type == "cpu"
+        and input_ids.numel()
+        and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < words
+    ):
+        wrong = int(input_ids.max()) if int(input_ids.min()) >= 0 else int(input_ids.min())
+        raise ValueError(f"input_ids has {wrong}, but the text encoder knows {words} words, from 0 on")
     if idx.shape != (batch,):
         raise ValueError(f"idx has shape {list(idx.shape)}; give [{batch}], a number for each clip")
 
