@@ -226,6 +226,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
+def _label(videos: VideoList, match: Match) -> str:
+    begin, end = match.seconds
+    return f"{match.score:.2f}  {begin:.1f}-{end:.1f} s  {posixpath.basename(videos[match.row].name)}"
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.seconds <= 0 or options.count < 1:
         raise SearchError(f"--seconds {options.seconds} --count {options.count}: give numbers above 0")
@@ -255,17 +260,7 @@ def _run(options: argparse.Namespace) -> None:
         for match in matches:
             times = "{:.1f}-{:.1f} s".format(*match.seconds)
             print(f"  {match.score:8.3f}  {match.similarity:6.3f}  {times:>16}  {videos[match.row].name}")
-        hits = [
-            Hit(
-                videos[match.row],
-                "{:.2f}  {:.1f}-{:.1f} s  {}".format(
-                    match.score, *match.seconds, posixpath.basename(videos[match.row].name)
-                ),
-                None,
-                match.seconds,
-            )
-            for match in matches
-        ]
+        hits = [Hit(videos[match.row], _label(videos, match), None, match.seconds) for match in matches]
         shown.append((query, hits))
     draw_found(shown, folder / "found.png")
     print(f"pictures: {folder / 'found.png'}", file=sys.stderr)
