@@ -80,6 +80,23 @@ def test_regions_are_shown_in_order():
     assert (lower.visible % 16 >= 8).all()
 
 
+def test_regions_are_shuffled_for_every_clip():
+    """A third of the frame is background; of the others one comes second, now this and now that."""
+    guide = torch.zeros(3, 8, 32, 32, dtype=torch.uint8)
+    guide[:, :, 8:16], guide[:, :, 16:] = 100, 200
+    masks = PixelMasks(
+        SIZES, PixelMaskConfig("region", 0.25, regions="x", order=(0, 100, 200), shuffled=2, least_share=0.3)
+    )
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for row in masks._scores(CLIP, guide)[:, 0]:
+            shown = row.view(4, 4).any(1).tolist()
+            assert shown[0]
+            seen.add(tuple(shown))
+    assert seen == {(True, True, False, False), (True, False, True, True)}
+
+
 def test_flow_carries_the_map(source):
     found = draw(rule="flow", ratio=0.75, source="given:flow")
     assert found.visible.shape[1] == 16
@@ -108,6 +125,7 @@ def test_everest_decodes_the_other_candidates():
     [
         ({"rule": "region"}, "needs mask videos and the order"),
         ({"rule": "region", "regions": "x"}, "give --mask.regions FOLDER and --mask.order"),
+        ({"rule": "region", "regions": "x", "order": (0, 1), "shuffled": 3}, "mask.shuffled = 3: must be in 0..2"),
         ({"rule": "flow"}, "needs optical flow: give --mask.source MODULE:FUNCTION"),
         ({"rule": "text", "source": "file.py"}, "needs similarity to the caption"),
         ({"rule": "everest", "candidate_ratio": 0.9}, "mask.candidate_ratio = 0.9: must be below mask.ratio = 0.9"),

@@ -11,7 +11,7 @@ from umt_fast.config import ClassifierConfig, MaeStConfig, VideoMaeConfig
 from umt_fast.evaluation.features import encoder_of, load_encoder
 from umt_fast.masking import hidden_ids
 from umt_fast.models.classifier import VideoClassifier
-from umt_fast.models.pixels import MaeSt, VideoMae
+from umt_fast.models.pixels import MaeSt, MaeStClassifier, VideoMae
 from umt_fast.models.token_sampler import AdaMae
 from umt_fast.objectives.pixels import videomae_step
 from umt_fast.weights import (
@@ -172,6 +172,17 @@ def test_autoencoders_from_their_own_files(tmp_path, top, wrapper):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(WeightsError, match=r"do not fit the VideoMae: missing encoder.*unexpected cls_token"):
         load_autoencoder(VideoMae(VideoMaeConfig(**SIZES, **DECODER)), other.state_dict())
+
+
+def test_heads_of_fine_tuned_mae_st(tmp_path):
+    """PySlowFast calls the head `head.projection`; its files hold the model under `model_state`."""
+    config = MaeStConfig(**SIZES, decoder_width=16, decoder_heads=2, target_frames=2)
+    model, other = MaeStClassifier(config, 5), MaeStClassifier(config, 5)
+    state = {key.replace("head.", "head.projection."): value for key, value in other.state_dict().items()}
+    torch.save({"model_state": state, "epoch": 3}, tmp_path / "a.pyth")
+    report = load_classifier(model, read_model(tmp_path / "a.pyth")[0])
+    assert report.lines() == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("settings", [{"image_size": [32, 48]}, {"num_frames": "16"}, {"tubelet_size": 0}])

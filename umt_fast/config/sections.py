@@ -295,6 +295,8 @@ class PixelMaskConfig:
     """region: folder of mask videos, which have the names of the videos."""
     order: tuple[int, ...] = ()
     """region: grey values of the mask videos, from the first to be shown on."""
+    shuffled: int = 0
+    """region: how many of the last ones of `order` are shuffled for every clip (MARLIN: all parts of the face)."""
     least_share: float = 0.1
     """region: share of a frame up to which further regions are shown."""
     source: str = ""
@@ -309,6 +311,8 @@ class PixelMaskConfig:
                 "mask.rule = region needs mask videos and the order in which their grey values are shown: give "
                 "--mask.regions FOLDER and --mask.order 0 1 ..."
             )
+        if not 0 <= self.shuffled <= len(self.order):
+            raise ConfigError(f"mask.shuffled = {self.shuffled}: must be in 0..{len(self.order)}, as mask.order has")
         if self.rule in ("flow", "text") and not re.fullmatch(r"[\w.]+:\w+", self.source):
             what = "optical flow" if self.rule == "flow" else "similarity to the caption"
             raise ConfigError(

@@ -102,7 +102,11 @@ class PixelMasks:
             order = torch.tensor(mask.order, device=clip.device)
             first = guide[:, :: sizes.tubelet_size].int()
             nearest = (first[..., None] - order).abs().argmin(-1)  # a mask video that was compressed is not exact
-            shown = guided.regions_shown(nearest, range(len(mask.order)), sizes.patch_size, mask.least_share)
+            fixed = len(order) - mask.shuffled
+            chance = torch.rand(len(clip), mask.shuffled, device=clip.device).argsort(1)
+            places = torch.arange(fixed, device=clip.device).expand(len(clip), -1)
+            ranks = torch.cat((places, fixed + chance), 1).gather(1, nearest.flatten(1)).view_as(nearest)
+            shown = guided.regions_shown(ranks, range(len(order)), sizes.patch_size, mask.least_share)
             return shown.float()
         if needs == "flow":
             return self._flow_scores(clip)
