@@ -6,13 +6,27 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from train import pretrain
+from train import pretrain, pretrain_pixels
+from umt_fast.config import (
+    ConfigError,
+    DataConfig,
+    OptimConfig,
+    PixelMaskConfig,
+    VideoMaeConfig,
+    VideoMaePretrainConfig,
+)
+from umt_fast.data.index import VideoList
+from umt_fast.data.loader import Batch, ClipDataset, VisitedVideo
 from umt_fast.run import checkpoint
+from umt_fast.run.world import World
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -71,6 +85,59 @@ def test_a_run_learns_and_leaves_a_reconstruction(tmp_path, demo_videos, case):
     state = torch.load(saved, weights_only=True)["model"]
     prefix = "blocks.0" if case == "mae_st" else "encoder.blocks.0"
     assert f"{prefix}.mlp.fc1.weight" in state
+
+
+TINY = VideoMaeConfig(32, 16, 2, 8, 16, 1, 1, decoder_width=8, decoder_depth=1, decoder_heads=1)
+RULES = {
+    "everest": {"ratio": 0.75, "candidate_ratio": 0.5},
+    "motion": {"ratio": 0.5},
+    "region": {"ratio": 0.75, "order": (0, 255)},
+    "flow": {"ratio": 0.75, "source": "given_here:flow"},
+    "text": {"ratio": 0.75, "source": "given_here:likeness"},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_guided_rule_goes_from_files_to_a_picture(tmp_path, demo_videos, rule, monkeypatch):
+    given = types.ModuleType("given_here")
+    given.flow = lambda clip: torch.zeros(len(clip), clip.shape[1] - 1, 2, *clip.shape[2:4])
+    given.likeness = lambda clip, captions: torch.rand(len(captions), 4, 4)
+    monkeypatch.setitem(sys.modules, "given_here", given)
+    paths = [line.rpartition(",")[0] for line in demo_videos.read_text().splitlines()]
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    diagonal = np.repeat(np.eye(32, dtype=np.uint8)[..., None] * 255, 3, axis=2)
+    for path in paths:
+        Image.fromarray(diagonal).save(masks / f"{Path(path).stem}.png")
+    config = VideoMaePretrainConfig(
+        mask=PixelMaskConfig(rule, regions=str(masks) if rule == "region" else "", **RULES[rule]),
+        data=DataConfig(frame_step=1, workers=0),
+        optim=OptimConfig(batch_size=2),
+        model=TINY,
+    )
+    rows = [{"path": path, "caption": "a square"} for path in paths]
+    stream = pretrain_pixels.make_stream(config, VideoList.of_rows(rows))
+    built = pretrain_pixels.Objective(config, World(0, 1, torch.device("cpu")))
+    batch = ClipDataset(stream)[[0, 1]]
+    clips = built.to_device(batch)
+    assert clips.shape == (2, 8, 32, 32, 4 if rule in ("motion", "region") else 3)
+    out = built.objective(built.model, False)(clips)
+    out.loss.backward()
+    assert out.visible.shape == (2, built.visible)
+    assert out.scored.shape == (2, built.decoded)
+    built.draw(batch, out, tmp_path)
+    assert (tmp_path / "visible.png").stat().st_size > 5000
+
+
+def test_captions_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "given_here", types.SimpleNamespace(likeness=len))
+    config = VideoMaePretrainConfig(
+        mask=PixelMaskConfig("text", 0.75, source="given_here:likeness"), data=DataConfig(frame_step=1), model=TINY
+    )
+    built = pretrain_pixels.Objective(config, World(0, 1, torch.device("meta")))
+    video = VisitedVideo(0, 4, "a.mp4", None, None)
+    with pytest.raises(ConfigError, match="text needs captions: row 5 of the list has none"):
+        built.to_device(Batch(torch.zeros(1, 1), [video], []))
 
 
 def test_resume_is_exact(tmp_path, demo_videos):
