@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import umt_fast
 from umt_fast import masking, weights
-from umt_fast.config import PretrainConfig
+from umt_fast.config import PretrainConfig, TeacherConfig
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
 from umt_fast.run import costs
@@ -40,7 +40,7 @@ class Objective:
         self.config = config
         self.world = world
         self.model = umt_fast.VideoStudent(config.student).to(world.device)
-        self.teacher = build_teacher(config, world)
+        self.teacher = build_teacher(config.teacher, config.teacher_weights, config.run.seed).to(world.device)
         self.blocks: nn.ModuleList = self.model.encoder.blocks
 
     def load_initial(self) -> None:
@@ -105,19 +105,22 @@ class Objective:
         draw_visible(batch.clip[0], out.scores[0], out.visible[0], folder / "visible.png", title)
 
 
-def build_teacher(config: PretrainConfig, world: World) -> umt_fast.ClipTeacher:
-    """The frozen teacher with its weights. Raises WeightsError, saying how to get some, if there are none."""
-    if config.teacher_weights == "random" and config.teacher.width > WIDEST_RANDOM_TEACHER:
+def build_teacher(sizes: TeacherConfig, source: str, seed: int) -> umt_fast.ClipTeacher:
+    """The frozen teacher with its weights; a random one depends on the seed alone.
+
+    Raises WeightsError, saying how to get weights, if there are none.
+    """
+    if source == "random" and sizes.width > WIDEST_RANDOM_TEACHER:
         raise WeightsError(
             f"a random teacher teaches nothing, so only one up to {WIDEST_RANDOM_TEACHER} wide may be `random`, to try "
-            f"the code; this one is {config.teacher.width} wide.\n{HOW_TO_GET_CLIP}"
+            f"the code; this one is {sizes.width} wide.\n{HOW_TO_GET_CLIP}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
-        teacher = umt_fast.ClipTeacher(config.teacher)
-    if config.teacher_weights != "random":
-        weights.load_clip_teacher(teacher, read_weights(config.teacher_weights))
-    return teacher.to(world.device).eval()
+        torch.manual_seed(seed)
+        teacher = umt_fast.ClipTeacher(sizes)
+    if source != "random":
+        weights.load_clip_teacher(teacher, read_weights(source))
+    return teacher.eval()
 
 
 def plan(config: PretrainConfig, gpu_memory: float | None) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from train.pretrain_alignment import build_teacher
 from umt_fast import masking, weights
 from umt_fast.config import ConfigError, Stage2Config, TextConfig, VideoTextObjective
 from umt_fast.data.tokens import Tokenizer
@@ -27,12 +28,12 @@ def build_model(config: Stage2Config, started: bool) -> tuple[VideoTextModel | V
     if started:
         return model, []
     notes = []
-    if isinstance(model, VideoTextModel) and model.clip_teacher is not None:
-        if config.teacher_weights != "random":
-            weights.load_clip_teacher(model.clip_teacher, weights.read_weights(config.teacher_weights))
-        notes.append(f"teacher: {_or_random(config.teacher_weights)}")
     state = weights.read_weights(config.init) if config.init else {}
     whole = any(key.startswith("vision_encoder.") for key in state)
+    if isinstance(model, VideoTextModel) and model.clip_teacher is not None and not whole:
+        teacher = build_teacher(config.teacher, config.teacher_weights, config.run.seed)
+        model.clip_teacher.load_state_dict(teacher.state_dict())
+        notes.append(f"teacher: {_or_random(config.teacher_weights)}")
     if config.bert != "random" and not whole and isinstance(model, VideoTextModel):
         weights.load_bert(model, weights.read_bert(config.bert))
         notes.append(f"text encoder: {config.bert}; its cross-attention starts random")

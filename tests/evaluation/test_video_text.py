@@ -83,6 +83,38 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
         video_text_report.run_retrieval(loaded, found, tmp_path, replace(settings, antialias=True), DATA)
 
 
+def test_odd_texts_are_taken(trained, listed, tmp_path):
+    """Empty ones, of 10,000 words, without a letter: as captions, questions, answers and queries."""
+    odd = ["", "word " * 10_000, "?!,.", "\U0001f600 \u4e2d"]
+    entries = json.loads(Path(listed).read_text())[:4]
+    for entry, text in zip(entries, odd, strict=True):
+        entry["caption"] = text
+    (tmp_path / "odd.json").write_text(json.dumps(entries))
+    found = read_retrieval(str(tmp_path / "odd.json"))
+    loaded = load_model(trained / "checkpoints" / "retrieval.pth")
+    result, _ = video_text_report.run_retrieval(loaded, found, tmp_path, EmbedSettings(), DATA)
+    assert result.rerank_v2t.isfinite().all()
+    asking = load_model(trained / "checkpoints" / "qa.pth", answers=True)
+    questions = [
+        Question(entry["video"], text, str(i), ()) for i, (entry, text) in enumerate(zip(entries, odd, strict=True))
+    ]
+    said, _ = video_text_report.answer_questions(asking, questions, [*odd[1:], "a"], EmbedSettings(), DATA)
+    assert len(said) == 4
+
+
+def test_files_that_changed_are_embedded_again(trained, listed, tmp_path, monkeypatch):
+    """The list names them as before."""
+    video = tmp_path / "video.mp4"
+    paths = [entry["video"] for entry in json.loads(Path(listed).read_text())]
+    video.write_bytes(Path(paths[0]).read_bytes())
+    (tmp_path / "test.json").write_text(json.dumps([{"video": str(video), "caption": "a"}]))
+    loaded, found = load_model(trained / "checkpoints" / "retrieval.pth"), read_retrieval(str(tmp_path / "test.json"))
+    first, _ = video_text.embed_set(loaded, found, EmbedSettings(), DATA, cache=tmp_path)
+    video.write_bytes(Path(paths[1]).read_bytes())
+    second, _ = video_text.embed_set(loaded, found, EmbedSettings(), DATA, cache=tmp_path)
+    assert not torch.equal(first.tokens, second.tokens)
+
+
 def test_embeddings_equal_those_of_the_clips(trained, listed):
     """The list's way through decoding gives what `retrieval.evaluate` gives for its clips."""
     loaded = load_model(trained / "checkpoints" / "retrieval.pth")

@@ -30,7 +30,7 @@ from umt_fast.data.sampling import middle_frames
 from umt_fast.data.tokens import clean_text
 from umt_fast.errors import RunError
 from umt_fast.evaluation.found import Hit, draw_found
-from umt_fast.evaluation.video_text import Loaded, load_model
+from umt_fast.evaluation.video_text import Loaded, digest_files, load_model
 from umt_fast.files import put_in_place
 from umt_fast.models.text import Context, Pairing
 from umt_fast.models.video_text import VideoTextModel
@@ -244,7 +244,7 @@ def _run(options: argparse.Namespace) -> None:
             raise SearchError(f"give --index a folder: {options.videos} is not a local folder or list")
         folder = (place if place.is_dir() else place.parent) / ".umt-fast-search"
         refuse_links(folder)
-    key = json.dumps([loaded.digest, videos.digest(), loaded.model.config.vision.frames, options.seconds])
+    key = json.dumps([loaded.digest, digest_files(videos), loaded.model.config.vision.frames, options.seconds])
     path = folder / "index.safetensors"
     index = read_index(path, key, len(videos), loaded.model.config.joint_width)
     if index is None:

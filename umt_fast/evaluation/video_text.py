@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -162,6 +163,18 @@ def digest_of(state: TensorDict) -> str:
     return found.hexdigest()[:16]
 
 
+def digest_files(videos: VideoList) -> str:
+    """Differs between lists, and for one list once a local file of it has changed."""
+    found = hashlib.sha256(videos.digest().encode())
+    for path in dict.fromkeys(video.path for video in videos if not video.remote):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # a missing file differs from the one that will be there
+            continue
+        found.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+    return found.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class EmbedSettings:
     """Settings for embedding the videos of a list."""
@@ -188,7 +201,7 @@ def embed_set(
     """This rank's part of the videos, and all texts, as `retrieval.score` takes them; and what could not be read.
 
     An unreadable video has zeros: it is found by chance alone. `cache`: a folder in which the embeddings are kept; a
-    second call with equal weights, list and settings reads them from there.
+    second call with equal weights, list, files and settings reads them from there.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
@@ -199,11 +212,12 @@ def embed_set(
         json.dumps(
             [
                 loaded.digest,
-                found.videos.digest(),
+                digest_files(found.videos),
                 hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace")).hexdigest(),
                 model.config.vision.frames,
                 model.config.vision.image_size,
                 [getattr(settings, one.name) for one in fields(settings) if one.name != "batch_size"],
+                [data.decoder, data.square_pixels],
                 [rank, world_size],
             ]
         ).encode()
