@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import umt_fast
 from umt_fast.config import ConfigError, FinetuneConfig
@@ -34,6 +35,7 @@ from umt_fast.evaluation.classification import Predictions, predict, score
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
 from umt_fast.files import read_small
+from umt_fast.models.attention import load as load_attention
 from umt_fast.models.classifier import Classifier, build_classifier
 from umt_fast.objectives.classification import mix, soft_cross_entropy
 from umt_fast.run import checkpoint, launch, parallel
@@ -85,7 +87,8 @@ def train(config: FinetuneConfig, world: World) -> bool:
     folder, step_clips = run.folder / "checkpoints", world.size * optim.batch_size * optim.accumulate
     losses, start = LossBuffer(), state.step
     if start >= job.last:
-        log.say(f"nothing to train: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
+        longer = "--optim.epochs" if job.last == schedule.total_steps else "--run.stop-at"
+        log.say(f"nothing to train: step {start} of {job.last} is reached; raise {longer} or add --run.name NEW")
 
     def update() -> Tensor:
         norm = clip_gradients(state.model, optim.clip_grad)
@@ -339,9 +342,9 @@ def is_validated(config: FinetuneConfig, schedule: EpochSchedule, step: int) -> 
 
 def validate(config: FinetuneConfig, job: Job) -> None:
     """Test the validation list's one view, and keep the weights if they are the best so far."""
-    found, top1 = None, float(job.state.step)  # without a list the last weights are the best
+    found, top1, model = None, float(job.state.step), evaluated(job)  # without a list the last weights are the best
     if job.validation is not None:
-        found = run_views(config, job, job.validation, validation=True)
+        found = run_views(config, job, model, job.validation, validation=True)
         scores = score(found.probabilities, torch.from_numpy(job.validation.labels)[found.rows])
         top1 = scores.top1
         unread = f", {len(found.bad)} could not be read" if found.bad else ""
@@ -352,21 +355,35 @@ def validate(config: FinetuneConfig, job: Job) -> None:
     job.state.plan["validated"] = job.state.step
     if top1 > job.state.plan["best_top1"]:
         job.state.plan["best_top1"] = top1
-        save_best(config, job, None if found is None else top1)
+        save_best(config, job, model, None if found is None else top1)
 
 
 def evaluated(job: Job) -> nn.Module:
-    """The weights that are validated and tested: the moving average where there is one."""
-    return job.state.model if job.average is None else job.average.module
+    """The weights that are validated and tested: the moving average where there is one. Every rank calls it.
+
+    A model that FSDP has sharded is copied whole: the ranks test different numbers of clips, and could not gather its
+    shards at each of them.
+    """
+    if job.average is not None:
+        return job.average.module
+    model = job.state.model
+    if not isinstance(model, FSDPModule):
+        return model
+    copy = build_classifier(job.state.config.classifier).to(job.state.world.device).requires_grad_(False)
+    copy.set_attention(load_attention(job.state.attention["classifier"]))
+    copy.load_state_dict({key: parallel.whole(value) for key, value in model.state_dict().items()})
+    return copy
 
 
-def run_views(config: FinetuneConfig, job: Job, listed: LabelledVideos, *, validation: bool = False) -> Predictions:
+def run_views(
+    config: FinetuneConfig, job: Job, model: nn.Module, listed: LabelledVideos, *, validation: bool = False
+) -> Predictions:
     sizes, data, views = config.classifier, config.data, config.test
     chosen = Views(
         sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, views.segments, views.crops, validation
     )
     return predict(
-        evaluated(job),
+        model,
         listed.videos,
         chosen,
         data,
@@ -377,14 +394,22 @@ def run_views(config: FinetuneConfig, job: Job, listed: LabelledVideos, *, valid
     )
 
 
-def save_best(config: FinetuneConfig, job: Job, top1: float | None) -> None:
-    """Write best.pth: weights, settings and class names; `load_encoder` and `train.evaluate` read it."""
-    state = {key: parallel.whole(value).detach().cpu() for key, value in evaluated(job).state_dict().items()}
-    if not job.state.world.main:
-        return
-    path = config.run.folder / BEST
+def save_best(config: FinetuneConfig, job: Job, model: nn.Module, top1: float | None) -> None:
+    """Write best.pth: weights, settings and class names; `load_encoder` and `train.evaluate` read it.
+
+    Raises OSError, on every rank, for a disk that is full.
+    """
+    problem = None
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     content = {"model": state, "config": dataclasses.asdict(job.state.config), "schedule": job.state.plan, "top1": top1}
-    checkpoint.write_tensors(path, {**content, "step": job.state.step})
+    if job.state.world.main:
+        try:
+            checkpoint.write_tensors(config.run.folder / BEST, {**content, "step": job.state.step})
+        except OSError as error:
+            problem = error
+    problem = job.state.world.gather(problem)[0]
+    if problem is not None:
+        raise problem
 
 
 def test(config: FinetuneConfig, job: Job) -> None:
@@ -393,8 +418,9 @@ def test(config: FinetuneConfig, job: Job) -> None:
     best = config.run.folder / BEST
     job.state.world.gather(None)  # the main rank may still be writing it
     state, _ = read_model(best)
-    evaluated(job).load_state_dict(state)
-    found = run_views(config, job, job.test)
+    model = evaluated(job)
+    model.load_state_dict(state)
+    found = run_views(config, job, model, job.test)
     if job.state.world.main:
         about = {"checkpoint": str(best), "list": config.data.test, "views": [config.test.segments, config.test.crops]}
         scores = write_report(config.run.folder / "test", found, job.test, about)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from umt_fast.data.index import VideoList
+from umt_fast.data.index import VideoList, write_index
 from umt_fast.data.labels import LabelError, read_classes, read_labelled
 from umt_fast.data.manifest import ManifestError, read_manifest
 from umt_fast.data.mapped_list import write_mapped
+from umt_fast.data.prepare.plan import make_plan
 
 
 def touch(folder: Path, names: list[str]) -> None:
@@ -142,3 +146,64 @@ def test_other_forms_of_lists(tmp_path: Path):
     found = read_labelled(str(tmp_path / "columns.csv"), str(tmp_path))
     assert found.labels.tolist() == [1, 0]
     assert [video.path for video in found.videos] == [f"{tmp_path}/a.mp4"] * 2
+
+
+COLUMNS = "path\tclass\tstart\tend\na.mp4\trun, far\t2.5\t4\na.mp4\thop\t0\t2\n"
+ENTRIES = [{"video": "a.mp4", "label": "run, far", "start": 2.5, "end": 4}, {"video": "a.mp4", "label": "hop"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "first_frames"),
+    [
+        ("numbers.csv", "path,label,start,end\na.mp4,1,2.5,4\na.mp4,0,0,2\n", None),
+        ("columns.tsv", COLUMNS, None),
+        ("utf16.txt", COLUMNS.encode("utf-16"), None),
+        ("quoted.csv", '"a.mp4","run, far"\n"a.mp4",hop\n', None),
+        ("entries.json", json.dumps(ENTRIES), None),
+        ("frames.txt", "frames 12 run, far\nframes 7 hop\n", 12),
+        ("frames.csv", "frames,12,1\nframes,7,0\n", 12),
+    ],
+)
+def test_every_form_of_list_has_numbers_or_names(tmp_path: Path, name, content, first_frames):
+    touch(tmp_path, ["a.mp4", "frames/1.jpg"])
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = read_labelled(str(tmp_path / name), str(tmp_path))
+    assert found.labels.tolist() == [1, 0]
+    assert found.classes == (("0", "1") if name in ("numbers.csv", "frames.csv") else ("hop", "run, far"))
+    assert {video.path for video in found.videos} == {f"{tmp_path}/{'frames' if first_frames else 'a.mp4'}"}
+    parts = [video.part for video in found.videos]
+    if first_frames:
+        assert [part.count for part in parts] == [first_frames, 7]
+    elif name != "quoted.csv":
+        assert (parts[0].start, parts[0].end) == (2.5, 4)
+    with pytest.raises(LabelError, match=f"{name}, (line|row) [12]: (no class 'run, far' among|label 1 is not one of)"):
+        read_labelled(str(tmp_path / name), str(tmp_path), ("hop",))
+
+
+def test_shards_name_their_classes(tmp_path: Path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, content in (("0.mp4", b"x"), ("0.cls", b"run\n"), ("1.mp4", b"y"), ("1.json", b'{"label": "hop"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = read_labelled(str(tmp_path / "s.tar"))
+    assert (found.classes, found.labels.tolist()) == (("hop", "run"), [1, 0])
+    (line, other) = make_plan(found.videos, str(tmp_path / "s.tar"), None).lines
+    assert (line.label, other.label) == ("run", "hop")
+    rows = [{"path": "run/a.mp4"}, {"path": "hop/b.mp4"}]
+    (tmp_path / "index.jsonl").write_bytes(write_index(rows))  # copies of a folder of classes
+    assert read_labelled(str(tmp_path)).classes == ("hop", "run")
+    (tmp_path / "index.jsonl").write_bytes(write_index([{**rows[0], "class": "swim"}]))
+    assert read_labelled(str(tmp_path)).classes == ("swim",)
+
+
+def test_lines_keep_their_numbers_and_parts(tmp_path: Path):
+    touch(tmp_path, ["a.mp4"])
+    for content, says in (
+        ("path,label\n\na.mp4,1\na.mp4,\n", "line 4: no label"),
+        ("a.mp4,1\na.mp4 3 -1\n", "line 2: no label"),
+        ("https://x/a.mp4?b=1,2,c\n", "line 1: no label"),
+    ):
+        (tmp_path / "list.csv").write_text(content)
+        with pytest.raises(LabelError, match=says):
+            read_labelled(str(tmp_path / "list.csv"), str(tmp_path))

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -72,20 +73,46 @@ def test_the_command_writes_what_the_encoder_gives(checkpoint, listing, tmp_path
     assert torch.allclose(found.features.flatten(0, 1), expected, atol=1e-5)
 
 
-def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys, kind):
     out = tmp_path / "f"
-    features.main(command(checkpoint, listing, out))
+    again = command(checkpoint, listing, out, "--format", kind)
+    features.main(again)
     whole = read_features(out)
-    shard_path(out, 1).unlink()
+    shard_path(out, 1, kind).unlink()
     with pytest.raises(FeaturesError, match="lacks 1 of 3 shards"):
         read_features(out)
-    before = shard_path(out, 0).stat().st_mtime_ns
-    features.main(command(checkpoint, listing, out))
-    assert shard_path(out, 0).stat().st_mtime_ns == before
+    before = shard_path(out, 0, kind).stat().st_mtime_ns
+    features.main(again)
+    assert shard_path(out, 0, kind).stat().st_mtime_ns == before
     assert "2 of 3 shards are there already" in capsys.readouterr().out
     assert torch.equal(read_features(out).features, whole.features)
+    assert len(list(out.glob(f"*.{kind}"))) == 3
     with pytest.raises(SystemExit, match=r"holds features with settings .* give another --out"):
-        features.main(command(checkpoint, listing, out, "--layer", "0"))
+        features.main([*again, "--layer", "0"])
+    other = {"npz": "safetensors", "safetensors": "npz"}[kind]
+    with pytest.raises(SystemExit, match=f"holds features with format = {kind}, these have {other}"):
+        features.main([*again, "--format", other])
+    shard_path(out, 2, kind).write_bytes(b"no shard")
+    with pytest.raises(FeaturesError, match=r"cannot read .*features_00002"):
+        read_features(out)
+
+
+def test_npz_shards_are_plain_arrays(checkpoint, listing, tmp_path):
+    features.main(command(checkpoint, listing, tmp_path / "f", "--format", "npz", "--half"))
+    features.main(command(checkpoint, listing, tmp_path / "g", "--half"))
+    assert torch.equal(read_features(tmp_path / "f").features, read_features(tmp_path / "g").features)
+    with np.load(tmp_path / "f" / "features_00001.npz", allow_pickle=False) as arrays:
+        assert arrays["features"].dtype == np.float16
+        assert (arrays["rows"].tolist(), arrays["labels"].tolist()) == ([3], [1])
+        assert "none.mp4" in json.loads(str(arrays["unreadable"]))[0][0]
+    index = json.loads((tmp_path / "g" / "features.json").read_text())
+    index.pop("format")  # as earlier versions wrote it
+    (tmp_path / "g" / "features.json").write_text(json.dumps(index))
+    features.main(command(checkpoint, listing, tmp_path / "g", "--half"))
+    (tmp_path / "g" / "features.json").write_text(json.dumps({**index, "format": "../x"}))
+    with pytest.raises(FeaturesError, match=r"format = '\.\./x'"):
+        read_features(tmp_path / "g")
 
 
 def test_processes_share_out_the_shards(checkpoint, listing, tmp_path):

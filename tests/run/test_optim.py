@@ -218,3 +218,22 @@ def test_layer_decay_repeats_the_published_steps(recorded, classifier_config):
     for key, expected in case.part("final.").items():
         assert float((model.state_dict()[key] - expected).norm() / expected.norm()) < 1e-4, key
         assert key == "pos_embed" or not torch.equal(model.state_dict()[key], tensors[f"init.{key}"]), key
+
+
+def test_layer_decay_of_parameters_that_no_recipe_has():
+    model = nn.Module()
+    for name in ("cls_token", "mask_token", "pos_embed", "patch_embed_extra", "rel_pos_bias_table"):
+        setattr(model, name, nn.Parameter(torch.zeros(1, 1, 4)))
+    model.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    found = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in layer_decay_groups(model, 0.5, 0.1)
+        for name in group["names"]
+    }
+    assert found == {
+        **dict.fromkeys(("cls_token", "pos_embed"), (0.25, 0.0)),
+        **dict.fromkeys(("mask_token", "patch_embed_extra"), (0.25, 0.1)),
+        "rel_pos_bias_table": (1.0, 0.1),
+        "blocks.0.weight": (0.5, 0.1),
+        "blocks.0.bias": (0.5, 0.0),
+    }

@@ -201,19 +201,30 @@ rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
 with open(f"{folder}/config", "rb") as file:
-    config = pickle.load(file)
-finetune.train(config, World(rank, size, torch.device("cpu"), dist.group.WORLD))
+    configs = pickle.load(file)
+for config in configs:
+    finetune.train(config, World(rank, size, torch.device("cpu"), dist.group.WORLD))
 dist.destroy_process_group()
 """
 
 
-def test_two_processes_train_as_one_on_the_joined_batch_and_test_alike(config, tmp_path: Path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_on_the_joined_batch_and_test_alike(config, tmp_path: Path, parallel):
+    """With FSDP the run is stopped half-way and goes on, and another has a moving average."""
     config = change(config, "mix", mixup=0.0, cutmix=0.0)
+    config = change(config, "compute", parallel=parallel)
+    if parallel == "fsdp":
+        config = change(config, "optim", ema_decay=0.0)
     config = change(config, "classifier", drop_path=0.0)
     alone, two = (change(config, "run", name=name) for name in ("alone", "two"))
     two = change(two, "optim", batch_size=2)
     (tmp_path / "process.py").write_text(PROCESS)
-    (tmp_path / "config").write_bytes(pickle.dumps(two))
+    parts, averaged = [two], []
+    if parallel == "fsdp":
+        averaged = [change(change(each, "optim", ema_decay=0.9), "run", stop_at=2) for each in (two, alone)]
+        averaged = [change(each, "run", name=f"{each.run.name}-average") for each in averaged]
+        parts = [change(two, "run", stop_at=5), two, averaged[0]]
+    (tmp_path / "config").write_bytes(pickle.dumps(parts))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     children = [
         subprocess.Popen(
@@ -226,13 +237,16 @@ def test_two_processes_train_as_one_on_the_joined_batch_and_test_alike(config, t
         )
         for rank in range(2)
     ]
-    finetune.train(alone, ALONE)
+    for each in (alone, *averaged[1:]):
+        finetune.train(each, ALONE)
     for child in children:
         output, _ = child.communicate(timeout=120)
         assert child.returncode == 0, output
-    one, other = (weights_of(each) for each in (alone, two))
-    for key, value in one.items():
-        assert torch.allclose(other[key], value, rtol=0, atol=1e-6), key
+    for pair in ((alone, two), *([averaged] if averaged else [])):
+        one, other = (weights_of(each) for each in pair)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.allclose(other[key], value, rtol=0, atol=1e-6), key
     best = two.run.folder / "best.pth"
     arguments = ["--checkpoint", f"{best}", "--data.test", config.data.test, "--data.workers", "0"]
     arguments += ["--compute.precision", "fp32", "--compute.attention", "sdpa", "--test.clips-per-pass", "4"]
@@ -257,8 +271,8 @@ def test_starts_from_a_pre_trained_encoder(config, tmp_path: Path):
     finetune.load_init(model, change(other, "init", strict=False))
     with pytest.raises(WeightsError, match=r"no weights at .*none\.pth: no such file or folder\.$"):
         finetune.load_init(model, change(config, "init", checkpoint=f"{tmp_path / 'none.pth'}"))
-    with pytest.raises(ConfigError, match="parallel = fsdp is for pre-training"):
-        change(config, "compute", parallel="fsdp")
+    with pytest.raises(ConfigError, match="cuda_graph is for pre-training"):
+        change(config, "compute", cuda_graph=True)
 
 
 def test_cuts_a_head_by_the_users_map(config, tmp_path: Path):

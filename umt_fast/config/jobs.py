@@ -81,8 +81,6 @@ class FinetuneConfig:
         check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
         if self.mix.mixes and self.optim.batch_size % 2:
             raise ConfigError(f"optim.batch_size = {self.optim.batch_size}: mixup and cutmix need an even number")
-        if self.compute.parallel != "ddp":
-            raise ConfigError(f"compute.parallel = {self.compute.parallel} is for pre-training; fine-tune with ddp")
         if self.compute.cuda_graph:
             raise ConfigError(
                 "compute.cuda_graph is for pre-training; fine-tuning draws how to mix a batch on the host"

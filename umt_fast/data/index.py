@@ -15,7 +15,7 @@ format, then one JSON object per video:
     packets       the place of the frames' packets: one after another from byte `first` on, in the order they are shown;
                   a table of their sizes begins at byte `sizes`, 32-bit big-endian; `setup` (base64) is FFmpeg's
                   extradata, which the decoder needs first
-    label caption of the video, if the data set has them
+    label caption of the video, if the data set has them; `class` in place of `label`: the name of its class
     start end     the part that clips are made of, in seconds; or `first` and `count`, in frames
 """
 
@@ -164,6 +164,8 @@ class Video:
     """None: unknown until the file is read."""
     label: int | None = None
     caption: str | None = None
+    class_name: str | None = None
+    """In place of a label, where the list names the classes."""
     part: Part | None = None
     """The part that clips are made of; None: all of it."""
     read_timeout: float = DataConfig.read_timeout
@@ -406,6 +408,7 @@ def _to_video(row: dict[str, Any], base: str) -> Video:
         facts=facts,
         label=_label(row),
         caption=row.get("caption"),
+        class_name=None if row.get("class") is None else str(row["class"]),
         refused=str(row.get("refused", "")),
         part=_part(row),
     )

@@ -80,10 +80,11 @@ def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], Vid
     labels = [str(row.get("label", row.get("class", ""))) for row in videos.rows()]
     where = [f"row {row + 1}" for row in range(len(videos))]
     path = source if is_url(source) else os.path.expanduser(source)
-    if os.path.isdir(path) and not os.path.exists(os.path.join(path, INDEX_NAME)):
+    copied = any(labels) or any("shard" in row for row in videos.rows())
+    if os.path.isdir(path) and not (os.path.exists(os.path.join(path, INDEX_NAME)) and copied):
         where = [os.path.relpath(video.path, path) for video in videos]
         return where, videos, [place.split(os.sep)[0] if os.sep in place else "" for place in where]
-    if suffix_of(source) not in _LISTS:
+    if os.path.isdir(path) or suffix_of(source) not in _LISTS:
         return where, videos, labels
     content = as_utf8(read(path, timeout=read_timeout), source).decode("utf-8", "surrogateescape")
     lines = [(f"line {number}", line.strip()) for number, line in enumerate(content.split("\n"), 1)]
@@ -93,9 +94,12 @@ def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], Vid
         return where[1:], videos, labels
     if all(labels):
         return where, videos, labels
-    parts = [_split(line) for _, line in lines]  # `path name`
-    paths = [path if is_url(path) else os.path.join(os.path.expanduser(prefix), path) for path, _ in parts]
-    return where, VideoList.of_paths(paths), [label for _, label in parts]
+    rows = list(videos.rows())
+    for place, (_, line) in enumerate(lines):
+        if not labels[place] and rows[place].keys() == {"path"}:  # `path name`; pre-training reads all of it as a path
+            path, labels[place] = _split(line)
+            rows[place] = {"path": path if is_url(path) else os.path.join(os.path.expanduser(prefix), path)}
+    return where, VideoList.of_rows(rows), labels
 
 
 _LISTS = (".csv", ".tsv", ".txt", ".list", "")
@@ -109,6 +113,8 @@ def _split(line: str) -> tuple[str, str]:
         path, label = (fields[0], fields[-1]) if len(fields) > 1 else (line, "")
     else:
         path, _, label = line.rpartition(",") if "," in line else " ".join(line.rsplit(None, 1)).rpartition(" ")
+    if is_url(path) and "," in path.partition("?")[2]:  # commas of a query
+        return line, ""
     if not path or posixpath.splitext(label)[1].lower() in VIDEO_SUFFIXES:
         return line, ""
     return path.strip(), label.strip()

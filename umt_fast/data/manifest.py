@@ -65,6 +65,10 @@ _PAIR = re.compile(r"[\s,;]+([0-9]{1,9})[\s,;]+(-?[0-9]{1,9})$")
 _PAIR_AFTER_URL = re.compile(r"\s+([0-9]{1,9})\s+(-?[0-9]{1,9})$")
 _LONGEST_PAIR = 100
 """Characters at the end of a line in which two numbers are looked for."""
+_NAMED_FRAMES = re.compile(r"(\S.*?)[\s,;]+([0-9]{1,9})[\s,;]+([^\W\d].*)")
+"""Folder, number of frames and name of a class."""
+_LONGEST_NAMED = 1000
+"""Characters of such a line: the time to match it grows with the square."""
 _LABEL = re.compile(r"(-?[0-9]{1,18})(?:\.0*)?")
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"\s*(?:$|([,;\s])\s*(.*))')
 _COMMENT = ord("#")
@@ -320,6 +324,9 @@ class LineParser:
             label = _LABEL.fullmatch(parts[1].strip()) if len(parts) == 2 else None
             if label and not (separator and query and "," in parts[0].partition("?")[2]):
                 return {"path": parts[0].strip(), "label": int(label[1])}
+        frames = _NAMED_FRAMES.fullmatch(text) if len(text) <= _LONGEST_NAMED else None
+        if frames and suffix_of(frames[1]) not in VIDEO_SUFFIXES and os.path.isdir(_join(self.prefix, frames[1])):
+            return {"path": frames[1], "count": int(frames[2]), "class": frames[3]}
         return {"path": text} if query else _split_name(text)
 
     def _of_quoted(self, path: str, separator: str, rest: str) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from umt_fast.files import check_regular
 
 _LONGEST_TEXT = 1 << 20
 """Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
+_LONGEST_NAME = 1000
+"""Characters of a class name."""
 _HEADERS_AT_ONCE = 64 << 10
 """Bytes fetched of a remote shard at once: a member's header and what follows."""
 
@@ -70,18 +72,22 @@ def _key(name: str) -> str:
 
 
 def _described(members: dict[str, bytes]) -> dict[str, Any]:
-    """Label and caption of a sample: from .cls and .txt, or from "label" and "caption" in .json."""
+    """Label and caption of a sample: from .cls and .txt, or from "label" and "caption" in .json. A label that is a text
+    names its class."""
     try:
         found = json.loads(members.get(".json", b"{}"))
     except (ValueError, RecursionError):
         found = {}
     described = found if isinstance(found, dict) else {}
     row: dict[str, Any] = {}
-    label = members.get(".cls", b"").strip()
-    if re.fullmatch(rb"[0-9]{1,18}", label):
-        row["label"] = int(label)
-    elif type(described.get("label")) is int and abs(described["label"]) < 1 << 63:
-        row["label"] = described["label"]
+    label: Any = members.get(".cls", b"").decode("utf-8", "replace").strip() or described.get("label")
+    if isinstance(label, str):
+        if re.fullmatch(r"[0-9]{1,18}", label, re.ASCII):
+            row["label"] = int(label)
+        elif 0 < len(label) <= _LONGEST_NAME and label.isprintable():
+            row["class"] = label
+    elif type(label) is int and abs(label) < 1 << 63:
+        row["label"] = label
     if ".txt" in members:
         row["caption"] = members[".txt"].decode("utf-8", "replace").strip()
     elif isinstance(described.get("caption"), str):
@@ -99,7 +105,8 @@ class Sample:
     """Path of the .mp4 file."""
     facts: dict[str, Any]
     """Content of the .json file."""
-    label: int | None = None
+    label: int | str | None = None
+    """Number or name of its class."""
     caption: str | None = None
 
 

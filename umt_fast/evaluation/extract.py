@@ -3,16 +3,19 @@
 features.json              settings, and how many rows, channels and shards there are
 features_00000.safetensors features [n,V,D] (or [n,V,N,D] of all tokens), rows [n], labels [n] of up to
                            `shard` videos; in its metadata, the videos that could not be read
+features_00000.npz         the same as NumPy's arrays, with `unreadable`, where that format was chosen
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +32,7 @@ from umt_fast.run.world import World
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
+Format = Literal["safetensors", "npz"]
 INDEX = "features.json"
 NO_LABEL = -1
 _MOST_SHARDS = 1 << 20
@@ -52,6 +56,8 @@ class Extraction:
     half: bool = False
     """Store float16 in place of float32."""
     clips_per_pass: int = 16
+    format: Format = "safetensors"
+    """Kind of file; npz is NumPy's, not compressed."""
 
 
 @dataclass
@@ -85,14 +91,20 @@ def extract(
     on. Raises FeaturesError where it is not.
     """
     count = -(-len(videos) // settings.shard)
-    index = {"list": videos.digest(), "videos": len(videos), "shards": count, "settings": asdict(settings), **about}
+    facts = asdict(settings)
+    index = {"format": facts.pop("format"), "list": videos.digest(), "videos": len(videos), "shards": count}
+    index |= {"settings": facts, **about}
     index = json.loads(json.dumps(index))
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
         check_same(folder / INDEX, index)
         write_whole(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     world.gather(None)
-    own = [number for number in range(world.rank, count, world.size) if not shard_path(folder, number).exists()]
+    own = [
+        number
+        for number in range(world.rank, count, world.size)
+        if not shard_path(folder, number, settings.format).exists()
+    ]
     present = len(range(world.rank, count, world.size)) - len(own)
     if world.main and present:
         say(f"{present} of {present + len(own)} shards are there already")
@@ -117,8 +129,8 @@ def check_same(path: Path, index: dict[str, Any]) -> None:
             )
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"features_{number:05d}.safetensors"
+def shard_path(folder: Path, number: int, format: Format = "safetensors") -> Path:
+    return folder / f"features_{number:05d}.{format}"
 
 
 def _write_shard(
@@ -133,8 +145,6 @@ def _write_shard(
     number: int,
     bf16: bool,
 ) -> None:
-    from safetensors.torch import save_file
-
     views, parts, found, bad = settings.views, [], [], []
     group = max(settings.clips_per_pass // views.clips, 1)
     loader = ClipLoader(
@@ -157,10 +167,43 @@ def _write_shard(
         "rows": torch.tensor(found, dtype=torch.int64),
         "labels": torch.tensor([NO_LABEL if labels is None else int(labels[row]) for row in found], dtype=torch.int64),
     }
-    path = shard_path(folder, number)
+    _write_tensors(shard_path(folder, number, settings.format), tensors, json.dumps(bad))
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> None:
+    """Write a shard whole or not at all. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     aside = path.with_name(f".{path.name}")
-    save_file(tensors, aside, {"unreadable": json.dumps(bad)})
-    put_in_place(aside, path)
+    try:
+        if path.suffix == ".npz":
+            arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
+            arrays["unreadable"] = np.array(unreadable)
+            with open(aside, "wb") as file:
+                np.savez(file, **arrays)
+        else:
+            save_file(tensors, aside, {"unreadable": unreadable})
+        put_in_place(aside, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _read_tensors(path: Path, classes: int) -> dict[str, Tensor]:
+    """Raises FeaturesError for a shard that cannot be read, or holds other things than an extraction writes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix != ".npz":
+            return _check_shard(load_file(path), classes)
+        with np.load(path, allow_pickle=False) as arrays:
+            names = [name for name in arrays.files if name != "unreadable"]
+            return _check_shard({name: torch.from_numpy(arrays[name]) for name in names}, classes)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise FeaturesError(f"cannot read {path}: {error}") from None
 
 
 def features_of(encoder: VideoEncoder, clips: Tensor, settings: Extraction, bf16: bool) -> Tensor:
@@ -175,9 +218,6 @@ def features_of(encoder: VideoEncoder, clips: Tensor, settings: Extraction, bf16
 
 def read_features(folder: str | Path) -> Features:
     """All features of a folder. Raises FeaturesError for one that is missing, damaged or not complete."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder).expanduser()
     index = _read_index(folder / INDEX)
     count, classes = index.get("shards"), index.get("classes") or []
@@ -185,17 +225,11 @@ def read_features(folder: str | Path) -> Features:
         raise FeaturesError(f"{folder / INDEX}: shards = {str(count)[:30]} is not a number of files")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise FeaturesError(f"{folder / INDEX}: classes is not a list of names")
-    paths = [shard_path(folder, number) for number in range(count)]
+    paths = [shard_path(folder, number, index["format"]) for number in range(count)]
     missing = sum(not path.is_file() for path in paths)
     if missing:
         raise FeaturesError(f"{folder} lacks {missing} of {count} shards; run the extraction again")
-    shards = []
-    for path in paths:
-        try:
-            shards.append(_check_shard(load_file(path), len(classes)))
-        except (OSError, SafetensorError, ValueError) as error:
-            raise FeaturesError(f"cannot read {path}: {error}") from None
-    shards = [shard for shard in shards if len(shard["rows"])]
+    shards = [shard for path in paths if len((shard := _read_tensors(path, len(classes)))["rows"])]
     if not shards:
         raise FeaturesError(f"{folder}: none of the videos could be read")
     shapes = {shard["features"].shape[1:] for shard in shards}
@@ -228,4 +262,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise FeaturesError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise FeaturesError(f"{path} is not an index of features")
+    content.setdefault("format", "safetensors")  # the only one of earlier versions
+    if content["format"] not in get_args(Format):
+        raise FeaturesError(f"{path}: format = {content['format']!r}: must be {' or '.join(get_args(Format))}")
     return content

@@ -179,6 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, help="attention heads, where the file does not say")
     parser.add_argument("--shard", type=int, default=512, help="videos in a file (default 512)")
     parser.add_argument("--half", action="store_true", help="store float16")
+    parser.add_argument("--format", choices=("safetensors", "npz"), default="safetensors", help="kind of file")
     parser.add_argument("--clips-per-pass", type=int, default=16)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -218,7 +219,7 @@ def _extract(given: argparse.Namespace, world: World) -> None:
     videos = read_manifest(given.data, given.prefix) if listed is None else listed.videos
     check_files(videos, given.data, given.prefix)
     views = Views(sizes.frames, sizes.image_size, given.rule, given.rate, segments=given.segments, crops=given.crops)
-    settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass)
+    settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass, given.format)
     about = {"checkpoint": str(given.checkpoint), "classes": None if listed is None else list(listed.classes)}
     extract(
         encoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ _PICTURED = 12
 """Videos in the picture of the worst mistakes."""
 _LARGEST_MATRIX = 60
 """Classes whose names are written beside the confusion matrix."""
+_LARGEST_COUNTED = 20
+"""Classes whose numbers of videos are written into it."""
 
 
 def write_report(folder: Path, found: Predictions, listed: LabelledVideos, about: dict[str, Any]) -> Scores:
@@ -61,7 +64,7 @@ def write_report(folder: Path, found: Predictions, listed: LabelledVideos, about
 def worst_classes(matrix: Int[Tensor, "k k"], classes: Sequence[str]) -> list[dict[str, Any]]:
     """The classes with the lowest top-1 among those that occur, and what they are taken for most often."""
     counts, right = matrix.sum(1), matrix.diagonal()
-    worst = sorted((float(right[k] / counts[k]), -int(counts[k]), k) for k in counts.nonzero().flatten().tolist())
+    worst = sorted((int(right[k]) / int(counts[k]), -int(counts[k]), k) for k in counts.nonzero().flatten().tolist())
     listed = []
     for share, _, k in worst[:_LISTED]:
         others = matrix[k].clone()
@@ -86,6 +89,10 @@ def _draw_confusion(matrix: Int[Tensor, "k k"], classes: Sequence[str], path: Pa
         names = [_short(name) for name in classes]
         axes.set_xticks(range(count), names, rotation=90, fontsize=7)
         axes.set_yticks(range(count), names, fontsize=7)
+    if count <= _LARGEST_COUNTED:
+        for row, column in matrix.nonzero().tolist():
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(matrix[row, column])), ha="center", va="center", color=shade, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -112,7 +119,8 @@ def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: Labell
             axes.text(0.5, 0.5, "cannot be read any more", ha="center")
         guess = int(said[place, 0])
         title = f"{_short(listed.classes[int(labels[place])])}\nsaid {_short(listed.classes[guess])}"
-        axes.set_title(f"{title} ({100 * float(found.probabilities[place, guess]):.0f}%)", fontsize=8)
+        title += f" ({100 * float(found.probabilities[place, guess]):.0f}%)\n{_short(os.path.basename(video.name))}"
+        axes.set_title(title, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

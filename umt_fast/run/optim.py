@@ -40,8 +40,8 @@ def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float
     """AdamW's groups of a model with `blocks`, each with `lr_scale`, in order of first appearance (UMT's fine-tuning).
 
     With L blocks, block i has the scale layer_decay^(L - i), the patch embedding and positions layer_decay^(L + 1),
-    and what comes after the blocks 1. Weight decay is left out for 1-D parameters, biases and positions. Each group's
-    `names` says whose parameters it holds.
+    and what comes after the blocks 1. Weight decay is left out for 1-D parameters, biases, positions and a class
+    token. Each group's `names` says whose parameters it holds.
     """
     blocks = model.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
@@ -49,12 +49,11 @@ def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         layer = last
-        position = name.startswith(_POSITIONS)
-        if position or name.startswith("patch_embed."):
+        if name.startswith((*_POSITIONS, "mask_token", "patch_embed")):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        decayed = parameter.dim() > 1 and not name.endswith(".bias") and not position
+        decayed = parameter.dim() > 1 and not name.endswith(".bias") and not name.startswith(_POSITIONS)
         scale = layer_decay ** (last - layer)
         group = groups.setdefault(
             (layer, decayed),
@@ -65,7 +64,7 @@ def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float
     return list(groups.values())
 
 
-_POSITIONS = ("pos_embed", "cls_token", "mask_token")  # and MAE-ST's pos_embed_spatial and others
+_POSITIONS = ("pos_embed", "cls_token")  # and MAE-ST's pos_embed_spatial and others
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -171,7 +170,7 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights of the model that this was made from."""
+        """Take in the weights of the model that this was made from. Shards are gathered: every rank calls it."""
         own, new = self.module.state_dict(), model.state_dict()
         floats = [key for key, value in own.items() if value.is_floating_point()]
-        torch._foreach_lerp_([own[key] for key in floats], [new[key].detach() for key in floats], 1 - self.decay)
+        torch._foreach_lerp_([own[key] for key in floats], [whole(new[key].detach()) for key in floats], 1 - self.decay)

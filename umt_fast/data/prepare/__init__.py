@@ -298,7 +298,8 @@ class _Preparation:
             if item.number in self.shard_of:
                 shard = self.shard_of[item.number].name
                 row |= {"shard": shard, "offset": self.journal.shards[shard]["offsets"][item.name]}
-            given = {"label": line.label, "caption": line.caption, **describe_part(line.part)}
+            key = "class" if isinstance(line.label, str) else "label"
+            given = {key: line.label, "caption": line.caption, **describe_part(line.part)}
             rows.append(row | {key: value for key, value in given.items() if value is not None})
         failed = [*self.plan.failures]
         failed += [item.name for item in self.plan.items if item.name in self.failures]

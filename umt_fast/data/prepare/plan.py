@@ -42,7 +42,8 @@ class Line:
 
     item: int
     """Number of the item."""
-    label: int | None
+    label: int | str | None
+    """Number or name of its class."""
     caption: str | None
     part: Part | None = None
 
@@ -91,7 +92,8 @@ def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Pl
     lines = []
     for video in good:
         caption = _read_caption(video, base) if video.caption is None else video.caption
-        lines.append(Line(numbers[video.name], video.label, caption, video.part))
+        label = video.class_name if video.label is None else video.label
+        lines.append(Line(numbers[video.name], label, caption, video.part))
     if per_shard is None:
         paths = _copy_paths([os.path.relpath(place, base) for place in places])
         return Plan(base, [Item(i, video, paths[i]) for i, video in enumerate(distinct)], lines, [], failures)
