@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import torch.distributed as dist
 
 from umt_fast.config import ConfigError
-from umt_fast.run.world import advise_restarts, read_environment, shorten
+from umt_fast.run.world import advise_restarts, agree_on_attempt, read_environment, shorten
 
 MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 
@@ -52,6 +57,27 @@ def test_only_elastic_runs_of_several_nodes_are_advised():
         ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),
     ):
         assert advise_restarts({**elastic, name: value}) is None
+
+
+def test_ranks_agree_on_an_attempt_in_a_store_of_earlier_ones():
+    """Some of the earlier ranks died before they had found the others."""
+    store, rng = dist.HashStore(), random.Random(0)
+
+    def join(rank: int, delay: float) -> str:
+        time.sleep(delay)
+        return agree_on_attempt(store, rank, 3, timeout=20)
+
+    names = []
+    for _ in range(6):
+        for rank in rng.sample(range(3), 2):
+            store.set(f"umt_fast/start/{rank}", "dead")
+        with ThreadPoolExecutor() as pool:
+            found = set(pool.map(join, range(3), [rng.uniform(0, 0.2) for _ in range(3)]))
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 6
+    with pytest.raises(dist.DistStoreError, match="did not find each other"):
+        agree_on_attempt(store, 1, 3, timeout=0.2)
 
 
 def test_a_message_of_gloo_is_shortened():

@@ -1,10 +1,11 @@
 """Kill runs at random and compare what they leave with an undisturbed run: `make soak`, a quarter of an hour.
 
-    python -m tests.soak [kill] [elastic] [agents] [--tries N] [--seed N] [--folder DIR]
+    python -m tests.soak [kill] [elastic] [agents] [end] [--tries N] [--seed N] [--folder DIR]
 
 kill     kill -9 of the training process, its workers left alone, and the same command again at once
 elastic  kill -9 of a rank under one torchrun with --max-restarts
 agents   the same under two torchruns that meet at a c10d rendezvous, as on two nodes
+end      the same at most a second after the last step, while the ranks end
 
 Prints a line per try and a table at the end. Exits with 1 if a run hung, failed, left a damaged checkpoint or ended
 with other weights than the undisturbed one.
@@ -13,8 +14,10 @@ with other weights than the undisturbed one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +25,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,8 +40,6 @@ PATIENCE = 3.0
 """Most seconds between a step and the next kill."""
 STEPS = 90
 """Steps of a run; a checkpoint every 3."""
-LAST_KILL = STEPS - 30
-"""Step after which no rank is killed under torchrun: an agent whose ranks have finished does not start them again."""
 RECIPE = """
 teacher_weights = "random"
 [student]
@@ -92,7 +94,6 @@ class Run:
     def __init__(self, log: Path, commands: list[list[str]]) -> None:
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with open(log, "ab") as output:
             self.processes = [
                 subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -157,9 +158,6 @@ class Soak:
             raise SystemExit(f"the undisturbed run failed: {self.folder / name}.log")
         return self.folder / name / "checkpoints"
 
-    def last_step(self, run: Run) -> int:
-        return int(run.log.read_text(errors="replace").rpartition("\nstep ")[2].partition("/")[0])
-
     def judge(self, tally: Tally, name: str, ranks: int, ended: bool) -> None:
         folder, whole = self.folder / name / "checkpoints", self.undisturbed(ranks)
         tally.runs += 1
@@ -200,7 +198,16 @@ class Soak:
             self.judge(tally, name, 1, ended)
         return tally
 
-    def elastic(self, tries: int, agents: int) -> Tally:
+    def kill_rank(self, run: Run) -> bool:
+        """Kill one rank of a run under torchrun, if any is there."""
+        ranks = [pid for process in run.processes for pid in _children(process.pid)]
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if ranks:
+                os.kill(self.random.choice(ranks), signal.SIGKILL)
+                return True
+        return False
+
+    def elastic(self, agents: int, tries: int) -> Tally:
         tally = Tally(f"kill -9 of a rank, {agents} torchrun{'s' if agents > 1 else ''} with --max-restarts")
         self.undisturbed(2)
         while tally.tries < tries:
@@ -209,14 +216,29 @@ class Soak:
             try:
                 while tally.tries < tries and run.wait_for_steps(1):
                     time.sleep(self.random.uniform(0, PATIENCE))
-                    if run.steps() and self.last_step(run) > LAST_KILL:
-                        break
-                    ranks = [pid for process in run.processes for pid in _children(process.pid)]
-                    if ranks:
-                        os.kill(self.random.choice(ranks), signal.SIGKILL)
+                    if self.kill_rank(run):
                         tally.tries += 1
                         print(f"  try {tally.tries} after {run.steps()} lines", flush=True)
                         time.sleep(1)  # the lines of the dead attempt
+                ended = run.finish()
+            except TimeoutError:
+                tally.hung += 1
+            self.judge(tally, name, 2, ended)
+        return tally
+
+    def end(self, tries: int) -> Tally:
+        tally = Tally("kill -9 of a rank after the last step, 2 torchruns with --max-restarts")
+        whole = self.undisturbed(2)
+        while tally.runs < tries:
+            name, ended = f"end-{tally.runs}", False
+            folder = self.folder / name / "checkpoints"
+            folder.mkdir(parents=True)
+            shutil.copy(checkpoint.list_checkpoints(whole)[-2], folder)  # three steps are left
+            run = self.start(name, 2, 2, restarts=5)
+            try:
+                if run.wait_for_steps(3):
+                    time.sleep(self.random.uniform(0, 1))
+                    tally.tries += self.kill_rank(run)
                 ended = run.finish()
             except TimeoutError:
                 tally.hung += 1
@@ -231,7 +253,7 @@ def _children(pid: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=["kill", "elastic", "agents"])
+    parser.add_argument("kinds", nargs="*", default=["kill", "elastic", "agents", "end"])
     parser.add_argument("--tries", type=int, help="kills of each kind; by default 30 of the first and 20 of the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
@@ -243,7 +265,13 @@ def main() -> None:
     for kind in given.kinds:
         print(kind, flush=True)
         tries = given.tries or (30 if kind == "kill" else 20)
-        tallies.append(soak.kill(tries) if kind == "kill" else soak.elastic(tries, 2 if kind == "agents" else 1))
+        attacks = {
+            "kill": soak.kill,
+            "elastic": partial(soak.elastic, 1),
+            "agents": partial(soak.elastic, 2),
+            "end": soak.end,
+        }
+        tallies.append(attacks[kind](tries))
     print(
         "| attack | tries | runs | hung | failed | damaged checkpoints | other weights |\n|---|---|---|---|---|---|---|"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from umt_fast import recipe
 from umt_fast.config import ConfigError
@@ -86,6 +87,29 @@ def check_alike(config: Any, world: World) -> None:
                     f"rank {rank} was started with {key} = {value}, rank 0 with {every[0].get(key)}; start all ranks "
                     "with the same command"
                 )
+
+
+def as_program(main: Callable[[], None]) -> NoReturn:
+    """Run `main` and end the process at once, with the status that Python would give.
+
+    Python's own clean-up takes seconds after torch. A rank that dies in them, after the others have left, cannot be
+    started again by torchrun.
+    """
+    status: Any = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = 0 if ended.code is None else ended.code
+        if not isinstance(status, int):
+            status = 1
+            with contextlib.suppress(OSError, ValueError):
+                print(ended.code, file=sys.stderr)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

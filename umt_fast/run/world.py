@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +22,8 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 10.0
 """How long the main rank waits for an answer of the others when it looks for a lost one."""
+
+_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,8 @@ def start(device: str, timeout: float = 1800.0) -> World:
     limit = timedelta(seconds=timeout)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun keeps one store over all its restarts; without a prefix a new attempt reads the last one's keys.
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(agree_on_attempt(store, rank, size, timeout), store)
         options: dict[str, Any] = {"store": store, "rank": rank, "world_size": size, "timeout": limit}
         if device == "cuda":
             dist.init_process_group("nccl", device_id=place, **options)
@@ -104,6 +109,35 @@ def start(device: str, timeout: float = 1800.0) -> World:
             f"{reason}"
         ) from error
     return World(rank, size, place, dist.group.WORLD, dist.new_group(timeout=limit))
+
+
+def agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: float) -> str:
+    """A name for this start of the ranks, the same on all of them, that no earlier start had.
+
+    torchrun may keep one store over all its restarts, in which a new attempt would read the keys of the last one. Its
+    TORCHELASTIC_RESTART_COUNT does not tell attempts apart: torchruns on several nodes count their own failures. So
+    every rank writes a number of its own, the main rank lists the numbers until all ranks have found their own in one
+    list, and says so. Raises DistStoreError after `timeout` seconds.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"umt_fast/start/{rank}", own)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            numbers = [store.get(f"umt_fast/start/{other}").decode() for other in range(size)]  # waits for the first
+            attempt = hashlib.sha256("".join(numbers).encode()).hexdigest()
+            store.set("umt_fast/numbers", " ".join(numbers))
+            if store.check([f"umt_fast/found/{attempt}/{other}" for other in range(1, size)]):
+                store.set(f"umt_fast/agreed/{attempt}", "")
+                return attempt
+        elif store.check(["umt_fast/numbers"]):
+            numbers = store.get("umt_fast/numbers").decode().split()
+            if len(numbers) == size and numbers[rank] == own:
+                attempt = hashlib.sha256("".join(numbers).encode()).hexdigest()
+                store.set(f"umt_fast/found/{attempt}/{rank}", "")
+                if store.check([f"umt_fast/agreed/{attempt}"]):
+                    return attempt
+        time.sleep(_POLL_SECONDS)
+    raise dist.DistStoreError(f"the ranks did not find each other within {timeout:g} seconds")
 
 
 def shorten(error: RuntimeError) -> str:
