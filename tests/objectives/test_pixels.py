@@ -288,6 +288,21 @@ def test_exact_predictions_restore_the_clip(kind, normalise):
     assert (pixels.flatten(1, 3)[:, grey] == 128).all()
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiles_to_one_graph_and_recomputes(recompute):
+    case = Recorded("videomaev2_pretrain")
+    model, tensors = case.model(), case.tensors
+    visible, decoded = shown(tensors["mask"]), shown(tensors["decode_mask"])
+    expected = videomae_step(model, model.config, tensors["clip"], visible, decoded)
+    model.set_recompute(recompute)
+    if recompute == "none":
+        model.compile(fullgraph=True, dynamic=False, backend="eager")
+    out = videomae_step(model, model.config, tensors["clip"], visible, decoded)
+    assert (out.predictions - expected.predictions).abs().max() < 1e-6
+    out.loss.backward()
+    assert_gradients(model, case.part("grad."))
+
+
 def test_target_frames_of_the_published_recipe():
     assert MaeStConfig().target_frame_ids == [0, 2, 4, 6, 8, 10, 12, 15]
 

@@ -29,13 +29,17 @@ from umt_fast.config import (
     STUDENTS,
     TEACHERS,
     LowPrecisionConfig,
+    MaeStConfig,
     MaskConfig,
     OptimConfig,
     PretrainConfig,
+    VideoMaeConfig,
     VideoTextObjective,
 )
 from umt_fast.models.attention import load
+from umt_fast.models.pixels import MaeSt, VideoMae
 from umt_fast.objectives.answering import answering_loss
+from umt_fast.objectives.pixels import mae_st_step, videomae_step
 from umt_fast.recipe import load_recipe
 from umt_fast.run import costs
 from umt_fast.run.optim import build_optimizer
@@ -55,6 +59,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def counted(counter: FlopCounterMode) -> int:
     return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["videomae", "videomaev2", "mae_st"])
+def test_flops_of_pixel_reconstruction(kind):
+    sizes = (64, 16, 2, 8, 32, 3, 2)
+    visible = torch.arange(0, 64, 8).expand(2, -1)
+    clip = torch.randint(256, (2, 8, 64, 64, 3), dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        if kind == "mae_st":
+            config = MaeStConfig(
+                *sizes, decoder_width=24, decoder_depth=2, decoder_heads=2, target_frames=4, class_token=False
+            )
+            model = MaeSt(config)
+            model.set_attention(load("math"))
+            mae_st_step(model, config, clip, visible).loss.backward()
+            expected = costs.pixel_flops(config, 2, 8, 64, 56)
+        else:
+            config = VideoMaeConfig(*sizes, decoder_width=24, decoder_depth=2, decoder_heads=2, mlp_width=96)
+            model = VideoMae(config)
+            model.set_attention(load("math"))
+            decoded = None if kind == "videomae" else torch.arange(0, 64, 2).expand(2, -1)  # 8 of them are visible
+            videomae_step(model, config, clip, visible, decoded, 8).loss.backward()
+            expected = costs.pixel_flops(config, 2, 8, *((64, 56) if decoded is None else (40, 24)))
+    assert counted(counter) == pytest.approx(expected.total, rel=0.002)
 
 
 @pytest.mark.parametrize("masks_per_clip", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,10 @@ class MaskedAutoencoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Blocks over visible and mask tokens; norm and head follow for the tokens that the loss looks at."""
+    """Blocks over visible and mask tokens; norm and head follow for the tokens that the loss looks at.
+
+    What the last block makes of visible tokens is looked at by nothing, so there they are keys and values alone.
+    """
 
     def __init__(self, config: VideoMaeConfig) -> None:
         super().__init__()
@@ -80,6 +84,17 @@ class PixelDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.decoder_width, eps=LAYER_NORM_EPS)
         self.head = nn.Linear(config.decoder_width, 3 * config.tubelet_size * config.patch_size**2)
         self.run_block = RUN_BLOCK["none"]
+
+    def forward(
+        self, x: Float[Tensor, "b n e"], last: int, scored: Int[Tensor, "b s"] | None = None
+    ) -> Float[Tensor, "b s f"]:
+        """Pixels of the `last` tokens, or of those of them whose places are `scored`."""
+        for block in self.blocks[:-1]:
+            x = self.run_block(block, x)
+        x = self.run_block(functools.partial(self.blocks[-1], last=last), x)
+        if scored is not None:
+            x = take_rows(x, scored)
+        return self.head(self.norm(x))
 
 
 class VideoMae(MaskedAutoencoder):
@@ -135,12 +150,7 @@ class VideoMae(MaskedAutoencoder):
         scored   places within `decoded` that the head is computed for; None: all.
         """
         x = self.decoder_input(self.encode(clip, visible), visible, decoded)
-        for block in self.decoder.blocks:
-            x = self.decoder.run_block(block, x)
-        x = x[:, visible.shape[1] :]
-        if scored is not None:
-            x = take_rows(x, scored)
-        return self.decoder.head(self.decoder.norm(x))
+        return self.decoder(x, decoded.shape[1], scored)
 
 
 class MaeStEncoder(MaskedAutoencoder):

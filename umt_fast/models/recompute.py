@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from umt_fast.config import Recompute
 
-RunBlock = Callable[[nn.Module, Tensor], Tensor]
+Block = Callable[[Tensor], Tensor]
+RunBlock = Callable[[Block, Tensor], Tensor]
 
 _COSTLY = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_scaled_dot_product")
 
@@ -23,16 +24,16 @@ def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> Check
     return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_all(block: nn.Module, x: Tensor) -> Tensor:
+def _keep_all(block: Block, x: Tensor) -> Tensor:
     return block(x)
 
 
-def _selective(block: nn.Module, x: Tensor) -> Tensor:
+def _selective(block: Block, x: Tensor) -> Tensor:
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
     return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
 
 
-def _full(block: nn.Module, x: Tensor) -> Tensor:
+def _full(block: Block, x: Tensor) -> Tensor:
     return checkpoint(block, x, use_reentrant=False)
 
 

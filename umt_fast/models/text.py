@@ -211,7 +211,7 @@ class Bert(nn.Module):
 
     def _run(self, layers: Iterable[nn.Module], x: Tensor, mask: Tensor | None, context: Context | None) -> Tensor:
         for layer in layers:
-            x = self.run_block(functools.partial(layer, mask=mask, context=context), x)  # type: ignore[arg-type]
+            x = self.run_block(functools.partial(layer, mask=mask, context=context), x)
         return x
 
     def text(self, input_ids: Int[Tensor, "r l"], mask: Bool[Tensor, "r 1 q l"] | None) -> Float[Tensor, "r l h"]:

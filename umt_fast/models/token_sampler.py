@@ -108,7 +108,4 @@ class AdaMae(VideoMae):
         for block in self.encoder.blocks:
             x = self.encoder.run_block(block, x)
         x = self.decoder_input(self.encoder.norm(x), visible, hidden)
-        for block in self.decoder.blocks:
-            x = self.decoder.run_block(block, x)
-        predictions = self.decoder.head(self.decoder.norm(x[:, visible.shape[1] :]))
-        return Sampled(predictions, p, visible, hidden)
+        return Sampled(self.decoder(x, hidden.shape[1]), p, visible, hidden)

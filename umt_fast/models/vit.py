@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from umt_kernels import add_layer_norm, patch_embed
 
 from umt_fast.config import MLP_RATIO, Recompute, VitConfig
-from umt_fast.models.attention import SDPA, Backend, self_attention
+from umt_fast.models.attention import SDPA, Backend, attention, self_attention
 from umt_fast.models.recompute import RUN_BLOCK
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
+    def forward(self, x: Float[Tensor, "b m d"], last: int | None = None) -> Float[Tensor, "b n d"]:
+        """Outputs of the `last` rows, of all if None; every row is a key."""
+        if last is not None:
+            return self._attend_last(x, last)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if type(self.qkv) is nn.Linear:
             qkv = F.linear(x, self.qkv.weight, bias)
@@ -41,6 +44,13 @@ class Attention(nn.Module):
             qkv = qkv + bias.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
         return self.proj(self_attention(qkv, self.backend).flatten(2))
+
+    def _attend_last(self, x: Float[Tensor, "b m d"], last: int) -> Float[Tensor, "b n d"]:
+        width = len(self.q_bias)
+        weight, bias = self.qkv.weight, torch.cat((torch.zeros_like(self.q_bias), self.v_bias))
+        q = F.linear(x[:, -last:], weight[:width], self.q_bias).unflatten(-1, (self.heads, -1))
+        k, v = F.linear(x, weight[width:], bias).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.proj(attention(q, k, v, self.backend).flatten(2))
 
 
 class SeparateAttention(nn.Module):
@@ -91,8 +101,13 @@ class Block(nn.Module):
         keep = 1 - self.drop_path
         return (torch.rand(len(x), device=x.device) < keep).float() / keep
 
-    def forward(self, x: Float[Tensor, "b m d"]) -> Float[Tensor, "b m d"]:
-        branch, norm = self.attn(self.norm1(x)), self.norm2
+    def forward(self, x: Float[Tensor, "b m d"], last: int | None = None) -> Float[Tensor, "b n d"]:
+        """The block's outputs at the `last` rows, at all if None."""
+        norm = self.norm2
+        if last is None:
+            branch = self.attn(self.norm1(x))
+        else:
+            branch, x = self.attn(self.norm1(x), last), x[:, -last:]
         x, normed = add_layer_norm(
             x, branch, norm.weight, norm.bias, norm.eps, scale=self._draw(x), out_dtype=branch.dtype
         )

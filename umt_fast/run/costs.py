@@ -85,11 +85,16 @@ def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, 
     wider = 4 * visible * config.width * (mlp - MLP_RATIO * config.width)  # of one block's MLP
     patch = 2 * visible * config.width * 3 * config.tubelet_size * config.patch_size**2
     encoder = config.depth * (_block(visible, config.width) + wider)
-    decoder = config.decoder_depth * _block(decoded, config.decoder_width)
+    width = config.decoder_width
+    decoder = config.decoder_depth * _block(decoded, width)
+    if isinstance(config, VideoMaeConfig):  # in the last block visible tokens are keys and values alone
+        decoder -= _rows(visible, decoded, width)
+        rows = config.decoder_depth * decoded - visible
+        decoder += 4 * rows * width * (config.decoder_mlp_width - MLP_RATIO * width)
     outputs = 3 * config.tubelet_size * config.patch_size**2
     if isinstance(config, MaeStConfig):
         outputs = outputs * config.target_frames // config.frames
-    heads = 2 * visible * config.width * config.decoder_width + 2 * scored * config.decoder_width * outputs
+    heads = 2 * visible * config.width * width + 2 * scored * width * outputs
     forward = encoder + decoder + heads
     return Flops(0, clips * (patch + forward), clips * (patch + 2 * forward))  # pixels get no gradient
 

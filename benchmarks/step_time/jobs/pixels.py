@@ -20,7 +20,7 @@ from umt_fast.config import OptimConfig, VideoMaeConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.pixels import VideoMae
 from umt_fast.objectives.pixels import videomae_step
-from umt_fast.run import attention_choice
+from umt_fast.run import attention_choice, costs
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.optim import build_optimizer, clip_gradients
 
@@ -63,9 +63,12 @@ class PixelsWork:
 
     def flops(self, lean: bool) -> dict[str, int]:
         config, clips = self.config, len(self.clip)
-        features = 3 * config.tubelet_size * config.patch_size**2
         seen = self.draw(torch.Generator().manual_seed(0)).shape[1]
-        patch = 2 * clips * (seen if lean else config.tokens) * config.width * features
+        if lean:
+            flops = costs.pixel_flops(config, clips, seen, config.tokens, config.tokens - seen)
+            return {"forward": flops.student_forward, "backward": flops.student_backward}
+        features = 3 * config.tubelet_size * config.patch_size**2
+        patch = 2 * clips * config.tokens * config.width * features
         rest = config.depth * block_flops(seen, config.width) + 2 * seen * config.width * config.decoder_width
         rest += config.decoder_depth * block_flops(config.tokens, config.decoder_width)
         rest += 2 * (config.tokens - seen) * config.decoder_width * features
