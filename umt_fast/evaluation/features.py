@@ -41,7 +41,7 @@ def load_encoder(
     """The encoder of a pre-trained or fine-tuned file, ours or a published one, ready to be called on clips.
 
     `encoder(clip)` gives tokens [B,N,D] after the last norm, `encoder.pooled(clip)` [B,D]. Sizes come from the file's
-    tensors and settings; where it has none, from 8 frames of 224 x 224 and heads of 64 channels. `frames`,
+    tensors and settings; where it has none, from 8 token frames of 224 x 224 and heads of 64 channels. `frames`,
     `image_size` and `heads` override them; positions are then resampled. Raises WeightsError.
     """
     state, settings = read_model(path)
@@ -126,7 +126,7 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
         size or 14 * patch,
         patch,
         tubelet,
-        frames or 8,
+        frames or 8 * tubelet,
         width,
         depth,
         heads,

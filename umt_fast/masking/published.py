@@ -6,6 +6,7 @@ on the device instead, by the same laws (`umt_fast.masking`).
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,13 @@ def running_cell_mask(
     return running_cell_table(frames, height, width, ratio)[rng.randint(PHASES)].numpy()
 
 
+@functools.lru_cache(maxsize=8)
+def _decoded_by_phase(frames: int, height: int, width: int, ratio: float, device: torch.device) -> Int[Tensor, "4 m"]:
+    """Ids that each phase decodes. Kept: a step that is recorded as a CUDA graph must not copy from the host."""
+    table = running_cell_table(frames, height, width, ratio)
+    return (~table).nonzero()[:, 1].view(PHASES, -1).to(device)
+
+
 def draw_running_cells(
     batch: int,
     frames: int,
@@ -66,6 +74,5 @@ def draw_running_cells(
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b m"]:
     """Ascending ids of the tokens to decode, a phase per clip, drawn on `device`. Every phase decodes equally many."""
-    table = running_cell_table(frames, height, width, ratio)
-    ids = (~table).nonzero()[:, 1].view(PHASES, -1).to(device)
+    ids = _decoded_by_phase(frames, height, width, ratio, device)
     return ids[torch.randint(PHASES, (batch,), device=device, generator=generator)]

@@ -14,6 +14,7 @@ from umt_fast.config import ConfigError, MaeStConfig, PixelMaskConfig, VideoMaeC
 from umt_fast.data.guides import MOTION_SCALE
 from umt_fast.masking import guided
 from umt_fast.masking.published import draw_running_cells
+from umt_fast.objectives.pixels import numbers_on
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -99,7 +100,7 @@ class PixelMasks:
             return by_frame.unflatten(1, (sizes.token_frames, -1)).mean(2)
         if needs == "regions":
             assert guide is not None
-            order = torch.tensor(mask.order, device=clip.device)
+            order = numbers_on(clip.device, *mask.order)
             first = guide[:, :: sizes.tubelet_size].int()
             nearest = (first[..., None] - order).abs().argmin(-1)  # a mask video that was compressed is not exact
             fixed = len(order) - mask.shuffled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,12 @@ class Reconstruction:
     """Ids of the tokens that were predicted."""
     visible: Int[Tensor, "b v"]
     """Ids of the tokens that the encoder saw, ascending."""
+
+
+@functools.lru_cache(maxsize=32)
+def numbers_on(device: torch.device, *numbers: int) -> Int[Tensor, " n"]:
+    """A tensor of constants. Kept: a step that is recorded as a CUDA graph must not copy from the host."""
+    return torch.tensor(numbers, device=device)
 
 
 def videomae_step(
@@ -105,7 +112,7 @@ def mae_st_step(
     uint8 = clip.dtype == torch.uint8
     scale = (1 / (255 * MAE_ST_STD[0]),) * 3 if uint8 else None
     shift = (-MAE_ST_MEAN[0] / MAE_ST_STD[0],) * 3 if uint8 else (0.0, 0.0, 0.0)
-    ids = torch.tensor(config.target_frame_ids, device=clip.device)
+    ids = numbers_on(clip.device, *config.target_frame_ids)
     loss = pixel_loss(
         predictions,
         clip.index_select(1 if uint8 else 2, ids),

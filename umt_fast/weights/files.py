@@ -110,6 +110,7 @@ def videomae_settings(config: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "classifier": {**sizes, "positions": "direct"},
         "data": {"rule": "strided", "rate": 4.0},
+        "test": {"segments": 5, "crops": 3},
     }
     labels = config.get("id2label")
     if isinstance(labels, dict) and all(str(number) in labels for number in range(len(labels))):
