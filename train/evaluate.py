@@ -45,7 +45,10 @@ from umt_fast.run.world import World
 from umt_fast.weights import TensorDict, WeightsError, load_classifier, read_model, strip_prefixes
 
 DATA_SETS: dict[str, FrameRule] = {
-    "SSV2": "segment", "Kinetics": "dense", "UCF101": "dense", "HMDB51": "dense",
+    "SSV2": "segment",
+    "Kinetics": "dense",
+    "UCF101": "dense",
+    "HMDB51": "dense",
     **{f"Kinetics-{classes}": "strided" for classes in (400, 600, 700, 710)},  # VideoMAE's names
 }
 """Frame rules of the published data sets; the others are sparse."""
