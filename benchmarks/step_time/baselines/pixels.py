@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD
 
 from benchmarks.step_time.baselines.pretrain import StudentBlock
+from benchmarks.step_time.baselines.update import BaselineUpdate
 from benchmarks.step_time.phases import Mark, no_mark
 from umt_fast.config import OptimConfig, VideoMaeConfig
 from umt_fast.models.positions import sinusoid_positions
@@ -98,34 +99,14 @@ class PixelsBaselineStep:
 
     def __init__(self, model: nn.Module, config: VideoMaeConfig, optim: OptimConfig, precision: str) -> None:
         self.model, self.config = model, config
-        parameters = list(model.parameters())
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
-        exempt = {id(p) for name, p in model.named_parameters() if p.dim() <= 1 or name == "mask_token"}
-        decayed = [p for p in parameters if id(p) not in exempt]
-        plain = [p for p in parameters if id(p) in exempt]
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.scaler = torch.amp.GradScaler(parameters[0].device.type, init_scale=1024, enabled=precision == "fp16")
+        self.update = BaselineUpdate(model, optim, precision, lambda name, p: p.dim() > 1 and name != "mask_token")
 
     def __call__(self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"], mark: Mark = no_mark) -> float:
         with torch.no_grad():
             targets = make_targets(clip, hidden, self.config)
         mark("targets")
-        with torch.autocast(clip.device.type, self.dtype, enabled=self.dtype is not None):
+        with self.update.autocast():
             predictions = self.model(clip, hidden)
             mark("forward")
             loss = F.mse_loss(predictions, targets)
-        value = loss.item()
-        mark("loss")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        mark("backward")
-        self.scaler.unscale_(self.optimizer)
-        norms = [p.grad.norm() for group in self.optimizer.param_groups for p in group["params"]]
-        torch.stack(norms).norm()  # logged, not used to clip
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if clip.device.type == "cuda":
-            torch.cuda.synchronize()
-        mark("optimiser")
-        return value
+        return self.update(loss, mark)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.step_time.baselines.update import BaselineUpdate
 from benchmarks.step_time.phases import Mark, no_mark
 from umt_fast.config import OptimConfig, StudentConfig, TeacherConfig, check_fit
 from umt_fast.models.positions import sinusoid_positions
@@ -233,21 +234,13 @@ class BaselineStep:
         precision: str,
     ) -> None:
         self.student, self.teacher, self.num_visible = student, teacher, num_visible
-        parameters = list(student.parameters())
-        self.device = parameters[0].device
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
-        decayed = [p for p in parameters if p.dim() > 1]
-        plain = [p for p in parameters if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        # Not its default of 65536: a first step that overflows would be skipped, and the losses are compared by step.
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024, enabled=precision == "fp16")
+        self.update = BaselineUpdate(student, optim, precision, lambda _, parameter: parameter.dim() > 1)
 
     def __call__(
         self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"] | None = None, mark: Mark = no_mark
     ) -> float:
         """`hidden` is a given mask instead of a draw; `mark` is called at the end of every phase."""
-        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        autocast = self.update.autocast()
         with torch.no_grad():
             with autocast:
                 norm_clip, scores = self.teacher(clip)
@@ -261,20 +254,7 @@ class BaselineStep:
             predictions = self.student(clip, hidden)
             mark("student forward")
             loss = (2 - 2 * (predictions * targets).sum(dim=-1)).mean()
-        value = loss.item()
-        mark("loss")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        mark("backward")
-        self.scaler.unscale_(self.optimizer)
-        norms = [p.grad.norm() for group in self.optimizer.param_groups for p in group["params"]]
-        torch.stack(norms).norm()  # logged, not used to clip
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        mark("optimiser")
-        return value
+        return self.update(loss, mark)
 
 
 def build_baseline(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.step_time.baselines.pretrain import BaselineTeacher, StudentEncoder, StudentHead, draw_mask
+from benchmarks.step_time.baselines.update import BaselineUpdate
 from benchmarks.step_time.phases import Mark
 from umt_fast.config import OptimConfig, StudentConfig, TextConfig, VideoTextConfig
 from umt_fast.models.positions import sinusoid_positions
@@ -217,18 +218,10 @@ class BaselineStage2Step:
 
     def __init__(self, model: BaselineVideoText, optim: OptimConfig, num_visible: int, precision: str) -> None:
         self.model, self.num_visible = model, num_visible
-        self.device = model.temp.device
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
-        trained = [p for p in model.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() != 1], "weight_decay": optim.weight_decay},
-            {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024, enabled=precision == "fp16")
+        self.update = BaselineUpdate(model, optim, precision, lambda _, p: p.dim() != 1, log_norm=False)
 
     def __call__(self, batch: StepInputs, mark: Mark) -> float:
-        model, autocast = self.model, torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        model, autocast = self.model, self.update.autocast()
         with torch.no_grad(), autocast:
             model.temp.clamp_(0.001, 0.5)
             features, scores = model.clip_teacher(batch.clip)
@@ -244,17 +237,7 @@ class BaselineStage2Step:
             mark("student forward")
             uta = (2 - 2 * (predictions * targets).sum(dim=-1)).mean()
             loss = uta + self._text_losses(batch, tokens, pooled)
-        value = loss.item()
-        mark("loss")
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        mark("backward")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        mark("optimiser")
-        return value
+        return self.update(loss, mark)
 
     def _text_losses(self, batch: StepInputs, tokens: Tensor, pooled: Tensor) -> Tensor:
         model, size = self.model, len(batch.ids)
