@@ -32,6 +32,13 @@ from umt_fast.config.sections import (
 )
 
 
+def _check_steps(data: DataConfig, optim: OptimConfig, compute: ComputeConfig) -> None:
+    """Raise ConfigError for settings of a pre-training step that contradict each other."""
+    check_divides("data and optim", "batch_size", optim.batch_size, "crops_per_clip", data.crops_per_clip)
+    if compute.cuda_graph and optim.accumulate > 1:
+        raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """Stage 1: a student aligned with a frozen CLIP teacher."""
@@ -52,9 +59,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_fit(self.student, self.teacher)
-        check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
-        if self.compute.cuda_graph and self.optim.accumulate > 1:
-            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        _check_steps(self.data, self.optim, self.compute)
         if self.compute.cuda_graph and self.compute.recompute == "full" and self.student.drop_path > 0:
             # torch.compile then draws from generators of its own, which the graph does not know.
             raise ConfigError(
@@ -153,9 +158,7 @@ class _PixelsConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        check_divides("data and optim", "batch_size", self.optim.batch_size, "crops_per_clip", self.data.crops_per_clip)
-        if self.compute.cuda_graph and self.optim.accumulate > 1:
-            raise ConfigError("compute.cuda_graph records one forward pass per step, so optim.accumulate must be 1")
+        _check_steps(self.data, self.optim, self.compute)
         if self.compute.cuda_graph and self.mask.source:
             raise ConfigError(f"compute.cuda_graph cannot record the function of mask.source = {self.mask.source}")
         if self.mask.rule == "everest" and self.compute.parallel == "fsdp":
