@@ -40,35 +40,7 @@ PATIENCE = 3.0
 """Most seconds between a step and the next kill."""
 STEPS = 90
 """Steps of a run; a checkpoint every 3."""
-RECIPE = """
-teacher_weights = "random"
-[student]
-image_size = 32
-frames = 4
-width = 32
-depth = 2
-heads = 2
-drop_path = 0.2
-align_layers = 2
-target_width = 16
-[teacher]
-image_size = 32
-width = 32
-depth = 2
-heads = 2
-align_layers = 2
-target_width = 16
-[optim]
-epochs = 60
-warmup_epochs = 2
-[data]
-workers = 1
-[compute]
-attention = "math"
-[run]
-log_every = 1
-save_every = 3
-"""
+RECIPE = ROOT / "tests" / "support" / "small.toml"
 
 
 @dataclass
@@ -135,11 +107,11 @@ class Soak:
         self.folder = folder
         self.random = random.Random(seed)
         self.videos = synthetic.write_videos(folder / "videos", count=8)
-        (folder / "recipe.toml").write_text(RECIPE)
 
     def start(self, name: str, ranks: int, agents: int = 1, restarts: int = 0) -> Run:
-        options = {"--recipe": self.folder / "recipe.toml", "--data.train": self.videos, "--run.dir": self.folder}
-        options |= {"--run.name": name, "--optim.batch-size": 4 // ranks, "--run.stop-at": STEPS}
+        options = {"--recipe": RECIPE, "--data.train": self.videos, "--run.dir": self.folder, "--run.name": name}
+        options |= {"--optim.epochs": 60, "--optim.batch-size": 4 // ranks, "--compute.attention": "math"}
+        options |= {"--run.stop-at": STEPS, "--run.log-every": 1, "--run.save-every": 3}
         train = ["-m", "train.pretrain", *(str(part) for option in options.items() for part in option)]
         torchrun = []
         if ranks > 1:

@@ -18,35 +18,7 @@ from train import pretrain
 
 ROOT = Path(__file__).parents[2]
 
-# A student that takes a fraction of a second per step.
-SMALL = """
-teacher_weights = "random"
-[student]
-image_size = 32
-frames = 4
-width = 32
-depth = 2
-heads = 2
-drop_path = 0.2
-align_layers = 2
-target_width = 16
-[teacher]
-image_size = 32
-width = 32
-depth = 2
-heads = 2
-align_layers = 2
-target_width = 16
-[optim]
-epochs = 8
-warmup_epochs = 2
-batch_size = 4
-[data]
-workers = 1
-[run]
-log_every = 2
-save_every = 4
-"""
+SMALL = ROOT / "tests" / "support" / "small.toml"
 
 
 class Trainer:
@@ -54,8 +26,7 @@ class Trainer:
 
     def __init__(self, folder: Path, videos: Path) -> None:
         self.folder = folder
-        self.recipe = folder / "small.toml"
-        self.recipe.write_text(SMALL)
+        self.recipe = SMALL
         self.videos = videos
         self.children: list[subprocess.Popen[str]] = []
 
