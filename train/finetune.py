@@ -51,7 +51,8 @@ from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, load_classifier, read_model
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch, Loader
+    from umt_fast.data.batch import Batch
+    from umt_fast.data.loader import Loader
 
 RECIPES = Path(__file__).parent / "recipes" / "finetune"
 BEST = "best.pth"

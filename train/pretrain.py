@@ -34,7 +34,8 @@ from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch, Loader
+    from umt_fast.data.batch import Batch
+    from umt_fast.data.loader import Loader
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from umt_fast.run.world import World
 from umt_fast.weights import HOW_TO_GET_CLIP, WeightsError, read_weights
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch
+    from umt_fast.data.batch import Batch
 
 WIDEST_RANDOM_TEACHER = 256
 FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "data.crops_per_clip", "run.seed")

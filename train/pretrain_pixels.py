@@ -26,7 +26,7 @@ from umt_fast.run.world import World
 from umt_fast.weights import load_autoencoder, read_model
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch
+    from umt_fast.data.batch import Batch
 
 PixelsConfig = VideoMaePretrainConfig | MaeStPretrainConfig
 FIXED = (

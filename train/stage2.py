@@ -27,7 +27,7 @@ from train.stage2_validation import Validation
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.data import open_loader
 from umt_fast.data.captions import CaptionList
-from umt_fast.data.index import Limits
+from umt_fast.data.video import Limits
 from umt_fast.run import checkpoint, launch, parallel
 from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.hardware import in_use, peak_flops, resolve_precision

@@ -19,7 +19,7 @@ from umt_fast.objectives.video_text import video_text_step
 from umt_fast.run import costs
 
 if TYPE_CHECKING:
-    from umt_fast.data.loader import Batch
+    from umt_fast.data.batch import Batch
 
 
 class Work(NamedTuple):

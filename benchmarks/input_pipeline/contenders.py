@@ -22,9 +22,9 @@ from benchmarks.input_pipeline.files import Files
 from umt_fast.config import DataConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode.container import ONE_THREAD
-from umt_fast.data.index import Video
+from umt_fast.data.decode.rgb import ONE_THREAD
 from umt_fast.data.loader import Loader
+from umt_fast.data.video import Video
 
 FRAMES, SIDE = 8, 224
 CROP_SCALES = (1, 0.875, 0.75, 0.66)

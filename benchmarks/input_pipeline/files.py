@@ -13,9 +13,10 @@ import av
 import numpy as np
 
 from umt_fast.data.decode import probe, read_frames
-from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.storage import file_size
+from umt_fast.data.video import BadVideo, Video
 
 SECONDS, FPS, SIZE, GOP = 10, 30, (340, 256), 250
 

@@ -23,10 +23,10 @@ from umt_fast.data.augment import (
 )
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import read_frames
-from umt_fast.data.index import BadVideo
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.sampling import Draws, train_frames
+from umt_fast.data.video import BadVideo
 
 
 def test_published_operations(recorded):

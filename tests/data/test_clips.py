@@ -10,11 +10,13 @@ import torch
 
 from umt_fast.config import DataConfig
 from umt_fast.data import open_loader
+from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import open_video, read_frames
-from umt_fast.data.index import Video, VideoList
-from umt_fast.data.loader import Batch, ClipLoader
+from umt_fast.data.index import VideoList
+from umt_fast.data.loader import ClipLoader
 from umt_fast.data.sampling import Timeline
+from umt_fast.data.video import Video
 
 COUNT = 5
 

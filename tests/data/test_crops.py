@@ -8,7 +8,7 @@ from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import Crop, View, draw_view
-from umt_fast.data.index import BadVideo
+from umt_fast.data.video import BadVideo
 
 SCALES = (1.0, 0.875, 0.75, 0.66)
 SIDE = 224

@@ -11,11 +11,12 @@ import torch
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from umt_fast.config import DataConfig
+from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.dali_loader import DaliLoader
 from umt_fast.data.decode import nvdec
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipLoader
+from umt_fast.data.loader import ClipLoader
 
 DEVICE = torch.device("cuda", 0)
 LUMA = torch.tensor((0.299, 0.587, 0.114))

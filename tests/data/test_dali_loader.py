@@ -26,6 +26,7 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed: make test-dali
 from umt_fast.config import DataConfig
 from umt_fast.data import dali_loader as dali
 from umt_fast.data import open_loader, synthetic
+from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Crop, View
 from umt_fast.data.dali_loader import BatchPlan, BatchPlanDataset, DaliLoader, DaliSupport
@@ -33,7 +34,7 @@ from umt_fast.data.decode import choose_decoder, nvdec, probe
 from umt_fast.data.decode.container import Storage
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest, to_rgb
 from umt_fast.data.index import VideoList, describe
-from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
+from umt_fast.data.loader import ClipLoader, NothingReadable
 from umt_fast.data.pairs import IntervalSampling, PairTransform
 
 CPU = torch.device("cpu")

@@ -10,9 +10,10 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import View
 from umt_fast.data.guides import GuidedStream, cut_labels, find_mask, motion_channel
-from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.motion import read_motion
+from umt_fast.data.video import BadVideo, Video
 
 CONFIG = DataConfig(frame_step=1, flip=0.5, crops_per_clip=2, workers=0)
 

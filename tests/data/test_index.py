@@ -7,18 +7,9 @@ import numpy as np
 import pytest
 
 from umt_fast.data.decode import probe, read_frames
-from umt_fast.data.index import (
-    FORMAT,
-    BadIndex,
-    BadVideo,
-    Facts,
-    Packets,
-    VideoList,
-    describe,
-    parse_index,
-    write_index,
-)
+from umt_fast.data.index import FORMAT, BadIndex, VideoList, describe, parse_index, write_index
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.video import BadVideo, Facts, Packets
 
 
 def _facts(times: list[int], keys: list[int]) -> Facts:

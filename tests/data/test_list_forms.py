@@ -18,7 +18,7 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import open_video, read_frames
-from umt_fast.data.index import BadIndex, BadVideo, Part, Video, VideoList, write_index
+from umt_fast.data.index import BadIndex, VideoList, write_index
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.manifest import ManifestError, check_files, expand_shards, read_manifest
 from umt_fast.data.mapped_list import read_mapped, write_mapped
@@ -26,6 +26,7 @@ from umt_fast.data.prepare import Settings, prepare
 from umt_fast.data.prepare.__main__ import main
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.sampling import Timeline, frames_at_rate
+from umt_fast.data.video import BadVideo, Part, Video
 
 
 @pytest.fixture

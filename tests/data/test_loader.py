@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 from umt_fast.config import DataConfig
 from umt_fast.data import loader as loading
+from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipDataset, ClipLoader, NoSharedMemory, NothingReadable
-from umt_fast.data.shared_memory import BufferPool
+from umt_fast.data.loader import ClipDataset, ClipLoader, NothingReadable
+from umt_fast.data.shared_memory import BufferPool, NoSharedMemory
 from umt_fast.errors import RunError
 
 FRAMES, SIDE = 4, 32
@@ -487,6 +488,6 @@ def test_spawned_workers_change_nothing(videos, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
     context = multiprocessing.get_context("spawn")
     monkeypatch.setattr(
-        "umt_fast.data.loader.DataLoader", functools.partial(DataLoader, multiprocessing_context=context)
+        "umt_fast.data.workers.DataLoader", functools.partial(DataLoader, multiprocessing_context=context)
     )
     _assert_same(_batches(_stream(videos, workers=1), batches=4, batch_size=2), alone)

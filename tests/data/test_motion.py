@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from umt_fast.data.crops import View
-from umt_fast.data.index import BadVideo, Video
 from umt_fast.data.motion import pool, read_motion
+from umt_fast.data.video import BadVideo, Video
 
 
 def write_moving_square(path: Path, codec: str) -> Path:

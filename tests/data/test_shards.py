@@ -24,11 +24,13 @@ import torch
 
 from umt_fast.config import DataConfig
 from umt_fast.data import storage
+from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import probe, read_frames
-from umt_fast.data.index import BadVideo, VideoList, describe, write_index
-from umt_fast.data.loader import Batch, ClipLoader, NothingReadable
+from umt_fast.data.index import VideoList, describe, write_index
+from umt_fast.data.loader import ClipLoader, NothingReadable
 from umt_fast.data.manifest import ManifestError, read_manifest
+from umt_fast.data.video import BadVideo
 
 COUNT = 7
 pytestmark = pytest.mark.timeout(120)
@@ -311,8 +313,8 @@ def test_a_read_that_hangs_holds_no_process_up(server):
     code = (
         # A background job of a shell ignores Ctrl-C, and so would its children.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import sys; from umt_fast.data import index, manifest, storage; "
-        "storage.start_reading(index.Video(sys.argv[1] + '/0.mp4')); print('on', flush=True); "
+        "import sys; from umt_fast.data import manifest, storage, video; "
+        "storage.start_reading(video.Video(sys.argv[1] + '/0.mp4')); print('on', flush=True); "
         "manifest.read_manifest(sys.argv[1])"
     )
     process = subprocess.Popen([sys.executable, "-c", code, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -29,7 +29,7 @@ from umt_fast.data import storage
 from umt_fast.data.captions import CaptionError, Source, read_annotations, read_answers, read_questions
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import probe, read_frames
-from umt_fast.data.index import FORMAT, BadIndex, BadVideo, Limits, Video, VideoList, describe, write_index
+from umt_fast.data.index import FORMAT, BadIndex, VideoList, describe, write_index
 from umt_fast.data.labels import read_classes, read_labelled
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.manifest import ManifestError, read_manifest
@@ -38,6 +38,7 @@ from umt_fast.data.prepare.verify import verify
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import CannotReach, TooLarge
 from umt_fast.data.tokens import Tokenizer
+from umt_fast.data.video import BadVideo, Limits, Video
 from umt_fast.errors import RunError
 from umt_fast.run.checkpoint import load_checkpoint
 from umt_fast.weights import read_weights

@@ -15,9 +15,10 @@ import torch
 from umt_fast.config import DataConfig
 from umt_fast.data import loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.loader import ClipLoader, WorkerDied
+from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.watch import WorkerWatch
+from umt_fast.data.workers import WorkerDied
 
 ROOT = Path(__file__).parents[2]
 

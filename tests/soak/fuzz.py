@@ -47,12 +47,13 @@ from umt_fast.data.captions import Source, read_annotations
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.excerpt import cut_excerpt
 from umt_fast.data.decode.time_limit import time_limit
-from umt_fast.data.index import BadIndex, BadVideo, Limits, Video, VideoList, describe, write_index
+from umt_fast.data.index import BadIndex, VideoList, describe, write_index
 from umt_fast.data.labels import read_labelled
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.mapped_list import write_mapped
 from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.prepare.journal import Journal
+from umt_fast.data.video import BadVideo, Limits, Video
 from umt_fast.errors import RunError
 from umt_fast.recipe import load_recipe
 from umt_fast.run import checkpoint

@@ -23,8 +23,9 @@ from umt_fast.config import (
     VideoMaeConfig,
     VideoMaePretrainConfig,
 )
+from umt_fast.data.batch import Batch, VisitedVideo
 from umt_fast.data.index import VideoList
-from umt_fast.data.loader import Batch, ClipDataset, VisitedVideo
+from umt_fast.data.loader import ClipDataset
 from umt_fast.run import checkpoint
 from umt_fast.run.world import World
 

@@ -17,7 +17,7 @@ __all__ = ["open_loader"]
 
 
 def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
-    """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `loader.WorkerBatches`.
+    """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `workers.WorkerBatches`.
 
     A stream that makes more than views of frames is decoded by PyAV.
     """

@@ -17,8 +17,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from umt_fast.config import IMAGENET_STATISTICS, AugmentConfig, FrameRule
-from umt_fast.data.index import BadVideo
 from umt_fast.data.sampling import Draws, Timeline, train_frames
+from umt_fast.data.video import BadVideo
 from umt_fast.data.views import Box
 
 if TYPE_CHECKING:

@@ -30,11 +30,12 @@ import numpy as np
 from umt_fast.config import DataConfig
 from umt_fast.data import manifest
 from umt_fast.data.decode import IMAGE_SUFFIXES
-from umt_fast.data.index import DEFAULT_LIMITS, Limits, Video, VideoList, is_url
+from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import VIDEO_SUFFIXES, expand_shards, read_manifest
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
 from umt_fast.data.tokens import clean_text
+from umt_fast.data.video import DEFAULT_LIMITS, Limits, Video, is_url
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:

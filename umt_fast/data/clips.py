@@ -15,7 +15,7 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import Clip, Crop, View, draw_area_view, draw_view
-from umt_fast.data.index import Limits, Video, VideoList
+from umt_fast.data.index import VideoList
 from umt_fast.data.sampling import (
     FrameSampling,
     StrideSampling,
@@ -26,6 +26,7 @@ from umt_fast.data.sampling import (
     segment_frames,
     spread_frames,
 )
+from umt_fast.data.video import Limits, Video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

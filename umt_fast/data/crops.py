@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from umt_fast.data.index import BadVideo
 from umt_fast.data.torch_private import resize_antialiased
+from umt_fast.data.video import BadVideo
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

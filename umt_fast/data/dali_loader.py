@@ -22,24 +22,17 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from umt_fast.data.batch import Batch, VisitedVideo
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import IMAGE_SUFFIXES, nvdec
 from umt_fast.data.decode.container import Storage, fetch, look_up
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest
 from umt_fast.data.decode.excerpt import cut_excerpt
-from umt_fast.data.index import Video, suffix_of
-from umt_fast.data.loader import (
-    Batch,
-    ClipDataset,
-    Loader,
-    VisitedVideo,
-    WorkerBatches,
-    decode,
-    empty_for_parent,
-    fetch_ahead,
-    nothing_readable,
-    read_visit,
-)
+from umt_fast.data.index import suffix_of
+from umt_fast.data.loader import ClipDataset, Loader, decode, fetch_ahead, nothing_readable, read_visit
+from umt_fast.data.shared_memory import empty_for_parent
+from umt_fast.data.video import Video
+from umt_fast.data.workers import WorkerBatches
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -17,8 +17,8 @@ import torch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Clip, Crop, View
 from umt_fast.data.decode import read_frames
-from umt_fast.data.index import BadVideo, Video
 from umt_fast.data.sampling import Timeline
+from umt_fast.data.video import BadVideo, Video
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8

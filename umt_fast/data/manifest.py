@@ -21,21 +21,11 @@ from typing import Any
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.index import (
-    DEFAULT_LIMITS,
-    INDEX_NAME,
-    STATE_NAME,
-    Limits,
-    Video,
-    VideoList,
-    is_url,
-    parse_index,
-    suffix_of,
-    without_query,
-)
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, VideoList, parse_index, suffix_of, without_query
 from umt_fast.data.mapped_list import MAPPED_SUFFIX, read_mapped
 from umt_fast.data.shards import list_shard
 from umt_fast.data.storage import read
+from umt_fast.data.video import DEFAULT_LIMITS, Limits, Video, is_url
 from umt_fast.errors import RunError
 
 _CONTAINERS = (

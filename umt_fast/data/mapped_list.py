@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from umt_fast.data.index import BadIndex, VideoList, is_url
+from umt_fast.data.index import BadIndex, VideoList
+from umt_fast.data.video import is_url
 from umt_fast.files import check_regular, put_in_place
 
 MAPPED_SUFFIX = ".videos"

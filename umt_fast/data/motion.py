@@ -13,7 +13,7 @@ from torch import Tensor
 
 from umt_fast.data.crops import View
 from umt_fast.data.decode import container
-from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.video import BadVideo, Video
 
 if TYPE_CHECKING:
     from jaxtyping import Float

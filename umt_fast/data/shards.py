@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from umt_fast.config import DataConfig
-from umt_fast.data.index import is_url
 from umt_fast.data.storage import read, url_size
+from umt_fast.data.video import is_url
 from umt_fast.files import check_regular
 
 _LONGEST_TEXT = 1 << 20

@@ -12,15 +12,26 @@ import multiprocessing
 import os
 import weakref
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from umt_fast.data.torch_private import empty_shared
+from umt_fast.errors import RunError
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
 _numbers = itertools.count()
 _pools: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictionary()
 """All pools by number, so that the training process can look up a lease."""
+
+
+class NoSharedMemory(RunError):
+    """A decoding process has no memory in which to hand over its clips."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +104,16 @@ def _free(leased: np.ndarray, opened: set[int], buffer: int, opened_by: int) -> 
     if os.getpid() == opened_by:  # a process forked since may drop its copy while this one still holds the buffer
         opened.discard(buffer)
         leased[buffer] = 0
+
+
+def empty_for_parent(shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
+    """Bytes that a worker fills and the training process reads, without a copy. Raises NoSharedMemory."""
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape, dtype=torch.uint8)
+    try:
+        return empty_shared(shape)
+    except RuntimeError as error:
+        raise NoSharedMemory(
+            f"a decoding process found no {math.prod(shape)} bytes in /dev/shm ({error}); enlarge that (docker run "
+            "--shm-size 8g), or lower --data.workers or --data.prefetch"
+        ) from None

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from umt_fast.config import DataConfig
-from umt_fast.data.index import Video, is_url
+from umt_fast.data.video import Video, is_url
 from umt_fast.errors import RunError
 from umt_fast.files import check_regular
 

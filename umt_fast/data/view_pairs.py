@@ -21,8 +21,8 @@ import numpy as np
 from umt_fast.config import ConfigError
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Clip, Crop, View, draw_area_view
-from umt_fast.data.index import Video
 from umt_fast.data.sampling import Timeline
+from umt_fast.data.video import Video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

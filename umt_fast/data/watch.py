@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from umt_fast.data.index import BadVideo
+from umt_fast.data.video import BadVideo
 
 _PR_SET_PDEATHSIG = 1
 """Number of the option in linux/prctl.h."""

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from umt_fast.data.decode import read_frames
-from umt_fast.data.index import BadVideo, Video
 from umt_fast.data.sampling import middle_frames
+from umt_fast.data.video import BadVideo, Video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

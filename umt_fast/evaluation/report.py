@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from umt_fast.data.decode import read_frames
-from umt_fast.data.index import BadVideo
 from umt_fast.data.labels import LabelledVideos
+from umt_fast.data.video import BadVideo
 from umt_fast.evaluation.classification import Predictions, Scores, confusion, ranked, score
 from umt_fast.files import write_whole
 

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from umt_fast.data.decode import open_video, read_places
-from umt_fast.data.index import BadVideo, VideoList, is_url
+from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.data.pairs import resize_bicubic
 from umt_fast.data.sampling import middle_frames
 from umt_fast.data.tokens import clean_text
+from umt_fast.data.video import BadVideo, is_url
 from umt_fast.errors import RunError
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.video_text import Loaded, digest_files, load_model

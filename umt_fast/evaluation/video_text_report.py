@@ -32,7 +32,7 @@ from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from umt_fast.data.loader import Batch
+    from umt_fast.data.batch import Batch
 
 SHOWN = 8
 """Queries in the picture, evenly spread over the list."""

@@ -12,9 +12,10 @@ from benchmarks.input_pipeline.__main__ import plan_rows, soaked
 from benchmarks.input_pipeline.files import Files, read_files
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.nvdec import Limits
-from umt_fast.data.index import Facts, VideoList
+from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.prepare.encode import Recipe, write_copy
+from umt_fast.data.video import Facts
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 from umt_fast.data.decode import by_index, probe, read_frames
 from umt_fast.data.decode.by_index import find_packets
-from umt_fast.data.index import BadVideo, Facts, Packets, Video
 from umt_fast.data.prepare.encode import CODECS, Recipe, write_copy
+from umt_fast.data.video import BadVideo, Facts, Packets, Video
 
 FRAMES = 30
 KINDS = [(codec, gop) for codec in CODECS for gop in (1, 4) if gop == 1 or codec != "mjpeg"]

@@ -12,7 +12,7 @@ import pytest
 
 from umt_fast.data.decode import container, read_frames
 from umt_fast.data.decode.demux import decode
-from umt_fast.data.index import BadVideo, Video
+from umt_fast.data.video import BadVideo, Video
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
 OPEN_GOP = {"x264-params": "open-gop=1:bframes=3:scenecut=0"}

@@ -11,8 +11,8 @@ import pytest
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.excerpt import cut_excerpt
-from umt_fast.data.index import Video
 from umt_fast.data.prepare.encode import Recipe, write_copy
+from umt_fast.data.video import Video
 
 TIMES = 100
 LEFT_BY_PYAV = 128

@@ -14,7 +14,8 @@ import pytest
 from umt_fast.data.decode import bitstream as vp9
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.excerpt import Excerpt, cut_excerpt
-from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.index import VideoList
+from umt_fast.data.video import BadVideo, Video
 
 X265 = "open-gop=1:bframes=3:keyint=12:min-keyint=12:scenecut=0:log-level=none:pools=none"
 ALT_REF = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "cpu-used": "4", "b": "200k"}

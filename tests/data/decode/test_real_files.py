@@ -17,9 +17,10 @@ from umt_fast.config import DataConfig
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import open_video, probe, read_frames
 from umt_fast.data.decode.orientation import Orientation, from_matrix
-from umt_fast.data.index import BadVideo, Video, VideoList
+from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipDataset
 from umt_fast.data.prepare.encode import Recipe, write_copy
+from umt_fast.data.video import BadVideo, Video
 
 FFMPEG = shutil.which("ffmpeg")
 

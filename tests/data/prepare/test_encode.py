@@ -11,9 +11,9 @@ from PIL import Image
 
 from umt_fast.config import ConfigError
 from umt_fast.data.decode import probe, read_frames
-from umt_fast.data.index import BadVideo, Facts, Video
 from umt_fast.data.prepare import encode
 from umt_fast.data.prepare.encode import CODECS, BadCopy, Recipe, copy_size, write_copy
+from umt_fast.data.video import BadVideo, Facts, Video
 
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(1, 9, 20)).tolist()
 

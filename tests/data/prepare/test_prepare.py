@@ -20,7 +20,7 @@ import pytest
 from umt_fast.config import ConfigError
 from umt_fast.data import prepare as preparing
 from umt_fast.data.decode import read_frames
-from umt_fast.data.index import BadIndex, BadVideo, Video
+from umt_fast.data.index import BadIndex
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.prepare import Settings, encode, journal, prepare, verify
 from umt_fast.data.prepare import work as tasks
@@ -29,6 +29,7 @@ from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare, _copy_paths
 from umt_fast.data.prepare.work import Died, Workers
+from umt_fast.data.video import BadVideo, Video
 from umt_fast.files import FolderInUse, lock_folder, read_reasons
 
 ROOT = Path(__file__).parents[3]

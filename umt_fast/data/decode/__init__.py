@@ -16,8 +16,8 @@ import torch
 
 from umt_fast.config import Decoder
 from umt_fast.data.decode import nvdec
-from umt_fast.data.index import Facts, Video
 from umt_fast.data.sampling import Timeline
+from umt_fast.data.video import Facts, Video
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from dataclasses import replace
 import av
 import numpy as np
 
-from umt_fast.data.decode.container import RgbConverter, as_bad_video, fetch
+from umt_fast.data.decode.container import as_bad_video, fetch
 from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.orientation import orientation_of
+from umt_fast.data.decode.rgb import RgbConverter
 from umt_fast.data.decode.time_limit import check_time
-from umt_fast.data.index import BadVideo, Facts, Packets, Video
+from umt_fast.data.video import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
 """FFmpeg's decoders by the codecs of copies; its own AV1 decoder needs a GPU."""

@@ -7,29 +7,21 @@ import contextlib
 import functools
 import gc
 import io
-import itertools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 from av.stream import Disposition
 
 from umt_fast.data.decode.demux import decode, demux
-from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
-from umt_fast.data.index import BadVideo, Facts, Video
+from umt_fast.data.decode.orientation import UPRIGHT
+from umt_fast.data.decode.rgb import RgbConverter
+from umt_fast.data.decode.truncation import read_tail, refuse_cut_off, refuse_early_end
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import CannotReach, file_size, read_video
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt8
-
-# How much a video may fall short of its header: a last frame's duration. A larger gap means a cut-off file.
-_SLACK_SECONDS = 0.5
-_SLACK_SHARE = 0.05
+from umt_fast.data.video import BadVideo, Facts, Video
 
 _CUT_ANYWHERE = ("mpegts", "mpeg")
 """Containers that recorders cut at any packet."""
@@ -39,9 +31,6 @@ CONTAINERS = (
     "mxf nut obu ogg rm swf vc1 vob wtv y4m yuv4mpegpipe aac ac3 aiff amr caf flac mp3 wav"
 ).replace(" ", ",")
 """FFmpeg's names of allowed formats. Audio formats are included so that the error can say "no video"."""
-
-ONE_THREAD = 1
-"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +228,7 @@ class Reader:
         self.timed = bool(keys) and not reordered_avi and len(set(known)) == len(times)
         self.pts = sorted(known) if self.timed else list(range(len(times)))
         self.keys = sorted(keys)
-        self._refuse_truncated(packets, known)
+        refuse_early_end(self.container, self.stream, packets, known)
         if (
             self.timed
             and self.container.format.name in _CUT_ANYWHERE
@@ -286,38 +275,6 @@ class Reader:
         """Whether frames are stored as fields or flagged so; decoders differ in what they make of them."""
         order = getattr(self.stream.codec_context, "field_order", 0)  # PyAV before 18 lacks it
         return bool(first.interlaced_frame) or order > 1  # 0: unknown, 1: progressive
-
-    def _refuse_truncated(self, packets: int, times: list[int]) -> None:
-        """Raise if the video ends well before its header says.
-
-        Fewer packets than the header counts prove nothing: an edit list may hide the rest, an AVI may leave gaps.
-        """
-        if not times or 0 < self.stream.frames <= packets:
-            return
-        expected = self._header_end()
-        if expected is None:
-            return
-        times = sorted(times)
-        origin = (self.stream.start_time or 0) if self.stream.frames else 0
-        longest = max((after - before for before, after in itertools.pairwise(times)), default=0)
-        end = float((times[-1] - origin + longest) * (self.stream.time_base or 0))
-        if end < expected * (1 - _SLACK_SHARE) - _SLACK_SECONDS:
-            raise BadVideo(f"truncated: it ends at {end:.1f} of {expected:.1f} seconds")
-
-    def _header_end(self) -> float | None:
-        """End of the video stream in seconds according to the header; None if it does not say."""
-        stream, base = self.stream, float(self.stream.time_base or 0)
-        if self.container.format.name == "avi":  # FFmpeg guesses its duration from the size of the file
-            return stream.frames * base
-        if stream.frames:
-            return stream.duration * base if stream.duration else None
-        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", ""))
-        if tag:  # Matroska, WebM
-            return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-        only_stream = len(self.container.streams) == 1
-        if self.container.format.name == "matroska,webm" and only_stream and self.container.duration:
-            return self.container.duration / av.time_base
-        return None
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one. Raises BadVideo."""
@@ -408,64 +365,6 @@ class Reader:
             done += 1
         if done < len(self.pts):
             raise BadVideo(f"frame {done} of {len(self.pts)} does not decode")
-
-
-class RgbConverter:
-    """Converts the frames of one video to uint8 RGB [H,W,3], upright.
-
-    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
-    facts in an index have no mirrored pictures, so their rotation is enough.
-    """
-
-    def __init__(self, indexed: bool, aspect: Fraction = Fraction(1)) -> None:
-        """`aspect`: of a pixel, to which frames are widened."""
-        self._reformatter = av.video.reformatter.VideoReformatter()
-        self._orientation: Orientation | None = None
-        self._indexed = indexed
-        self._aspect = aspect
-        self.read_side_data = False
-
-    def orientation(self, frame: av.VideoFrame) -> Orientation:
-        if self._orientation is None:
-            self.read_side_data = not self._indexed or frame.rotation != 0
-            self._orientation = orientation_of(frame) if self.read_side_data else UPRIGHT
-        return self._orientation
-
-    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        orientation = self.orientation(frame)
-        width = frame.width if self._aspect == 1 else max(round(frame.width * self._aspect), 1)
-        rgb = self._reformatter.reformat(orientation.rotate(frame), width, format="rgb24", threads=ONE_THREAD)
-        (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
-        shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
-        return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
-
-
-def read_tail(video: Video, content: bytes | None, count: int) -> bytes:
-    """The last `count` bytes of a video. Raises OSError."""
-    if content is not None:
-        return content[-count:]
-    size = file_size(video)
-    with open(video.path, "rb") as file:
-        file.seek((video.offset or 0) + max(size - count, 0))
-        return file.read(min(count, size))
-
-
-def refuse_cut_off(container: str, tail: Callable[[int], bytes]) -> None:
-    """Raise BadVideo for an Ogg or GIF file that lacks its end; their headers do not say how long they are."""
-    if container == "ogg":
-        end = tail(_LARGEST_OGG_PAGE)
-        page = end.rfind(b"OggS")
-        flags, lacing = end[page + 5 : page + 6], end[page + 26 : page + 27]
-        whole = page >= 0 and lacing and page + 27 + lacing[0] + sum(end[page + 27 :][: lacing[0]]) <= len(end)
-        if not whole or not flags[0] & _OGG_END_OF_STREAM:
-            raise BadVideo("truncated: its last Ogg page does not end the stream")
-    if container == "gif" and not tail(4096).rstrip(b"\0").endswith(b";"):
-        raise BadVideo("truncated: it lacks GIF's trailer byte")
-
-
-_LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
-_OGG_END_OF_STREAM = 4
-"""RFC 3533, section 6: header type flag of a stream's last page."""
 
 
 def _is_hidden(packet: av.Packet) -> bool:

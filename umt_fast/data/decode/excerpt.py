@@ -14,8 +14,8 @@ import av
 from umt_fast.data.decode.bitstream import read_formats
 from umt_fast.data.decode.container import Reader, as_bad_video, opened
 from umt_fast.data.decode.demux import demux
-from umt_fast.data.index import BadVideo, Video
 from umt_fast.data.sampling import Timeline
+from umt_fast.data.video import BadVideo, Video
 
 _STEP = Fraction(1, 25)
 """Seconds between frames of an excerpt; nobody reads its times."""

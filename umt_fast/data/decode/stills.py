@@ -14,9 +14,10 @@ from PIL import Image
 
 from umt_fast.data.decode import IMAGE_SUFFIXES
 from umt_fast.data.decode.time_limit import check_time
-from umt_fast.data.index import BadVideo, Limits, Video, suffix_of
+from umt_fast.data.index import suffix_of
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import CannotReach, read_video
+from umt_fast.data.video import BadVideo, Limits, Video
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

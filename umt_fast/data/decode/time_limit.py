@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from umt_fast.data.index import BadVideo
+from umt_fast.data.video import BadVideo
 
 _limit: ContextVar[tuple[float, float]] = ContextVar("limit", default=(math.inf, math.inf))
 """When decoding must be done, and the seconds that it was given."""

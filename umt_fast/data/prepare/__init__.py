@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.captions import read_videos
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, Limits, describe_part, is_url, write_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, describe_part, write_index
 from umt_fast.data.manifest import check_files
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare, Item, Plan, Shard, make_plan
 from umt_fast.data.prepare.work import TIME_LIMIT, CopyTask, Died, Failed, PackTask, Workers, run_task
 from umt_fast.data.shards import Sample
+from umt_fast.data.video import Limits, is_url
 from umt_fast.files import LOCK_NAMES, lock_folder, write_reasons, write_whole
 
 FAILED_NAME = "failed.txt"

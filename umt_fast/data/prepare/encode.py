@@ -13,9 +13,10 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from umt_fast.config import ConfigError
 from umt_fast.data.decode import probe
 from umt_fast.data.decode.by_index import find_packets
-from umt_fast.data.decode.container import ONE_THREAD, each_frame, look_up
+from umt_fast.data.decode.container import each_frame, look_up
 from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
-from umt_fast.data.index import BadVideo, Facts, Video
+from umt_fast.data.decode.rgb import ONE_THREAD
+from umt_fast.data.video import BadVideo, Facts, Video
 
 
 class BadCopy(Exception):

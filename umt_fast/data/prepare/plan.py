@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from umt_fast.data.index import Part, Video, is_url
+from umt_fast.data.video import Part, Video, is_url
 from umt_fast.errors import RunError
 
 LONGEST_CAPTION = 64 << 10

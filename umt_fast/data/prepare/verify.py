@@ -19,13 +19,14 @@ from umt_fast.data.captions import CaptionError, read_videos
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.by_index import find_packets
 from umt_fast.data.decode.container import each_frame
-from umt_fast.data.index import INDEX_NAME, STATE_NAME, BadVideo, Facts, Video, is_url, parse_index
+from umt_fast.data.index import INDEX_NAME, STATE_NAME, parse_index
 from umt_fast.data.manifest import ManifestError
 from umt_fast.data.prepare.encode import BadCopy
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare
 from umt_fast.data.prepare.work import TIME_LIMIT, Died, Workers, hash_bytes
 from umt_fast.data.shards import list_shard
+from umt_fast.data.video import BadVideo, Facts, Video, is_url
 from umt_fast.files import lock_folder
 
 LEAST_PSNR = 20.0

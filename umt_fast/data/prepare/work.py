@@ -21,11 +21,12 @@ from typing import Any
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
-from umt_fast.data.index import BadVideo, Video, describe
+from umt_fast.data.index import describe
 from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.prepare.plan import Item, Shard
 from umt_fast.data.shards import Sample, write_shard
 from umt_fast.data.storage import file_size, read_video
+from umt_fast.data.video import BadVideo, Video
 from umt_fast.files import put_in_place
 
 TIME_LIMIT = 3600.0

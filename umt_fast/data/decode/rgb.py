@@ -1,0 +1,47 @@
+"""Decoded frames as RGB arrays."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+
+from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+ONE_THREAD = 1
+"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
+
+
+class RgbConverter:
+    """Converts the frames of one video to uint8 RGB [H,W,3], upright.
+
+    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
+    facts in an index have no mirrored pictures, so their rotation is enough.
+    """
+
+    def __init__(self, indexed: bool, aspect: Fraction = Fraction(1)) -> None:
+        """`aspect`: of a pixel, to which frames are widened."""
+        self._reformatter = av.video.reformatter.VideoReformatter()
+        self._orientation: Orientation | None = None
+        self._indexed = indexed
+        self._aspect = aspect
+        self.read_side_data = False
+
+    def orientation(self, frame: av.VideoFrame) -> Orientation:
+        if self._orientation is None:
+            self.read_side_data = not self._indexed or frame.rotation != 0
+            self._orientation = orientation_of(frame) if self.read_side_data else UPRIGHT
+        return self._orientation
+
+    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+        orientation = self.orientation(frame)
+        width = frame.width if self._aspect == 1 else max(round(frame.width * self._aspect), 1)
+        rgb = self._reformatter.reformat(orientation.rotate(frame), width, format="rgb24", threads=ONE_THREAD)
+        (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
+        shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
+        return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
