@@ -49,6 +49,16 @@ def test_answers_are_the_published_ones(recorded):
     assert chosen == case.config["chosen"]
 
 
+def test_answers_are_decoded_in_parts(recorded, monkeypatch):
+    case, model, question = recorded
+    answers = case["rank.answer_ids"], case["rank.answer_mask"]
+    whole = qa.rank_answers(model, *question, *answers, k=4)
+    monkeypatch.setattr(qa, "ANSWERS_AT_ONCE", 8)  # two questions, then one
+    parts = qa.rank_answers(model, *question, *answers, k=4)
+    assert torch.equal(parts.answers, whole.answers)
+    assert (parts.probabilities - whole.probabilities).abs().max() < 1e-6
+
+
 def test_the_first_word_counts_once_where_asked(recorded):
     """And a list shorter than k is scored whole."""
     case, model, question = recorded

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 PUBLISHED_K = 128
+ANSWERS_AT_ONCE = 1024
+"""Answers decoded in one call: their logits over BERT's vocabulary are 0.6 GB for five tokens each."""
 FirstToken = Literal["twice", "once"]
 
 
@@ -63,10 +65,12 @@ def rank_answers(
         first = logits.softmax(dim=1)[:, answer_ids[:, 1]]
         k = min(k, len(answer_ids))
         likely, candidates = first.topk(k, dim=1)
-        rows = candidates.flatten()
-        ids, mask = cut_padding(answer_ids[rows], answer_mask[rows])
-        logits = model.decode(ids, mask, Context(states, Pairing(((None, k),)), seen))
-        scores = -sequence_losses(logits, ids, mask).view(-1, k)
+        scores = torch.empty_like(likely)
+        for part in torch.arange(len(states)).split(max(ANSWERS_AT_ONCE // k, 1)):
+            rows = candidates[part].flatten()
+            ids, mask = cut_padding(answer_ids[rows], answer_mask[rows])
+            logits = model.decode(ids, mask, Context(states[part], Pairing(((None, k),)), seen[part]))
+            scores[part] = -sequence_losses(logits, ids, mask).view(-1, k)
     finally:
         model.train(training)
     if first_token == "twice":
