@@ -175,6 +175,12 @@ def test_a_folder_is_indexed_once_and_searched(trained, demo_videos, tmp_path, m
     assert "broken.mp4" in err
     assert (folder / ".umt-fast-search" / "found.png").stat().st_size > 2000
     monkeypatch.setattr(search, "build_index", None)
+    decoded = []
+    read_clip = search._read_clip
+    monkeypatch.setattr(search, "_read_clip", lambda *given: decoded.append(given[2:]) or read_clip(*given))
+    search.main([*options, "a circle bounces", "square", "a star"])
+    assert len(decoded) == len(set(decoded))  # once for all queries
+    capsys.readouterr()
     search.main([*options, "a circle bounces"])
     assert capsys.readouterr().out.splitlines() == lines[:5]
     index = search.read_index(folder / ".umt-fast-search" / "index.safetensors", "another model", 8, 8)

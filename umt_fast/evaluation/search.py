@@ -15,7 +15,7 @@ import json
 import posixpath
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 BATCH = 8
 """Parts that go through the video encoder at once."""
+KEPT_PARTS = 256
+"""Parts whose tokens are kept for the next query; one of UMT-B/16 at 4 frames is 2.4 MB."""
 
 
 class SearchError(RunError, ValueError):
@@ -58,6 +60,8 @@ class SearchIndex:
     vectors: Float[torch.Tensor, "n e"]
     bad: list[tuple[str, str]]
     """Videos that could not be read, and why."""
+    tokens: dict[int, Float[torch.Tensor, "1 m d"]] = field(default_factory=dict)
+    """Tokens of the parts that a query has looked at, by place, for the next one."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +123,24 @@ def search(
         row, times = int(index.rows[place]), index.seconds[place]
         part = (float(times[0]), float(times[1]))
         try:
-            clip = _read_clip(loaded, videos, row, part)
+            tokens = _tokens(loaded, videos, index, place)
         except (BadVideo, OSError):  # it is gone since it was indexed
             continue
-        tokens, _ = model.embed_video(torch.from_numpy(clip)[None].to(device))
         score = float(model.match(hidden, mask, Context(tokens, Pairing()))[0, 1])
         matches.append(Match(row, part, score, float(similarity[place])))
     return sorted(matches, key=lambda match: -match.score)[:count]
+
+
+def _tokens(loaded: Loaded, videos: VideoList, index: SearchIndex, place: int) -> Float[torch.Tensor, "1 m d"]:
+    """Tokens of a part, which is decoded once for all queries. Raises BadVideo."""
+    model = loaded.model
+    assert isinstance(model, VideoTextModel)
+    if place not in index.tokens:
+        clip = _read_clip(loaded, videos, int(index.rows[place]), tuple(index.seconds[place]))
+        if len(index.tokens) >= KEPT_PARTS:
+            index.tokens.pop(next(iter(index.tokens)))
+        index.tokens[place] = model.embed_video(torch.from_numpy(clip)[None].to(model.temp.device))[0]
+    return index.tokens[place]
 
 
 def save_index(path: Path, index: SearchIndex, key: str) -> None:
