@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,8 @@ def test_frames_of_siamese_pairs(total, gaps):
     assert found <= gaps
     if total > 3:
         assert found == gaps
+        counts = Counter(second[0] - first[0] for first, second in pairs)
+        assert max(counts.values()) < 2 * min(counts.values())  # gaps that fit are equally likely
     assert min(first[0] for first, _ in pairs) == 0
     assert max(second[0] for _, second in pairs) == total - 1
 

@@ -7,7 +7,7 @@ import torch
 
 from umt_fast import ClassifierConfig, VideoClassifier
 from umt_fast.config import ConfigError
-from umt_fast.models.classifier import classifier_positions
+from umt_fast.models.classifier import build_classifier, classifier_positions
 from umt_fast.objectives.classification import soft_cross_entropy, soft_targets
 
 TINY = {"image_size": 32, "patch_size": 16, "frames": 2, "width": 32, "depth": 2, "heads": 2, "num_classes": 5}
@@ -103,3 +103,18 @@ def test_compiles_to_one_graph():
     assert torch.allclose(compiled(clip), expected, atol=1e-6)
     model.eval()
     assert torch.allclose(compiled(clip[:1]), model(clip[:1]), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["umt", "mae_st"])
+def test_dropout_and_stochastic_depth_of_either_architecture(architecture):
+    config = ClassifierConfig(**{**TINY, "depth": 3}, architecture=architecture, drop_path=0.4, head_dropout=0.5)
+    model = build_classifier(config, init_scale=1.0)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.2, 0.4])
+    assert len(model.head.weight) == 5
+    clip = torch.randn(1, 3, 2, 32, 32)
+    for block in model.blocks:
+        block.drop_path = 0.0  # what is left is the head's dropout
+    torch.nn.init.normal_(model.head.weight)
+    drawn = torch.stack([model(clip) for _ in range(8)])
+    assert len(drawn.flatten(1).unique(dim=0)) == 8
+    assert len(torch.stack([model.eval()(clip) for _ in range(2)]).unique(dim=0)) == 1
