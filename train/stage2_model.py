@@ -12,7 +12,7 @@ from umt_fast.config import ConfigError, Stage2Config, TextConfig, VideoTextObje
 from umt_fast.data.tokens import Tokenizer
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.run.attention_choice import Use
-from umt_fast.run.compute import choose_attention, compile_video_text
+from umt_fast.run.compute import choose_attention, compile_video_text, refuse_unsupported
 from umt_fast.run.world import World
 
 
@@ -92,6 +92,7 @@ def accelerate(
 ) -> tuple[dict[str, str], list[str]]:
     """Give the model the run's attention, recomputation and compilation. Returns as `run.compute.accelerate`."""
     vision, compute, clips = config.student, config.compute, config.optim.batch_size
+    refuse_unsupported(compute, world)
     visible = masking.count_visible(vision.patches, config.objective.video_mask_ratio)
     teacher = model.clip_teacher
     masked = teacher is not None and config.objective.uta > 0

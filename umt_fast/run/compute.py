@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def accelerate(
     the attention choices by use, for the checkpoint, and lines that say what was done. Raises ConfigError for what
     this device cannot do, or a model that is too far off.
     """
-    _refuse_unsupported(config, world)
+    refuse_unsupported(config.compute, world)
     dtype = torch.bfloat16 if bf16 else torch.float32
     student_config, mask, masks = config.student, config.mask, config.mask.masks_per_clip
     frames, patches = student_config.token_frames, student_config.patches
@@ -101,19 +102,19 @@ def accelerate(
     return {name: backend.name for name, backend in chosen.items()}, said
 
 
-def _refuse_unsupported(config: PretrainConfig, world: World) -> None:
+def refuse_unsupported(compute: ComputeConfig, world: World) -> None:
     """Raise ConfigError for settings whose first step is known to fail here."""
-    if config.compute.cuda_graph and world.device.type != "cuda":
+    if compute.cuda_graph and world.device.type != "cuda":
         raise ConfigError(f"compute.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
-    if config.compute.cuda_graph and (lacks := lacking(world.device)) is not None:
+    if compute.cuda_graph and (lacks := lacking(world.device)) is not None:
         raise ConfigError(
             f"compute.cuda_graph records the Triton kernels, and this run uses plain PyTorch instead: it needs "
             f"{lacks}; or leave out --compute.cuda-graph"
         )
-    recomputes = config.compute.compile and config.compute.recompute != "none"
+    recomputes = compute.compile and compute.recompute != "none"
     if recomputes and world.size > 1 and TorchVersion(torch.__version__) < RECOMPUTES_COMPILED_UNDER_DDP:
         raise ConfigError(
-            f"compute.recompute = {config.compute.recompute} with --compute.compile on several processes needs torch "
+            f"compute.recompute = {compute.recompute} with --compute.compile on several processes needs torch "
             f"{RECOMPUTES_COMPILED_UNDER_DDP} or later, this is {torch.__version__}; upgrade it, or leave out either"
         )
 
@@ -134,9 +135,10 @@ def compile_video_text(model: VideoTextModel | VideoQaModel, backend: str = "ind
     Clips have one shape for each kind of batch, and one more in evaluation, each with a graph of its own. Texts differ
     in length from batch to batch, so the graphs of their layers are for any length.
     """
-    model.vision_encoder.compile(backend=backend)
+    model.vision_encoder.compile(backend=backend, dynamic=False)
     model.compile_text(backend=backend)
     teacher = model.clip_teacher
     if teacher is not None:
-        teacher.encode = torch.compile(teacher.encode, backend=backend)  # type: ignore[method-assign]
-        teacher.targets = torch.compile(teacher.targets, backend=backend)  # type: ignore[method-assign]
+        options: Any = {"backend": backend, "dynamic": False}
+        teacher.encode = torch.compile(teacher.encode, **options)  # type: ignore[method-assign]
+        teacher.targets = torch.compile(teacher.targets, **options)  # type: ignore[method-assign]
