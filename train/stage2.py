@@ -239,11 +239,13 @@ def describe(
 
 
 def finish(log: RunLog) -> None:
-    """Leave the picture of the loss."""
+    """Leave the picture of the losses."""
     from umt_fast.run.pictures import draw_loss_curve
 
     metrics = read_metrics(log.metrics_path)
-    draw_loss_curve(metrics, log.folder / "loss.png")
+    parts = [name for name in ("uta", "vtc", "vtm", "mlm") if any(line.get(name) for line in metrics)]
+    label = "loss: weighted sum" if parts else "loss: -log likelihood of the answers"
+    draw_loss_curve(metrics, log.folder / "loss.png", label, parts)
     if len(metrics) > 1:
         log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; picture and metrics in {log.folder}")
     log.say(f"waited for data {log.stall:.1%} of the time")

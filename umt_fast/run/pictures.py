@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,20 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, label: str = "loss: mean of 2 - 2 cos") -> None:
-    """Loss and learning rate over the steps."""
+def draw_loss_curve(
+    metrics: list[dict[str, Any]], path: Path, label: str = "loss: mean of 2 - 2 cos", parts: Sequence[str] = ()
+) -> None:
+    """Loss and learning rate over the steps; `parts` are other losses of the metrics, drawn as thin lines."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
     steps = [line["step"] for line in metrics]
     axes.plot(steps, [line["loss"] for line in metrics], color="C0", marker="." if len(steps) < 40 else "")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(label, color="C0")
+    for number, part in enumerate(parts, 2):
+        axes.plot(steps, [line[part] for line in metrics], color=f"C{number}", linewidth=0.8, label=part.upper())
+    if parts:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), frameon=False)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     rate = axes.twinx()
