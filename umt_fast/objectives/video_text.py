@@ -21,11 +21,11 @@ from umt_fast import masking
 from umt_fast.config import TextConfig, VideoTextObjective
 from umt_fast.errors import RunError
 from umt_fast.models.text import BertWithHead, Context, Pairing, padding_mask
-from umt_fast.models.video_text import VideoTextModel, bare_video_text
+from umt_fast.models.video_text import Seen, VideoTextModel, bare_video_text
 from umt_fast.objectives.contrast import contrastive_loss, unit_mean
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Bool, Float, Int, Shaped
 
 TEMPERATURES = (0.001, 0.5)
 """The temperature is clamped to these at the start of every step, as published."""
@@ -117,31 +117,15 @@ def _step(
     generator: torch.Generator | None,
     model: VideoTextModel,
 ) -> VideoText:
-    device, batch = clip.device, len(clip)
     with torch.no_grad():
         model.temp.clamp_(*TEMPERATURES)
-    zero = torch.zeros((), device=device)
-    uta = mlm = vtm = zero
-
-    aligns = model.clip_teacher is not None and objective.uta > 0
-    targets, token_ids = None, None
-    if aligns:
-        targets, draws.visible = _targets(model, clip, draws.visible, objective, generator)
-        frames, patches = draws.visible.shape[1], model.config.vision.grid**2
-        token_ids = masking.token_ids(draws.visible, frames * patches)
-    seen = model.vision_encoder(clip, token_ids, aligned=aligns)
-    if aligns:
-        assert targets is not None
-        assert seen.predictions is not None
-        predictions = seen.predictions
-        uta = cosine_alignment_loss(
-            predictions.hidden, targets, weight=predictions.weight, bias=predictions.bias, eps=model.config.align_eps
-        )
+    uta, seen = _align(model, clip, draws, objective, generator)
 
     # One pass for the texts and, behind them, the same texts with words hidden.
+    device, batch, length = clip.device, len(clip), input_ids.shape[1]
     words, labels = draws.mlm_input_ids, draws.mlm_labels
     fills = words is not None and labels is not None and model.config.has_language_head and objective.mlm > 0
-    ids = [input_ids, words[:, : input_ids.shape[1]]] if fills and words is not None else [input_ids]
+    ids = [input_ids, words[:, :length]] if fills and words is not None else [input_ids]
     mask = padding_mask(attention_mask)
     mask = None if mask is None else mask.to(device)
     both = torch.cat(ids).to(device, non_blocking=True)
@@ -150,15 +134,10 @@ def _step(
 
     video, text = unit_mean(model.vision_proj(seen.pooled)), unit_mean(model.text_proj(texts[:, :1]))
     idx = idx.to(device, non_blocking=True)
-    vtc = zero
+    vtc = vtm = mlm = uta.new_zeros(())
     if objective.vtc > 0:
         vtc = contrastive_loss(video, text, model.temp, idx, objective.gather_gradient)
-
-    # The pairs of VTM and of MLM go through the fusion layers in one call: (video, text), (video, negative text) and
-    # (video, text with words hidden) share the keys and values of the video; (negative video, text) picks its own.
-    rows: list[Tensor] = []
-    segments: list[tuple[Tensor | None, int]] = []
-    masks: list[Tensor] = []
+    negatives = None
     if objective.vtm > 0:
         with torch.no_grad():
             similarity = video.float() @ text.float().T / model.temp
@@ -166,38 +145,72 @@ def _step(
                 draws.negative_videos = draw_negatives(similarity.T, idx, generator)
             if draws.negative_texts is None:
                 draws.negative_texts = draw_negatives(similarity, idx, generator)
-        video_ids, text_ids = draws.negative_videos.to(device).long(), draws.negative_texts.to(device).long()
-        rows += [texts, texts[text_ids]]
-        masks += [] if mask is None else [mask, mask[text_ids]]
-    if fills:
-        rows.append(hidden[batch:])
+        negatives = (draws.negative_videos.to(device).long(), draws.negative_texts.to(device).long())
+    first, filled = _fuse(model, seen.tokens, texts, mask, negatives, hidden[batch:] if fills else None)
+    if first is not None:
+        matches = torch.cat((torch.ones(batch), torch.zeros(2 * batch))).long().to(device, non_blocking=True)
+        vtm = F.cross_entropy(model.itm_head(first).float(), matches)
+    if filled is not None and labels is not None:
+        mlm = _fill_in(model, filled, labels[:, :length])
+    total = objective.uta * uta + objective.vtc * vtc + objective.vtm * vtm + objective.mlm * mlm
+    return VideoText(uta, vtc, vtm, mlm, total, draws)
+
+
+def _align(
+    model: VideoTextModel,
+    clip: Tensor,
+    draws: Draws,
+    objective: VideoTextObjective,
+    generator: torch.Generator | None,
+) -> tuple[Float[Tensor, ""], Seen]:
+    """UTA and the video encoder's outputs: of the visible tokens, or without a teacher of all, and then UTA is 0."""
+    if model.clip_teacher is None or objective.uta == 0:
+        return torch.zeros((), device=clip.device), model.vision_encoder(clip)
+    targets, draws.visible = _targets(model, clip, draws.visible, objective, generator)
+    frames, patches = draws.visible.shape[1], model.config.vision.grid**2
+    seen = model.vision_encoder(clip, masking.token_ids(draws.visible, frames * patches), aligned=True)
+    found = seen.predictions
+    assert found is not None
+    eps = model.config.align_eps
+    return cosine_alignment_loss(found.hidden, targets, weight=found.weight, bias=found.bias, eps=eps), seen
+
+
+def _fuse(
+    model: VideoTextModel,
+    tokens: Float[Tensor, "b m d"],
+    texts: Float[Tensor, "b l h"],
+    mask: Bool[Tensor, "b 1 1 l"] | None,
+    negatives: tuple[Int[Tensor, " b"], Int[Tensor, " b"]] | None,
+    hidden: Float[Tensor, "b l h"] | None,
+) -> tuple[Float[Tensor, "p h"] | None, Float[Tensor, "b l h"] | None]:
+    """The fusion layers on the pairs of VTM and of MLM, in one call. Returns the first states of VTM's 3B pairs, and
+    those of the `hidden` texts of MLM.
+
+    (video, text), (video, negative text) and (video, text with words hidden) share the keys and values of the video;
+    (negative video, text) picks its own.
+    """
+    batch = len(texts)
+    rows = [] if negatives is None else [texts, texts[negatives[1]]]
+    masks = [] if mask is None or negatives is None else [mask, mask[negatives[1]]]
+    if hidden is not None:
+        rows.append(hidden)
         masks += [] if mask is None else [mask]
     if not rows:
-        return _sum(uta, vtc, vtm, mlm, draws, objective)
+        return None, None
     own = len(rows)
     fused_in = torch.stack(rows, dim=1).flatten(0, 1)  # the texts of one video stand next to each other
     fused_mask = torch.stack(masks, dim=1).flatten(0, 1) if masks else None
-    segments.append((None, own))
-    if objective.vtm > 0:
+    segments: list[tuple[Tensor | None, int]] = [(None, own)]
+    if negatives is not None:
         fused_in = torch.cat((fused_in, texts))
         fused_mask = None if fused_mask is None or mask is None else torch.cat((fused_mask, mask))
-        segments.append((video_ids, 1))
-    fused = model.bert.fuse(fused_in, fused_mask, Context(seen.tokens, Pairing(tuple(segments))))
+        segments.append((negatives[0], 1))
+    fused = model.bert.fuse(fused_in, fused_mask, Context(tokens, Pairing(tuple(segments))))
     of_video = fused[: own * batch].unflatten(0, (batch, own))
-
-    if objective.vtm > 0:
-        first = torch.cat((of_video[:, 0, 0], fused[own * batch :, 0], of_video[:, 1, 0]))
-        matches = torch.cat((torch.ones(batch), torch.zeros(2 * batch))).long().to(device, non_blocking=True)
-        vtm = F.cross_entropy(model.itm_head(first).float(), matches)
-    if fills:
-        assert labels is not None
-        mlm = _fill_in(model, of_video[:, -1], labels[:, : input_ids.shape[1]])
-    return _sum(uta, vtc, vtm, mlm, draws, objective)
-
-
-def _sum(uta: Tensor, vtc: Tensor, vtm: Tensor, mlm: Tensor, draws: Draws, weights: VideoTextObjective) -> VideoText:
-    total = weights.uta * uta + weights.vtc * vtc + weights.vtm * vtm + weights.mlm * mlm
-    return VideoText(uta, vtc, vtm, mlm, total, draws)
+    filled = None if hidden is None else of_video[:, -1]
+    if negatives is None:
+        return None, filled
+    return torch.cat((of_video[:, 0, 0], fused[own * batch :, 0], of_video[:, 1, 0])), filled
 
 
 @torch.no_grad()
