@@ -139,6 +139,14 @@ def test_pretrained_into_a_classifier(library, tmp_path):
     assert torch.equal(model.blocks[1].attn.q_bias, other.videomae.encoder.layer[1].attention.attention.query.bias)
 
 
+def test_the_sampler_of_adamae_is_left_out():
+    model = VideoClassifier(ClassifierConfig(**SIZES, num_classes=5, positions="direct"))
+    report = load_classifier(model, AdaMae(VideoMaeConfig(**SIZES, **DECODER)).state_dict())
+    assert report.unforeseen() == []
+    assert "pos_embed_probs" in report.unexpected
+    assert "mask_token" in report.unexpected
+
+
 def test_names_there_and_back():
     state = VideoMae(VideoMaeConfig(**SIZES, **DECODER)).state_dict()
     renamed = hugging_face_videomae_names(state)
