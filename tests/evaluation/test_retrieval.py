@@ -115,6 +115,23 @@ def test_recalls_take_the_best_right_answer_and_equal_scores_in_order():
     assert found["img_r1"] == pytest.approx(100 / 3, abs=0.01)  # text 2 finds video 0; 0 and 1 find the wrong one
 
 
+def test_an_unreadable_video_is_not_found_and_hides_no_other(model):
+    """By neither score, both ways, in a list shorter than ten too; the other rows are as without it."""
+    ids, mask = stage2.some_texts(8)
+    with torch.no_grad(), retrieval.evaluating(model):
+        embedded = retrieval.embed(model, CLIPS, ids, mask)
+        embedded.tokens[1], embedded.video[1] = 0, 0
+        found = retrieval.score(model, embedded, RIGHT)
+    for scores in (found.coarse_v2t[1], found.coarse_t2v[:, 1], found.rerank_v2t[1], found.rerank_t2v[:, 1]):
+        assert (scores == retrieval.NOT_RANKED).all()
+    for recalls in (found.recalls, found.coarse_recalls):
+        assert recalls["txt_r10"] == 80  # four of five videos find a text, seven of eight texts their video
+        assert recalls["img_r10"] == 87.5
+    kept = [0, 2, 3, 4]
+    plain = retrieval.evaluate(model, CLIPS, ids, mask, RIGHT)
+    assert (found.rerank_v2t[kept] - plain.rerank_v2t[kept]).abs().max() < 1e-6
+
+
 def test_a_frame_is_a_video(model):
     ids, mask = stage2.some_texts(8)
     assert retrieval.evaluate(model, CLIPS[:, :1], ids, mask, RIGHT).coarse_v2t.shape == (5, 8)

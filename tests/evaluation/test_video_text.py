@@ -66,7 +66,8 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
     assert content["videos"] == content["texts"] == 8
     assert content["unreadable"][0]["path"] == "missing.mp4"
     assert (tmp_path / "retrieval.png").stat().st_size > 2000
-    assert (result.coarse_v2t[5] == 0).all()
+    assert (result.coarse_v2t[5] == retrieval.NOT_RANKED).all()
+    assert (result.rerank_t2v[:, 5] == retrieval.NOT_RANKED).all()
     monkeypatch.setattr(video_text, "open_loader", None)  # nothing may be decoded again
     again, bad_again = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
     assert torch.equal(again.rerank_v2t, result.rerank_v2t)

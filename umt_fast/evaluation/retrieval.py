@@ -123,7 +123,10 @@ def score(
     k: int = PUBLISHED_K,
     group: Any = None,
 ) -> Retrieval:
-    """Both matrices and the recalls of embedded videos and texts."""
+    """Both matrices and the recalls of embedded videos and texts.
+
+    A video whose vector is zero could not be read: it has NOT_RANKED for every text, and counts as not found.
+    """
     parts = _gather(embedded.video, group)
     video = torch.cat(parts)
     videos, texts = len(video), len(embedded.text)
@@ -135,13 +138,16 @@ def score(
     check_answers(texts_of_videos, texts)
     with torch.autocast("cpu", enabled=False):
         coarse = video.float() @ embedded.text.float().T
-    best_v2t = _best(coarse, k)
-    best_t2v = _best(coarse.T, k)
+    read = (video != 0).any(dim=1)
+    coarse[~read] = NOT_RANKED
+    best_v2t = _best(coarse, k) & read[:, None]
+    best_t2v = _best(coarse.T, k) & read
     first = sum(len(part) for part in parts[: _rank(group)])
     own = slice(first, first + len(embedded.video))
     pairs = torch.cat(_gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
     v2t = torch.where(best_v2t, pairs, NOT_RANKED)
     t2v = torch.where(best_t2v, pairs.T, NOT_RANKED)
+    texts_of_videos = [numbers if seen else [] for numbers, seen in zip(texts_of_videos, read.tolist(), strict=True)]
     return Retrieval(
         coarse,
         coarse.T,
@@ -187,9 +193,13 @@ def recalls(
 
 
 def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) -> Int[Tensor, " r"]:
-    """For each row the place, from 0 on, of the first relevant column in falling order; equal scores keep theirs."""
+    """For each row the place, from 0 on, of the first relevant column in falling order; equal scores keep theirs.
+
+    A row without a relevant column has a place behind the last, and behind those that count.
+    """
     order = scores.argsort(dim=1, descending=True, stable=True)
-    return relevant.gather(1, order).int().argmax(dim=1)
+    places = relevant.gather(1, order).int().argmax(dim=1)
+    return torch.where(relevant.any(dim=1), places, scores.shape[1] + max(RECALLS))
 
 
 def check_answers(texts_of_videos: Sequence[Sequence[int]], texts: int) -> None:

@@ -200,7 +200,7 @@ def embed_set(
 ) -> tuple[Embedded, list[tuple[str, str]]]:
     """This rank's part of the videos, and all texts, as `retrieval.score` takes them; and what could not be read.
 
-    An unreadable video has zeros: it is found by chance alone. `cache`: a folder in which the embeddings are kept; a
+    An unreadable video has zeros, by which `score` knows it. `cache`: a folder in which the embeddings are kept; a
     second call with equal weights, list, files and settings reads them from there.
     """
     model = loaded.model
