@@ -62,7 +62,9 @@ def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Quest
     if not data.videos or data.images:
         raise ConfigError(f"job = {config.job} takes --data.videos alone; pictures may be among them")
     if config.job == "retrieval":
-        found = captions.read_retrieval_training(data.videos, data.join_captions, data.same_caption, data.read_timeout)
+        found = captions.read_retrieval_training(
+            data.videos, data.join_captions, data.same_caption, data.read_timeout, data.identity
+        )
         captions.check_files(found.videos, found.starts)
         return {"video": found}, []
     asked = [captions.read_questions(source) for source in data.videos]

@@ -129,6 +129,7 @@ def test_retrieval_lists_number_base_names_or_captions(tmp_path):
     captions = read_retrieval_training([path])
     assert listed(captions) == [("a/1.mp4", "x"), ("a/1.mp4", "y"), ("b/1.mp4", "z"), ("2.mp4", "x")]
     assert captions.idx.tolist() == [0, 0, 0, 1]
+    assert read_retrieval_training([path], identity="distinct").idx.tolist() == [0, 0, 1, 2]
     assert read_retrieval_training([path], same_caption=True).idx.tolist() == [0, 1, 2, 0]
     assert [video.caption for video in read_retrieval_training([path], join=True).videos] == ["x y", "z", "x"]
 

@@ -188,7 +188,8 @@ class CaptionDataConfig(DataConfig):
     answers: str = ""
     """Questions: a JSON list of the answers that validation chooses from."""
     identity: Literal["published", "distinct"] = "published"
-    """published: rows of different lists with one place count as the same sample; distinct: they do not."""
+    """published: rows of different lists with one place count as the same sample, and in retrieval files of different
+    folders with one name; distinct: they do not."""
     replaced_captions: Literal["published", "replacement"] = "published"
     """Caption of a video that takes a broken one's place: published, the broken one's; or its own."""
     last_frames: bool = False

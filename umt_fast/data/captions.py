@@ -184,12 +184,14 @@ def read_retrieval_training(
     join: bool = False,
     same_caption: bool = False,
     read_timeout: float = DataConfig.read_timeout,
+    identity: Identity = "published",
 ) -> CaptionList:
     """The list of a retrieval fine-tuning: a row for each file and caption.
 
     join          captions of an entry become one text (paragraph retrieval: DiDeMo, ActivityNet).
-    same_caption  rows with equal raw captions match each other (Something-Something V2); otherwise rows whose files
-                  have one base name do, as published, whatever their folder.
+    same_caption  rows with equal raw captions match each other (Something-Something V2).
+    identity      otherwise; published: rows whose files have one base name match each other, whatever their folder;
+                  distinct: rows of one file do.
     """
     rows: list[dict[str, Any]] = []
     keys, starts = [], []
@@ -200,7 +202,8 @@ def read_retrieval_training(
             for path in entry.paths:
                 for caption in captions:
                     rows.append(_row(entry, path, caption))
-                    keys.append(caption if same_caption else posixpath.basename(path))
+                    file = path if identity == "distinct" else posixpath.basename(path)
+                    keys.append(caption if same_caption else file)
     numbers: dict[str, int] = {}
     idx = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
     return CaptionList(_list(rows, read_timeout), idx, tuple(starts))
