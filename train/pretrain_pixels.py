@@ -37,10 +37,12 @@ FIXED = (
 
 
 def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
-    """The run's clips, with a fourth channel where the masking rule looks at motion or regions."""
+    """The run's clips, with a fourth channel where the masking rule looks at motion or regions. Raises ConfigError."""
     sizes, mask = config.model, config.mask
     shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
     needs = masking.find_rule(mask.rule).needs
+    if needs == "regions" and not Path(mask.regions).expanduser().is_dir():
+        raise ConfigError(f"mask.regions = {mask.regions}: no such folder")
     if needs == "motion" or needs == "regions":
         return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
     return ClipStream(*shape)
