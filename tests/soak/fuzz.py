@@ -41,20 +41,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
+from train.finetune import read_class_map
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent
 from umt_fast.config import PretrainConfig
-from umt_fast.data.captions import Source, read_annotations
+from umt_fast.data.captions import Source, read_annotations, read_answers, read_questions
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.excerpt import cut_excerpt
 from umt_fast.data.decode.time_limit import time_limit
 from umt_fast.data.index import BadIndex, VideoList, describe, write_index
-from umt_fast.data.labels import read_labelled
+from umt_fast.data.labels import read_classes, read_labelled
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.mapped_list import write_mapped
 from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.prepare.journal import Journal
+from umt_fast.data.tokens import SPECIAL, Tokenizer
 from umt_fast.data.video import BadVideo, Limits, Video
 from umt_fast.errors import RunError
+from umt_fast.evaluation.extract import read_features
+from umt_fast.evaluation.probe import AttentiveSettings
+from umt_fast.evaluation.probe import probe as probe_features
+from umt_fast.evaluation.search import read_index
 from umt_fast.recipe import load_recipe
 from umt_fast.run import checkpoint
 from umt_fast.run.log import read_metrics
@@ -237,6 +243,28 @@ def read_captions(path: Path) -> None:
     read_annotations(Source(str(path), str(path.parent)))
 
 
+def read_names(path: Path) -> None:
+    """A class file, a map of classes, a vocabulary, or answers to choose from."""
+    readers: dict[str, Callable[[Path], object]] = {
+        "classes.txt": read_classes,
+        "map.json": lambda path: read_class_map(str(path), 2),
+        "vocab.txt": lambda path: Tokenizer.read(path)(["a b"], 8),
+        "answers.json": lambda path: read_answers(str(path)),
+        "questions.json": lambda path: read_questions(str(path)),
+    }
+    readers[path.name](path)
+
+
+def read_search(path: Path) -> None:
+    read_index(path, "key", 3, 4)
+
+
+def read_probe(path: Path) -> None:
+    """A folder of features, and a probe on them."""
+    features = read_features(path.parent)
+    probe_features("knn", features, features, AttentiveSettings(), k=2)
+
+
 def read_teacher(path: Path) -> None:
     load_clip_teacher(ClipTeacher(TEACHER), read_weights(path))
 
@@ -355,6 +383,8 @@ def make_targets() -> list[Target]:
         b"a.mp4,3\na.mp4 4\na.mp4\n",
         b'"a.mp4",3\n"b, c.mp4",4\n',
         b"path,label\na.mp4,cat\nb.mp4,dog\n",
+        b"# a comment\r\npath;start;total;caption\r\na.mp4;2;4;x\r\nb.mp4;0;-1;y\r\n",
+        b'a.mp4;3\n"b; c.mp4";4\na.mp4;cat\na.mp4\tcat, dog\n',
         b"a.mp4 0 -1 3\n",
         b"\xef\xbb\xbfa.mp4,1\r\nx y.mp4,2\r\n",
         b"http://127.0.0.1:9/a.mp4,1\nfile:///a.mp4,2\n",
@@ -366,7 +396,24 @@ def make_targets() -> list[Target]:
     folder = Path(__file__).parents[2] / "train" / "recipes" / "pretrain"
     recipes = [(path.name, path.read_bytes()) for path in sorted(folder.glob("umt_*.toml"))]
     captions = [(name, text.encode()) for name, text in annotations]
+    names = {"classes.txt": b"cat\ndog\n", "map.json": b"[1, 0]", "answers.json": b'["cat", "dog"]'}
+    names["vocab.txt"] = "\n".join([*SPECIAL, "a", "b", "##c"]).encode()
+    names["questions.json"] = b'[{"video": "a.mp4", "question": "what", "question_id": 3, "answer": ["cat", "dog"]}]'
+    features = {"features": torch.ones(3, 1, 4), "rows": torch.arange(3), "labels": torch.tensor([0, 1, 1])}
+    folder_index = json.dumps({"shards": 1, "classes": ["cat", "dog"], "videos": 3}).encode()
+    shard = ("features_00000.safetensors", save(features, {"unreadable": "[]"}))
+    parts = {"rows": torch.arange(3), "seconds": torch.ones(3, 2), "vectors": torch.ones(3, 4)}
+    found = save(parts, {"key": "key", "bad": '[["a.mp4", "no"]]'})
     targets = [
+        Target("names", list(names.items()), damage_text, read_names, weight=2),
+        Target("features", [("features.json", folder_index)], damage_text, read_probe, dict([shard])),
+        Target("feature_shard", [shard], damage_safetensors, read_probe, {"features.json": folder_index}),
+        Target(
+            "search",
+            [("index.safetensors", found)],
+            damage_safetensors,
+            lambda path: read_index(path, "key", 3, 4) and None,
+        ),
         Target("video", films, damage_bytes, read_video, weight=6),
         Target("still", stills, damage_bytes, read_video),
         Target("list", [("list.csv", text) for text in lists], damage_text, read_list, {"a.mp4": film}, weight=3),
