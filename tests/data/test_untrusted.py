@@ -116,6 +116,24 @@ def test_a_url_of_another_kind_is_refused_before_anything_is_opened(url, monkeyp
         read_frames(Video(url), lambda count: [0])
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "reference://list.csv",
+        "reference://s.tar",
+        "zip://a.tar::https://host/x.tar",
+        "simplecache::reference://s-{0..1}.tar",
+        "reference://a/folder",
+        "reference://train.jsonl::file:///tmp/x.json",
+    ],
+)
+def test_a_source_by_such_a_url_is_refused(source, monkeypatch):
+    monkeypatch.setattr("fsspec.core.url_to_fs", None)
+    for read in (read_manifest, read_labelled, lambda source: read_annotations(Source(source))):
+        with pytest.raises((CannotReach, CaptionError)):
+            read(source)
+
+
 @pytest.mark.parametrize("cache", ["", "simplecache::", "filecache::"])
 def test_files_by_url_and_through_caches_are_read(film, cache):
     assert storage.read(f"{cache}file://{film}") == film.read_bytes()

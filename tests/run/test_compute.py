@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, masking
 from umt_fast.config import ConfigError, LowPrecisionConfig, MaskConfig, OptimConfig, PretrainConfig
 from umt_fast.models.attention import load
-from umt_fast.run.compute import RECOMPUTES_COMPILED_UNDER_DDP, accelerate, compile_models
+from umt_fast.run import attention_choice
+from umt_fast.run.compute import RECOMPUTES_COMPILED_UNDER_DDP, accelerate, choose_attention, compile_models
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep, capture_stream
 from umt_fast.run.optim import build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.run.world import World
@@ -238,6 +239,27 @@ def test_accelerate_says_what_it_did_and_does_it(clip):
     said = "\n".join(accelerate(config(), CPU, student, teacher, True, lambda: clip)[1])
     assert any(f"student {name}" in said for name in ("sdpa", "flash", "math"))
     assert "torch.compile" not in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "expected"),
+    [("auto", "math", "math"), ("auto", "gone", "measured"), ("auto", None, "measured"), ("sdpa", "math", "sdpa")],
+)
+def test_a_resumed_run_keeps_its_attention(monkeypatch, asked, stored, expected):
+    """On a fresh machine, whose measurement may choose another one with other bits."""
+    real = attention_choice.choose
+
+    def choose(wanted, *rest):
+        return attention_choice.Choice(load("sdpa"), "measured") if wanted == "auto" else real(wanted, *rest)
+
+    monkeypatch.setattr(attention_choice, "choose", choose)
+    use = attention_choice.Use(2, 8, 8, 2, 16, True)
+    before = {} if stored is None else {"student": stored}
+    compute = LowPrecisionConfig(precision="fp32", attention=asked)
+    chosen, lines = choose_attention(compute, {"student": use}, CPU, torch.float32, before)
+    assert chosen["student"].name == ("sdpa" if expected == "measured" else expected)
+    assert ("measured" in lines[0]) == (expected == "measured")
+    assert ("as in the checkpoint" in lines[0]) == (expected == "math")
 
 
 def test_settings_that_exclude_each_other_are_named():

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from umt_fast import ClipTeacher, TeacherConfig
-from umt_fast.weights import WeightsError, load_clip_teacher, read_weights
+from umt_fast.weights import WeightsError, load_clip_teacher, read_bert, read_model, read_weights
 
 CONFIG = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2)
 GELU = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2, activation="gelu")
@@ -197,8 +197,11 @@ def test_top_keys_in_any_nesting(tmp_path):
 
 @pytest.mark.parametrize("source", ["https://host/w.pth", "reference://a/b", "simplecache::https://host/w.pth"])
 def test_urls_are_not_opened(source):
-    with pytest.raises(WeightsError, match="download it first"):
-        read_weights(source)
+    for read in (read_weights, read_model):
+        with pytest.raises(WeightsError, match="download it first"):
+            read(source)
+    with pytest.raises(WeightsError, match="no folder"):
+        read_bert(source)
 
 
 def shards(folder: Path, state: dict[str, Tensor], kind: str) -> None:
