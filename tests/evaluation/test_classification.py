@@ -35,6 +35,7 @@ def test_merges_as_published(recorded):
     assert torch.equal(ranked(merged, 1)[:, 0], t["merged_pred"])
     scores = score(merged, t["labels"])
     assert (scores.top1, scores.top5) == (case.config["final_top1"], case.config["final_top5"])
+    assert torch.equal(merge_views(t["logits"][order].numpy(), t["row_video"][order].numpy(), np.int64(views)), merged)
     other = score(merge_views(t["logits"], t["row_video"], views, merge="logits"), t["labels"])
     assert other.top1 == case.config["top1_if_logits_were_averaged"]
 

@@ -38,6 +38,24 @@ def usable(name: str, dtype: torch.dtype, head_dim: int = 64) -> bool:
         return False
 
 
+@pytest.mark.parametrize("cached", [1, 4 * 2 * 30 * 20])
+def test_groups_of_heads_are_attention(monkeypatch, cached):
+    """One head at a time, and two: the last group is of one."""
+    monkeypatch.setattr("umt_fast.models.attention._CACHED_BYTES", cached)
+    q, k, v = (torch.randn(1, length, 3, 16, requires_grad=True) for length in (20, 30, 30))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, expected = attention(q, k, v, load("heads")), reference(*exact)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+    for got, wanted in zip((q, k, v), exact, strict=True):
+        assert torch.allclose(got.grad.double(), wanted.grad, atol=1e-5)
+    qkv = torch.randn(2, 9, 3, 3, 16)
+    with torch.no_grad():
+        assert torch.allclose(self_attention(qkv, load("heads")), reference(*qkv.unbind(2)).float(), atol=1e-6)
+
+
 def test_the_cpu_has_at_least_these():
     cpu = torch.device("cpu")
     for name in ("sdpa", "flash", "math"):

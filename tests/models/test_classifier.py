@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import finetune_reference as reference
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +56,30 @@ def test_position_tables(recorded):
         assert torch.equal(classifier_positions(config)[None], case.tensors[f"table.{number}"]), settings
         in_state = "pos_embed" in VideoClassifier(config).state_dict()
         assert in_state == settings["is_parameter"], settings
+
+
+@pytest.mark.parametrize(
+    ("sizes", "pool", "learned"),
+    [
+        ((48, 16, 1, 3), "mean", False),
+        ((48, 16, 2, 6), "first", False),
+        ((32, 16, 4, 8), "mean", True),
+        ((64, 16, 1, 1), "first", True),
+        ((42, 14, 2, 4), "first", False),
+        ((24, 8, 2, 12), "mean", False),
+        ((16, 16, 1, 16), "mean", False),
+    ],
+)
+def test_odd_sizes_against_float64(sizes, pool, learned):
+    config = ClassifierConfig(*sizes, 24, 2, 3, 7, pool=pool, learnable_positions=learned)
+    model = VideoClassifier(config, init_scale=1.0).eval()
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed":
+            torch.nn.init.normal_(parameter, std=0.2)
+    table = model.pos_embed[0].detach().double().numpy() if learned else reference.positions(config)
+    clip = torch.randn(2, 3, config.frames, config.image_size, config.image_size)
+    expected = reference.logits(config, model.state_dict(), clip, table)
+    assert np.abs(model(clip).detach().numpy() - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_patches_of_14_pixels_start_from_16_rows():

@@ -36,6 +36,8 @@ def merge_views(
     checked. `merge = "logits"` averages the logits and takes the softmax of that. Raises ValueError.
     """
     logits, rows = torch.as_tensor(logits), torch.as_tensor(rows).to("cpu", torch.int64)
+    if not isinstance(views, int) and np.ndim(views) == 0:
+        views = int(views)
     if logits.dim() != 2 or len(logits) == 0 or rows.shape != logits.shape[:1]:
         raise ValueError(f"logits {list(logits.shape)} and rows {list(rows.shape)}: give [R,K] and [R] with R > 0")
     if isinstance(views, int):

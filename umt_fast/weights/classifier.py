@@ -91,7 +91,7 @@ def load_classifier(
             raise WeightsError(
                 f"the class map names rows {int(rows.min())} to {int(rows.max())} of a head of {len(weight)} classes"
             )
-        state = {**state, "head.weight": weight[rows], "head.bias": state["head.bias"][rows]}
+        state = {key: value[rows] if key in ("head.weight", "head.bias") else value for key, value in state.items()}
     state = _encoder_names(state)
     if "pos_embed" in state:
         state["pos_embed"] = fit_positions(state["pos_embed"], model.config, frames)
