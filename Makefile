@@ -6,17 +6,23 @@ DATA ?=
 
 .PHONY: demo demo-finetune demo-text test test-kernels test-dali gate mutate soak fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
-demo: .venv/.run ## pre-train a small student from video files; results in runs/demo
+# With DATA, stage 1 alone and a random teacher: the small one that is trained here knows nothing but moving shapes.
+demo: .venv/.run ## pre-train a small student from video files and fine-tune it; results in runs/demo and runs/demo-finetune
 	rm -rf runs/demo
 ifeq ($(DATA),)
-	$(BIN)/python -m umt_fast.data.synthetic runs/demo-videos
+	$(BIN)/python -m umt_fast.data.synthetic runs/demo-videos --count 192
+	$(BIN)/python -m train.demo_teacher --out runs/demo-teacher/teacher.safetensors
+	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo --data.train runs/demo-videos/train.csv \
+		--teacher-weights runs/demo-teacher/teacher.safetensors --teacher.width 64 --teacher.heads 2 \
+		--student.image-size 64 --teacher.image-size 64 --optim.epochs 30 --optim.warmup-epochs 2 \
+		--compute.precision fp32
+	$(MAKE) demo-finetune
+else
+	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo --data.train "$(DATA)"
 endif
-	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo \
-		--data.train "$(or $(DATA),runs/demo-videos/train.csv)"
 
-# From the stage-1 checkpoint of `make demo`, which it makes if there is none.
-demo-finetune: .venv/.run ## fine-tune from random weights and from the demo's encoder; results in runs/demo-finetune
-	ls runs/demo/checkpoints/*.pth >/dev/null 2>&1 || $(MAKE) demo
+# From the stage-1 checkpoint of `make demo`.
+demo-finetune: .venv/.run ## the second half of `make demo`: fine-tune from random weights and from its encoder
 	rm -rf runs/demo-finetune
 	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
 

@@ -13,10 +13,14 @@ import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
 
 SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("bounce", "orbit", "spin", "pulse")
@@ -25,8 +29,28 @@ COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.33, "blue": 0.6, "purple": 0.7
 WIDTH, HEIGHT, FPS, FRAMES = 192, 144, 15, 48
 _SMOOTH = 2  # drawn this much larger, then reduced
 
+TURNS = {"circle": 0, "square": 4, "triangle": 3, "star": 5}
+"""How many times in one turn a shape looks the same; 0: always."""
+
 # (x, y, radius, angle) of a shape at time t in seconds, x, y and radius in shares of the frame's height.
 Path2D = Callable[[float], tuple[float, float, float, float]]
+Actor = tuple[str, Path2D, tuple[int, ...]]
+"""A shape's name, path and colour."""
+
+
+class ShapeFacts(NamedTuple):
+    """What can be known of a shape in one frame."""
+
+    shape: int
+    """Place in SHAPES."""
+    x: float
+    """Of its centre, in sides of the picture, from the left; outside of 0 to 1 it is not in the picture."""
+    y: float
+    radius: float
+    phase: float
+    """Angle in radians, times the turns of its symmetry: equal phases look alike. 0 for circles."""
+    hue: float
+    """0 to 1, cyclic."""
 
 
 def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
@@ -82,17 +106,37 @@ def _render_one(colour: str, shape: str, motion: str, rng: np.random.Generator) 
 def _render(motion: str, shape: str, rng: np.random.Generator) -> list[np.ndarray]:
     """Frames [H,W,3] of one large and one small shape over a patterned ground."""
     ground = _ground(rng)
+    return _draw_frames(ground, _two_actors(motion, shape, rng), FRAMES)
+
+
+def _two_actors(motion: str, shape: str, rng: np.random.Generator) -> list[Actor]:
+    """A large shape, and a small one of another kind and motion."""
     others = rng.choice(len(SHAPES)), rng.choice(len(MOTIONS))
-    actors = [
+    return [
         (shape, _path(motion, 0.20, rng), _colour(rng)),
         (SHAPES[others[0]], _path(MOTIONS[others[1]], 0.10, rng), _colour(rng)),
     ]
-    return _draw_frames(ground, actors, FRAMES)
 
 
-def _draw_frames(
-    ground: Image.Image, actors: list[tuple[str, Path2D, tuple[int, ...]]], count: int
-) -> list[np.ndarray]:
+def render_frame(rng: np.random.Generator, side: int) -> tuple[UInt8[np.ndarray, "s s 3"], list[ShapeFacts]]:
+    """A square crop, `side` pixels wide, of one frame of a random video, and the facts of its large and small shape."""
+    ground, shape, motion = _ground(rng), SHAPES[rng.choice(len(SHAPES))], MOTIONS[rng.choice(len(MOTIONS))]
+    actors, time = _two_actors(motion, shape, rng), rng.uniform(0, FRAMES / FPS)
+    size = HEIGHT * _SMOOTH * rng.uniform(0.66, 1.0)
+    left, top = rng.uniform(0, WIDTH * _SMOOTH - size), rng.uniform(0, HEIGHT * _SMOOTH - size)
+    image, facts = ground, []
+    for name, path, colour in actors:
+        *place, angle = path(time)
+        x, y, radius = (value * HEIGHT * _SMOOTH for value in place)
+        _draw(ImageDraw.Draw(image), name, x, y, radius, angle, colour)
+        hue = colorsys.rgb_to_hsv(*(level / 255 for level in colour))[0]
+        kind, phase = SHAPES.index(name), angle * TURNS[name]
+        facts.append(ShapeFacts(kind, (x - left) / size, (y - top) / size, radius / size, phase, hue))
+    box = (left, top, left + size, top + size)
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX, box)), facts
+
+
+def _draw_frames(ground: Image.Image, actors: list[Actor], count: int) -> list[np.ndarray]:
     frames = []
     for index in range(count):
         image = ground.copy()

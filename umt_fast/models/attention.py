@@ -89,8 +89,8 @@ class _Heads(torch.autograd.Function):
         q = q * q.shape[-1] ** -0.5
         out, kept = torch.empty_like(q), []
         for one_q, one_k, one_v, one_out in zip(*(x.split(ctx.group) for x in (q, k, v, out)), strict=True):
-            probabilities = (one_q @ one_k.transpose(1, 2)).softmax(-1)
-            one_out.copy_(probabilities @ one_v)
+            probabilities = torch.bmm(one_q, one_k.transpose(1, 2)).softmax(-1)
+            one_out.copy_(torch.bmm(probabilities, one_v))
             if any(ctx.needs_input_grad):
                 kept.append(probabilities)
         ctx.save_for_backward(q, k, v, *kept)
@@ -103,10 +103,10 @@ class _Heads(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         parts = (x.split(ctx.group) for x in (q, k, v, grad, *grads))
         for p, one_q, one_k, one_v, one_grad, dq, dk, dv in zip(kept, *parts, strict=True):
-            dv.copy_(p.transpose(1, 2) @ one_grad)
-            scores = torch._softmax_backward_data(one_grad @ one_v.transpose(1, 2), p, -1, p.dtype)
-            dq.copy_(scores @ one_k)
-            dk.copy_(scores.transpose(1, 2) @ one_q)
+            dv.copy_(torch.bmm(p.transpose(1, 2), one_grad))  # `@` would copy what is transposed
+            scores = torch._softmax_backward_data(torch.bmm(one_grad, one_v.transpose(1, 2)), p, -1, p.dtype)
+            dq.copy_(torch.bmm(scores, one_k))
+            dk.copy_(torch.bmm(scores.transpose(1, 2), one_q))
         return grads[0] * q.shape[-1] ** -0.5, grads[1], grads[2]
 
 
