@@ -51,12 +51,12 @@ def test_the_teacher_learns_what_lies_where():
     first: dict[str, float] = {}
     for _, (pictures, known) in zip(range(60), demo_teacher.batches(frames, facts, 32, 0), strict=False):
         losses = answers(model(pictures), known)
-        first = first or {name: float(loss) for name, loss in losses.items()}
+        first = first or {name: loss.item() for name, loss in losses.items()}
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
     for name in ("shapes on patches", "place of patches", "hue of patches"):
-        assert float(losses[name]) < 0.9 * first[name], name
+        assert losses[name].item() < 0.9 * first[name], name
 
 
 def test_facts_of_a_frame_are_what_it_shows():
