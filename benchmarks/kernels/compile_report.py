@@ -8,6 +8,7 @@ Each kernel is compiled in every form in which the models launch it, for each ar
     loads    global load instructions by width in bits (how many x how wide)
     stores   global store instructions, in the same form
     tensor   instructions of the matrix units
+    barr.    barriers, at which the warps of a program wait for each other
     bulk     narrowest load of the bulk data / widest that the layout allows, in bits (memory-bound kernels)
     moved    bytes requested from memory, before caches, as a multiple of the least possible
     occ.     share of a multiprocessor's warps that can be active
@@ -55,6 +56,7 @@ class Row:
     stores: dict[str, dict[int, int]]
     tensor: dict[str, int] | None
     """Instructions of the matrix units by name, of kernels that should have them."""
+    barriers: int
     bulk: dict[str, tuple[int, int]]
     """For each bulk argument, the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int
@@ -109,6 +111,7 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
         loads={name: dict(counts) for name, counts in code.loads.items()},
         stores={name: dict(counts) for name, counts in code.stores.items()},
         tensor=dict(code.tensor) if launch.kernel in MATRIX_UNITS else None,
+        barriers=code.barriers,
         bulk=widths,
         moved=moved,
         least=least,
@@ -157,6 +160,7 @@ def table(rows: list[Row]) -> str:
         "loads",
         "stores",
         "tensor",
+        "barr.",
         "bulk",
         "moved",
         "occ.",
@@ -176,6 +180,7 @@ def table(rows: list[Row]) -> str:
                 _widths(row.loads),
                 _widths(row.stores),
                 " ".join(f"{count}x{name}" for name, count in (row.tensor or {}).items()),
+                f"{row.barriers}",
                 bulk,
                 f"{row.moved / row.least:.2f}",
                 f"{row.occupancy:.0%}",

@@ -46,8 +46,8 @@ def _add_layer_norm(s: Shapes, form: str, rows: int, length: int, residual: torc
         return x
 
     def plain(x: Inputs, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        given = (x["residual"], x["branch"], x["weight"], x["bias"], LAYER_NORM_EPS)
-        return reference.add_layer_norm(*given, None, None, None, None, None, dtype, False, False)
+        tensors = (x["residual"], x["branch"], x["weight"], x["bias"], None, None, None, None, None)
+        return reference.add_layer_norm(*tensors, LAYER_NORM_EPS, dtype, False, False)
 
     def eager(x: Inputs) -> tuple[Tensor, ...]:
         total = x["residual"] + x["branch"]

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from umt_kernels import backend
+from umt_kernels.launch import PLANS
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
         with (
             mock.patch.object(JITFunction, "run", record),
             mock.patch.object(backend, "INTERPRETED", True),
+            mock.patch.dict(PLANS, clear=True),  # they hold another architecture's tiles
             triton.knobs.cache.scope(),
         ):
             triton.knobs.cache.dir = _fresh_cache().name
@@ -141,6 +143,8 @@ class Code:
     stores: dict[str, Counter[int]] = field(default_factory=dict)
     tensor: Counter[str] = field(default_factory=Counter)
     """Instructions of the matrix units, by name: HMMA, HGMMA, UTCHMMA..."""
+    barriers: int = 0
+    """Instructions at which the warps of a program wait for each other."""
 
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -166,7 +170,7 @@ def read_code(cubin: bytes, ptx: str) -> Code:
     loads: dict[str, Counter[int]] = {}
     stores: dict[str, Counter[int]] = {}
     tensor: Counter[str] = Counter()
-    local = 0
+    local = barriers = 0
     for line in sass.splitlines():
         if found := _PTX_LINE.match(line):
             argument = arguments[int(found[1]) - 1]
@@ -174,13 +178,15 @@ def read_code(cubin: bytes, ptx: str) -> Code:
             kind, *modifiers = found[1].split(".")
             if _TENSOR.fullmatch(kind):
                 tensor[kind] += 1
+            elif kind == "BAR":
+                barriers += 1
             elif kind in ("LDL", "STL"):
                 local += 1
             elif kind in ("LDG", "LDGSTS"):
                 loads.setdefault(argument, Counter())[_bits(modifiers)] += 1
             elif kind == "STG":
                 stores.setdefault(argument, Counter())[_bits(modifiers)] += 1
-    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], local, loads, stores, tensor)
+    return Code(resources["REG"], resources["STACK"] + resources["LOCAL"], local, loads, stores, tensor, barriers)
 
 
 def _arguments(ptx: str) -> list[str]:

@@ -1,5 +1,7 @@
 """`python -m benchmarks.kernels.host_cost`: microseconds of a CPU core that calling each op costs, without its launch.
 
+Two figures for each: the call, with gradients recorded, and its backward through autograd.
+
 Triton's own launcher is replaced by a function that does nothing, so this is the price of checks, allocations, autograd
 and looking up the compiled kernel. In a CUDA graph none of it is paid. F.layer_norm with gradients is timed in turn
 with the ops, as a measure of how fast and how busy the machine is. patch_embed and the loss include the arithmetic of
@@ -16,7 +18,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from umt_kernels import (
+    add_layer_norm,
+    add_layer_norm_8bit,
     backend,
     checks,
     cls_scores,
@@ -24,7 +29,12 @@ from umt_kernels import (
     gather_layer_norm,
     gather_patches,
     launch,
+    linear,
+    linear_8bit,
+    mlp,
     patch_embed,
+    pixel_loss,
+    quantize_rows,
     sample_visible,
 )
 
@@ -36,6 +46,10 @@ class _Nothing:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments: None
+
+
+def _unread(x: Tensor) -> bool:
+    return False
 
 
 @contextlib.contextmanager
@@ -50,23 +64,28 @@ def launches_stubbed() -> Iterator[None]:
     with (
         mock.patch.object(launch.Plan, "__init__", stubbed),
         mock.patch.object(backend, "INTERPRETED", True),
-        mock.patch.object(checks, "reads_values", return_value=False),  # as on a GPU, where nothing is read
-        mock.patch.object(launch, "PLANS", {}),
+        mock.patch.object(checks, "reads_values", _unread),  # as on a GPU; not a Mock, which costs as much as an op
+        mock.patch.dict(launch.PLANS, clear=True),
     ):
         yield
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """Each op as pre-training calls it, on tensors so small that arithmetic costs nothing."""
-    x = torch.rand(2, 5, 64, requires_grad=True)
+    """Each op as training calls it, on tensors so small that arithmetic costs nothing."""
+    x, branch = torch.rand(2, 5, 64, requires_grad=True), torch.rand(2, 5, 64, requires_grad=True)
     weight, bias = torch.rand(64, requires_grad=True), torch.rand(64, requires_grad=True)
-    table, ids = torch.rand(8, 64), torch.zeros(2, 5, dtype=torch.int64)
+    table, ids, scale = torch.rand(8, 64), torch.zeros(2, 5, dtype=torch.int64), torch.rand(2)
     clip = torch.zeros(2, 2, 32, 32, 3, dtype=torch.uint8)
     conv = torch.rand(64, 3, 1, 16, 16, requires_grad=True)
     q, k = torch.rand(4, 2, 16), torch.rand(4, 2, 5, 16)
     predictions = torch.rand(3, 2, 5, 64, requires_grad=True)
     targets = torch.rand(3, 2, 5, 64)
     gain, shift = torch.rand(3, 64, requires_grad=True), torch.rand(3, 64, requires_grad=True)
+    pixels = torch.rand(2, 5, 3 * 2 * 16**2, requires_grad=True)
+    up, down = torch.rand(256, 64, requires_grad=True), torch.rand(64, 256, requires_grad=True)
+    up_bias = torch.rand(256, requires_grad=True)
+    rows, matrix = quantize_rows(torch.rand(2, 5, 64), torch.int8), quantize_rows(torch.rand(256, 64), torch.int8)
+    plain, vector = torch.rand(2, 5, 64), torch.rand(64)
     scores = torch.rand(4, 16)
     return {
         YARDSTICK: lambda: F.layer_norm(x, (64,), weight, bias),
@@ -74,32 +93,52 @@ def calls() -> dict[str, Callable[[], object]]:
         "gather_layer_norm, position": lambda: gather_layer_norm(
             x, weight, bias, 1e-6, position=table, position_ids=ids
         ),
+        "add_layer_norm": lambda: add_layer_norm(x, branch, weight, bias, 1e-6)[1],
+        "add_layer_norm, drop path": lambda: add_layer_norm(x, branch, weight, bias, 1e-6, scale=scale)[1],
         "cls_scores": lambda: cls_scores(q, k),
         "sample_visible": lambda: sample_visible(scores, 4),
         "gather_patches": lambda: gather_patches(clip, 16, token_ids=ids),
         "patch_embed": lambda: patch_embed(clip, conv, bias, 16, token_ids=ids),
+        "linear": lambda: linear(x, up, up_bias, activation="gelu", backend="triton"),
+        "mlp": lambda: mlp(x, up, up_bias, down, bias, residual=x, backend="triton"),
+        "quantize_rows": lambda: quantize_rows(plain, torch.int8),
+        "add_layer_norm_8bit": lambda: add_layer_norm_8bit(plain, plain, vector, vector, 1e-6, torch.int8),
+        "linear_8bit": lambda: linear_8bit(rows, matrix, activation="quick_gelu", out_dtype=torch.int8),
         "cosine_alignment_loss": lambda: cosine_alignment_loss(predictions, targets, weight=gain, bias=shift),
+        "pixel_loss": lambda: pixel_loss(pixels, clip, ids, 16),
     }
 
 
-def measure(rounds: int = 30, repeats: int = 100) -> dict[str, float]:
-    """Microseconds per call: of rounds in turn the fastest, which other work on the machine disturbed least."""
+def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Microseconds of a call and of its backward, which is 0 where there is none."""
+    start = time.perf_counter()
+    values = [function() for _ in range(repeats)]
+    forward = time.perf_counter() - start
+    if not (isinstance(values[0], Tensor) and values[0].requires_grad):
+        return 1e6 * forward / repeats, 0.0
+    inputs = values[0].new_ones(values[0].shape)
+    start = time.perf_counter()
+    for value in values:
+        value.backward(inputs)  # type: ignore[attr-defined]
+    return 1e6 * forward / repeats, 1e6 * (time.perf_counter() - start) / repeats
+
+
+def measure(rounds: int = 30, repeats: int = 50) -> dict[str, tuple[float, float]]:
+    """Microseconds per call and backward: of rounds in turn the fastest, which other work disturbed least."""
     with launches_stubbed():
         functions = calls()
-        best = dict.fromkeys(functions, float("inf"))
+        best = {name: (float("inf"), float("inf")) for name in functions}
         for _ in range(rounds):
             for name, function in functions.items():
-                start = time.perf_counter()
-                for _ in range(repeats):
-                    function()
-                best[name] = min(best[name], 1e6 * (time.perf_counter() - start) / repeats)
+                forward, backward = timed(function, repeats)
+                best[name] = min(best[name][0], forward), min(best[name][1], backward)
     return best
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, cost in measure().items():
-        print(f"{name:32}{cost:6.1f} us")
+    for name, (forward, backward) in measure().items():
+        print(f"{name:32}{forward:7.1f} us" + (f"{backward:9.1f} us backward" if backward else ""))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, weight_matrix
-from umt_kernels.backend import on_its_device
 from umt_kernels.gather_patches import default_layout, geometry, normalisation, normalised, readable
+from umt_kernels.launch import Plan
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
 
-@on_its_device
 def implicit_patch_embed(
     clip: Shaped[Tensor, "b ..."],
     weight: Float[Tensor, "d 3 t k k"],
@@ -48,21 +47,10 @@ def implicit_patch_embed(
     settings = config(patch_size, weight.shape[2], halo, clip.dtype == torch.uint8, dtype)
     grid = (triton.cdiv(batch * kept, settings["TOKENS"]), triton.cdiv(channels, settings["CHANNELS"]))
     constants = normalisation(clip, mean, std)
-    _kernel[grid](
-        clip,
-        token_ids.contiguous(),
-        matrix,
-        bias,
-        position.contiguous(),
-        out,
-        batch * kept,
-        kept,
-        channels,
-        matrix.shape[1],
-        *geometry(clip, layout, [patch_size, patch_size]),
-        SCALES=constants["SCALES"],
-        SHIFTS=constants["SHIFTS"],
-        **settings,
+    numbers = (batch * kept, kept, channels, matrix.shape[1], *geometry(clip, layout, [patch_size, patch_size]))
+    constants = {name: constants[name] for name in ("SCALES", "SHIFTS")}
+    Plan(_kernel, grid, numbers, {**constants, **settings}).launch(
+        clip, token_ids.contiguous(), matrix, bias, position.contiguous(), out
     )
     return out
 

@@ -58,12 +58,28 @@ def needs_kernels(kernels: bool) -> None:
         pytest.skip("the Triton kernels run on a GPU or with TRITON_INTERPRET=1")
 
 
+SHARING = (
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "cosine_alignment_loss",
+    "eight_bit",
+    "gather_layer_norm",
+    "gather_layer_norm_backward",
+)
+"""Modules whose programs share rows."""
+
+
 @pytest.fixture
-def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def few_programs(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
     """Kernels that share rows among programs get two, so that each loops."""
-    for name in ("cosine_alignment_loss", "gather_layer_norm"):
+    for name in SHARING:
         module = importlib.import_module(f"umt_kernels.{name}")
         monkeypatch.setattr(module, "resident_programs", lambda *_: 2)
+
+
+@pytest.fixture
+def fresh_plans() -> Iterator[None]:
+    """No plan of another test is used, and none of this test by others."""
     launch.PLANS.clear()
     yield
     launch.PLANS.clear()

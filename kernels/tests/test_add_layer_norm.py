@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -96,8 +95,8 @@ def leaves(given: dict) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def _two_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("umt_kernels.add_layer_norm"), "resident_programs", lambda *_: 2)
+def _two_programs(few_programs: None) -> None:
+    """Each program loops over its rows."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -443,3 +443,12 @@ def test_a_prediction_equal_to_its_target_gets_no_gradient(device, distance):
     assert (predictions.grad[..., 0] == 0).all()
     assert (predictions.grad[..., 1] > 0).all()
     assert (predictions.grad[..., 2] < 0).all()
+
+
+@pytest.mark.parametrize("distance", ["cosine", "mse"])
+def test_one_column_under_a_norm_gets_no_gradient(device, distance):
+    """It is normalised to 0 whatever it is; what rounding leaves of the gradient is multiplied by 1 / sqrt(eps)."""
+    x = torch.linspace(-2, 3, 6, device=device).view(1, 2, 3, 1).requires_grad_()
+    gain, shift = torch.full((1, 1), 1.3, device=device), torch.full((1, 1), 0.7, device=device)
+    alignment_loss(x, torch.ones_like(x) / 3, distance, weight=gain, bias=shift, eps=1e-12, reduction="sum").backward()
+    assert (x.grad == 0).all()

@@ -16,11 +16,16 @@ DTYPES = {torch.int8: (127.0, 0.5 / 127), torch.float8_e4m3fn: (448.0, 2.0**-4)}
 
 
 @pytest.fixture(params=[80, 90])
-def form(request: pytest.FixtureRequest, kernels: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def form(
+    request: pytest.FixtureRequest,
+    kernels: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    few_programs: None,
+) -> None:
     """With and without tensor descriptors in the interpreter; otherwise whatever runs here, once."""
     if kernels and device.type == "cpu":
         monkeypatch.setattr(matmul, "target", lambda device: (request.param, 2))
-        monkeypatch.setattr(importlib.import_module("umt_kernels.eight_bit"), "resident_programs", lambda *_: 1)
     elif request.param != 80:
         pytest.skip("the device's own form runs once")
 

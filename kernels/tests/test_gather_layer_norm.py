@@ -386,3 +386,13 @@ def test_a_row_that_no_set_keeps_gets_zeros_even_with_eps_0(device):
     y.square().sum().backward()
     assert (x.grad[0, ::2] == 0).all()
     assert x.grad.isfinite().all()
+
+
+def test_a_position_id_of_minus_1_adds_nothing_without_row_ids(device, assert_near):
+    """Its gradient went to the last row of the table."""
+    x, table = torch.randn(1, 4, 6, device=device), torch.randn(3, 6, device=device).requires_grad_()
+    ids = torch.tensor([[-1, 1, -1, 0]], device=device)
+    y = gather_layer_norm(x, None, None, 1e-6, position=table, position_ids=ids, padded=True)
+    assert_near(y.detach()[0, 0], torch.nn.functional.layer_norm(x[0, 0].double(), (6,), eps=1e-6))
+    y.sum().backward()
+    assert_near(table.grad, torch.tensor([[1.0], [1.0], [0.0]], device=device).expand(3, 6))

@@ -18,7 +18,11 @@ ACTIVATIONS = [None, "gelu", "quick_gelu"]
 
 @pytest.fixture(params=[80, 90])
 def backend(
-    request: pytest.FixtureRequest, kernels: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    kernels: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_plans: None,
 ) -> str:
     """Whatever can run here: the kernel in both of its forms, or PyTorch."""
     if kernels and device.type == "cpu":
@@ -120,7 +124,7 @@ def test_half_precision_with_a_float32_residual(device, backend, dtype, assert_n
     compare(actual, with_gradients(expected, wide), assert_near, 3e-2)
 
 
-def test_the_result_is_rounded_once(device, needs_kernels, assert_near, monkeypatch):
+def test_the_result_is_rounded_once(device, needs_kernels, assert_near, monkeypatch, fresh_plans):
     """Bias, activation and residual are float32 inside: PyTorch's chain rounds after each."""
     monkeypatch.setattr(matmul, "target", lambda device: (90, 2))
     x, w = drawn(device, (140, 64), torch.bfloat16), drawn(device, (144, 64), torch.bfloat16, scale=0.125)

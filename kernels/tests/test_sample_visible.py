@@ -122,7 +122,7 @@ def test_a_draw_is_the_race_of_its_philox_numbers(device, needs_kernels, rows, p
         seed = torch.tensor([key], device=device)
         expected, decided = race(scores, num_visible, seed)
         assert decided.double().mean() > 0.9
-        assert torch.equal(module._draw(scores, num_visible, seed, None)[decided], expected[decided])
+        assert torch.equal(module._draw(scores, seed, None, num_visible)[decided], expected[decided])
         if INTERPRETED and rows > 4:
             break
 
@@ -133,7 +133,7 @@ def test_a_random_number_of_all_ones_comes_first_not_last(device, needs_kernels)
     bits = torch.empty(1, 4, dtype=torch.int32, device=device)
     random_numbers[(1,)](seed, bits, 4, BLOCK=4)
     assert bits[0, 2] >> 8 == -1
-    assert module._draw(torch.ones(1, 4, device=device), 1, seed, None) == 2
+    assert module._draw(torch.ones(1, 4, device=device), seed, None, 1) == 2
 
 
 def test_a_random_number_of_0_still_comes_before_a_score_of_0(device, needs_kernels):
@@ -143,12 +143,12 @@ def test_a_random_number_of_0_still_comes_before_a_score_of_0(device, needs_kern
     random_numbers[(1,)](seed, bits, 4, BLOCK=4)
     assert (bits[0, 1].item() & 0xFFFFFFFF) >> 9 == 0
     scores = torch.tensor([[0.0, 1e-38, 0.0, 0.0]], device=device)
-    assert module._draw(scores, 1, seed, None) == 1
+    assert module._draw(scores, seed, None, 1) == 1
 
 
 def test_seeds_have_62_bits(device, needs_kernels, monkeypatch):
     seeds = []
-    monkeypatch.setattr(module, "_draw", lambda scores, n, seed, counts: seeds.append(int(seed)))
+    monkeypatch.setattr(module._draw, "launch", lambda plan, scores, seed, counts, n: seeds.append(int(seed)))
     for key in range(300):
         sample_visible(torch.ones(1, 4, device=device), 2, generator(key, device))
     assert len(set(seeds)) == 300
@@ -161,7 +161,7 @@ def test_seeds_have_62_bits(device, needs_kernels, monkeypatch):
 def test_every_bit_of_the_seed_counts(device, needs_kernels, bit):
     scores = torch.ones(4, 64, device=device)
     one, other = (
-        module._draw(scores, 20, torch.tensor([key], device=device), None) for key in (10**6, 10**6 ^ 1 << bit)
+        module._draw(scores, torch.tensor([key], device=device), None, 20) for key in (10**6, 10**6 ^ 1 << bit)
     )
     assert not torch.equal(one, other)
 
@@ -183,10 +183,10 @@ def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, nu
 
     monkeypatch.setattr(launch.Plan, "launch", launch_with_room_behind)
     scores = torch.full((3, 9), score, device=device)
-    drawn = module._draw(scores, num_visible, torch.tensor([1], device=device), None)
+    drawn = module._draw(scores, torch.tensor([1], device=device), None, num_visible)
     assert torch.equal(drawn, torch.arange(num_visible, dtype=torch.int32).expand(3, -1))
     counts = torch.tensor([num_visible, 1, num_visible - 1], device=device)
-    drawn = module._draw(scores, num_visible, torch.tensor([1], device=device), counts)
+    drawn = module._draw(scores, torch.tensor([1], device=device), counts, num_visible)
     assert (drawn >= 0).sum(1).tolist() == counts.tolist()
 
 

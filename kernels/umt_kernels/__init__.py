@@ -13,7 +13,7 @@ from umt_kernels.gather_patches import IMAGENET_MEAN, IMAGENET_STD, gather_patch
 from umt_kernels.linear import linear
 from umt_kernels.masks import ids_to_mask, mask_to_ids
 from umt_kernels.mlp import mlp
-from umt_kernels.modules import GatherLayerNorm, GatherRMSNorm, PatchEmbed
+from umt_kernels.modules import AddLayerNorm, GatherLayerNorm, GatherRMSNorm, PatchEmbed
 from umt_kernels.patch_embed import patch_embed
 from umt_kernels.pixel_loss import pixel_loss
 from umt_kernels.sample_visible import sample_visible
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AddLayerNorm",
     "EightBit",
     "GatherLayerNorm",
     "GatherRMSNorm",

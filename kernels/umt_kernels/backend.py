@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +11,6 @@ try:
     import triton
 except ImportError:  # the CPU build of torch does not bring it
     triton = None
-
-Launch = TypeVar("Launch", bound=Callable)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter runs the kernels on CPU tensors: for tests."""
@@ -40,17 +35,6 @@ def runs_triton(*tensors: Tensor | None) -> bool:
     return True
 
 
-def on_its_device(launch: Launch) -> Launch:
-    """Make the device of the first argument current meanwhile: Triton launches on the current one."""
-
-    @functools.wraps(launch)
-    def run(first: Tensor, *rest: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return launch(first, *rest)
-
-    return run  # type: ignore[return-value]
-
-
 def lacking(device: torch.device) -> str | None:
     """What is missing for tensors on `device` to use the kernels, with its fix; None if nothing is."""
     if device.type != "cuda" and not INTERPRETED:
@@ -71,7 +55,3 @@ def kernels_on(device: torch.device) -> str:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-PROGRAMS = 132 * 8
-"""Programs of a kernel that loops over rows: eight on each of an H200's 132 multiprocessors."""

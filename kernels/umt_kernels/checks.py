@@ -60,29 +60,24 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps = {eps}; it must be 0 or more")
 
 
-def check_ids(
-    name: str,
-    ids: Tensor,
-    batch: int,
-    limit: int,
-    meaning: str,
-    once: bool = False,
-    *,
-    sets: bool = False,
-    padded: bool = False,
-) -> None:
-    """Raise unless `ids` is an integer [batch, m] tensor with values in [0, limit), with `once` none twice in a row.
-
-    With `sets` the rows may be a multiple of `batch`; with `padded` an id may also be -1, as often as it likes.
-    Values are looked at on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there
-    unless the environment has UMT_KERNELS_CHECK_IDS=1.
-    """
+def check_ids(name: str, ids: Tensor, batch: int, *, sets: bool = False) -> None:
+    """Raise unless `ids` is an integer [batch, m] tensor; with `sets` its rows may be a multiple of `batch`."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {ids.dtype}; give int32 or int64")
     if ids.dim() != 2 or not (ids.shape[0] == batch or (sets and batch and ids.shape[0] % batch == 0)):
         rows = f"[{batch}, m], one row per sample" + (", or a multiple of that many rows" if sets else "")
         raise ValueError(f"{name} has shape {list(ids.shape)}; give {rows}")
-    if not (ids.device.type == "cpu" or EVERYWHERE) or ids.is_meta or not reads_values(ids):
+
+
+def check_id_values(
+    name: str, ids: Tensor, limit: int, meaning: str, *, once: bool = False, padded: bool = False
+) -> None:
+    """Raise unless all ids are in [0, limit), with `once` none twice in a row; with `padded` -1 as often as it likes.
+
+    Values are read on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there unless the
+    environment has UMT_KERNELS_CHECK_IDS=1.
+    """
+    if not (ids.is_cpu or EVERYWHERE) or ids.is_meta or not reads_values(ids):
         return
     wrong = (ids < (-1 if padded else 0)) | (ids >= limit)
     if wrong.any():

@@ -11,7 +11,8 @@ from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_floats, check_ints, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
-from umt_kernels.launch import Plan, plan
+from umt_kernels.launch import PLANS, Plan, last_contiguous
+from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,6 +35,20 @@ def cls_scores(
 
     Raises ValueError when shapes or devices do not fit each other, TypeError for tensors that are not floats.
     """
+    key = _forward.key(q, k, num_prefix_tokens)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None:
+        if is_distributed(q, k):
+            axes: dict[str, Axes] = {"q": (0,), "k": (0,)}
+            return on_shards(cls_scores, axes, ((0,),), q=q, k=k, num_prefix_tokens=num_prefix_tokens)
+        num_prefix_tokens = _check(q, k, num_prefix_tokens)
+        if not runs_kernel("cls_scores", q, k) or k.shape[2] > LONGEST:
+            return reference.cls_scores(q, k, num_prefix_tokens)
+    return _forward(q, k, num_prefix_tokens, key=key, plan=plan)
+
+
+def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> int:
+    """The number of prefix tokens as an int."""
     check_tensors(q=q, k=k)
     check_floats(q=q, k=k)
     (prefix,) = check_ints(num_prefix_tokens=num_prefix_tokens)
@@ -45,38 +60,38 @@ def cls_scores(
         )
     if not 0 <= prefix <= k.shape[2]:
         raise ValueError(f"num_prefix_tokens = {prefix}, but k has {k.shape[2]} tokens")
-    if not runs_kernel("cls_scores", q, k) or k.shape[2] > LONGEST:
-        return reference.cls_scores(q, k, prefix)
-    return _forward(q, k, prefix)
+    return prefix
 
 
-def _launch_forward(q: Tensor, k: Tensor, prefix: int) -> Tensor:
-    rows, _, length, _ = k.shape
-    q = q.contiguous()
-    k = k if k.stride(3) == 1 else k.contiguous()
-    scores = q.new_empty(rows, length - prefix, dtype=torch.float32)
-    if scores.numel():
-        key = ("cls_scores", k.shape, k.stride(), q.dtype, k.dtype, k.device, prefix)
-        plan(key, _plan, _forward_kernel, (rows,), k, prefix).launch(q, k, scores)
+def _prepare(q: Tensor, k: Tensor, prefix: int) -> Plan:
+    rows, length = k.shape[0], k.shape[2]
+    return _plan(
+        _forward_kernel, (rows if length > prefix else 0,), k, prefix, (((rows, length - prefix), torch.float32),)
+    )
+
+
+def _launch(plan: Plan, q: Tensor, k: Tensor, prefix: int) -> Tensor:
+    (scores,) = plan.allocate(q.device)
+    plan.launch(q.contiguous(), last_contiguous(k), scores)
     return scores
 
 
-def _launch_backward(grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+def _prepare_backward(grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> Plan:
+    return _plan(_backward_kernel, tuple(k.shape[:2]), k, prefix, ((q.shape, q.dtype), (k.shape, k.dtype)))
+
+
+def _launch_backward(plan: Plan, grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Gradients of q and k; that of k is contiguous."""
-    rows, heads = k.shape[:2]
-    q, grad = q.contiguous(), grad.contiguous()
-    k = k if k.stride(3) == 1 else k.contiguous()
-    grad_q, grad_k = torch.empty_like(q), k.new_empty(k.shape)
-    if q.numel():
-        key = ("cls_scores_backward", k.shape, k.stride(), q.dtype, k.dtype, grad.dtype, k.device, prefix)
-        plan(key, _plan, _backward_kernel, (rows, heads), k, prefix).launch(grad, q, k, grad_q, grad_k)
+    grad_q, grad_k = plan.allocate(q.device)
+    plan.launch(grad.contiguous(), q.contiguous(), last_contiguous(k), grad_q, grad_k)
     return grad_q, grad_k
 
 
-def _plan(kernel, grid: tuple[int, ...], k: Tensor, prefix: int) -> Plan:
+def _plan(kernel, grid: tuple[int, ...], k: Tensor, prefix: int, outputs: tuple) -> Plan:
+    k = last_contiguous(k)
     _, heads, length, depth = k.shape
     numbers = (heads, length, depth, prefix, *k.stride()[:3], depth**-0.5)
-    return Plan(kernel, grid, numbers, config(length, depth, k.element_size()))
+    return Plan(kernel, grid, numbers, config(length, depth, k.element_size()), outputs)
 
 
 def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
@@ -103,11 +118,15 @@ def _differentiate_again(ctx, grad):
 
 
 _backward = KernelOp(
-    "cls_scores_backward", _launch_backward, lambda grad, q, k, prefix: (q.new_empty(q.shape), k.new_empty(k.shape))
+    "cls_scores_backward",
+    _prepare_backward,
+    _launch_backward,
+    lambda grad, q, k, prefix: (q.new_empty(q.shape), k.new_empty(k.shape)),
 )
 _forward = KernelOp(
     "cls_scores",
-    _launch_forward,
+    _prepare,
+    _launch,
     lambda q, k, prefix: q.new_empty(k.shape[0], k.shape[2] - prefix, dtype=torch.float32),
     _save,
     _differentiate,

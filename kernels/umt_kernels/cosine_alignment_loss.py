@@ -9,9 +9,11 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
-from umt_kernels.checks import check_eps, check_floats, check_ids, check_tensors
+from umt_kernels.checks import check_eps, check_floats, check_id_values, check_ids, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference, is_plain, runs_kernel
-from umt_kernels.launch import Plan, plan, resident_programs
+from umt_kernels.launch import PLANS, Plan, contiguous, keep, last_contiguous, resident_programs, share
+from umt_kernels.reductions import SUM_CONFIG, column_sums, eight_sums, four_sums
+from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -78,6 +80,105 @@ def alignment_loss(
 
     `l1` is V-JEPA 2's (arXiv 2506.09985), `mse` MAE's (arXiv 2111.06377); `beta` is where `smooth_l1` turns linear.
     """
+    key = _loss.key(predictions, targets, distance, target_ids, weight, bias, eps, beta, row_weights, padded, reduction)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None and is_distributed(predictions, targets, target_ids, weight, bias, row_weights):
+        return _on_shards(
+            predictions, targets, distance, target_ids, weight, bias, eps, beta, row_weights, padded, reduction
+        )
+    if plan is None:
+        _check_settings(distance, eps, beta, reduction)
+        _check(predictions, targets, target_ids, weight, bias, row_weights)
+    if target_ids is not None:
+        check_id_values("target_ids", target_ids, targets.shape[-2], "targets have {} rows per sample", padded=padded)
+    if targets.requires_grad:
+        targets = targets.detach()
+    if row_weights is not None and row_weights.requires_grad:
+        row_weights = row_weights.detach()
+    if plan is None:
+        settings = _settings(predictions, weight, bias, distance, eps, beta, row_weights, padded, reduction)
+    else:
+        settings = plan.inputs[6:]
+    if plan is None and not _runs_kernel(predictions, targets, weight, bias, row_weights):
+        rows = reference.alignment_rows(predictions, targets, target_ids, weight, bias, *settings[:5])
+        if padded and target_ids is not None:
+            valid = (target_ids >= 0).to(rows.dtype)
+            row_weights = valid if row_weights is None else row_weights.to(rows.dtype) * valid
+        return reference.reduce_rows(rows, row_weights, reduction)
+    layered = predictions.dim() == 4
+    if not layered:
+        predictions, targets = predictions[None], targets[None]
+        weight, bias = (p if p is None else p[None] for p in (weight, bias))
+    after = None
+    if row_weights is not None or padded or predictions.dtype == torch.float16:
+        row_weights, after = _weigh(predictions, target_ids, row_weights, padded, reduction)
+    loss = _loss(predictions, targets, target_ids, weight, bias, row_weights, *settings, key=key, plan=plan)[0]
+    if reduction == "none":
+        return loss if layered else loss[0]
+    return loss if after is None else loss * after
+
+
+def _on_shards(
+    predictions: Tensor, targets: Tensor, distance: Distance, target_ids: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, eps: float, beta: float, row_weights: Tensor | None, padded: bool, reduction: Reduction,
+) -> Tensor:  # fmt: skip
+    """The loss of DTensors; a mean is the sum of the parts over the number, or weight, of all rows."""
+    samples = predictions.dim() - 3
+    axes: dict[str, Axes] = {
+        "predictions": (samples,), "targets": (samples,), "target_ids": (0,), "weight": None, "bias": None,
+        "row_weights": None if row_weights is None else (row_weights.dim() - 2,),
+    }  # fmt: skip
+    rows = reduction == "none"
+    loss = on_shards(
+        alignment_loss, axes, ((samples,) if rows else None,), predictions=predictions, targets=targets,
+        distance=distance, target_ids=target_ids, weight=weight, bias=bias, eps=eps, beta=beta, row_weights=row_weights,
+        padded=padded, reduction="none" if rows else "sum",
+    )  # fmt: skip
+    if reduction != "mean":
+        return loss
+    count = predictions.numel() // predictions.shape[-1]
+    if padded and target_ids is not None:
+        valid = (target_ids >= 0).float()
+        row_weights = valid if row_weights is None else row_weights.detach() * valid
+    if row_weights is None:
+        return loss / count
+    return loss / (row_weights.detach().sum() * (count // row_weights.numel()))
+
+
+def _settings(
+    predictions: Tensor, weight: Tensor | None, bias: Tensor | None, distance: str, eps: float, beta: float,
+    row_weights: Tensor | None, padded: bool, reduction: str,
+) -> tuple:  # fmt: skip
+    """Settings of the kernel: the distance, eps, beta, floor, padded, a factor of every row, per row, with gradient."""
+    kind = DISTANCES["l1" if distance == "smooth_l1" and beta == 0 else distance]
+    half = predictions.dtype == torch.float16
+    per_row = reduction == "none"
+    scaled = reduction == "mean" and not half and row_weights is None and not padded
+    scale = predictions.shape[-1] / predictions.numel() if scaled else 1.0
+    learns = any(x is not None and x.requires_grad for x in (predictions, weight, bias))
+    with_grad = learns and not per_row and torch.is_grad_enabled()
+    return kind, float(eps), float(beta), 1e-4 if half else 1e-12, padded, scale, per_row, with_grad
+
+
+def _weigh(
+    predictions: Tensor, target_ids: Tensor | None, row_weights: Tensor | None, padded: bool, reduction: str
+) -> tuple[Tensor | None, float | Tensor | None]:
+    """Weights of the rows, and what is left to multiply the loss with after the kernel."""
+    if padded and target_ids is not None:
+        valid = (target_ids >= 0).float()
+        row_weights = valid if row_weights is None else row_weights.float() * valid
+    if reduction != "mean":
+        return row_weights, None
+    count = predictions.numel() // predictions.shape[-1]
+    if row_weights is None:
+        return None, 1.0 / count
+    row_weights = row_weights.float()
+    after = 1.0 / (row_weights.sum() * (count // row_weights.numel()))
+    # float16 has no room for the gradient of a mean over many rows: the loss is divided at the end.
+    return (row_weights, after) if predictions.dtype == torch.float16 else (row_weights * after, None)
+
+
+def _check_settings(distance: str, eps: float, beta: float, reduction: str) -> None:
     check_eps(eps)
     if distance not in DISTANCES:
         raise ValueError(f"distance = {distance!r}; give one of {', '.join(DISTANCES)}")
@@ -85,48 +186,6 @@ def alignment_loss(
         raise ValueError(f"reduction = {reduction!r}; give mean, sum or none")
     if not beta >= 0:
         raise ValueError(f"beta = {beta}; it must be 0 or more")
-    if distance == "smooth_l1" and beta == 0:
-        distance = "l1"
-    _check(predictions, targets, target_ids, weight, bias, row_weights, padded)
-    if targets.requires_grad:
-        targets = targets.detach()
-    if row_weights is not None and row_weights.requires_grad:
-        row_weights = row_weights.detach()
-    kind = DISTANCES[distance]
-    layered = predictions.dim() == 4
-    floor = 1e-4 if predictions.dtype == torch.float16 else 1e-12
-    settings = (kind, float(eps), float(beta), floor, padded)
-    if not _runs_kernel(predictions, targets, weight, bias, row_weights):
-        rows = reference.alignment_rows(predictions, targets, target_ids, weight, bias, *settings)
-        if padded and target_ids is not None:
-            valid = (target_ids >= 0).to(rows.dtype)
-            row_weights = valid if row_weights is None else row_weights.to(rows.dtype) * valid
-        return reference.reduce_rows(rows, row_weights, reduction)
-    if not layered:
-        predictions, targets = predictions[None], targets[None]
-        weight, bias = (p if p is None else p[None] for p in (weight, bias))
-    shape = predictions.shape[:-1]
-    after: float | Tensor | None = None
-    scale = 1.0
-    if padded and target_ids is not None:
-        valid = (target_ids >= 0).float()
-        row_weights = valid if row_weights is None else row_weights.float() * valid
-    if reduction == "mean" and row_weights is None:
-        scale = 1.0 / shape.numel()
-    elif reduction == "mean":
-        row_weights = row_weights.float()  # type: ignore[union-attr]
-        after = 1.0 / (row_weights.sum() * (shape.numel() // row_weights.numel()))
-    if predictions.dtype == torch.float16:  # no room for the gradient of a mean over many rows
-        after, scale = (scale if after is None else after), 1.0
-    elif after is not None:
-        row_weights, after = row_weights * after, None  # type: ignore[operator,assignment]
-    inputs = (predictions, weight, bias)
-    per_row = reduction == "none"
-    with_grad = not per_row and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    loss = _loss(predictions, targets, target_ids, weight, bias, row_weights, *settings, scale, per_row, with_grad)[0]
-    if after is not None and not per_row:
-        loss = loss * after
-    return loss[0] if per_row and not layered else loss
 
 
 def _runs_kernel(*tensors: Tensor | None) -> bool:
@@ -141,8 +200,8 @@ def _check(
     weight: Tensor | None,
     bias: Tensor | None,
     row_weights: Tensor | None,
-    padded: bool,
 ) -> None:
+    """Everything but the values of ids."""
     floats = {"predictions": predictions, "targets": targets, "weight": weight, "bias": bias}
     check_tensors(**floats, target_ids=target_ids, row_weights=row_weights)
     check_floats(**floats, row_weights=row_weights)
@@ -159,7 +218,7 @@ def _check(
         if targets.shape[-2] != rows:
             raise ValueError(f"{_both(predictions, targets)} differ in rows; give target_ids to choose among targets")
     else:
-        check_ids("target_ids", target_ids, sets, targets.shape[-2], "targets have {} rows per sample", padded=padded)
+        check_ids("target_ids", target_ids, sets)
         if target_ids.shape[1] != rows:
             raise ValueError(f"target_ids {list(target_ids.shape)} must be [{sets}, {rows}], one per prediction")
     if (weight is None) != (bias is None):
@@ -175,7 +234,68 @@ def _both(predictions: Tensor, targets: Tensor) -> str:
     return f"predictions {list(predictions.shape)} and targets {list(targets.shape)}"
 
 
+def _prepare(
+    predictions: Tensor,
+    targets: Tensor,
+    target_ids: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row_weights: Tensor | None,
+    kind: int,
+    eps: float,
+    beta: float,
+    floor: float,
+    padded: bool,
+    scale: float,
+    per_row: bool,
+    with_grad: bool,
+) -> Plan:
+    layers, sets, rows, width = predictions.shape
+    predictions, targets = last_contiguous(predictions), last_contiguous(targets)
+    programs, per_program, config = launch_shape(predictions.device, layers, sets * rows, width)
+    shared = row_weights is None or row_weights.dim() == 2
+    numbers = (
+        rows, sets * rows, sets // targets.shape[1], width, per_program, *predictions.stride()[:3],
+        *targets.stride()[:3], 0 if shared else sets * rows, eps, beta, floor, scale,
+    )  # fmt: skip
+    settings = {
+        "KIND": kind,
+        "WITH_GRAD": with_grad,
+        "NORM": weight is not None,
+        "GATHER": target_ids is not None,
+        "WEIGHTED": row_weights is not None,
+        "PADDED": padded and target_ids is not None,
+        "PER_ROW": per_row,
+        **config,
+    }
+    of_loss, of_grad, of_affine = _shapes(predictions, weight, per_row, with_grad)
+    affine = with_grad and weight is not None
+    sums = programs * config["ROWS"]
+    partial = layers * sums * (1 + 2 * width * affine)
+    finish = Plan(
+        _finish_kernel,
+        (triton.cdiv(width, SUM_CONFIG["BLOCK"]), 2 * layers) if affine else (1,),
+        (layers * sums, sums, width),
+        {"AFFINE": affine, **SUM_CONFIG},
+    )
+    wide = torch.float32
+    outputs = [(of_loss, wide), (of_grad, predictions.dtype), (of_affine, wide)]
+    outputs += [] if per_row else [((partial,), wide)]
+    return Plan(_kernel, (programs, layers), numbers, settings, outputs, (finish,))
+
+
+def _shapes(predictions: Tensor, weight: Tensor | None, per_row: bool, with_grad: bool) -> tuple:
+    """Of the loss, the gradient of the predictions, and that of weight and bias."""
+    layers, sets, rows, width = predictions.shape
+    return (
+        (layers, sets, rows) if per_row else (),
+        predictions.shape if with_grad else (0,),
+        (2, layers, width) if with_grad and weight is not None else (0,),
+    )
+
+
 def _launch(
+    plan: Plan,
     predictions: Tensor,
     targets: Tensor,
     target_ids: Tensor | None,
@@ -193,71 +313,15 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of each row [k,r,m] or of all, times `scale`; and its gradients for predictions [k,r,m,c] and for weight
     and bias together [2,k,c], which are empty where there is nothing to differentiate."""
-    layers, sets, rows, width = predictions.shape
-    predictions, targets = (x if x.stride(3) == 1 else x.contiguous() for x in (predictions, targets))
-    key = (
-        "cosine_alignment_loss", predictions.shape, predictions.stride(), predictions.dtype, predictions.device,
-        targets.shape, targets.stride(), targets.dtype, kind, eps, beta, floor, padded, scale, per_row, with_grad,
-        None if weight is None else (weight.dtype, bias.dtype),  # type: ignore[union-attr]
-        None if target_ids is None else target_ids.dtype,
-        None if row_weights is None else row_weights.dim(),
+    loss, grad, affine, *rest = plan.allocate(predictions.device)
+    partial = rest[0] if rest else None
+    plan.launch(
+        last_contiguous(predictions), last_contiguous(targets), contiguous(target_ids), contiguous(weight),
+        contiguous(bias), None if row_weights is None else row_weights.float().contiguous(), loss, grad, partial,
     )  # fmt: skip
-    found = plan(
-        key, _plan, predictions, targets, target_ids, weight, row_weights, kind, eps, beta, floor, padded, scale,
-        per_row, with_grad,
-    )  # fmt: skip
-    programs = found.grid[0]
-    with_affine = with_grad and weight is not None
-    loss = predictions.new_empty((layers, sets, rows) if per_row else (layers, programs), dtype=torch.float32)
-    grad = predictions.new_empty(predictions.shape if with_grad else 0)
-    affine = predictions.new_empty((2, layers, programs, width) if with_affine else 0, dtype=torch.float32)
-    found.launch(
-        predictions,
-        targets,
-        None if target_ids is None else target_ids.contiguous(),
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        None if row_weights is None else row_weights.float().contiguous(),
-        loss,
-        grad,
-        affine,
-    )
-    return loss if per_row else loss.sum(), grad, affine.sum(2) if with_affine else affine
-
-
-def _plan(
-    predictions: Tensor,
-    targets: Tensor,
-    target_ids: Tensor | None,
-    weight: Tensor | None,
-    row_weights: Tensor | None,
-    kind: int,
-    eps: float,
-    beta: float,
-    floor: float,
-    padded: bool,
-    scale: float,
-    per_row: bool,
-    with_grad: bool,
-) -> Plan:
-    layers, sets, rows, width = predictions.shape
-    programs, per_program, config = launch_shape(predictions.device, layers, sets * rows, width)
-    shared = row_weights is None or row_weights.dim() == 2
-    numbers = (
-        rows, sets * rows, sets // targets.shape[1], width, per_program, *predictions.stride()[:3],
-        *targets.stride()[:3], 0 if shared else sets * rows, eps, beta, floor, scale,
-    )  # fmt: skip
-    settings = {
-        "KIND": kind,
-        "WITH_GRAD": with_grad,
-        "NORM": weight is not None,
-        "GATHER": target_ids is not None,
-        "WEIGHTED": row_weights is not None,
-        "PADDED": padded and target_ids is not None,
-        "PER_ROW": per_row,
-        **config,
-    }
-    return Plan(_kernel, (programs, layers), numbers, settings)
+    if partial is not None:
+        plan.parts[0].launch(partial, loss, affine)
+    return loss, grad, affine
 
 
 REGISTERS = 96
@@ -272,9 +336,8 @@ def launch_shape(device: torch.device, layers: int, rows: int, width: int) -> tu
     block = next_power_of_2(width)
     tile = max(1, 1024 // block)
     warps = max(4, min(16, block // 256))
-    programs = min(triton.cdiv(rows, tile), max(1, resident_programs(device, warps, REGISTERS) // layers))
-    per_program = triton.cdiv(triton.cdiv(rows, programs), tile) * tile
-    programs = triton.cdiv(rows, per_program)
+    most = min(triton.cdiv(rows, tile), max(1, resident_programs(device, warps, REGISTERS) // layers))
+    per_program, programs = share(rows, most, tile)
     return programs, per_program, {"ROWS": tile, "BLOCK": block, "num_warps": warps}
 
 
@@ -282,11 +345,9 @@ def _fake(
     predictions, targets, target_ids, weight, bias, row_weights,
     kind, eps, beta, floor, padded, scale, per_row, with_grad,
 ):  # fmt: skip
-    layers, sets, rows, width = predictions.shape
-    loss = predictions.new_empty((layers, sets, rows) if per_row else (), dtype=torch.float32)
-    grad = predictions.new_empty(predictions.shape if with_grad else 0)
-    affine = (2, layers, width) if with_grad and weight is not None else 0
-    return loss, grad, predictions.new_empty(affine, dtype=torch.float32)
+    of_loss, of_grad, of_affine = _shapes(predictions, weight, per_row, with_grad)
+    loss = predictions.new_empty(of_loss, dtype=torch.float32)
+    return loss, predictions.new_empty(of_grad), loss.new_empty(of_affine)
 
 
 def _save(ctx, inputs, output):
@@ -327,7 +388,7 @@ def _differentiate_again(ctx, grad_loss, *_):
     return grad, None, None, grad_weight, grad_bias, *(None,) * 9
 
 
-_loss = KernelOp("cosine_alignment_loss", _launch, _fake, _save, _differentiate, _differentiate_again)
+_loss = KernelOp("cosine_alignment_loss", _prepare, _launch, _fake, _save, _differentiate, _differentiate_again)
 
 
 def _scale(grad: Tensor, factor: Tensor) -> Tensor:
@@ -335,37 +396,33 @@ def _scale(grad: Tensor, factor: Tensor) -> Tensor:
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or not is_plain(grad, factor) or keeps_graph():
         return _scale_op(grad, factor)
-    _launch_scale(grad, factor, grad)
+    key = _scale_op.key(grad, factor, True)
+    assert key is not None
+    plan = PLANS.get(key) or keep(key, _prepare_scale(grad, factor, in_place=True))
+    plan.launch(grad, factor, grad)
     return grad
 
 
-def _launch_scale(grad: Tensor, factor: Tensor, scaled: Tensor) -> None:
-    key = ("cosine_alignment_loss_scale", grad.numel(), grad.dtype, factor.dtype, grad.device, scaled is grad)
-    grid, settings = (triton.cdiv(grad.numel(), SCALE_BLOCK),), {"IN_PLACE": scaled is grad, "BLOCK": SCALE_BLOCK}
-    plan(key, Plan, _scale_kernel, grid, (grad.numel(),), settings).launch(grad, factor, scaled)
+def _prepare_scale(grad: Tensor, factor: Tensor, in_place: bool = False) -> Plan:
+    settings = {"IN_PLACE": in_place, "BLOCK": SCALE_BLOCK}
+    return Plan(_scale_kernel, (triton.cdiv(grad.numel(), SCALE_BLOCK),), (grad.numel(),), settings)
 
 
-def _scale_apart(grad: Tensor, factor: Tensor) -> Tensor:
+def _scale_apart(plan: Plan, grad: Tensor, factor: Tensor) -> Tensor:
     """grad * factor in the dtype of grad, multiplied in float32: a float16 loss scale of 65536 would be infinite."""
     scaled = torch.empty_like(grad)
-    _launch_scale(grad, factor, scaled)
+    plan.launch(grad, factor, scaled)
     return scaled
 
 
-_scale_op = KernelOp("cosine_alignment_loss_backward", _scale_apart, lambda grad, factor: torch.empty_like(grad))
+_scale_op = KernelOp(
+    "cosine_alignment_loss_backward", _prepare_scale, _scale_apart, lambda grad, factor: torch.empty_like(grad)
+)
 
 SCALE_BLOCK = 4096
 
 
 if triton is not None:
-
-    @triton.jit
-    def _sums(a, b, c, d):
-        """Sums of four tiles over axis 1 in one reduction, so that the warps wait for each other once."""
-        left, right = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=1))
-        a, b = tl.split(left)
-        c, d = tl.split(right)
-        return a, b, c, d
 
     @triton.jit
     def _kernel(
@@ -375,9 +432,10 @@ if triton is not None:
         w_ptr,  # [K, C]
         b_ptr,
         factor_ptr,  # [K or 1, R, M]
-        loss_ptr,  # [K, R, M] or [K, programs]
+        loss_ptr,  # [K, R, M] with PER_ROW
         dx_ptr,  # [K, R, M, C], contiguous
-        affine_ptr,  # [2, K, programs, C]
+        partial_ptr,  # without PER_ROW: sums of gradients [2, K, sums, C] with NORM, then of the loss [K, sums]; each
+        # program leaves ROWS sums
         rows_per_set,
         rows,
         masks,  # R / B
@@ -406,7 +464,8 @@ if triton is not None:
     ):
         program = tl.program_id(0)
         layer = tl.program_id(1).to(tl.int64)
-        column = tl.arange(0, BLOCK)
+        # Every tile is [ROWS, BLOCK], w and b too: from another layout, warps would wait for each other to exchange it.
+        column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         if NORM:
             w = tl.load(w_ptr + layer * width + column, mask=inside, other=0.0).to(tl.float32)
@@ -418,7 +477,7 @@ if triton is not None:
         for start in range(first, min(first + rows_per_program, rows), ROWS):
             row = start + tl.arange(0, ROWS)
             here = row < rows
-            mask = here[:, None] & inside[None, :]
+            mask = here[:, None] & inside
             row_set = row // rows_per_set
             place = row - row_set * rows_per_set
             if GATHER:
@@ -433,18 +492,25 @@ if triton is not None:
                 t_mask = mask & (other >= 0)[:, None]
             x_row = layer * x_k + row_set.to(tl.int64) * x_r + place.to(tl.int64) * x_m
             t_row = layer * t_k + (row_set // masks).to(tl.int64) * t_b + other * t_n
-            x = tl.load(x_ptr + x_row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            t = tl.load(t_ptr + t_row[:, None] + column[None, :], mask=t_mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + x_row[:, None] + column, mask=mask, other=0.0).to(tl.float32)
+            t = tl.load(t_ptr + t_row[:, None] + column, mask=t_mask, other=0.0).to(tl.float32)
             if NORM:
                 mean = tl.sum(x, axis=1) / width
                 centred = tl.where(mask, x - mean[:, None], 0.0)
                 rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
                 x = centred * rstd[:, None]
-                y = x * w[None, :] + b[None, :]
+                y = x * w + b
             else:
                 y = x
             if KIND == 0:
-                yy, tt, yt, _ = _sums(y * y, t * t, y * t, y * t)
+                # All sums at once: those of the norm's backward, over dy = a t + c y, follow from sums over t and y.
+                if NORM and WITH_GRAD:
+                    tw, yw = t * w, y * w
+                    yy, tt, yt, t_shift, y_shift, t_share, y_share, _ = eight_sums(
+                        y * y, t * t, y * t, tw, yw, tw * x, yw * x, yw * x, 1
+                    )
+                else:
+                    yy, tt, yt, _ = four_sums(y * y, t * t, y * t, y * t, 1)
                 norm = tl.sqrt(yy)
                 y_inv = tl.where(norm > floor, 1.0 / tl.maximum(norm, 1e-12), 0.0)
                 t_inv = 1.0 / tl.maximum(tl.sqrt(tt), 1e-12)
@@ -458,8 +524,9 @@ if triton is not None:
                     if NORM:
                         dw += dy * x
                         db += dy
-                        dy = dy * w[None, :]
-                        share, shift = tl.split(tl.sum(tl.join(dy * x, dy), axis=1))
+                        dy = dy * w
+                        share = a * t_share + c * y_share
+                        shift = a * t_shift + c * y_shift
             else:
                 d = y - t
                 if KIND == 1:
@@ -476,27 +543,57 @@ if triton is not None:
                 if NORM and WITH_GRAD:
                     dw += dy * x
                     db += dy
-                    dy = dy * w[None, :]
-                    loss, share, shift, _ = _sums(each, dy * x, dy, dy)
+                    dy = dy * w
+                    loss, share, shift, _ = four_sums(each, dy * x, dy, dy, 1)
                 else:
                     loss = tl.sum(each, axis=1)
                 loss = loss / width
             if WITH_GRAD:
                 if NORM:
-                    dy = (dy - (shift / width)[:, None] - x * (share / width)[:, None]) * rstd[:, None]
+                    slope = tl.where(width > 1, rstd, 0.0)  # one column alone is normalised to 0 whatever it is
+                    dy = (dy - (shift / width)[:, None] - x * (share / width)[:, None]) * slope[:, None]
                 dx_row = (layer * rows + row) * width
-                tl.store(dx_ptr + dx_row[:, None] + column[None, :], dy.to(dx_ptr.dtype.element_ty), mask=mask)
+                tl.store(dx_ptr + dx_row[:, None] + column, dy.to(dx_ptr.dtype.element_ty), mask=mask)
             if PER_ROW:
                 tl.store(loss_ptr + layer * rows + row, loss * factor, mask=here)
             else:
                 total += loss * factor
-        slot = layer * tl.num_programs(0) + program
         if not PER_ROW:
-            tl.store(loss_ptr + slot, tl.sum(total, axis=0))
-        if NORM and WITH_GRAD:
-            both = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * width
-            tl.store(affine_ptr + slot * width + column, tl.sum(dw, axis=0), mask=inside)
-            tl.store(affine_ptr + both + slot * width + column, tl.sum(db, axis=0), mask=inside)
+            slot = (layer * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS)
+            losses_ptr = partial_ptr
+            if NORM and WITH_GRAD:
+                plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * ROWS * width
+                place = slot[:, None] * width + column
+                tl.store(partial_ptr + place, dw, mask=inside)
+                tl.store(partial_ptr + plane + place, db, mask=inside)
+                losses_ptr += 2 * plane
+            tl.store(losses_ptr + slot, total)
+
+    @triton.jit
+    def _finish_kernel(
+        partial_ptr,  # as above
+        loss_ptr,  # a scalar
+        affine_ptr,  # [2, K, C] with AFFINE
+        losses,  # K * sums
+        sums,
+        width,
+        AFFINE: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        losses_ptr = partial_ptr
+        if AFFINE:
+            plane = tl.program_id(1).to(tl.int64)
+            column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+            total = column_sums(partial_ptr + plane * sums * width, sums, width, column, ROWS, BLOCK)
+            tl.store(affine_ptr + plane * width + column, total, mask=column < width)
+            losses_ptr += tl.cast(losses, tl.int64) * 2 * width
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            loss = tl.zeros((ROWS * BLOCK,), tl.float32)
+            for start in range(0, losses, ROWS * BLOCK):
+                place = start + tl.arange(0, ROWS * BLOCK)
+                loss += tl.load(losses_ptr + place, mask=place < losses, other=0.0)
+            tl.store(loss_ptr, tl.sum(loss, axis=0))
 
     @triton.jit
     def _scale_kernel(grad_ptr, factor_ptr, scaled_ptr, count, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
+from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_tensors
-from umt_kernels.launch import resident_programs
+from umt_kernels.dispatch import KernelOp, runs_kernel
+from umt_kernels.launch import PLANS, Plan, contiguous, resident_programs, share
 from umt_kernels.matmul import GROUP, LARGEST, Activation, matmul
 
 if TYPE_CHECKING:
@@ -42,10 +43,14 @@ def quantize_rows(x: Float[Tensor, "... k"], dtype: torch.dtype) -> EightBit:
 
     Raises TypeError for another dtype.
     """
-    _check_dtype(dtype)
-    check_tensors(x=x)
-    check_floats(x=x)
-    _, values, scale = _quantize(x, None, None, None, 0.0, dtype, False)
+    inputs = (x, None, None, None, 0.0, dtype, False)
+    key = _quantise.key(*inputs)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None:
+        _check_dtype(dtype)
+        check_tensors(x=x)
+        check_floats(x=x)
+    _, values, scale = _run(inputs, key, plan)
     return EightBit(values, scale)
 
 
@@ -61,16 +66,20 @@ def add_layer_norm_8bit(
 
     Raises ValueError for shapes or devices that do not fit, TypeError for a dtype that does not.
     """
-    _check_dtype(dtype)
-    check_eps(eps)
-    check_tensors(residual=residual, branch=branch, weight=weight, bias=bias)
-    check_floats(residual=residual, branch=branch, weight=weight, bias=bias)
-    if branch is not None and branch.shape != residual.shape:
-        raise ValueError(f"branch has shape {list(branch.shape)}; give {list(residual.shape)}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != residual.shape[-1:]:
-            raise ValueError(f"{name} has shape {list(vector.shape)}; give [{residual.shape[-1]}]")
-    x, values, scale = _quantize(residual, branch, weight, bias, eps, dtype, True)
+    inputs = (residual, branch, weight, bias, eps, dtype, True)
+    key = _quantise.key(*inputs)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None:
+        _check_dtype(dtype)
+        check_eps(eps)
+        check_tensors(residual=residual, branch=branch, weight=weight, bias=bias)
+        check_floats(residual=residual, branch=branch, weight=weight, bias=bias)
+        if branch is not None and branch.shape != residual.shape:
+            raise ValueError(f"branch has shape {list(branch.shape)}; give {list(residual.shape)}")
+        for name, vector in (("weight", weight), ("bias", bias)):
+            if vector.shape != residual.shape[-1:]:
+                raise ValueError(f"{name} has shape {list(vector.shape)}; give [{residual.shape[-1]}]")
+    x, values, scale = _run(inputs, key, plan)
     return residual if branch is None else x, EightBit(values, scale)
 
 
@@ -106,7 +115,7 @@ def linear_8bit(
         )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {list(bias.shape)}; give [{n}]")
-    if runs_triton(x.scale, bias):
+    if runs_kernel("eight_bit", x.scale, bias):
         out, _, _, scale = matmul(
             rows, weight.values, out_dtype, bias=bias, activation=activation, a_scale=x.scale, b_scale=weight.scale
         )
@@ -121,18 +130,45 @@ def _check_dtype(dtype: torch.dtype) -> None:
         raise TypeError(f"dtype = {dtype}; give torch.int8 or torch.float8_e4m3fn")
 
 
-def _quantize(
-    x: Tensor, branch: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype,
+def _run(inputs: tuple, key: tuple | None, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor]:
+    if plan is None and not runs_kernel("eight_bit", *inputs[:4]):
+        return reference.quantize_rows(*inputs)
+    return _quantise(*inputs, key=key, plan=plan)
+
+
+def _prepare(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
     norm: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if runs_triton(x, branch, weight, bias):
-        return _launch(x, branch, weight, bias, eps, dtype, norm)
-    return reference.quantize_rows(x, branch, weight, bias, eps, dtype, norm)
+) -> Plan:
+    shapes = _shapes(x, branch)
+    rows, width = shapes[2][0], x.shape[-1]
+    block = next_power_of_2(max(1, width))
+    tile = max(1, 2048 // block)  # rows: eight numbers of each of two to a thread
+    warps = 4 if block <= 2048 else 8
+    per_program, programs = share(rows if width else 0, resident_programs(x.device, warps, REGISTERS), tile)
+    settings = {
+        "NORM": norm,
+        "INTEGER": dtype == torch.int8,
+        "LARGEST": LARGEST[dtype],
+        "ROWS": tile,
+        "BLOCK": block,
+        "num_warps": warps,
+    }
+    outputs = zip(shapes, (x.dtype, dtype, torch.float32), strict=True)
+    return Plan(_kernel, (programs,), (rows, width, per_program, float(eps)), settings, tuple(outputs))
 
 
-@torch.library.custom_op("umt_kernels::quantize_rows", mutates_args=())
-@on_its_device
+REGISTERS = 80
+"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+
+
 def _launch(
+    plan: Plan,
     x: Tensor,
     branch: Tensor | None,
     weight: Tensor | None,
@@ -142,47 +178,24 @@ def _launch(
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + branch (empty without a branch), 8-bit values of it or of its norm, and their scales [rows]."""
-    outputs = total, values, scale = _outputs(x, branch, dtype)
-    rows, width = scale.numel(), x.shape[-1]
-    if rows == 0:
-        return outputs
-    block = next_power_of_2(width)
-    tile = max(1, 2048 // block)  # rows: eight numbers of each of two to a thread
-    warps = 4 if block <= 2048 else 8
-    per_program = triton.cdiv(triton.cdiv(rows, resident_programs(x.device, warps, 80)), tile) * tile
-    _kernel[(triton.cdiv(rows, per_program),)](
-        x.contiguous(),
-        None if branch is None else branch.contiguous(),
-        weight,
-        bias,
-        None if branch is None else total,
-        values,
-        scale,
-        rows,
-        width,
-        per_program,
-        eps,
-        NORM=norm,
-        INTEGER=dtype == torch.int8,
-        LARGEST=LARGEST[dtype],
-        ROWS=tile,
-        BLOCK=block,
-        num_warps=warps,
-    )
-    return outputs
+    total, values, scale = plan.allocate(x.device)
+    plan.launch(
+        x.contiguous(), contiguous(branch), contiguous(weight), contiguous(bias),
+        None if branch is None else total, values, scale,
+    )  # fmt: skip
+    return total, values, scale
 
 
-def _outputs(x: Tensor, branch: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(0 if branch is None else x.shape),
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(x.shape[:-1].numel(), dtype=torch.float32),
-    )
+def _shapes(x: Tensor, branch: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    return (0,) if branch is None else x.shape, x.shape, (x.shape[:-1].numel(),)
 
 
-@_launch.register_fake
-def _(x, branch, weight, bias, eps, dtype, norm):
-    return _outputs(x, branch, dtype)
+def _fake(x, branch, weight, bias, eps, dtype, norm):
+    of_total, of_values, of_scale = _shapes(x, branch)
+    return x.new_empty(of_total), x.new_empty(of_values, dtype=dtype), x.new_empty(of_scale, dtype=torch.float32)
+
+
+_quantise = KernelOp("quantize_rows", _prepare, _launch, _fake)
 
 
 if triton is not None:

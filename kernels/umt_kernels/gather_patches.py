@@ -10,9 +10,10 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
-from umt_kernels.checks import check_ids, check_ints, check_tensors
+from umt_kernels.checks import check_id_values, check_ids, check_ints, check_tensors
 from umt_kernels.dispatch import KernelOp, runs_kernel
-from umt_kernels.launch import Plan, plan
+from umt_kernels.launch import PLANS, Plan, contiguous
+from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -62,33 +63,57 @@ def gather_patches(
     Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
     range, tensors on two devices, or `mean` and `std` that are not one number per channel, of `std` positive ones.
     """
-    check_tensors(clip=clip, token_ids=token_ids)
-    (tubelet_size,) = check_ints(tubelet_size=tubelet_size)
-    patch_height, patch_width = _pair("patch_size", patch_size)
-    halo_height, halo_width = _pair("halo", halo)
-    clip, order = as_video(clip, layout)
-    channels, frames, height, width = (clip.shape[order.index(axis)] for axis in "CTHW")
-    steps = (("T", frames, tubelet_size), ("H", height, patch_height), ("W", width, patch_width))
-    for name, size, step in steps:
-        if step < 1 or size % step or size == 0:
-            raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
-    if halo_height < 0 or halo_width < 0:
-        raise ValueError(f"halo = {halo}; it must be 0 or more")
-    mean, std = _normalisation(clip, channels, mean, std)
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype = {dtype}; rows are floats")
+    key = _forward.key(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype, layout, padded)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is not None:
+        settings: tuple[Any, ...] = plan.inputs[2:]
+        order, patch, tubelet = settings[:3]
+        clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
+    else:
+        if is_distributed(clip, token_ids):
+            axes: dict[str, Axes] = {"clip": (0,), "token_ids": (0,)}
+            return on_shards(
+                gather_patches, axes, ((0,),), clip=clip, patch_size=patch_size, tubelet_size=tubelet_size,
+                token_ids=token_ids, halo=halo, mean=mean, std=std, dtype=dtype, layout=layout, padded=padded,
+            )  # fmt: skip
+        check_tensors(clip=clip, token_ids=token_ids)
+        clip, order = as_video(clip, layout)
+        patch, tubelet, around = _sizes(clip, order, patch_size, tubelet_size, halo)
+        means, stds = _normalisation(clip, clip.shape[order.index("C")], mean, std)
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype = {dtype}; rows are floats")
+        if token_ids is not None:
+            check_ids("token_ids", token_ids, clip.shape[0], sets=True)
+        settings = (order, patch, tubelet, around, means or [], stds or [], dtype, padded)
     if token_ids is not None:
-        tokens = (frames // tubelet_size) * (height // patch_height) * (width // patch_width)
-        meaning = "a clip has {} tokens"
-        check_ids("token_ids", token_ids, clip.shape[0], tokens, meaning, sets=True, padded=padded)
-    patch, around = (patch_height, patch_width), (halo_height, halo_width)
-    if not _runs_kernel(clip, dtype, mean, patch, tubelet_size, around, token_ids):
+        tokens = _shape(clip, None, order, patch, tubelet, [0, 0])[1]
+        check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
+    if plan is None and not _runs_kernel(clip, dtype, means, patch, tubelet, around, token_ids):
         return reference.gather_patches(
-            clip.detach(), patch, tubelet_size, token_ids, around, mean, std, dtype, order, padded
+            clip.detach(), (patch[0], patch[1]), tubelet, token_ids, (around[0], around[1]), means, stds, dtype, order,
+            padded,
         )  # fmt: skip
     clip = clip.detach() if clip.requires_grad else clip
-    constants = [] if mean is None else list(mean), [] if std is None else list(std)
-    return _forward(clip, order, list(patch), tubelet_size, token_ids, list(around), *constants, dtype, padded)
+    return _forward(clip, token_ids, *settings, key=key, plan=plan)
+
+
+def _sizes(
+    clip: Tensor,
+    layout: str,
+    patch_size: int | tuple[int, int],
+    tubelet_size: int,
+    halo: int | tuple[int, int],
+) -> tuple[list[int], int, list[int]]:
+    """Patch, tubelet and halo as ints. Raises ValueError where they do not fit the clip."""
+    (tubelet,) = check_ints(tubelet_size=tubelet_size)
+    patch, around = _pair("patch_size", patch_size), _pair("halo", halo)
+    for axis, step in zip("THW", (tubelet, *patch), strict=True):
+        size = clip.shape[layout.index(axis)]
+        if step < 1 or size % step or size == 0:
+            raise ValueError(f"clip has {axis} = {size}, which is not a positive multiple of {step}")
+    if around[0] < 0 or around[1] < 0:
+        raise ValueError(f"halo = {halo}; it must be 0 or more")
+    return patch, tubelet, around
 
 
 def weight_matrix(
@@ -143,7 +168,7 @@ def _pair(name: str, size: int | tuple[int, int]) -> list[int]:
 
 def _normalisation(
     clip: Tensor, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+) -> tuple[list[float] | None, list[float] | None]:
     if (mean is None) != (std is None):
         if channels != 3:
             raise ValueError(f"mean = {mean} and std = {std}; give both or neither")
@@ -157,16 +182,16 @@ def _normalisation(
     if len(mean) != channels or len(std) != channels or not all(s > 0 for s in std):
         number = "three numbers" if channels == 3 else f"{channels} numbers"
         raise ValueError(f"mean = {mean} and std = {std}; give {number} each, one per channel, of std positive ones")
-    return mean, std
+    return [float(m) for m in mean], [float(s) for s in std]
 
 
 def _runs_kernel(
     clip: Tensor,
     dtype: torch.dtype,
     mean: Sequence[float] | None,
-    patch: tuple[int, int],
+    patch: list[int],
     tubelet: int,
-    halo: tuple[int, int],
+    halo: list[int],
     token_ids: Tensor | None,
 ) -> bool:
     if dtype not in KERNEL_DTYPES or not runs_kernel("gather_patches", clip):
@@ -177,7 +202,7 @@ def _runs_kernel(
 
 
 def _shape(
-    clip: Tensor, layout: str, patch: list[int], tubelet: int, token_ids: Tensor | None, halo: list[int]
+    clip: Tensor, token_ids: Tensor | None, layout: str, patch: list[int], tubelet: int, halo: list[int]
 ) -> tuple[int, int, int]:
     channels, frames, height, width = (clip.shape[layout.index(axis)] for axis in "CTHW")
     features = channels * tubelet * (patch[0] + 2 * halo[0]) * (patch[1] + 2 * halo[1])
@@ -186,55 +211,49 @@ def _shape(
     return clip.shape[0], frames // tubelet * (height // patch[0]) * (width // patch[1]), features
 
 
-def _launch(
+def _prepare(
     clip: Tensor,
+    token_ids: Tensor | None,
     layout: str,
     patch: list[int],
     tubelet: int,
-    token_ids: Tensor | None,
     halo: list[int],
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
     padded: bool,
-) -> Tensor:
-    rows = clip.new_empty(_shape(clip, layout, patch, tubelet, token_ids, halo), dtype=dtype)
-    if rows.numel() == 0:
-        return rows
-    clip = readable(clip, layout)
-    key = (
-        "gather_patches", clip.shape, clip.stride(), clip.dtype, clip.device, layout, *patch, tubelet, *halo, *mean,
-        *std, dtype, padded, None if token_ids is None else (token_ids.shape, token_ids.dtype),
-    )  # fmt: skip
-    found = plan(key, _plan, clip, layout, patch, tubelet, token_ids, halo, mean, std, rows, padded)
-    found.launch(clip, None if token_ids is None else token_ids.contiguous(), rows)
-    return rows
-
-
-def _plan(
-    clip: Tensor,
-    layout: str,
-    patch: list[int],
-    tubelet: int,
-    token_ids: Tensor | None,
-    halo: list[int],
-    mean: list[float],
-    std: list[float],
-    rows: Tensor,
-    padded: bool,
 ) -> Plan:
-    channels = clip.shape[layout.index("C")]
-    settings: dict[str, Any] = config(layout, patch, tubelet, halo, channels)
-    lines = rows.shape[0] * rows.shape[1] * settings["LINES_PER_TOKEN"]
-    masks = 1 if token_ids is None else len(token_ids) // len(clip)
-    numbers = (lines, rows.shape[1], masks, *geometry(clip, layout, patch))
+    clip = readable(clip, layout)
+    shape = _shape(clip, token_ids, layout, patch, tubelet, halo)
+    settings: dict[str, Any] = config(layout, patch, tubelet, halo, clip.shape[layout.index("C")])
+    lines = shape[0] * shape[1] * settings["LINES_PER_TOKEN"] if shape[2] else 0
+    masks = 1 if token_ids is None else len(token_ids) // max(1, len(clip))
+    numbers = (lines, shape[1], masks, *geometry(clip, layout, patch))
     settings = {
         "GATHER": token_ids is not None,
         "PADDED": padded and token_ids is not None,
         **normalisation(clip, mean, std),
         **settings,
     }
-    return Plan(_kernel, (triton.cdiv(lines, settings["LINES"]),), numbers, settings)
+    return Plan(_kernel, (triton.cdiv(lines, settings["LINES"]),), numbers, settings, ((shape, dtype),))
+
+
+def _launch(
+    plan: Plan,
+    clip: Tensor,
+    token_ids: Tensor | None,
+    layout: str,
+    patch: list[int],
+    tubelet: int,
+    halo: list[int],
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    padded: bool,
+) -> Tensor:
+    (rows,) = plan.allocate(clip.device)
+    plan.launch(readable(clip, layout), contiguous(token_ids), rows)
+    return rows
 
 
 def readable(clip: Tensor, layout: str) -> Tensor:
@@ -281,11 +300,11 @@ def config(layout: str, patch: Sequence[int], tubelet: int, halo: Sequence[int],
     }
 
 
-def _fake(clip, layout, patch, tubelet, token_ids, halo, mean, std, dtype, padded):
-    return clip.new_empty(_shape(clip, layout, patch, tubelet, token_ids, halo), dtype=dtype)
+def _fake(clip, token_ids, layout, patch, tubelet, halo, mean, std, dtype, padded):
+    return clip.new_empty(_shape(clip, token_ids, layout, patch, tubelet, halo), dtype=dtype)
 
 
-_forward = KernelOp("gather_patches", _launch, _fake)
+_forward = KernelOp("gather_patches", _prepare, _launch, _fake)
 
 
 if triton is not None:

@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from umt_kernels import reference
 from umt_kernels.checks import check_floats, check_tensors
-from umt_kernels.matmul import Activation, Backend, matmul, runs_here
+from umt_kernels.launch import PLANS, Plan
+from umt_kernels.matmul import Activation, Backend, matmul, matmul_key, runs_here
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,15 +35,18 @@ def linear(
     Products are in autocast's dtype if that is on and else in that of x; sums and the epilogue are float32. Raises
     ValueError for shapes, devices or names that do not fit, TypeError for a dtype that does not.
     """
-    check_linear(x, weight, bias, activation, residual)
-    dtype = compute_dtype(x)
-    if not runs_here("linear", backend, x, weight, bias, residual):
-        return reference.linear(x.to(dtype), weight.to(dtype), bias, activation, residual)
+    dtype = compute_dtype(x) if isinstance(x, Tensor) else None
+    key = matmul_key(x, weight, bias, residual, activation, backend, dtype)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None:
+        check_linear(x, weight, bias, activation, residual)
+        if not runs_here("linear", backend, x, weight, bias, residual):
+            return reference.linear(x.to(dtype), weight.to(dtype), bias, activation, residual)
     if residual is x:
         residual = x.view_as(x)  # torch.compile refuses an autograd.Function that gets one tensor twice
     tensors = (x.to(dtype), weight.to(dtype), bias, residual)
     keeps = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _Linear.apply(*tensors, activation, keeps)
+    return _Linear.apply(*tensors, activation, keeps, key, plan)
 
 
 def check_linear(
@@ -83,14 +87,15 @@ def activation_backward(grad: Tensor, before: Tensor, activation: str | None) ->
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-                activation: str | None, keeps: bool) -> Tensor:  # fmt: skip
+                activation: str | None, keeps: bool, key: tuple | None, plan: Plan | None) -> Tensor:  # fmt: skip
         out_dtype = x.dtype if residual is None else residual.dtype
         rows = x.reshape(-1, x.shape[-1])
         added = None if residual is None else residual.reshape(-1, weight.shape[0])
         keep_before = keeps and activation is not None
         out, before, _, _ = matmul(
-            rows, weight, out_dtype, bias=bias, activation=activation, residual=added, keep_before=keep_before
-        )
+            rows, weight, out_dtype, bias=bias, activation=activation, residual=added, keep_before=keep_before,
+            key=key, plan=plan,
+        )  # fmt: skip
         ctx.save_for_backward(rows, weight, before)
         ctx.activation, ctx.shape = activation, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -109,6 +114,5 @@ class _Linear(torch.autograd.Function):
             slope.T @ rows if wants_weight else None,
             slope.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wants_bias else None,
             grad if wants_residual else None,
-            None,
-            None,
+            *(None,) * 4,
         )

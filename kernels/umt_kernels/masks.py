@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from umt_kernels.checks import check_ids, check_ints, check_tensors, reads_values
+from umt_kernels.checks import check_id_values, check_ids, check_ints, check_tensors, reads_values
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -51,6 +51,7 @@ def ids_to_mask(ids: Int[Tensor, "r m"], num_tokens: int) -> Bool[Tensor, "r n"]
     """
     check_tensors(ids=ids)
     (num_tokens,) = check_ints(num_tokens=num_tokens)
-    check_ids("ids", ids, ids.shape[0] if ids.dim() else 0, num_tokens, "a row has {} tokens", padded=True)
+    check_ids("ids", ids, ids.shape[0] if ids.dim() else 0)
+    check_id_values("ids", ids, num_tokens, "a row has {} tokens", padded=True)
     mask = torch.zeros(ids.shape[0], num_tokens + 1, dtype=torch.bool, device=ids.device)
     return mask.scatter(1, torch.where(ids < 0, num_tokens, ids).long(), True)[:, :num_tokens]

@@ -13,7 +13,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from umt_kernels.backend import INTERPRETED, on_its_device, runs_triton, triton
+from umt_kernels.backend import INTERPRETED, runs_triton, triton
+from umt_kernels.dispatch import KernelOp, is_transformed
+from umt_kernels.launch import Plan, contiguous, last_contiguous
+from umt_kernels.sharding import is_distributed
 
 if triton is not None:
     import triton.language as tl
@@ -37,12 +40,141 @@ ABSENT_GPU = (80, 108)
 """Capability and multiprocessors that the interpreter pretends: an A100's."""
 
 
-@torch.library.custom_op("umt_kernels::matmul", mutates_args=())
-@on_its_device
+def _shapes(
+    a: Tensor, n: int, out_dtype: torch.dtype, keep_before: bool, column_sums: bool
+) -> tuple[tuple[int, ...] | None, ...]:
+    """Of the result, what its activation was applied to, column sums and scales; None for what is not asked for."""
+    m = a.shape[0]
+    return (
+        (m, n),
+        (m, n) if keep_before else None,
+        (-(-m // _tile_rows(a.element_size())), n) if column_sums else None,
+        (-(-n // GROUP), m) if out_dtype in LARGEST else None,
+    )
+
+
+def _prepare(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    derivative_at: Tensor | None,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    transposed: bool,
+    activation: str | None,
+    keep_before: bool,
+    column_sums: bool,
+) -> Plan:
+    a, b = last_contiguous(a), last_contiguous(b)
+    (m, k), n = a.shape, b.shape[1] if transposed else b.shape[0]
+    capability, multiprocessors = target(a.device)
+    grouped = a_scale is not None and a_scale.dim() == 2
+    tile = config(m, n, a.element_size(), capability, grouped, out_dtype in LARGEST, keep_before)
+    tiles = triton.cdiv(m, tile["ROWS"]) * triton.cdiv(n, tile["COLUMNS"])
+    residual_row = 0 if residual is None else last_contiguous(residual).stride(0)
+    numbers = (m, n, k, a.stride(0), b.stride(0), residual_row)
+    settings = {
+        "TRANSPOSED": transposed,
+        "ACTIVATION": activation,
+        "DERIVATIVE": derivative_at is not None,
+        "GROUPED": grouped,
+        "LARGEST": LARGEST.get(out_dtype, 0.0),
+        "EVEN": k % tile["DEPTH"] == 0,
+        "WIDEN": INTERPRETED and a.is_floating_point(),
+        **tile,
+    }
+    dtypes = (out_dtype, out_dtype, torch.float32, torch.float32)
+    pairs = zip(_shapes(a, n, out_dtype, keep_before, column_sums), dtypes, strict=True)
+    outputs = tuple((shape, dtype) for shape, dtype in pairs if shape is not None)
+
+    def plan(descriptors: bool, programs: int, parts: tuple[Plan, ...] = ()) -> Plan:
+        form = {"DESCRIPTORS": descriptors, "FLATTEN": descriptors, **settings}
+        return Plan(_kernel, (programs,), numbers, form, outputs, parts)
+
+    by_pointers = plan(False, tiles)
+    rows = [(a.stride(0), a.dtype), (b.stride(0), b.dtype), (n, out_dtype)]
+    rows += [(residual_row, residual.dtype)] if residual is not None else []
+    rows += [(n, derivative_at.dtype)] if derivative_at is not None else []
+    if capability not in TENSOR_DESCRIPTORS or m * n == 0 or not all(_describable(*row) for row in rows):
+        return by_pointers
+    return plan(True, min(tiles, multiprocessors), (by_pointers,))
+
+
+def _describable(row: int, dtype: torch.dtype) -> bool:
+    """Whether TMA can move rows of `row` elements: they must begin on 16-byte boundaries.
+
+    Triton 3.5's interpreter counts elements.
+    """
+    return row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0
+
+
+def _launch(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    derivative_at: Tensor | None,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    out_dtype: torch.dtype,
+    transposed: bool,
+    activation: str | None,
+    keep_before: bool,
+    column_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # as the custom op has it, which makes empty tensors of None
+    """activation(a @ b.T * scales + bias) + residual in `out_dtype`, from a [m,k] and b [n,k] ([k,n] if `transposed`).
+
+    derivative_at   [m,n]; multiply by the activation's derivative there instead of applying the activation.
+    a_scale         [m], or of every GROUP columns of a [k / GROUP, m]; b_scale [n]. For int8 and float8 operands.
+    out_dtype       int8 or float8 too: then every GROUP columns of a row have a scale, the fourth output.
+
+    Returns the result [m,n]; with `keep_before` what the activation was applied to, in the dtype of the result; with
+    `column_sums` the sums over rows of every tile [tiles,n], float32; scales [n / GROUP, m]. Others are None, or empty
+    under torch.compile.
+    """
+    out, *asked = plan.allocate(a.device)
+    before = asked.pop(0) if keep_before else None
+    sums = asked.pop(0) if column_sums else None
+    out_scale = asked.pop(0) if asked else None
+    at = before if keep_before else contiguous(derivative_at)
+    moved = (last_contiguous(a), last_contiguous(b), out, None if residual is None else last_contiguous(residual), at)
+    rest = (
+        contiguous(bias), sums, contiguous(a_scale), contiguous(b_scale), out_scale
+    )  # fmt: skip
+    if plan.parts and any(x is not None and x.data_ptr() % 16 for x in moved):
+        plan = plan.parts[0]
+    plan.launch(*(_described(moved, plan.settings) if plan.parts else moved), *rest, pointers=(*moved, *rest))
+    return out, before, sums, out_scale  # type: ignore[return-value]
+
+
+def _described(moved: tuple[Tensor | None, ...], tile: dict[str, int]) -> list[TensorDescriptor | None]:
+    rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
+    part = [rows, columns // tile["PARTS"]]
+    blocks = [[rows, depth], [depth, columns] if tile["TRANSPOSED"] else [columns, depth], part, part, part]
+    pairs = zip(moved, blocks, strict=True)
+    return [None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in pairs]
+
+
+def _fake(
+    a, b, bias, residual, derivative_at, a_scale, b_scale, out_dtype, transposed, activation, keep_before, column_sums
+):
+    n = b.shape[1] if transposed else b.shape[0]
+    shapes = _shapes(a, n, out_dtype, keep_before, column_sums)
+    dtypes = (out_dtype, out_dtype if keep_before else torch.float32, torch.float32, torch.float32)
+    return tuple(a.new_empty(shape or 0, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+_matmul = KernelOp("matmul", _prepare, _launch, _fake)
+
+
 def matmul(
     a: Tensor,
     b: Tensor,
     out_dtype: torch.dtype,
+    *,
     transposed: bool = False,
     bias: Tensor | None = None,
     activation: str | None = None,
@@ -52,97 +184,17 @@ def matmul(
     column_sums: bool = False,
     a_scale: Tensor | None = None,
     b_scale: Tensor | None = None,
+    key: tuple | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """activation(a @ b.T * scales + bias) + residual in `out_dtype`, from a [m,k] and b [n,k] ([k,n] if `transposed`).
-
-    derivative_at   [m,n]; multiply by the activation's derivative there instead of applying the activation.
-    a_scale         [m], or of every GROUP columns of a [k / GROUP, m]; b_scale [n]. For int8 and float8 operands.
-    out_dtype       int8 or float8 too: then every GROUP columns of a row have a scale, the fourth output.
-
-    Returns the result [m,n]; with `keep_before` what the activation was applied to, in the dtype of the result; with
-    `column_sums` the sums over rows of every tile [tiles,n], float32; scales [n / GROUP, m]. Others are empty.
-    """
-    m, k = a.shape
-    n = b.shape[1] if transposed else b.shape[0]
-    capability, multiprocessors = target(a.device)
-    outputs = _outputs(a, n, out_dtype, keep_before, column_sums)
-    out, before, sums, out_scale = outputs
-    if m == 0 or n == 0:
-        return outputs
-    grouped = a_scale is not None and a_scale.dim() == 2
-    settings = config(m, n, a.element_size(), capability, grouped, out_dtype in LARGEST, keep_before)
-    a, b = _rows(a), _rows(b)
-    residual = None if residual is None else _rows(residual)
-    at = before if keep_before else None if derivative_at is None else derivative_at.contiguous()
-    moved = {"a": a, "b": b, "out": out, "residual": residual, "before": at}
-    descriptors = capability in TENSOR_DESCRIPTORS and all(_describable(x) for x in moved.values() if x is not None)
-    rows, columns, depth = settings["ROWS"], settings["COLUMNS"], settings["DEPTH"]
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
-    if descriptors:
-        part = [rows, columns // settings["PARTS"]]
-        shapes = {"a": [rows, depth], "b": [depth, columns] if transposed else [columns, depth]}
-        moved = {
-            name: None if x is None else TensorDescriptor.from_tensor(x, shapes.get(name, part))
-            for name, x in moved.items()
-        }
-    _kernel[(min(tiles, multiprocessors) if descriptors else tiles,)](
-        *moved.values(),
-        bias,
-        sums if column_sums else None,
-        a_scale,
-        b_scale,
-        out_scale if out_dtype in LARGEST else None,
-        m,
-        n,
-        k,
-        a.stride(0),
-        b.stride(0),
-        0 if residual is None else residual.stride(0),
-        DESCRIPTORS=descriptors,
-        TRANSPOSED=transposed,
-        ACTIVATION=activation,
-        DERIVATIVE=derivative_at is not None,
-        GROUPED=grouped,
-        LARGEST=LARGEST.get(out_dtype, 0.0),
-        EVEN=k % depth == 0,
-        FLATTEN=descriptors,
-        WIDEN=INTERPRETED and a.is_floating_point(),
-        **settings,
-    )
-    return outputs
+    """The kernel; `_launch` says what its arguments are, `KernelOp` what key and plan are."""
+    return _matmul(
+        a, b, bias, residual, derivative_at, a_scale, b_scale, out_dtype, transposed, activation, keep_before,
+        column_sums, key=key, plan=plan,
+    )  # fmt: skip
 
 
-def _outputs(
-    a: Tensor, n: int, out_dtype: torch.dtype, keep_before: bool, column_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    m = a.shape[0]
-    tiles = -(-m // _tile_rows(a.element_size()))
-    return (
-        a.new_empty(m, n, dtype=out_dtype),
-        a.new_empty((m, n) if keep_before else 0, dtype=out_dtype),
-        a.new_empty((tiles, n) if column_sums else 0, dtype=torch.float32),
-        a.new_empty((-(-n // GROUP), m) if out_dtype in LARGEST else 0, dtype=torch.float32),
-    )
-
-
-@matmul.register_fake
-def _(a, b, out_dtype, transposed=False, bias=None, activation=None, residual=None, derivative_at=None,
-      keep_before=False, column_sums=False, a_scale=None, b_scale=None):  # fmt: skip
-    n = b.shape[1] if transposed else b.shape[0]
-    return _outputs(a, n, out_dtype, keep_before, column_sums)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _describable(x: Tensor) -> bool:
-    """Whether TMA can read a tensor: its rows and start must be on 16-byte boundaries.
-
-    Triton 3.5's interpreter counts elements.
-    """
-    row = x.stride(0) * (1 if INTERPRETED else x.element_size())
-    return x.data_ptr() % 16 == 0 and row % 16 == 0
+matmul_key = _matmul.key
 
 
 def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
@@ -152,7 +204,7 @@ def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend = {backend!r}; give one of {', '.join(map(repr, get_args(Backend)))}")
-    possible = runs_triton(*tensors)
+    possible = runs_triton(*tensors) and not is_transformed(*tensors) and not is_distributed(*tensors)
     if backend == "auto":
         first = next(x for x in tensors if x is not None)
         wanted = FORCED == "triton" or (FORCED == "auto" and possible and (op, target(first.device)[0]) in FASTER)

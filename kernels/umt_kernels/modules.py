@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from umt_kernels.add_layer_norm import add_layer_norm
 from umt_kernels.gather_layer_norm import gather_layer_norm, gather_rms_norm
 from umt_kernels.patch_embed import patch_embed
 
@@ -29,6 +30,15 @@ class GatherRMSNorm(nn.RMSNorm):
     def forward(self, x: Float[Tensor, "*k b l d"], **settings: Any) -> Float[Tensor, "*k r m d"]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return gather_rms_norm(x, self.weight, eps, **settings)
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension, called as `add_layer_norm` is: `norm(residual, branch, scale=...)`."""
+
+    def forward(  # type: ignore[override]
+        self, residual: Float[Tensor, "b l d"], branch: Float[Tensor, "b m d"], **settings: Any
+    ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
+        return add_layer_norm(residual, branch, self.weight, self.bias, self.eps, **settings)
 
 
 class PatchEmbed(nn.Module):

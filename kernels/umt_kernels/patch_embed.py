@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from umt_kernels.checks import check_floats, check_ids, check_tensors
+from umt_kernels.checks import check_floats, check_id_values, check_tensors
 from umt_kernels.gather_patches import Layout, _pair, as_video, gather_patches, weight_matrix
+from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -40,6 +41,12 @@ def patch_embed(
     token_ids, mean, std and layout are those of `gather_patches`. One gather and one GEMM, in autocast's dtype if that
     is on and else in that of `weight`. Raises ValueError for shapes or devices that do not fit, TypeError for a dtype.
     """
+    if is_distributed(clip, weight, bias, token_ids, position):
+        axes: dict[str, Axes] = {"clip": (0,), "token_ids": (0,), "weight": None, "bias": None, "position": None}
+        return on_shards(
+            patch_embed, axes, ((0,),), clip=clip, weight=weight, bias=bias, patch_size=patch_size, token_ids=token_ids,
+            position=position, mean=mean, std=std, layout=layout, padded=padded,
+        )  # fmt: skip
     check_tensors(clip=clip, weight=weight, bias=bias, token_ids=token_ids, position=position)
     check_floats(weight=weight, bias=bias, position=position)
     video, order = as_video(clip, layout)
@@ -72,8 +79,7 @@ def patch_embed(
                 raise ValueError(f"position has {len(position)} rows, but a clip has {rows.shape[1]} tokens")
             embedded = embedded + position
         else:
-            meaning = "position has {} rows"
-            check_ids("token_ids", token_ids, len(token_ids), len(position), meaning, padded=padded)
+            check_id_values("token_ids", token_ids, len(position), "position has {} rows", padded=padded)
             embedded = embedded + position[(token_ids.clamp_min(0) if padded else token_ids).long()]
     if padded and token_ids is not None:
         embedded = embedded.masked_fill((token_ids < 0)[..., None], 0)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import next_power_of_2, on_its_device, runs_triton, triton
-from umt_kernels.checks import check_eps, check_floats, check_ids, check_ints, check_tensors
+from umt_kernels.backend import next_power_of_2, triton
+from umt_kernels.checks import (
+    EVERYWHERE,
+    check_eps,
+    check_floats,
+    check_id_values,
+    check_ids,
+    check_ints,
+    check_tensors,
+)
+from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
+from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous
+from umt_kernels.reductions import four_sums
+from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -50,24 +62,61 @@ def pixel_loss(
     Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
     TypeError for a dtype that does not.
     """
-    check_eps(eps)
-    _check(predictions, clip, token_ids, patch_size, tubelet_size, normalise, weights, reduction)
-    clip = clip.detach()
-    if scale is None:
-        scale = (1 / 255,) * 3 if clip.dtype == torch.uint8 else (1.0,) * 3
-    if len(scale) != 3 or len(shift) != 3:
-        raise ValueError(f"scale = {scale} and shift = {shift}; give three numbers each, one per colour")
-    settings = (patch_size, tubelet_size, normalise, eps, eps_in_root)
-    if runs_triton(predictions, clip):
-        errors = _errors(predictions, clip, token_ids, *settings, list(scale), list(shift))
+    key = _errors.key(
+        predictions, clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, weights,
+        reduction,
+    )  # fmt: skip
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None and is_distributed(predictions, clip, token_ids, weights):
+        return _on_shards(
+            predictions, clip, token_ids, weights, reduction, patch_size=patch_size, tubelet_size=tubelet_size,
+            normalise=normalise, eps=eps, eps_in_root=eps_in_root, scale=scale, shift=shift,
+        )  # fmt: skip
+    if plan is None:
+        check_eps(eps)
+        _check(predictions, clip, token_ids, patch_size, tubelet_size, normalise, weights, reduction)
+        if scale is None:
+            scale = (1 / 255,) * 3 if clip.dtype == torch.uint8 else (1.0,) * 3
+        if len(scale) != 3 or len(shift) != 3:
+            raise ValueError(f"scale = {scale} and shift = {shift}; give three numbers each, one per colour")
+        numbers = ([float(x) for x in scale], [float(x) for x in shift])
+        settings: tuple[Any, ...] = (
+            int(patch_size),
+            int(tubelet_size),
+            normalise,
+            float(eps),
+            bool(eps_in_root),
+            *numbers,
+        )
     else:
-        errors = reference.pixel_errors(predictions, clip, token_ids, *settings, scale, shift)
+        settings = plan.inputs[3:]
+    if not token_ids.is_cuda or EVERYWHERE:
+        check_id_values("token_ids", token_ids, _num_tokens(clip, *settings[:2]), "a clip has {} tokens")
+    clip = clip.detach() if clip.requires_grad else clip
+    if plan is None and not runs_kernel("pixel_loss", predictions, clip):
+        errors = reference.pixel_errors(predictions, clip, token_ids, *settings)
+    else:
+        errors = _errors(predictions, clip, token_ids, *settings, key=key, plan=plan)
     if reduction == "none":
         return errors
     if weights is None:
         return errors.mean()
     weights = weights.detach().to(errors.dtype)
     return (errors * weights).sum() / weights.sum()
+
+
+def _on_shards(
+    predictions: Tensor, clip: Tensor, token_ids: Tensor, weights: Tensor | None, reduction: str, **settings: Any
+) -> Tensor:
+    """The errors of DTensors, and their mean by PyTorch's own operations."""
+    axes: dict[str, Axes] = {"predictions": (0,), "clip": (0,), "token_ids": (0,)}
+    tensors = {"predictions": predictions, "clip": clip, "token_ids": token_ids}
+    errors = on_shards(pixel_loss, axes, ((0,),), **tensors, **settings, reduction="none")
+    if reduction == "none":
+        return errors
+    if weights is None:
+        return errors.sum() / errors.numel()
+    return (errors * weights.detach()).sum() / weights.detach().sum()
 
 
 def _check(
@@ -80,6 +129,7 @@ def _check(
     weights: Tensor | None,
     reduction: str,
 ) -> None:
+    """Everything but the values of ids."""
     check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
     check_floats(predictions=predictions, weights=weights)
     check_ints(patch_size=patch_size, tubelet_size=tubelet_size)
@@ -97,8 +147,7 @@ def _check(
     for name, size, step in (("T", frames, tubelet_size), ("H", height, patch_size), ("W", width, patch_size)):
         if step < 1 or size % step or size == 0:
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
-    tokens = frames // tubelet_size * (height // patch_size) * (width // patch_size)
-    check_ids("token_ids", token_ids, clip.shape[0], tokens, "a clip has {} tokens")
+    check_ids("token_ids", token_ids, clip.shape[0])
     wanted = [*token_ids.shape, 3 * tubelet_size * patch_size**2]
     if list(predictions.shape) != wanted:
         raise ValueError(f"predictions have shape {list(predictions.shape)}; give {wanted}")
@@ -111,9 +160,51 @@ def _check(
         )
 
 
-@torch.library.custom_op("umt_kernels::pixel_errors", mutates_args=())
-@on_its_device
-def _errors(
+def _num_tokens(clip: Tensor, patch_size: int, tubelet_size: int) -> int:
+    frames, height, width = clip.shape[1:4] if clip.dtype == torch.uint8 else clip.shape[2:]
+    return frames // tubelet_size * (height // patch_size) * (width // patch_size)
+
+
+def _prepare(
+    predictions: Tensor,
+    clip: Tensor,
+    token_ids: Tensor,
+    patch_size: int,
+    tubelet_size: int,
+    normalise: str,
+    eps: float,
+    eps_in_root: bool,
+    scale: list[float],
+    shift: list[float],
+    backward: bool = False,
+) -> Plan:
+    predictions = last_contiguous(predictions)
+    if clip.dtype == torch.uint8:
+        height, width = clip.shape[2:4]
+        stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
+    else:
+        height, width = clip.shape[3:]
+        stride_b, stride_c, stride_t, stride_h, stride_w = clip.stride()
+    grid_height, grid_width = height // patch_size, width // patch_size
+    numbers = (
+        token_ids.shape[1], grid_height, grid_width, *predictions.stride()[:2],
+        stride_b, stride_t, stride_h, stride_w, stride_c, *scale, *shift, eps,
+    )  # fmt: skip
+    settings = {
+        "NORMALISE": normalise,
+        "EPS_IN_ROOT": eps_in_root,
+        "BACKWARD": backward,
+        "ALIGN": math.gcd(8, *predictions.stride()[:2]),
+        "PATCH": patch_size,
+        "TUBELET": tubelet_size,
+        **config(patch_size, tubelet_size),
+    }
+    outputs = ((predictions.shape, predictions.dtype) if backward else (token_ids.shape, torch.float32),)
+    return Plan(_kernel, (token_ids.numel(),), numbers, settings, outputs)
+
+
+def _launch(
+    plan: Plan,
     predictions: Tensor,
     clip: Tensor,
     token_ids: Tensor,
@@ -126,21 +217,17 @@ def _errors(
     shift: list[float],
 ) -> Tensor:
     """Mean squared error of each row, float32 [B,M]."""
-    errors = predictions.new_empty(token_ids.shape, dtype=torch.float32)
-    _launch(
-        predictions, clip, token_ids, errors, None, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift
-    )
+    (errors,) = plan.allocate(predictions.device)
+    plan.launch(last_contiguous(predictions), clip, contiguous(token_ids), errors, None)
     return errors
 
 
-@_errors.register_fake
-def _(predictions, clip, token_ids, *_settings):
-    return predictions.new_empty(token_ids.shape, dtype=torch.float32)
+def _prepare_gradient(predictions: Tensor, clip: Tensor, token_ids: Tensor, factors: Tensor, *settings: Any) -> Plan:
+    return _prepare(*(predictions, clip, token_ids, *settings, True))
 
 
-@torch.library.custom_op("umt_kernels::pixel_errors_backward", mutates_args=())
-@on_its_device
-def _gradient(
+def _launch_gradient(
+    plan: Plan,
     predictions: Tensor,
     clip: Tensor,
     token_ids: Tensor,
@@ -157,69 +244,9 @@ def _gradient(
 
     The pixels are read again: that moves fewer bytes than keeping the differences would.
     """
-    grad = torch.empty_like(predictions, memory_format=torch.contiguous_format)
-    factors = factors.contiguous()
-    _launch(
-        predictions, clip, token_ids, factors, grad, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift
-    )
+    (grad,) = plan.allocate(predictions.device)
+    plan.launch(last_contiguous(predictions), clip, contiguous(token_ids), contiguous(factors), grad)
     return grad
-
-
-@_gradient.register_fake
-def _(predictions, clip, token_ids, factors, *_settings):
-    return torch.empty_like(predictions, memory_format=torch.contiguous_format)
-
-
-def _launch(
-    predictions: Tensor,
-    clip: Tensor,
-    token_ids: Tensor,
-    per_row: Tensor,
-    grad: Tensor | None,
-    patch_size: int,
-    tubelet_size: int,
-    normalise: str,
-    eps: float,
-    eps_in_root: bool,
-    scale: list[float],
-    shift: list[float],
-) -> None:
-    if token_ids.numel() == 0:
-        return
-    if predictions.stride(2) != 1:
-        predictions = predictions.contiguous()
-    if clip.dtype == torch.uint8:
-        height, width = clip.shape[2:4]
-        stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
-    else:
-        height, width = clip.shape[3:]
-        stride_b, stride_c, stride_t, stride_h, stride_w = clip.stride()
-    _kernel[(token_ids.numel(),)](
-        predictions,
-        clip,
-        token_ids.contiguous(),
-        per_row,
-        grad,
-        token_ids.shape[1],
-        height // patch_size,
-        width // patch_size,
-        *predictions.stride()[:2],
-        stride_b,
-        stride_t,
-        stride_h,
-        stride_w,
-        stride_c,
-        *scale,
-        *shift,
-        eps,
-        NORMALISE=normalise,
-        EPS_IN_ROOT=eps_in_root,
-        BACKWARD=grad is not None,
-        ALIGN=math.gcd(8, *predictions.stride()[:2]),
-        PATCH=patch_size,
-        TUBELET=tubelet_size,
-        **config(patch_size, tubelet_size),
-    )
 
 
 def config(patch_size: int, tubelet_size: int) -> dict[str, int]:
@@ -233,13 +260,36 @@ def _save(ctx, inputs, output):
     ctx.settings = inputs[3:]
 
 
-def _backward(ctx, grad_errors):
+def _differentiate(ctx, grad_errors):
     predictions, clip, token_ids = ctx.saved_tensors
     grad = _gradient(predictions, clip, token_ids, grad_errors, *ctx.settings)
-    return (grad, *(None,) * (2 + len(ctx.settings)))
+    return grad, *(None,) * 9
 
 
-_errors.register_autograd(_backward, setup_context=_save)
+def _differentiate_again(ctx, grad_errors):
+    predictions, clip, token_ids = ctx.saved_tensors
+
+    def run(predictions):
+        return reference.pixel_errors(predictions, clip, token_ids, *ctx.settings)
+
+    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 9
+
+
+_gradient = KernelOp(
+    "pixel_errors_backward",
+    _prepare_gradient,
+    _launch_gradient,
+    lambda predictions, *_: torch.empty_like(predictions, memory_format=torch.contiguous_format),
+)
+_errors = KernelOp(
+    "pixel_errors",
+    _prepare,
+    _launch,
+    lambda predictions, clip, token_ids, *_: predictions.new_empty(token_ids.shape, dtype=torch.float32),
+    _save,
+    _differentiate,
+    _differentiate_again,
+)
 
 
 if triton is not None:
@@ -308,15 +358,17 @@ if triton is not None:
             of_0 = inside & (colour == 0)
             of_1 = inside & (colour == 1)
             of_2 = inside & (colour == 2)
-            mean_0 = tl.sum(tl.where(of_0, target, 0.0)) / PIXELS
-            mean_1 = tl.sum(tl.where(of_1, target, 0.0)) / PIXELS
-            mean_2 = tl.sum(tl.where(of_2, target, 0.0)) / PIXELS
-            target -= tl.where(colour == 0, mean_0, tl.where(colour == 1, mean_1, mean_2))
+            zero = tl.zeros_like(target)
+            mean_0, mean_1, mean_2, _ = four_sums(
+                tl.where(of_0, target, 0.0), tl.where(of_1, target, 0.0), tl.where(of_2, target, 0.0), zero, 0
+            )
+            mean = tl.where(colour == 0, mean_0, tl.where(colour == 1, mean_1, mean_2)) / PIXELS
+            target -= mean
             square = target * target
-            var_0 = tl.sum(tl.where(of_0, square, 0.0)) / (PIXELS - 1)
-            var_1 = tl.sum(tl.where(of_1, square, 0.0)) / (PIXELS - 1)
-            var_2 = tl.sum(tl.where(of_2, square, 0.0)) / (PIXELS - 1)
-            variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2))
+            var_0, var_1, var_2, _ = four_sums(
+                tl.where(of_0, square, 0.0), tl.where(of_1, square, 0.0), tl.where(of_2, square, 0.0), zero, 0
+            )
+            variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2)) / (PIXELS - 1)
             target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
         place = (row % kept).to(tl.int64)
         start = tl.multiple_of(sample * x_b + place * x_m, ALIGN)

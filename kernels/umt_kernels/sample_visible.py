@@ -11,7 +11,8 @@ from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_ints, check_tensors, reads_values
 from umt_kernels.dispatch import KernelOp, runs_kernel
-from umt_kernels.launch import Plan, plan
+from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous
+from umt_kernels.sharding import is_distributed
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,23 +44,34 @@ def sample_visible(
     the same law. Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P, `counts` is not [R] or a
     device differs.
     """
-    check_tensors(scores=scores, counts=counts)
-    (num_visible,) = check_ints(num_visible=num_visible)
-    if scores.dim() != 2 or not scores.is_floating_point():
-        raise ValueError(f"scores is {scores.dtype} {list(scores.shape)}; give floats of shape [rows, patches]")
-    if not 1 <= num_visible <= scores.shape[1]:
-        raise ValueError(f"num_visible = {num_visible}, but a row of scores has {scores.shape[1]} entries")
+    key = _draw.key(scores, counts, num_visible)
+    plan = PLANS.get(key)  # type: ignore[arg-type]
+    if plan is None:
+        if is_distributed(scores, counts):
+            raise ValueError(
+                "scores is a DTensor: its parts would draw alike. Give scores.to_local(), with a seed for each process"
+            )
+        check_tensors(scores=scores, counts=counts)
+        (num_visible,) = check_ints(num_visible=num_visible)
+        if scores.dim() != 2 or not scores.is_floating_point():
+            raise ValueError(f"scores is {scores.dtype} {list(scores.shape)}; give floats of shape [rows, patches]")
+        if not 1 <= num_visible <= scores.shape[1]:
+            raise ValueError(f"num_visible = {num_visible}, but a row of scores has {scores.shape[1]} entries")
     if counts is not None:
         _check_counts(counts, len(scores), num_visible)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator is a {type(generator).__name__}; give a torch.Generator")
-    if generator is not None and generator.device.type != scores.device.type:
-        raise ValueError(f"generator is on {generator.device}, but scores is on {scores.device}; bring them together")
-    if scores.shape[1] > LONGEST or not runs_kernel("sample_visible", scores):
+    if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is a {type(generator).__name__}; give a torch.Generator")
+        if generator.device.type != scores.device.type:
+            raise ValueError(
+                f"generator is on {generator.device}, but scores is on {scores.device}; bring them together"
+            )
+    if plan is None and (scores.shape[1] > LONGEST or not runs_kernel("sample_visible", scores)):
         return reference.sample_visible(scores, num_visible, generator, counts)
     # On the device, so that it can be captured in a CUDA graph and drawn again at every replay.
     seed = torch.randint(2**62, (1,), device=scores.device, generator=generator)
-    return _draw(scores.detach() if scores.requires_grad else scores, num_visible, seed, counts)
+    scores = scores.detach() if scores.requires_grad else scores
+    return _draw(scores, seed, counts, num_visible, key=key, plan=plan)
 
 
 def _check_counts(counts: Tensor, rows: int, most: int) -> None:
@@ -74,19 +86,18 @@ def _check_counts(counts: Tensor, rows: int, most: int) -> None:
             raise ValueError(f"counts[{row}] = {int(counts[row])}; give 0 to num_visible = {most}")
 
 
-def _launch(scores: Tensor, num_visible: int, seed: Tensor, counts: Tensor | None) -> Tensor:
+def _prepare(scores: Tensor, seed: Tensor, counts: Tensor | None, num_visible: int) -> Plan:
     rows, patches = scores.shape
-    drawn = scores.new_empty(rows, num_visible, dtype=torch.int32)
-    if rows:
-        scores = scores if scores.stride(1) == 1 else scores.contiguous()
-        key = (
-            "sample_visible", rows, patches, num_visible, scores.stride(0), scores.dtype, scores.device,
-            None if counts is None else counts.dtype,
-        )  # fmt: skip
-        numbers = (rows, patches, num_visible, scores.stride(0))
-        settings = {"COUNTED": counts is not None, **config(patches)}
-        found = plan(key, Plan, _kernel, (triton.cdiv(rows, settings["ROWS"]),), numbers, settings)
-        found.launch(scores, seed, None if counts is None else counts.contiguous(), drawn)
+    numbers = (rows, patches, num_visible, last_contiguous(scores).stride(0))
+    settings = {"COUNTED": counts is not None, **config(patches)}
+    return Plan(
+        _kernel, (triton.cdiv(rows, settings["ROWS"]),), numbers, settings, (((rows, num_visible), torch.int32),)
+    )
+
+
+def _launch(plan: Plan, scores: Tensor, seed: Tensor, counts: Tensor | None, num_visible: int) -> Tensor:
+    (drawn,) = plan.allocate(scores.device)
+    plan.launch(last_contiguous(scores), seed, contiguous(counts), drawn)
     return drawn
 
 
@@ -98,8 +109,9 @@ def config(patches: int) -> dict[str, int]:
 
 _draw = KernelOp(
     "sample_visible",
+    _prepare,
     _launch,
-    lambda scores, num_visible, seed, counts: scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32),
+    lambda scores, seed, counts, num_visible: scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32),
 )
 
 
