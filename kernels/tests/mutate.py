@@ -3,8 +3,8 @@
 Each fault replaces a piece of source that must be there exactly as often as it says (once, if it says nothing). The
 broken copy runs the tests of its op in Triton's interpreter, in a process of its own that already has torch imported.
 First every test runs on the source as it is, and must pass. A fault that no test notices is printed, and the exit
-status is 1. `python kernels/tests/mutate.py WORD` runs only the
-faults whose file or source contains WORD.
+status is 1. `python kernels/tests/mutate.py WORD...` runs only the
+faults whose file or source contains a WORD.
 """
 
 from __future__ import annotations
@@ -74,6 +74,25 @@ PATCHES_FAR = (
     f"{FAR}gather_patches_of_planar_bytes",
 )
 SCORES_FAR = (f"{FAR}cls_scores",)
+ADDS = "test_add_layer_norm.py::test_"
+T_ADD = (f"{ADDS}one_output_used_and_rms",)  # with every optional input
+T_ADD_FORMS, T_ADD_TYPES = (f"{ADDS}outputs_and_gradients_match_float64",), (f"{ADDS}every_dtype_is_its_own",)
+ADD_FAR = (f"{FAR}add_layer_norm",)
+T_LINEAR, T_MLP = ("test_linear.py::test_linear_matches_float64",), ("test_linear.py::test_mlp_matches_float64",)
+T_HALF = ("test_linear.py::test_half_precision_with_a_float32_residual",)
+T_ONCE = ("test_linear.py::test_the_result_is_rounded_once",)
+EIGHTS = "test_eight_bit.py::test_"
+T_ROWS = (f"{EIGHTS}rows_and_norms_are_rounded_to_the_nearest",)
+T_GROUPS, T_CHAIN = (
+    (f"{EIGHTS}an_epilogue_that_counts_the_wrong_groups_is_seen",),
+    (f"{EIGHTS}an_mlp_of_8_bit_products",),
+)
+PIX = "test_pixel_loss.py::test_"
+T_PIXELS, T_COLOURS = (f"{PIX}values_and_gradients",), (f"{PIX}each_colour_has_its_own_scale_and_shift",)
+T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_as_they_lie",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
+PIXELS_FAR = (f"{FAR}pixel_loss",)
+T_SHARDS, T_SUMS = ("test_sharding.py",), ("test_reductions.py",)
+T_STRIDES = ("test_linear.py::test_strides_that_tensor_descriptors_cannot_have",)
 
 FAULTS = [
     # sample_visible: seeds, ties, uniforms, counts
@@ -138,7 +157,7 @@ FAULTS = [
     Fault(LOSS, "valid = (target_ids >= 0).float()", "valid = torch.ones_like(target_ids).float()", T_LOSS, 1),
     Fault(LOSS, "0 if shared else sets * rows", "0", T_LOSS),
     Fault(LOSS, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
-    Fault(LOSS, "row_weights.sum() * (count // row_weights.numel()))\n    # float16", "row_weights.sum())\n    # float16", T_LOSS),
+    Fault(LOSS, "(count // row_weights.numel()))\n    # float16", "1)\n    # float16", T_LOSS),
     Fault(LOSS, "total += loss * factor", "total = loss * factor", T_LOSS),
     Fault(LOSS, "tl.abs(d) - 0.5 * beta", "tl.abs(d)", T_LOSS),
     Fault(LOSS, "tl.where(d < 0, -1.0, 0.0)", "-1.0", T_EQUAL),
@@ -183,13 +202,88 @@ FAULTS = [
     Fault(SCORES, "token.to(tl.int64)[:, None] * k_l", "token[:, None] * k_l", SCORES_FAR),
     Fault(SCORES, "tl.cast(head, tl.int64) * k_h", "head * k_h", SCORES_FAR),
     Fault(SCORES, "head.to(tl.int64) * k_h", "head * k_h", SCORES_FAR),
+    # add_layer_norm: the sum, drop path, biases, the norm, its two gradients
+    Fault(ADD, "added *= tl.load(scale_ptr + sample", "added += tl.load(scale_ptr + sample", T_ADD),
+    Fault(ADD, "scale_ptr + sample", "scale_ptr + sample * 0", T_ADD),
+    Fault(ADD, "x += added * factor", "x += added", T_ADD_FORMS),
+    Fault(ADD, "x = stored.to(tl.float32)", "x = x", T_ADD_TYPES),
+    Fault(ADD, "/ width + eps)", "/ width)", T_ADD),
+    Fault(ADD, "mean = tl.sum(x, axis=1) / width", "mean = tl.sum(x, axis=1) / BLOCK", T_ADD),
+    Fault(ADD, "centred = tl.where(mask, x - mean[:, None], 0.0)", "centred = x - mean[:, None]", T_ADD),
+    Fault(ADD, "place = tl.load(row_ids_ptr + row", "place = 0 * tl.load(row_ids_ptr + row", T_ADD),
+    Fault(ADD, "position_ptr + p_row[:, None]", "position_ptr + 0 * p_row[:, None]", T_ADD),
+    Fault(ADD, "y_ptr + y_row[:, None] + column, y.to", "y_ptr + y_row[:, None] + column, x.to", T_ADD),
+    Fault(ADD, "statistics_ptr + rows + row, rstd", "statistics_ptr + rows + row, mean", T_ADD),
+    Fault(ADD, "tl.arange(0, ROWS)).to(tl.int64)", "tl.arange(0, ROWS)).to(tl.int32)", ADD_FAR),
+    Fault(ADD, "(of_y, out_dtype)", "(of_y, residual.dtype)", T_ADD_TYPES),
+    Fault(ADD_BACK, "branch_bias_ptr + column", "branch_bias_ptr + 0 * column", T_ADD),
+    Fault(ADD_BACK, "dx += gx\n", "dx += 0\n", T_ADD),
+    Fault(ADD_BACK, "dx *= factor", "dx *= 1.0", T_ADD_FORMS),
+    Fault(ADD_BACK, "dx *= scale", "dx *= 1.0", T_ADD),
+    Fault(ADD_BACK, "dx *= rstd[:, None]", "dx *= 1.0", T_ADD),
+    Fault(ADD_BACK, "- (means / width)[:, None]", "", T_ADD),
+    Fault(ADD_BACK, "- x * (shares / width)[:, None]", "", T_ADD),
+    Fault(ADD_BACK, "dw += g * x", "dw = g * x", T_ADD),
+    Fault(ADD_BACK, "db += g\n", "db = g\n", T_ADD),
+    Fault(ADD_BACK, "tl.store(slot + plane, db", "tl.store(slot, db", T_ADD),
+    Fault(ADD_BACK, "slot + 2 * plane", "slot + plane", T_ADD),
+    Fault(ADD_BACK, "grad_residual.zero_()", "pass", T_ADD),
+    Fault(ADD_BACK, "scale is None and factor == 1 and", "scale is None and", T_ADD_FORMS),
+    Fault(ADD_BACK, "(sample * length + place) * width", "(sample * kept + place) * width", T_ADD),
+    Fault(ADD_BACK, "tl.arange(0, ROWS)).to(tl.int64)", "tl.arange(0, ROWS)).to(tl.int32)", ADD_FAR),
+    # reductions that the norms and the losses share
+    Fault("reductions.py", "row < programs", "row < programs - 1", T_ADD),
+    Fault("reductions.py", "total += tl.load(partial_ptr", "total = tl.load(partial_ptr", T_SUMS),
+    Fault("reductions.py", "* width * PLANE", "* width", T_ADD),
+    Fault("reductions.py", "c, d = tl.split(right)", "c, d = tl.split(left)", T_PIXELS, 0),
+    # matmul, linear, mlp: tiles and the epilogue
+    Fault(MATMUL, "x = _activate(x, ACTIVATION)", "x = x", T_LINEAR),
+    Fault(MATMUL, "x += residual.to(tl.float32)", "x = residual.to(tl.float32)", T_LINEAR),
+    Fault(MATMUL, "x += tl.load(bias_ptr + column", "x -= tl.load(bias_ptr + column", T_LINEAR),
+    Fault(MATMUL, "x = x * tl.sigmoid(1.702 * x)", "x = x * tl.sigmoid(x)", T_LINEAR),
+    Fault(MATMUL, "1.702 * x * (1.0 - gate)", "x * (1.0 - gate)", T_MLP),
+    Fault(MATMUL, "0.3989422804014327 * x", "0.3989422804014327", T_MLP),
+    Fault(MATMUL, "within = deep < k - start", "within = deep < k", T_LINEAR),
+    Fault(MATMUL, "tl.where(here[:, None], x, 0.0), axis=0", "x, axis=0", T_MLP),
+    Fault(MATMUL, "first_column + PART, row_tile", "first_column, row_tile", T_ONCE, 0),
+    Fault(MATMUL, "swath * SWATH + inside % height", "swath * SWATH", T_LINEAR),
+    Fault(MATMUL, "k % tile[\"DEPTH\"] == 0", "True", T_LINEAR),
+    Fault(MATMUL, "row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0", "True", T_STRIDES),
+    Fault(LINEAR, "slope.sum(0, dtype=torch.float32)", "slope.sum(0)", T_HALF),
+    Fault(LINEAR, "slope.T @ rows", "flat.to(rows.dtype).T @ rows", T_LINEAR),
+    Fault(MLP, "sums.sum(0)", "sums[0]", T_MLP),
+    Fault(MLP, "flat.sum(0, dtype=torch.float32)", "narrow.sum(0)", T_HALF),
+    Fault(MLP, "narrow.T @ hidden", "narrow.T @ before", T_MLP),
+    # 8 bits: scales, groups, rounding
+    Fault(EIGHT, "tl.floor(x + 0.5)", "tl.floor(x)", T_ROWS),
+    Fault(EIGHT, "tl.max(tl.abs(x), axis=1)", "tl.max(x, axis=1)", T_ROWS),
+    Fault(EIGHT, "1e-12) / LARGEST", "0.0) / LARGEST", (f"{EIGHTS}zero_rows_stay_zero",)),
+    Fault(EIGHT, "x = total.to(tl.float32)", "x = x", T_ROWS),
+    Fault(EIGHT, "scale_ptr + row, scale", "scale_ptr + row, 1.0 / scale", T_ROWS),
+    Fault(MATMUL, "scale_place += m", "scale_place += 0", T_CHAIN),
+    Fault(MATMUL, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
+    Fault(MATMUL, "tl.where(valid[None, :], tl.abs(x), 0.0)", "tl.where(valid[None, :], x, 0.0)", T_GROUPS),
+    # pixel_loss: places, statistics, colours
+    Fault(PIXELS, "token // grid_width % grid_height * PATCH", "token // grid_width * PATCH", T_PIXELS),
+    Fault(PIXELS, "colour = column % 3", "colour = column // PIXELS", T_PIXELS),
+    Fault(PIXELS, "tl.where(colour == 1, shift_g, shift_b)", "shift_b", T_COLOURS),
+    Fault(PIXELS, "var_2)) / (PIXELS - 1)", "var_2)) / PIXELS", T_PIXELS),
+    Fault(PIXELS, "(3 * PIXELS - 1)", "(3 * PIXELS)", T_PIXELS),
+    Fault(PIXELS, "* (2.0 / (3 * PIXELS))", "* (1.0 / (3 * PIXELS))", T_PIXELS),
+    Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXELS),
+    Fault(PIXELS, "sample = (row // kept).to(tl.int64)", "sample = row // kept", PIXELS_FAR),
+    Fault(PIXELS, "time.to(tl.int64) * stride_t", "time * stride_t", PIXELS_FAR),
+    Fault(PIXELS, "weights.sum()\n\n\ndef _on_shards", "weights.numel()\n\n\ndef _on_shards", T_PIXEL_MEAN),
+    # DTensors
+    Fault("sharding.py", "placements(axes[name], Partial())", "placements(axes[name], Replicate())", T_SHARDS),
+    Fault("sharding.py", "if sets * whole != part * all_sets:", "if False:", T_SHARDS),
     # checks, transforms, masks
     Fault(CHECKS, "(ids < (-1 if padded else 0)) | (ids >= limit)", "ids >= limit", T_NORM),
     Fault(CHECKS, "isinstance(number, bool) or", "", ("test_gather_patches.py",)),
     Fault(CHECKS, "& (ordered[:, 1:] >= 0)", "", T_NORM),
     Fault("dispatch.py", "return True\n    return forward_ad", "return False\n    return forward_ad", T_TRANSFORMS),
     Fault("dispatch.py", "forward_ad._current_level >= 0 and any(", "False and any(", T_TRANSFORMS),
-    Fault("dispatch.py", "again if again is not None and torch.is_grad_enabled() else backward", "backward", T_TRANSFORMS),
+    Fault("dispatch.py", "if again is not None and torch.is_grad_enabled()", "if False", T_TRANSFORMS),
     Fault("dispatch.py", 'frozenset({"sample_visible", "eight_bit"})', "frozenset()", ("test_inductor.py",)),
     Fault("masks.py", "mask.cumsum(1) - 1", "mask.cumsum(1)", ("test_masks.py",)),
     Fault("launch.py", "if addresses & 15:", "if False:", ("test_launch.py",)),
@@ -236,7 +330,7 @@ def start(fault: Fault, folder: Path) -> int:
     return pid
 
 
-def main(word: str = "") -> int:
+def main(*words: str) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy  # noqa: F401
     import pytest  # noqa: F401
@@ -248,7 +342,7 @@ def main(word: str = "") -> int:
     for on in (True, False):  # what the tests' fixtures import, imported once
         torch.use_deterministic_algorithms(on)
     assert "umt_kernels" not in sys.modules
-    chosen = [fault for fault in FAULTS if word in fault.file or word in fault.old]
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.file or word in fault.old for word in words)]
     for fault in chosen:
         broken(fault)
     begun = time.monotonic()

@@ -15,6 +15,7 @@ from umt_kernels import (
     cosine_alignment_loss,
     gather_layer_norm,
     gather_patches,
+    pixel_loss,
     sample_visible,
 )
 from umt_kernels.matmul import matmul
@@ -150,6 +151,19 @@ def test_cosine_alignment_loss(device, axis):
         loss = cosine_alignment_loss(x, t, target_ids=ids)
         results.append((loss, *torch.autograd.grad(loss, x)))
     assert all(torch.equal(near, far) for near, far in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("far", [("clip", 0), ("clip", 1), ("clip", 2), ("predictions", 0), ("predictions", 1)])
+def test_pixel_loss(device, needs_kernels, far):
+    given = {
+        "predictions": randn(device, 3, 3, 48),
+        "clip": torch.arange(3 * 3 * 8 * 8 * 3).remainder(251).view(3, 3, 8, 8, 3).to(device, torch.uint8),
+    }
+    ids = torch.tensor([[11, 3, 8], [0, 10, 5], [9, 11, 7]], device=device)
+    expected = pixel_loss(**given, token_ids=ids, patch_size=4, tubelet_size=1, reduction="none")
+    name, axis = far
+    given[name] = far_apart(given[name], axis)
+    assert torch.equal(pixel_loss(**given, token_ids=ids, patch_size=4, tubelet_size=1, reduction="none"), expected)
 
 
 def test_sample_visible(device):
