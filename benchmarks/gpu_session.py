@@ -10,15 +10,16 @@
     5  decoding    the loader, on NVDEC where DALI is installed
 
 Leaves session.json, session.md and session.log in DIR, and compile_cache.tar.gz where that is under 15 MiB: flat, for
-machines from which a few files come back. session.json is written every few seconds, so that a killed session leaves
-what it had. A session goes on from the session.json in DIR or, failing that, in benchmarks/results/<gpu>: what the same
-sources have measured on the same device is not measured again.
+machines from which a few files come back. session.json and the page are written every few seconds, so that a killed
+session leaves what it had, and its stages end with it. A session goes on from the session.json in DIR or, failing that,
+in benchmarks/results/<gpu>: what the same sources have measured on the same device is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -131,9 +132,16 @@ class Session:
         for part, place in PARTS.items():
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
                 self.content[part] = json.loads((self.work / place).read_text())
-        new = self.folder / "session.json.new"
-        new.write_text(json.dumps(self.content, indent=1) + "\n")
-        new.replace(self.folder / "session.json")
+        self._write("session.json", json.dumps(self.content, indent=1) + "\n")
+        with contextlib.suppress(
+            Exception
+        ):  # half a result may miss what the page wants; the last one is not suppressed
+            self._write("session.md", gpu_session_page.page(self.content))
+
+    def _write(self, name: str, text: str) -> None:
+        new = self.folder / f"{name}.new"
+        new.write_text(text)
+        new.replace(self.folder / name)
 
     def run(self, stage: Stage) -> StageEnd:
         """One stage, ended at its limit or the session's deadline; its output goes to the log."""
@@ -161,7 +169,7 @@ class Session:
         if self.content["facts"]["rehearsal"]:
             env["CUDA_VISIBLE_DEVICES"] = ""
         child = subprocess.Popen(
-            stage.command, cwd=ROOT, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            stage.command, cwd=ROOT, env=env, stdout=self.log, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent
         )
         try:
             while (left := until - time.monotonic()) > 0:
@@ -177,6 +185,21 @@ class Session:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+
+
+def _end_with_parent() -> None:
+    """In a stage: a process group of its own, killed when this program is killed.
+
+    Else a stage would go on after a kill -9, and the next call's measurements would share the GPU with it. Not a
+    session of its own: where a machine ends what a command leaves behind, it spares those.
+    """
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        _LIBC.prctl(parent_death_signal, signal.SIGKILL)
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def unpack_cache(archive: Path, work: Path) -> None:

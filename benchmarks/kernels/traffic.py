@@ -94,7 +94,7 @@ def _norm_backward_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
     w, dx, partial_sums = a["w_ptr"], nbytes(a["dx_ptr"]), nbytes(a["partial_ptr"])
     read = 2 * nbytes(a["g_ptr"]) + nbytes(a["inverse_ptr"]) + nbytes(a["statistics_ptr"])
-    return read + dx + launch.programs * nbytes(w) + 2 * partial_sums, read + dx + 3 * nbytes(w)
+    return read + dx + launch.programs * nbytes(w) + partial_sums, read + dx + 3 * nbytes(w)
 
 
 def _norm_invert_traffic(launch: Launch) -> tuple[int, int]:
@@ -126,7 +126,7 @@ def _add_norm_backward_traffic(launch: Launch) -> tuple[int, int]:
     zeroes = nbytes(a["dresidual_ptr"]) if a["row_ids_ptr"] is not None else 0
     parameters = nbytes(a["w_ptr"]) + nbytes(a["branch_bias_ptr"])
     moved = read + written + zeroes + nbytes(a["statistics_ptr"]) + launch.programs * parameters
-    return moved + 2 * nbytes(a["partial_ptr"]), read + written + parameters + 2 * nbytes(a["w_ptr"])
+    return moved + nbytes(a["partial_ptr"]), read + written + parameters + 2 * nbytes(a["w_ptr"])
 
 
 def _matmul_traffic(launch: Launch) -> tuple[int, int]:
@@ -166,12 +166,26 @@ def _visible_traffic(launch: Launch) -> tuple[int, int]:
 
 def _loss_traffic(launch: Launch) -> tuple[int, int]:
     a = launch.arguments
-    x, loss = nbytes(a["x_ptr"]), nbytes(a["loss_ptr"])
+    x, partial = nbytes(a["x_ptr"]), nbytes(a["partial_ptr"])
     least = 2 * x + nbytes(a["ids_ptr"]) + nbytes(a["dx_ptr"])
     parameters = nbytes(a["w_ptr"]) + nbytes(a["b_ptr"])
     per_layer = launch.programs // len(a["x_ptr"])
-    moved = least + per_layer * parameters + 2 * (loss + nbytes(a["affine_ptr"]))
+    moved = least + per_layer * parameters + partial
     return moved, least + parameters * (2 if a["WITH_GRAD"] else 1) + 4
+
+
+def _finish_traffic(launch: Launch) -> tuple[int, int]:
+    a = launch.arguments
+    moved = nbytes(a["partial_ptr"]) + nbytes(a["loss_ptr"]) + nbytes(a["affine_ptr"])
+    return moved, moved
+
+
+def _sums_traffic(launch: Launch) -> tuple[int, int]:
+    """Planes that nobody wants are not read."""
+    a = launch.arguments
+    wanted = [a[f"{name}_ptr"] for name in ("first", "second", "third") if a[f"{name}_ptr"] is not None]
+    moved = len(wanted) * a["programs"] * a["width"] * 4 + sum(nbytes(x) for x in wanted)
+    return moved, moved
 
 
 def _scale_traffic(launch: Launch) -> tuple[int, int]:
@@ -193,7 +207,7 @@ TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "cosine_alignment_loss_scale": _scale_traffic,
     "gather_layer_norm_forward": _norm_forward_traffic,
     "gather_layer_norm_backward": _norm_backward_traffic,
-    "gather_layer_norm_invert": _norm_invert_traffic,
+    "gather_layer_norm_backward_invert": _norm_invert_traffic,
     "add_layer_norm_forward": _add_norm_forward_traffic,
     "add_layer_norm_backward": _add_norm_backward_traffic,
     "matmul": _matmul_traffic,
@@ -202,5 +216,7 @@ TRAFFIC: dict[str, Callable[[Launch], tuple[int, int]]] = {
     "cls_scores_backward": _scores_backward_traffic,
     "sample_visible": _visible_traffic,
     "cosine_alignment_loss": _loss_traffic,
+    "cosine_alignment_loss_finish": _finish_traffic,
+    "reductions": _sums_traffic,
     "pixel_loss": _pixels_traffic,
 }

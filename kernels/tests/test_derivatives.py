@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from umt_kernels import (
+    add_layer_norm,
     alignment_loss,
     cls_scores,
     cosine_alignment_loss,
@@ -17,6 +18,7 @@ from umt_kernels import (
     gather_patches,
     gather_rms_norm,
     patch_embed,
+    pixel_loss,
     sample_visible,
 )
 
@@ -42,6 +44,24 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], list[T
         "gather_rms_norm": (
             lambda x, w: gather_rms_norm(x, w, 1e-3, row_ids=ids - 1, padded=True),
             draw(device, (2, 5, 6), (6,)),
+        ),
+        "add_layer_norm": (
+            lambda x, y, w, b, s: torch.cat(
+                add_layer_norm(x, y, w, b, 1e-3, branch_bias=s, scale=upstream[0, :, 0].to(x.dtype), row_ids=ids)
+            ),
+            draw(device, (2, 5, 6), (2, 3, 6), (6,), (6,), (6,)),
+        ),
+        "add_layer_norm, post-norm": (
+            lambda x, y, w: add_layer_norm(x, y, w, None, 1e-3, scale=0.5, post_norm=True)[0],
+            draw(device, (2, 5, 6), (2, 5, 6), (6,)),
+        ),
+        "norm of add_layer_norm": (
+            lambda x, y: add_layer_norm(x, y, None, None, 1e-3, rms=True)[1],
+            draw(device, (2, 5, 6), (2, 5, 6)),
+        ),
+        "pixel_loss": (
+            lambda x: pixel_loss(x, clip, ids, 4, 1, normalise="token", reduction="none"),
+            draw(device, (2, 3, 48)),
         ),
         "cls_scores": (cls_scores, draw(device, (2, 3, 4), (2, 3, 5, 4))),
         "cosine_alignment_loss": (

@@ -130,6 +130,32 @@ def test_a_request_to_end_leaves_the_results_too(tmp_path):
     assert (tmp_path / "session.md").exists()
 
 
+def test_a_killed_session_leaves_a_page_and_no_stage(tmp_path):
+    """kill -9: what was measured can be read, the stage does not stay on the GPU, and the next call goes on."""
+    measured = {"facts": {"sources": "abc"}, "results": []}
+    stage = "import os, pathlib, time; pathlib.Path(os.environ['PID']).write_text(str(os.getpid())); time.sleep(60)"
+    code = "import sys; from benchmarks import gpu_session as g; g.SAVE_EVERY = 0.1; "
+    code += f"g.stages = lambda *_: [g.Stage('long', (sys.executable, '-c', {stage!r}))]; "
+    code += f"g.main(['--rehearse', '--out', {str(tmp_path)!r}])"
+    (tmp_path / "session.json").write_text(json.dumps({"kernels": measured}))
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PID": str(tmp_path / "pid")}
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "session.md").exists() and (tmp_path / "pid").exists()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    assert saved(tmp_path)["kernels"] == measured
+    assert saved(tmp_path)["stages"][0]["state"] == "running"
+    assert "| long | running |" in (tmp_path / "session.md").read_text()
+    process = int((tmp_path / "pid").read_text())
+    while is_alive(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert gpu_session.read_before(tmp_path)[0]["kernels"] == measured
+
+
 def test_the_next_session_goes_on_from_results_of_the_same_sources(session, tmp_path):
     old = {part: {"facts": {"sources": "abc"}, "results": [part]} for part in PARTS}
     session.seed(old)

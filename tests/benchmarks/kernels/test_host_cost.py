@@ -9,12 +9,49 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels import host_cost
 
+LIMITS = {
+    "gather_layer_norm": 5,
+    "gather_layer_norm, position": 5,
+    "add_layer_norm": 6,
+    "add_layer_norm, drop path": 6,
+    "cls_scores": 3,
+    "sample_visible": 3,
+    "gather_patches": 3.5,
+    "linear": 9,
+    "quantize_rows": 3,
+    "add_layer_norm_8bit": 3.5,
+    "linear_8bit": 6,
+    "cosine_alignment_loss": 6.5,
+    "pixel_loss": 6.5,
+}
+"""Half as much again as measured, in units of F.layer_norm with gradients (5 us on a free core): a busy machine slows
+both down. An op whose launches are not kept, or whose checks run at every call, is above its limit."""
+
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes the launch's place")
 def test_wrappers_stay_thin():
-    """In units of F.layer_norm with gradients, 5 us on a free core: a busy machine slows both down."""
-    cost = host_cost.measure(rounds=15, repeats=40)
-    unit = cost[host_cost.YARDSTICK]
-    assert cost["gather_layer_norm"] < 8 * unit  # 12 with torch.library's wrapper and Triton's look at each argument
-    assert cost["gather_layer_norm, position"] < 9 * unit
-    assert max(cost[name] for name in ("cls_scores", "sample_visible", "gather_patches")) < 8 * unit
+    over: dict[str, str] = {}
+    for _ in range(3):  # a burst of other work can fall on one op and not on the unit
+        cost = host_cost.measure(rounds=15, repeats=30)
+        unit = cost[host_cost.YARDSTICK][0]
+        over = {
+            name: f"{cost[name][0]:.1f} us is {cost[name][0] / unit:.1f} times F.layer_norm; at most {limit}"
+            for name, limit in LIMITS.items()
+            if cost[name][0] > limit * unit
+        }
+        if not over:
+            return
+    raise AssertionError(over)
+
+
+def test_every_call_of_an_op_after_the_first_uses_its_plan(monkeypatch):
+    """Checks and Triton's look at the arguments are for the first call only."""
+    with host_cost.launches_stubbed():
+        functions = {name: call for name, call in host_cost.calls().items() if name != host_cost.YARDSTICK}
+        for call in functions.values():
+            call()
+        known = set(host_cost.launch.PLANS)
+        monkeypatch.setattr(host_cost.launch, "keep", lambda key, plan: pytest.fail(f"a second plan for {key[0]}"))
+        for call in functions.values():
+            call()
+        assert set(host_cost.launch.PLANS) == known
