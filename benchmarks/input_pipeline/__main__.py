@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -33,7 +32,7 @@ import torch
 from benchmarks.environment import describe
 from benchmarks.input_pipeline import cost, report
 from benchmarks.input_pipeline.contenders import FRAMES, Row, loader_of, measure_bare, measure_loader
-from benchmarks.input_pipeline.files import Files, make_originals, prepare, read_files
+from benchmarks.input_pipeline.files import Files, make_copies, make_originals, read_files
 from benchmarks.step_time.jobs.pretrain import MODELS
 from umt_fast.data import synthetic
 from umt_fast.data.dali_loader import DaliSupport
@@ -126,7 +125,7 @@ def make_files(options: argparse.Namespace, work: Path) -> list[Files]:
         copies += [("vp9", 4), ("mjpeg", 1)]
     for codec, gop in copies:
         folder = work / f"{codec}-{gop}"
-        prepare(original, folder, codec, gop)
+        make_copies(original, folder, codec, gop)
         files.append(read_files(f"{codec} gop {gop}", folder))
     return files
 
@@ -195,8 +194,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     try:
         measure(options)
-    except subprocess.CalledProcessError as error:  # it has said why
-        sys.exit(f"error: {' '.join(error.cmd)} failed")
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

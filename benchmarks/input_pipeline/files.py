@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.prepare import Settings, prepare
+from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.storage import file_size
 from umt_fast.data.video import BadVideo, Video
 
@@ -53,10 +54,9 @@ def make_originals(sources: VideoList, folder: Path) -> None:
             container.mux(stream.encode())
 
 
-def prepare(source: Path | str, folder: Path, codec: str, gop: int) -> None:
-    """Make copies with the command that users have."""
-    command = [sys.executable, "-m", "umt_fast.data.prepare", str(source), str(folder)]
-    subprocess.run([*command, "--codec", codec, "--gop", str(gop)], check=True)
+def make_copies(source: Path | str, folder: Path, codec: str, gop: int) -> None:
+    """Copies as `umt_fast.data.prepare` makes them. Raises RunError."""
+    prepare(Settings(str(source), str(folder), Recipe(codec, gop=gop)))
 
 
 def read_files(name: str, source: Path | str) -> Files:

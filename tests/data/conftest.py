@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 WriteVideo = Callable[..., Path]
 
@@ -87,6 +88,12 @@ def _decode_all(path: Path | str) -> list[np.ndarray]:
 @pytest.fixture(scope="session")
 def write_video() -> WriteVideo:
     return _write_video
+
+
+@pytest.fixture
+def dead_workers_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DataLoader that waits for data looks for dead workers every 5 seconds; here five times a second."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 
 @pytest.fixture(scope="session")

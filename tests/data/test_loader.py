@@ -482,11 +482,12 @@ def test_error_names_a_small_dev_shm(videos, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_spawned_workers_change_nothing(videos, monkeypatch):
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_change_nothing(videos, monkeypatch, method):
     """They do not inherit memory."""
     alone = _batches(_stream(videos), batches=4, batch_size=2)
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
-    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: method)
+    context = multiprocessing.get_context(method)
     monkeypatch.setattr(
         "umt_fast.data.workers.DataLoader", functools.partial(DataLoader, multiprocessing_context=context)
     )

@@ -59,6 +59,7 @@ def test_busy_workers_are_stopped():
 
 
 @pytest.mark.timeout(60)
+@pytest.mark.usefixtures("dead_workers_noticed_soon")
 def test_a_dead_worker_is_recognised():
     batches = iter(DataLoader(Sleepers(), batch_size=None, num_workers=1))
     next(batches)

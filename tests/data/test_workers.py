@@ -22,6 +22,8 @@ from umt_fast.data.workers import WorkerDied
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.usefixtures("dead_workers_noticed_soon")
+
 
 def open_loader(videos: Path, batches: int = 6, workers: int = 2, **settings) -> ClipLoader:
     config = DataConfig(workers=workers, prefetch=1, **settings)

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import resource
 
 import pytest
+import stage2_cases as stage2
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "support"))  # the processes below are started without pytest
-
-import stage2_cases as stage2  # noqa: E402
-
-from umt_fast import VideoTextModel, video_text_step  # noqa: E402
-from umt_fast.evaluation import retrieval  # noqa: E402
-from umt_fast.objectives import contrast  # noqa: E402
-from umt_fast.objectives.contrast import contrastive_loss, unit_mean  # noqa: E402
-from umt_fast.run import world as processes  # noqa: E402
+from umt_fast import VideoTextModel, video_text_step
+from umt_fast.evaluation import retrieval
+from umt_fast.objectives import contrast
+from umt_fast.objectives.contrast import contrastive_loss, unit_mean
+from umt_fast.run import world as processes
 
 
 def recorded_gradients(rank: int | None, gradient: str = "published") -> dict[str, torch.Tensor]:
@@ -86,10 +80,7 @@ TEXTS_OF_VIDEOS = [[0], [1], [2], [3], [4, 5]]
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
     path = tmp_path_factory.mktemp("ranks") / "found"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(path)]
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(worker, [str(path)])
     return [torch.load(f"{path}.{rank}", weights_only=True) for rank in (0, 1)]
 
 
@@ -167,32 +158,23 @@ def test_sharp_similarities_stay_finite():
     assert video.grad.isfinite().all()
 
 
-MEMORY = """
-import resource, torch
-from umt_fast.objectives import contrast
-contrast.MOST_SIMILARITIES = 1 << 20
-torch.manual_seed(0)
-video, text = (torch.nn.functional.normalize(torch.randn(8192, 16), dim=1).requires_grad_() for _ in range(2))
-idx, temperature = torch.arange(8192), torch.tensor(0.07, requires_grad=True)
-contrast.contrastive_loss(video[:64], text[:64], temperature, idx[:64]).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-contrast.contrastive_loss(video, text, temperature, idx).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
-"""
+def print_memory_of_a_large_batch() -> None:
+    contrast.MOST_SIMILARITIES = 1 << 20
+    torch.manual_seed(0)
+    video, text = (F.normalize(torch.randn(8192, 16), dim=1).requires_grad_() for _ in range(2))
+    idx, temperature = torch.arange(8192), torch.tensor(0.07, requires_grad=True)
+    contrastive_loss(video[:64], text[:64], temperature, idx[:64]).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contrastive_loss(video, text, temperature, idx).backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_global_batch():
     """The similarities alone would have 256 MiB, and what autograd keeps of them several times that."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 64, f"{done.stdout} MiB"
+    printed = run_ranks(print_memory_of_a_large_batch, count=1)
+    assert float(printed) < 64, f"{printed} MiB"
 
 
 def test_refuses_batches_of_different_sizes():
     with pytest.raises(ValueError, match="2 videos, 3 texts and 2 numbers"):
         contrastive_loss(torch.ones(2, 4), torch.ones(3, 4), torch.tensor(1.0), torch.arange(2))
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forked import run_ranks
 from torch import nn
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
@@ -17,8 +15,6 @@ from umt_fast.run import world as processes
 from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.optim import build_optimizer, clip_gradients, set_learning_rate
 from umt_fast.run.world import World
-
-ROOT = Path(__file__).parents[2]
 
 
 def build(world: World, kind: str) -> tuple[nn.Module, TrainState]:
@@ -64,10 +60,7 @@ def worker(folder: Path) -> None:
 
 
 def test_ddp_and_fsdp_train_alike_and_read_each_others_checkpoints(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(tmp_path)]
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(worker, [tmp_path])
     ends = {path.name: checkpoint.load_checkpoint(path / "clips_0000000016.pth") for path in tmp_path.iterdir()}
     assert len(ends) == 5
     keys = list(VideoStudent(StudentConfig(32, 16, 1, 2, 32, 2, 2, 0.0, 2, 16)).state_dict())
@@ -77,7 +70,3 @@ def test_ddp_and_fsdp_train_alike_and_read_each_others_checkpoints(tmp_path):
             assert (value - ends["ddp"]["model"][key]).abs().max() < 1e-5, (name, key)
     for key, value in ends["fsdp_from_fsdp"]["model"].items():
         assert torch.equal(value, ends["fsdp"]["model"][key]), key
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

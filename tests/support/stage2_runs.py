@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from forked import run_ranks
 from PIL import Image
 
 from train import stage2
 
-ROOT = Path(__file__).parents[2]
 WORDS = ("a", "red", "blue", "circle", "square", "star", "that", "spins", "orbits", "bounces")
 
 SMALL = """
@@ -97,17 +94,7 @@ class Runner:
         return self.folder / name
 
     def run_two(self, name: str, *options: str, images: bool = True) -> Path:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.stage2"]
-        done = subprocess.run(
-            [sys.executable, *command, *self.arguments(name, *options, images=images)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=ROOT,
-        )
-        assert done.returncode == 0, done.stderr
+        run_ranks(stage2.main, [self.arguments(name, *options, images=images)])
         return self.folder / name
 
 

@@ -1,4 +1,4 @@
-"""Runs of the trainer as a user starts them: in processes of their own."""
+"""Runs of the trainer as a user starts them; most are forked, which saves the seconds that Python takes to start."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import forked
 import pytest
 
 from train import pretrain
 
 ROOT = Path(__file__).parents[2]
-
 SMALL = ROOT / "tests" / "support" / "small.toml"
+
+Child = subprocess.Popen[str] | forked.Forked
 
 
 class Trainer:
@@ -28,14 +30,14 @@ class Trainer:
         self.folder = folder
         self.recipe = SMALL
         self.videos = videos
-        self.children: list[subprocess.Popen[str]] = []
+        self.children: list[Child] = []
 
     def arguments(self, *options: str) -> list[str]:
         given = ["--recipe", str(self.recipe), "--run.dir", str(self.folder), *options]
         return given if "--data.train" in options else [*given, "--data.train", str(self.videos)]
 
     def run_here(self, *options: str) -> tuple[int, str]:
-        """Exit status and output of a run in this process, which saves the seconds that another takes to start."""
+        """Exit status and output of a run in this process."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
@@ -47,46 +49,52 @@ class Trainer:
             return 1, printed.getvalue() + status
         return status or 0, printed.getvalue()
 
-    def start(
+    def start(self, *options: str) -> forked.Forked:
+        """A run of its own."""
+        (child,) = self.start_ranks(options)
+        return child
+
+    def start_ranks(
         self,
-        *options: str,
-        processes: int = 1,
-        limit: Callable[[], None] | None = None,
-        environment: dict[str, str] | None = None,
-        launcher: Sequence[str] = (),
+        *options: Sequence[str],
+        largest_file: int | None = None,
+        main: Callable[[list[str]], None] = pretrain.main,
+    ) -> list[forked.Forked]:
+        """The ranks of a run, one for each tuple of options, without torchrun. `largest_file`: bytes."""
+        ranks = forked.start_ranks(main, [(self.arguments(*each),) for each in options], largest_file)
+        self.children += ranks
+        return ranks
+
+    def start_program(
+        self, *options: str, torchrun: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """A run of its own; `launcher`: the options of torchrun, if it starts the run."""
-        if processes > 1 and not launcher:
-            launcher = ("--standalone", "--nproc-per-node", str(processes))
-        command = [sys.executable, *(("-m", "torch.distributed.run", *launcher) if launcher else ())]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} | (
-            environment or {}
-        )
+        """`python -m train.pretrain`, by itself or under torchrun with these options."""
+        launcher = () if torchrun is None else ("-m", "torch.distributed.run", "--standalone", *torchrun)
+        paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
         child = subprocess.Popen(
-            [*command, "-m", "train.pretrain", *self.arguments(*options)],
+            [sys.executable, *launcher, "-m", "train.pretrain", *self.arguments(*options)],
             cwd=ROOT,
-            env=environment,
+            env={**os.environ, **paths, **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            preexec_fn=limit,
             start_new_session=True,
         )
         self.children.append(child)
         return child
 
-    def run(self, *options: str, processes: int = 1, limit: Callable[[], None] | None = None) -> tuple[int, str]:
+    def run(self, *options: str, processes: int = 1, largest_file: int | None = None) -> tuple[int, str]:
         """Exit status and output of a run that ends by itself; in this process if it is one without a limit."""
-        if processes == 1 and limit is None:
+        if processes == 1 and largest_file is None:
             return self.run_here(*options)
-        child = self.start(*options, processes=processes, limit=limit)
-        output, _ = child.communicate(timeout=120)
-        return child.returncode, output
+        ranks = self.start_ranks(*[options] * processes, largest_file=largest_file)
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        return max(abs(rank.returncode or 0) for rank in ranks), "".join(outputs)
 
     def checkpoints(self, name: str) -> list[Path]:
         return sorted((self.folder / name / "checkpoints").glob("*"))
 
-    def wait_for_step(self, child: subprocess.Popen[str], step: int) -> str:
+    def wait_for_step(self, child: Child, step: int) -> str:
         """Read the output until the log line of `step`."""
         assert child.stdout is not None
         seen = ""

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
+from forked import run_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 import umt_fast
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent
 from umt_fast.run import world as processes
 
-ROOT = Path(__file__).parents[2]
 MICRO_BATCHES = 2
 
 
@@ -54,10 +49,7 @@ def worker(path: str) -> None:
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     path = tmp_path / "gradients.pth"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(path)]
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_ranks(worker, [str(path)])
     student, teacher = models()
     clips, visible = inputs()
     umt_fast.alignment_step(student, teacher, clips, 2, visible).loss.backward()
@@ -65,7 +57,3 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     for name, parameter in student.named_parameters():
         assert (parameter.grad - joined[name]).abs().max() < 1e-6, name
         assert parameter.grad.abs().max() > 0, name
-
-
-if __name__ == "__main__":
-    worker(sys.argv[1])

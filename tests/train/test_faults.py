@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -15,34 +17,13 @@ import torch
 from train import pretrain
 from umt_fast.config import PretrainConfig
 from umt_fast.recipe import load_recipe
-from umt_fast.run import checkpoint
+from umt_fast.run import checkpoint, pictures, world
 from umt_fast.run.stop import EXIT_STOPPED
 from umt_fast.run.world import World
 from umt_fast.weights import read_weights
 
 ALONE = World(0, 1, torch.device("cpu"))
 ENDLESS = ("--optim.epochs", "500", "--run.save-every", "100000")
-
-
-def start_ranks(
-    trainer, *options: str, second: tuple[str, ...] = (), environment: dict[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
-    """Two ranks without torchrun; the second has options of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    own: tuple[tuple[str, ...], ...] = ((), second)
-    return [
-        trainer.start(
-            "--optim.batch-size",
-            "2",
-            *options,
-            *own[rank],
-            environment={**(environment or {}), **shared, "RANK": str(rank), "LOCAL_RANK": "0"},
-        )
-        for rank in range(2)
-    ]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -73,7 +54,8 @@ def test_warnings_of_schedulers_save_the_run(trainer, number):
 
 
 def test_a_second_signal_ends_a_rank_that_waits_for_another(trainer):
-    main, other = start_ranks(trainer, "--run.name", "g", *ENDLESS, "--data.workers", "0")
+    options = ("--run.name", "g", *ENDLESS, "--data.workers", "0")
+    main, other = trainer.start_ranks(options, options)
     trainer.wait_for_step(main, 2)
     other.send_signal(signal.SIGSTOP)
     time.sleep(1)  # the main rank is in a collective now
@@ -85,8 +67,14 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(trainer):
     assert "ended without saving" in output
 
 
+def call_the_roll_quickly(arguments: list[str]) -> None:
+    world.ANSWER_SECONDS = 3.0
+    pretrain.main(arguments)
+
+
 def test_a_rank_that_stalls_is_named(trainer):
-    main, other = start_ranks(trainer, "--run.name", "t", *ENDLESS, "--data.workers", "0", "--run.step-timeout", "3")
+    options = ("--run.name", "t", *ENDLESS, "--data.workers", "0", "--run.step-timeout", "3")
+    main, other = trainer.start_ranks(options, options, main=call_the_roll_quickly)
     trainer.wait_for_step(main, 2)
     other.send_signal(signal.SIGSTOP)
     output, _ = main.communicate(timeout=60)
@@ -96,8 +84,8 @@ def test_a_rank_that_stalls_is_named(trainer):
 
 
 def test_ranks_that_were_started_differently_refuse(trainer):
-    ranks = start_ranks(trainer, "--run.name", "d", second=("--optim.lr", "0.5"))
-    for rank in ranks:
+    options = ("--run.name", "d")
+    for rank in trainer.start_ranks(options, (*options, "--optim.lr", "0.5")):
         output, _ = rank.communicate(timeout=60)
         assert rank.returncode == 1
         assert "rank 1 was started with optim.lr = 0.5, rank 0 with 0.00015" in output
@@ -143,9 +131,9 @@ def test_a_lost_rank_costs_no_whole_step(trainer):
     settings = ("--optim.batch-size", "2", "--run.save-every", "100", "--data.workers", "0", "--optim.epochs", "4")
     status, output = trainer.run("--run.name", "whole", *settings, processes=2)
     assert status == 0, output
-    child = trainer.start(
+    child = trainer.start_program(
         *("--run.name", "parts", *settings),
-        launcher=("--standalone", "--nproc-per-node", "2", "--max-restarts", "2"),
+        torchrun=("--nproc-per-node", "2", "--max-restarts", "2"),
         environment=dying_at(trainer, 1, SIXTH_STEP),
     )
     output, _ = child.communicate(timeout=120)
@@ -156,11 +144,21 @@ def test_a_lost_rank_costs_no_whole_step(trainer):
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
+def die(*_, **__) -> None:
+    time.sleep(0.5)  # what it has sent arrives
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_while_drawing(arguments: list[str]) -> None:
+    if os.environ["RANK"] == "0":
+        pictures.draw_loss_curve = die
+    pretrain.main(arguments)
+
+
 def test_a_rank_that_is_done_waits_for_the_others(trainer):
     """Else torchrun could not start them again should one be lost, since the first one's torchrun has ended."""
-    drawing = "from umt_fast.run import pictures\npictures.draw_loss_curve = die"
     options = ("--run.name", "e", "--run.stop-at", "2", "--data.workers", "0")
-    ranks = start_ranks(trainer, *options, environment=dying_at(trainer, 0, drawing))
+    ranks = trainer.start_ranks(options, options, main=die_while_drawing)
     for rank in ranks:
         output, _ = rank.communicate(timeout=60)
     assert [rank.returncode for rank in ranks] == [-signal.SIGKILL, 1]
@@ -179,7 +177,7 @@ def test_the_run_goes_on_without_a_reader(trainer):
 def test_a_terminal_without_utf8(trainer, demo_videos):
     listing = trainer.folder / "uni.csv"
     listing.write_text(f"{trainer.folder}/fehlt-ü-视频.mp4,0\n{demo_videos.read_text()}", encoding="utf-8")
-    child = trainer.start(
+    child = trainer.start_program(
         *("--run.name", "u", "--data.train", str(listing), "--data.max-bad-fraction", "1", "--data.workers", "0"),
         environment={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
     )
@@ -207,17 +205,12 @@ def test_a_folder_that_is_removed_meanwhile(trainer):
 
 
 def test_a_file_system_without_flock(trainer, monkeypatch):
-    (trainer.folder / "sitecustomize.py").write_text(
-        "import errno, fcntl\ndef flock(*_): raise OSError(errno.ENOSYS, 'Function not implemented')\n"
-        "fcntl.flock = flock\n"
-    )
-    root = Path(__file__).parents[2]
-    child = trainer.start(
-        *("--run.name", "f", "--run.stop-at", "2", "--data.workers", "0"),
-        environment={"PYTHONPATH": f"{trainer.folder}:{root}:{root / 'kernels'}"},
-    )
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 0, output
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    status, output = trainer.run("--run.name", "f", "--run.stop-at", "2", "--data.workers", "0")
+    assert status == 0, output
     assert f"the file system of {trainer.folder / 'f'} has no flock" in output
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import start_ranks
 
 pytest.importorskip("av")
 
@@ -37,12 +35,12 @@ from umt_fast.data.labels import LabelError
 from umt_fast.errors import RunError
 from umt_fast.evaluation.classification import Scores
 from umt_fast.recipe import load_recipe
+from umt_fast.run import world as processes
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, write_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[2]
 MATH = ComputeConfig(precision="fp32", attention="math")
 SIZES = {"image_size": 32, "patch_size": 16, "frames": 2, "width": 32, "depth": 2, "heads": 2}
 ALONE = World(0, 1, torch.device("cpu"))
@@ -190,22 +188,12 @@ def test_a_run_leaves_its_report_and_best_weights(config, capsys):
     assert again["path"].tolist() == before["path"].tolist()
 
 
-PROCESS = """
-import pickle, sys
-import torch
-import torch.distributed as dist
-from train import finetune
-from umt_fast.run.world import World
-
-rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-with open(f"{folder}/config", "rb") as file:
-    configs = pickle.load(file)
-for config in configs:
-    finetune.train(config, World(rank, size, torch.device("cpu"), dist.group.WORLD))
-dist.destroy_process_group()
-"""
+def train_as_a_rank(*configs: FinetuneConfig) -> None:
+    torch.set_num_threads(1)
+    world = processes.start("cpu")
+    for config in configs:
+        finetune.train(config, world)
+    world.close()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -218,30 +206,17 @@ def test_two_processes_train_as_one_on_the_joined_batch_and_test_alike(config, t
     config = change(config, "classifier", drop_path=0.0)
     alone, two = (change(config, "run", name=name) for name in ("alone", "two"))
     two = change(two, "optim", batch_size=2)
-    (tmp_path / "process.py").write_text(PROCESS)
     parts, averaged = [two], []
     if parallel == "fsdp":
         averaged = [change(change(each, "optim", ema_decay=0.9), "run", stop_at=2) for each in (two, alone)]
         averaged = [change(each, "run", name=f"{each.run.name}-average") for each in averaged]
         parts = [change(two, "run", stop_at=5), two, averaged[0]]
-    (tmp_path / "config").write_bytes(pickle.dumps(parts))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "process.py"), str(rank), "2", str(tmp_path)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks(train_as_a_rank, [parts] * 2)
     for each in (alone, *averaged[1:]):
         finetune.train(each, ALONE)
-    for child in children:
-        output, _ = child.communicate(timeout=120)
-        assert child.returncode == 0, output
+    for rank in ranks:
+        output, _ = rank.communicate(timeout=120)
+        assert rank.returncode == 0, output
     for pair in ((alone, two), *([averaged] if averaged else [])):
         one, other = (weights_of(each) for each in pair)
         assert one.keys() == other.keys()

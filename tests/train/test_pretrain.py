@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import time
 from pathlib import Path
@@ -133,7 +132,10 @@ def test_an_attention_backend_that_is_missing_is_named(trainer):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processes):
-    child = trainer.start("--run.name", "s", "--optim.epochs", "500", "--run.save-every", "100000", processes=processes)
+    """Of a program: a terminal's signal reaches all its processes, torchrun passes its own on."""
+    options = ("--run.name", "s", "--optim.epochs", "500")
+    torchrun = None if processes == 1 else ("--nproc-per-node", "2")
+    child = trainer.start_program(*options, "--run.save-every", "100000", torchrun=torchrun)
     trainer.wait_for_step(child, 4)
     os.killpg(child.pid, number) if processes == 1 else os.kill(child.pid, number)
     output, _ = child.communicate(timeout=60)
@@ -142,9 +144,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processe
     assert "saving after this step" in output
     (saved,) = trainer.checkpoints("s")
     step = checkpoint.load_checkpoint(saved)["clips_seen"] // (4 * processes)
-    status, output = trainer.run(
-        "--run.name", "s", "--optim.epochs", "500", "--run.stop-at", str(step + 2), processes=processes
-    )
+    status, output = trainer.run(*options, "--run.stop-at", str(step + 2), processes=processes)
     assert status == 0, output
     assert f"going on from {saved} at step {step}" in output
 
@@ -229,10 +229,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trainer):
     assert status == 0, output
     before = trainer.checkpoints("d")[-1].read_bytes()
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-
-    status, output = trainer.run("--run.name", "d", limit=limit)
+    status, output = trainer.run("--run.name", "d", largest_file=len(before) // 2)
     assert status != 0
     assert "error: cannot write" in output
     assert "Traceback" not in output

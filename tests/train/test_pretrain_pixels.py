@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -29,7 +28,6 @@ from umt_fast.data.loader import ClipDataset
 from umt_fast.run import checkpoint
 from umt_fast.run.world import World
 
-ROOT = Path(__file__).parents[2]
 SMALL = """
 objective = "{objective}"
 [model]
@@ -69,10 +67,8 @@ def run(folder: Path, case: str, videos: Path, name: str, *options: str) -> Path
     objective, model, mask = CASES[case]
     recipe = folder / f"{case}.toml"
     recipe.write_text(SMALL.format(objective=objective, model=model, mask=mask))
-    command = [sys.executable, "-m", "train.pretrain", "--recipe", str(recipe), "--data.train", str(videos)]
-    command += ["--run.dir", str(folder), "--run.name", name, "--run.device", "cpu", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr + done.stdout
+    arguments = ["--recipe", str(recipe), "--data.train", str(videos), "--run.dir", str(folder), "--run.name", name]
+    pretrain.main([*arguments, "--run.device", "cpu", *options])
     return folder / name
 
 

@@ -29,13 +29,12 @@ import math
 import posixpath
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from umt_fast.config import DataConfig
-from umt_fast.data.video import DEFAULT_LIMITS, Facts, Packets, Part, Video, is_url
+from umt_fast.data.video import DEFAULT_LIMITS, Facts, Limits, Packets, Part, Video, is_url
 from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
@@ -115,8 +114,7 @@ class VideoList(Sequence[Video]):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = range(len(self))[index]
         with _as_bad_index(row):
-            video = _to_video(self._load(row), self._base)
-            return replace(video, read_timeout=self.read_timeout, limits=self.limits)
+            return _to_video(self._load(row), self._base, self.read_timeout, self.limits)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row as in an index, with a path of its own instead of one relative to the index."""
@@ -245,7 +243,7 @@ def describe_part(part: Part | None) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _to_video(row: dict[str, Any], base: str) -> Video:
+def _to_video(row: dict[str, Any], base: str, read_timeout: float, limits: Limits) -> Video:
     facts = None
     if "times" in row:
         first, *steps = row["times"]
@@ -259,12 +257,13 @@ def _to_video(row: dict[str, Any], base: str) -> Video:
             setup = base64.b64decode(where["setup"], validate=True)
             packets = Packets(_whole(where, "sizes"), _whole(where, "first"), setup)
         width, height = _whole(row, "width"), _whole(row, "height")
-        if not isinstance(row["fps"], int | float) or not 0 <= row["fps"] < 1 << 31:
+        if not isinstance(row["fps"], (int, float)) or not 0 <= row["fps"] < 1 << 31:
             raise ValueError(f"fps = {row['fps']!r}")
         facts = Facts(width, height, row["fps"], str(row["codec"]), times, keys, packets=packets)
     path, shard = row["path"], row.get("shard")
-    if not (isinstance(row.get("label"), int | None) and isinstance(row.get("caption"), str | None)):
-        raise ValueError("label must be an integer, caption a text")
+    caption = row.get("caption")
+    if not (caption is None or isinstance(caption, str)):
+        raise ValueError("caption must be a text")
     return Video(
         path=join(base, path if shard is None else shard),
         member="" if shard is None else path,
@@ -272,10 +271,12 @@ def _to_video(row: dict[str, Any], base: str) -> Video:
         size=None if row.get("bytes") is None else _whole(row, "bytes"),
         facts=facts,
         label=_label(row),
-        caption=row.get("caption"),
+        caption=caption,
         class_name=None if row.get("class") is None else str(row["class"]),
-        refused=str(row.get("refused", "")),
         part=_part(row),
+        read_timeout=read_timeout,
+        limits=limits,
+        refused=str(row.get("refused", "")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import multiprocessing
 import os
 import signal
 import threading
@@ -22,11 +23,12 @@ IDLE = -1
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this worker when its parent ends, however that ends (Linux only)."""
+    """Have the kernel kill this worker when process `parent`, which started it, ends, however it ends (Linux only)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    # The fork server, the parent of what it forks, ends with the process that uses it.
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 

@@ -181,8 +181,8 @@ def test_load_that_is_not_found_fails(monkeypatch):
 
 
 def test_too_much_shared_memory_fails(monkeypatch):
-    x = torch.empty(512, 512, dtype=torch.bfloat16)
-    row = compile_row(monkeypatch, shared_kernel, x, x.clone(), N=512, num_warps=32)
+    x = torch.empty(256, 256, dtype=torch.bfloat16)
+    row = compile_row(monkeypatch, shared_kernel, x, x.clone(), N=256, num_warps=8)
     assert any("shared memory" in failure for failure in row.failures())
 
 

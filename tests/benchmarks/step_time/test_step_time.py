@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import umt_kernels.backend
+from forked import run_ranks
 
 from benchmarks.step_time import __main__ as step_time
 from benchmarks.step_time import beside, measure, page, plots, report
@@ -300,15 +299,10 @@ def test_without_pyav_decoding_says_what_it_needs(no_decoding, monkeypatch):
 
 
 def test_two_processes_time_their_all_reduce_and_the_first_reports(demo_videos, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     options = ["--device", "cpu", "--models", "tiny", "--batch", "2", "--repeats", "2", "--rungs", BASELINE.name]
     options += ["--workers", "1", "--videos", str(demo_videos), "--out", str(tmp_path)]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.step_time"]
-    done = subprocess.run(
-        [sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tiny x 2: baseline ...") == 1
+    printed = run_ranks(step_time.main, [options], timeout=180)
+    assert printed.count("tiny x 2: baseline ...") == 1
     content = report.read(tmp_path / "step_time.json")
     (beside,) = content["beside"]
     assert beside["decode_seconds"] > 0

@@ -518,9 +518,9 @@ def test_a_video_that_never_ends_is_one_failure(source, unbroken, tmp_path, monk
     settings = _settings(source, tmp_path / "out", per_shard=per_shard)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "write_copy", spin)
-        report = prepare(dataclasses.replace(settings, time_limit=5.0))
+        report = prepare(dataclasses.replace(settings, time_limit=2.0))
     (reason,) = [reason for name, reason in report.failures.items() if name.endswith("3.mp4")]
-    assert reason == "not done after 5 seconds; damaged, or in need of a longer --time-limit"
+    assert reason == "not done after 2 seconds; damaged, or in need of a longer --time-limit"
     assert report.copies == 6
     assert multiprocessing.active_children() == []
     assert prepare(settings).copies == 7  # tried again

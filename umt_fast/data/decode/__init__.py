@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import posixpath
@@ -59,16 +58,16 @@ def open_video(video: Video, content: bytes | None = None, square_pixels: bool =
         return
     from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
 
-    opened: Callable[[Video, bytes | None], contextlib.AbstractContextManager[Reader]] = functools.partial(
-        container.opened, square_pixels=square_pixels
-    )
+    reading: contextlib.AbstractContextManager[Reader]
     if by_index.can_read(video):
-        opened = by_index.opened
+        reading = by_index.opened(video, content)
     elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
         from umt_fast.data.decode import stills
 
-        opened = stills.opened_folder
-    with opened(video, content) as reader:
+        reading = stills.opened_folder(video, content)
+    else:
+        reading = container.opened(video, content, square_pixels)
+    with reading as reader:
         yield reader
 
 

@@ -82,17 +82,16 @@ class Reader:
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
         fed = 0  # the decoder has the packets before this frame, from their key frame on
-        for index, begin in zip(indices, begins, strict=True):
-            if fed <= begin:
-                self.decoder.flush_buffers()
-                fed = begin
-            with as_bad_video():
+        with as_bad_video():
+            for index, begin in zip(indices, begins, strict=True):
+                if fed <= begin:
+                    self.decoder.flush_buffers()
+                    fed = begin
                 frame = self._decode(fed, index)
                 if frame is None:
                     raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
-                picture = to_rgb(frame)
-            fed = index + 1
-            yield index, picture
+                fed = index + 1
+                yield index, to_rgb(frame)
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
         """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""

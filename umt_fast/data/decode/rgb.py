@@ -29,7 +29,7 @@ class RgbConverter:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._orientation: Orientation | None = None
         self._indexed = indexed
-        self._aspect = aspect
+        self._aspect = None if aspect == 1 else aspect
         self.read_side_data = False
 
     def orientation(self, frame: av.VideoFrame) -> Orientation:
@@ -40,7 +40,7 @@ class RgbConverter:
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         orientation = self.orientation(frame)
-        width = frame.width if self._aspect == 1 else max(round(frame.width * self._aspect), 1)
+        width = None if self._aspect is None else max(round(frame.width * self._aspect), 1)
         rgb = self._reformatter.reformat(orientation.rotate(frame), width, format="rgb24", threads=ONE_THREAD)
         (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
