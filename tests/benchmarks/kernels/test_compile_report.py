@@ -53,11 +53,15 @@ def greedy_kernel(x_ptr, y_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def shared_kernel(x_ptr, y_ptr, N: tl.constexpr):
+def shared_kernel(x_ptr, y_ptr, n, N: tl.constexpr):
+    """Keeps the tiles of as many steps in shared memory as `num_stages` says."""
     i = tl.arange(0, N)
     place = i[:, None] * N + i[None, :]
-    x = tl.load(x_ptr + place)
-    tl.store(y_ptr + place, tl.dot(x, tl.dot(x, x).to(x.dtype)).to(x.dtype))
+    total = tl.zeros((N, N), tl.float32)
+    for step in range(n):
+        tile = tl.load(x_ptr + step * N * N + place)
+        total = tl.dot(tile, tl.load(x_ptr + (n + step) * N * N + place), total)
+    tl.store(y_ptr + place, total)
 
 
 def compile_row(monkeypatch, kernel, *arguments, bulk=(), arch=80, **settings):
@@ -181,9 +185,11 @@ def test_load_that_is_not_found_fails(monkeypatch):
 
 
 def test_too_much_shared_memory_fails(monkeypatch):
-    x = torch.empty(256, 256, dtype=torch.bfloat16)
-    row = compile_row(monkeypatch, shared_kernel, x, x.clone(), N=256, num_warps=8)
-    assert any("shared memory" in failure for failure in row.failures())
+    x, y = torch.empty(16, 64, 64, dtype=torch.bfloat16), torch.empty(64, 64)
+    rows = [compile_row(monkeypatch, shared_kernel, x, y, 8, N=64, num_stages=stages) for stages in (2, 16)]
+    failures = [[failure for failure in row.failures() if "shared memory" in failure] for row in rows]
+    assert failures[0] == []
+    assert len(failures[1]) == 1
 
 
 def test_occupancy():
