@@ -4,10 +4,15 @@ BIN := .venv/bin
 DATA ?=
 
 
-.PHONY: demo demo-finetune demo-text test test-kernels test-dali gate mutate soak fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
+.PHONY: demo demo-stage1 demo-finetune demo-text test test-kernels test-dali gate mutate soak fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
 # With DATA, stage 1 alone and a random teacher: the small one that is trained here knows nothing but moving shapes.
-demo: .venv/.run ## pre-train a small student from video files and fine-tune it; results in runs/demo and runs/demo-finetune
+demo: demo-stage1 ## pre-train a small student from video files and fine-tune it; results in runs/demo and runs/demo-finetune
+ifeq ($(DATA),)
+	$(MAKE) demo-finetune
+endif
+
+demo-stage1: .venv/.run ## the first half of `make demo`: pre-train; results in runs/demo
 	rm -rf runs/demo
 ifeq ($(DATA),)
 	$(BIN)/python -m umt_fast.data.synthetic runs/demo-videos --count 192
@@ -16,7 +21,6 @@ ifeq ($(DATA),)
 		--teacher-weights runs/demo-teacher/teacher.safetensors --teacher.width 64 --teacher.heads 2 \
 		--student.image-size 64 --teacher.image-size 64 --optim.epochs 30 --optim.warmup-epochs 2 \
 		--compute.precision fp32
-	$(MAKE) demo-finetune
 else
 	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo --data.train "$(DATA)"
 endif
@@ -26,14 +30,15 @@ demo-finetune: .venv/.run ## the second half of `make demo`: fine-tune from rand
 	rm -rf runs/demo-finetune
 	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
 
-# From the stage-1 checkpoint of `make demo`, which it makes if there is none.
+# From the stage-1 checkpoint and teacher of `make demo`, which it makes if there are none.
 demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, test retrieval; results in runs/demo-text
-	ls runs/demo/checkpoints/*.pth >/dev/null 2>&1 || $(MAKE) demo
+	ls runs/demo/checkpoints/*.pth runs/demo-teacher/teacher.safetensors >/dev/null 2>&1 || $(MAKE) demo-stage1 DATA=
 	rm -rf runs/demo-text runs/demo-text-retrieval
 	$(BIN)/python -m umt_fast.data.synthetic runs/demo-text-videos --captions
 	$(BIN)/python -m train.stage2 --recipe tiny --run.name demo-text --data.videos runs/demo-text-videos/train.json \
-		--init "$$(ls runs/demo/checkpoints/*.pth | tail -1)"
-	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --k 12 \
+		--init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --student.image-size 64 --teacher.image-size 64 \
+		--teacher-weights runs/demo-teacher/teacher.safetensors --teacher.width 64 --teacher.heads 2
+	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --k 12 --data.workers 1 \
 		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
 
 # One thread per process: the processes take all cores between them.
