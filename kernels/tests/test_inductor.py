@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from umt_kernels import backend, cls_scores, cosine_alignment_loss, gather_layer_norm, gather_patches, sample_visible
+from umt_kernels import (
+    add_layer_norm,
+    backend,
+    cls_scores,
+    cosine_alignment_loss,
+    gather_layer_norm,
+    gather_patches,
+    pixel_loss,
+    sample_visible,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor's CPU code needs a C++ compiler")
 
@@ -23,7 +32,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 IDS = torch.tensor([[1, 4, 0], [3, 2, 4]])
 SHIFT, MATRIX = draw(7, 32), draw(16, 32, dtype=HALF)
-WEIGHT, BIAS, GAIN = draw(32), draw(32), draw(2, 32)
+WEIGHT, BIAS, GAIN, SCALE = draw(32), draw(32), draw(2, 32), torch.tensor([0.0, 1.5])
 CLIP = torch.randint(0, 256, (2, 2, 8, 8, 3), dtype=torch.uint8)
 
 # Each with a cast or a sum before and after, as in a model: function, inputs, kernels, calls of other libraries.
@@ -38,6 +47,20 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor], int, int]] = {
         [draw(2, 5, 32), draw(2, 5, 32, dtype=HALF)],
         1,
         1,
+    ),
+    "add_layer_norm": (
+        lambda x, branch: F.linear(
+            add_layer_norm(x * 2, branch, WEIGHT, BIAS, 1e-6, scale=SCALE, out_dtype=HALF)[1], MATRIX
+        ),
+        [draw(2, 5, 32), draw(2, 5, 32, dtype=HALF)],
+        1,
+        1,
+    ),
+    "pixel_loss": (
+        lambda x: pixel_loss(x * 2, CLIP, IDS, 4, 1),
+        [draw(2, 3, 48, dtype=HALF)],
+        2,
+        0,
     ),
     "cls_scores": (
         lambda q, k: cls_scores(q, k).log(),
