@@ -204,7 +204,7 @@ FAULTS = [
     Fault(SCORES, "head.to(tl.int64) * k_h", "head * k_h", SCORES_FAR),
     # add_layer_norm: the sum, drop path, biases, the norm, its two gradients
     Fault(ADD, "added *= tl.load(scale_ptr + sample", "added += tl.load(scale_ptr + sample", T_ADD),
-    Fault(ADD, "scale_ptr + sample", "scale_ptr + sample * 0", T_ADD),
+    Fault(ADD, "scale_ptr + sample", "scale_ptr + sample * 0", T_ADD, 0),
     Fault(ADD, "x += added * factor", "x += added", T_ADD_FORMS),
     Fault(ADD, "x = stored.to(tl.float32)", "x = x", T_ADD_TYPES),
     Fault(ADD, "/ width + eps)", "/ width)", T_ADD),
@@ -213,8 +213,8 @@ FAULTS = [
     Fault(ADD, "place = tl.load(row_ids_ptr + row", "place = 0 * tl.load(row_ids_ptr + row", T_ADD),
     Fault(ADD, "position_ptr + p_row[:, None]", "position_ptr + 0 * p_row[:, None]", T_ADD),
     Fault(ADD, "y_ptr + y_row[:, None] + column, y.to", "y_ptr + y_row[:, None] + column, x.to", T_ADD),
-    Fault(ADD, "statistics_ptr + rows + row, rstd", "statistics_ptr + rows + row, mean", T_ADD),
-    Fault(ADD, "tl.arange(0, ROWS)).to(tl.int64)", "tl.arange(0, ROWS)).to(tl.int32)", ADD_FAR),
+    Fault(ADD, "tl.int64) + row, rstd", "tl.int64) + row, mean", T_ADD),
+    Fault(ADD, "sample.to(tl.int64) * residual_b", "sample * residual_b", ADD_FAR),
     Fault(ADD, "(of_y, out_dtype)", "(of_y, residual.dtype)", T_ADD_TYPES),
     Fault(ADD_BACK, "branch_bias_ptr + column", "branch_bias_ptr + 0 * column", T_ADD),
     Fault(ADD_BACK, "dx += gx\n", "dx += 0\n", T_ADD),
@@ -230,7 +230,7 @@ FAULTS = [
     Fault(ADD_BACK, "grad_residual.zero_()", "pass", T_ADD),
     Fault(ADD_BACK, "scale is None and factor == 1 and", "scale is None and", T_ADD_FORMS),
     Fault(ADD_BACK, "(sample * length + place) * width", "(sample * kept + place) * width", T_ADD),
-    Fault(ADD_BACK, "tl.arange(0, ROWS)).to(tl.int64)", "tl.arange(0, ROWS)).to(tl.int32)", ADD_FAR),
+    Fault(ADD_BACK, "order = (row - row_sample * kept).to(tl.int64)", "order = row - row_sample * kept", ADD_FAR),
     # reductions that the norms and the losses share
     Fault("reductions.py", "row < programs", "row < programs - 1", T_ADD),
     Fault("reductions.py", "total += tl.load(partial_ptr", "total = tl.load(partial_ptr", T_SUMS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_level_without_dual_tensors_keeps_the_kernels(device, needs_kernels):
 
     torch.func.vmap(look)(x)
     assert seen == [False]
+
+
+def test_a_backward_within_a_level_without_dual_tensors(device):
+    """Plans are not kept there: the custom op runs."""
+    x = torch.rand(1, 2, 3, 4, device=device, requires_grad=True)
+    gradients = []
+    for level in (contextlib.nullcontext(), forward_ad.dual_level()):
+        with level:
+            loss = cosine_alignment_loss(x, torch.ones_like(x)) * 3
+            gradients += torch.autograd.grad(loss, x)
+    assert torch.equal(*gradients)
 
 
 def test_private_parts_of_torch_are_where_they_were():

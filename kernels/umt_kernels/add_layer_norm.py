@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,11 +86,20 @@ def add_layer_norm(
     dtype = residual.dtype if out_dtype is None else out_dtype
     tensors = (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
     settings = (float(eps), dtype, rms, post_norm, factor)
-    floats = (residual, branch, weight, bias, branch_bias, scale, position)
-    if plan is None and (dtype not in KERNEL_DTYPES or not runs_kernel("add_layer_norm", *floats)):
+    if plan is None and not _runs_kernel(residual, branch, weight, bias, branch_bias, scale, position, dtype):
         return reference.add_layer_norm(*tensors, *settings)
     x, y = _forward(*tensors, *settings, key=key, plan=plan)[:2]
     return (y, y) if post_norm and dtype == residual.dtype else (x, y)
+
+
+def _runs_kernel(residual: Tensor, branch: Tensor, *others: Any) -> bool:
+    *floats, dtype = others
+    few = branch.numel() < MOST_ROWS * branch.shape[-1] or branch.numel() == 0
+    return few and dtype in KERNEL_DTYPES and runs_kernel("add_layer_norm", residual, branch, *floats)
+
+
+MOST_ROWS = 2**31 - 2**16
+"""Rows are counted in int32, whose divisions are cheap."""
 
 
 def _check(
@@ -323,18 +332,18 @@ if triton is not None:
         # Every tile is [ROWS, BLOCK], w and b too: from another layout, warps would wait for each other to exchange it.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
-        first = tl.program_id(0).to(tl.int64) * rows_per_program
+        first = tl.program_id(0) * rows_per_program
         for start in range(first, min(first + rows_per_program, rows), ROWS):
-            row = (start + tl.arange(0, ROWS)).to(tl.int64)  # the interpreter's range gives an int32
+            row = start + tl.arange(0, ROWS)  # int32, whose division is cheap
             here = row < rows
             mask = here[:, None] & inside
             sample = row // kept
             if row_ids_ptr is not None:
                 place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
             else:
-                place = row - sample * kept
-            residual_row = sample * residual_b + place * residual_l
-            branch_row = sample * branch_b + (row - sample * kept) * branch_m
+                place = (row - sample * kept).to(tl.int64)
+            residual_row = sample.to(tl.int64) * residual_b + place * residual_l
+            branch_row = sample.to(tl.int64) * branch_b + (row - sample * kept).to(tl.int64) * branch_m
             x = tl.load(residual_ptr + residual_row[:, None] + column, mask=mask, other=0.0).to(tl.float32)
             added = tl.load(branch_ptr + branch_row[:, None] + column, mask=mask, other=0.0).to(tl.float32)
             if branch_bias_ptr is not None:
@@ -342,7 +351,7 @@ if triton is not None:
             if scale_ptr is not None:
                 added *= tl.load(scale_ptr + sample, mask=here, other=0.0).to(tl.float32)[:, None]
             x += added * factor
-            y_row = row * width
+            y_row = row.to(tl.int64) * width
             if not POST:
                 stored = x.to(x_ptr.dtype.element_ty)
                 tl.store(x_ptr + y_row[:, None] + column, stored, mask=mask)
@@ -365,4 +374,4 @@ if triton is not None:
             if POST and x_ptr is not None:
                 tl.store(x_ptr + y_row[:, None] + column, y.to(x_ptr.dtype.element_ty), mask=mask)
             tl.store(statistics_ptr + row, mean, mask=here)
-            tl.store(statistics_ptr + rows + row, rstd, mask=here)
+            tl.store(statistics_ptr + tl.cast(rows, tl.int64) + row, rstd, mask=here)

@@ -168,7 +168,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        program = tl.program_id(0).to(tl.int64)
+        program = tl.program_id(0)
         # Every tile is [ROWS, BLOCK], w too: from another layout, warps would wait for each other to exchange it.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
@@ -177,11 +177,12 @@ if triton is not None:
         dbranch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
         first = program * rows_per_program
         for start in range(first, min(first + rows_per_program, rows), ROWS):
-            row = (start + tl.arange(0, ROWS)).to(tl.int64)  # the interpreter's range gives an int32
+            row = start + tl.arange(0, ROWS)  # int32, whose division is cheap
             here = row < rows
             mask = here[:, None] & inside
-            sample = row // kept
-            order = row - sample * kept
+            row_sample = row // kept
+            order = (row - row_sample * kept).to(tl.int64)
+            sample = row_sample.to(tl.int64)
             if row_ids_ptr is not None:
                 place = tl.load(row_ids_ptr + row, mask=here, other=0).to(tl.int64)
             else:
@@ -206,7 +207,7 @@ if triton is not None:
                 if gx_ptr is not None:
                     g += gx
             mean = tl.load(statistics_ptr + row, mask=here, other=0.0)
-            rstd = tl.load(statistics_ptr + rows + row, mask=here, other=0.0)
+            rstd = tl.load(statistics_ptr + tl.cast(rows, tl.int64) + row, mask=here, other=0.0)
             x = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
             if WEIGHT_GRAD:
                 dw += g * x
@@ -230,10 +231,10 @@ if triton is not None:
                 dx *= scale
             if dbranch_ptr is not None:
                 dbranch = dx.to(dbranch_ptr.dtype.element_ty)
-                tl.store(dbranch_ptr + (row * width)[:, None] + column, dbranch, mask=mask)
+                tl.store(dbranch_ptr + (row.to(tl.int64) * width)[:, None] + column, dbranch, mask=mask)
             if BRANCH_BIAS_GRAD:
                 dbranch_bias += tl.where(mask, dx, 0.0)
-        slot = partial_ptr + (program * ROWS + tl.arange(0, ROWS))[:, None] * width + column
+        slot = partial_ptr + (program.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None] * width + column
         plane = tl.num_programs(0).to(tl.int64) * ROWS * width
         if WEIGHT_GRAD:
             tl.store(slot, dw, mask=inside)

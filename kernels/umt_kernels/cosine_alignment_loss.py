@@ -397,8 +397,9 @@ def _scale(grad: Tensor, factor: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or not is_plain(grad, factor) or keeps_graph():
         return _scale_op(grad, factor)
     key = _scale_op.key(grad, factor, True)
-    assert key is not None
-    plan = PLANS.get(key) or keep(key, _prepare_scale(grad, factor, in_place=True))
+    plan = PLANS.get(key) or _prepare_scale(grad, factor, in_place=True)  # type: ignore[arg-type]
+    if key is not None:
+        keep(key, plan)
     plan.launch(grad, factor, grad)
     return grad
 
