@@ -232,7 +232,7 @@ FAULTS = [
     Fault(ADD_BACK, "(sample * length + place) * width", "(sample * kept + place) * width", T_ADD),
     Fault(ADD_BACK, "order = (row - row_sample * kept).to(tl.int64)", "order = row - row_sample * kept", ADD_FAR),
     # reductions that the norms and the losses share
-    Fault("reductions.py", "row < programs", "row < programs - 1", T_ADD),
+    Fault("reductions.py", "row < programs", "row < programs - 1", T_SUMS),
     Fault("reductions.py", "total += tl.load(partial_ptr", "total = tl.load(partial_ptr", T_SUMS),
     Fault("reductions.py", "* width * PLANE", "* width", T_ADD),
     Fault("reductions.py", "c, d = tl.split(right)", "c, d = tl.split(left)", T_PIXELS, 0),

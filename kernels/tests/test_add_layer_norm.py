@@ -121,7 +121,7 @@ def test_outputs_and_gradients_match_float64(device, shape, post_norm, form, dty
 @pytest.mark.parametrize("used", ["residual", "norm"])
 @pytest.mark.parametrize(("post_norm", "rms"), list(itertools.product([False, True], repeat=2)))
 def test_one_output_used_and_rms(device, used, post_norm, rms, assert_near):
-    given = drawn(device, (3, 7, 4, 24), "everything")
+    given = drawn(device, (3, 70, 50, 24), "everything")  # several passes of a program
     wide, given = leaves(widened(given)), leaves(given)
     outputs = run(given, post_norm=post_norm, rms=rms)
     truth = expected(wide, rms, post_norm)
