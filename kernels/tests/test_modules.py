@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from umt_kernels import (
+    AddLayerNorm,
     GatherLayerNorm,
     GatherRMSNorm,
     PatchEmbed,
+    add_layer_norm,
     cosine_alignment_loss,
     gather_layer_norm,
     gather_rms_norm,
@@ -40,6 +42,10 @@ def test_modules_are_the_functions_with_pytorchs_state(device):
         PatchEmbed(conv)(image, token_ids=ids), patch_embed(image, conv.weight, conv.bias, (4, 2), token_ids=ids)
     )
     assert (PatchEmbed(conv)(image) - conv(image).flatten(2).mT).abs().max() < 1e-5
+    added = AddLayerNorm(6, eps=1e-3).to(device)
+    expected = add_layer_norm(x, x.flip(1), added.weight, added.bias, 1e-3, out_dtype=torch.bfloat16)
+    for ours, theirs in zip(added(x, x.flip(1), out_dtype=torch.bfloat16), expected, strict=True):
+        assert torch.equal(ours, theirs)
     bare = GatherLayerNorm(6, elementwise_affine=False)
     assert torch.equal(bare(x), gather_layer_norm(x, None, None, bare.eps))
 
@@ -51,10 +57,12 @@ class Net(nn.Module):
         self.embed = PatchEmbed(nn.Conv3d(3, 8, (1, 4, 4), stride=(1, 4, 4)))
         self.norm = GatherLayerNorm(8)
         self.rms = GatherRMSNorm(8)
+        self.added = AddLayerNorm(8)
 
     def forward(self, clip: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(clip)
         rows = self.norm(x, row_ids=IDS[:1].expand(len(x), -1).contiguous())
+        _, rows = self.added(rows, rows.flip(1), scale=0.5)
         return cosine_alignment_loss(self.rms(rows, out_dtype=torch.float32), targets)
 
 
@@ -72,7 +80,7 @@ def one_of_two(rank: int, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     net, mesh = Net(), init_device_mesh("cpu", (2,))
-    for module in (net.embed, net.norm, net.rms, net):
+    for module in (net.embed, net.norm, net.rms, net.added, net):
         fully_shard(module, mesh=mesh)
     clip, targets = inputs()
     net(clip[2 * rank : 2 * rank + 2], targets[2 * rank : 2 * rank + 2]).backward()
