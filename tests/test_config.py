@@ -153,6 +153,7 @@ def test_a_recipe_overrides_a_preset_and_the_rest_stays(tmp_path):
         ("help = true", ["line 1", "help"]),
         ('tyro-write-completion = ["bash", "/nowhere"]', ["tyro-write-completion"]),
         ("[optim]\nepochs = 3 \xff", ["UTF-8"]),
+        ("[optim]\nepochs = " + "9" * 5000, ["digits"]),
         ("[run]\nstop_at = 2.5", ["line 2", "run.stop-at", "2.5"]),
         ("[optim]\nbetas = [0.9]", ["line 2", "optim.betas"]),
         ('[data]\ncrop_scales = ["large"]', ["line 2", "data.crop-scales", "large"]),

@@ -42,7 +42,15 @@ from umt_fast.run.compute import choose_attention
 from umt_fast.run.hardware import in_use, resolve_precision
 from umt_fast.run.log import say
 from umt_fast.run.world import World
-from umt_fast.weights import TensorDict, WeightsError, load_classifier, read_model, strip_prefixes
+from umt_fast.weights import (
+    TensorDict,
+    WeightsError,
+    load_classifier,
+    read_model,
+    section_of,
+    strip_prefixes,
+    using_settings_of,
+)
 
 DATA_SETS: dict[str, FrameRule] = {
     "SSV2": "segment",
@@ -79,20 +87,21 @@ def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDi
     state = strip_prefixes(state)
     if "head.weight" not in state:
         raise WeightsError(f"{named.checkpoint} has no head: it is not fine-tuned; see train.finetune --init")
-    sizes = infer_sizes(state, settings, named.checkpoint)
-    data, test = settings.get("data", {}), settings.get("test", {})
-    rule = data.get("rule") or DATA_SETS.get(str(settings.get("data_set", "")), "sparse")
-    default = EvaluateConfig(
-        classifier=sizes,
-        data=LabelledDataConfig(
-            rule=rule, rate=float(data.get("rate") or settings.get("sampling_rate") or 4), fps=data.get("fps")
-        ),
-        test=TestConfig(
-            segments=test.get("segments") or settings.get("test_num_segment") or (2 if rule == "segment" else 4),
-            crops=test.get("crops") or settings.get("test_num_crop") or 3,
-            merge=test.get("merge", "probabilities"),
-        ),
-    )
+    with using_settings_of(named.checkpoint):
+        sizes = infer_sizes(state, settings, named.checkpoint)
+        data, test = section_of(settings, "data"), section_of(settings, "test")
+        rule = data.get("rule") or DATA_SETS.get(str(settings.get("data_set", "")), "sparse")
+        default = EvaluateConfig(
+            classifier=sizes,
+            data=LabelledDataConfig(
+                rule=rule, rate=float(data.get("rate") or settings.get("sampling_rate") or 4), fps=data.get("fps")
+            ),
+            test=TestConfig(
+                segments=test.get("segments") or settings.get("test_num_segment") or (2 if rule == "segment" else 4),
+                crops=test.get("crops") or settings.get("test_num_crop") or 3,
+                merge=test.get("merge", "probabilities"),
+            ),
+        )
     config = tyro.cli(EvaluateConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
     return config, state, settings.get("classes")
 

@@ -22,14 +22,14 @@ from umt_fast.data.index import VideoList
 from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import FirstToken
 from umt_fast.evaluation.retrieval import PUBLISHED_K, RECALLS
-from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model, section_of
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model
 from umt_fast.files import write_whole
 from umt_fast.models import attention
 from umt_fast.run import launch
 from umt_fast.run.hardware import in_use, resolve_precision
 from umt_fast.run.log import say
 from umt_fast.run.world import World
-from umt_fast.weights import WeightsError, read_model
+from umt_fast.weights import WeightsError, read_model, section_of
 
 KEPT = frozenset(("max_words", "max_answer_words", "join_captions", "max_seconds", "antialias"))
 """Settings of the data that a test shares with the training, unless it is given others."""

@@ -48,7 +48,7 @@ from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import EpochSchedule, MovingAverage, clip_gradients, layer_decay_groups, set_learning_rate
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
-from umt_fast.weights import WeightsError, load_classifier, read_model
+from umt_fast.weights import WeightsError, load_classifier, read_model, section_of
 
 if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
@@ -255,7 +255,8 @@ def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
     if not init.checkpoint:
         return ["init: random weights; give --init FILE to start from a pre-trained encoder"]
     state, settings = read_model(init.checkpoint)
-    frames = settings.get("classifier", settings.get("student", {})).get("frames") or settings.get("num_frames")
+    ours = section_of(settings, "classifier") or section_of(settings, "student")
+    frames = ours.get("frames") or settings.get("num_frames")
     report = load_classifier(
         classifier,
         state,

@@ -77,7 +77,9 @@ def read_key(path: Path, key: str) -> Any:
     """One value of a recipe that stands outside its tables; None if it is not there. Raises ConfigError."""
     try:
         return tomllib.loads(_read(path)).get(key)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ConfigError(f"{path}: {error}") from None
 
 
@@ -97,7 +99,7 @@ def _read(path: Path) -> str:
 def _recipe_flags(kind: type, path: Path, text: str) -> Iterator[str]:
     try:
         tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise ConfigError(f"{path}: {error}") from None
     known = [field.name for field in dataclasses.fields(kind)]
     for name, value in tables.items():

@@ -204,6 +204,7 @@ def _features(**other: torch.Tensor) -> dict[str, torch.Tensor]:
         ({"shards": "x"}, {}, "is not a number of files"),
         ({"shards": True}, {}, "is not a number of files"),
         ({"shards": 2}, {}, "lacks 1 of 2 shards"),
+        ({"shards": 1 << 20}, {}, "lacks 1048575 of"),
         ({"classes": "ab"}, {}, "classes is not a list of names"),
         ({"classes": ["a"]}, {}, "labels from 0 to 1 of 1 classes"),
         ({}, {"labels": torch.tensor([0, 1 << 40])}, "labels from 0"),
@@ -229,4 +230,17 @@ def test_a_pipe_in_a_folder_of_features_does_not_hang(tmp_path, name):
     (tmp_path / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / name)
     with pytest.raises(FeaturesError, match=r"not a regular file|lacks 1"):
+        read_features(tmp_path)
+
+
+def test_features_in_a_zip_bomb_are_refused(tmp_path):
+    (tmp_path / "features.json").write_text('{"shards": 1, "format": "npz", "settings": {"format": "npz"}}')
+    path = shard_path(tmp_path, 0, "npz")
+    arrays = {key: value.numpy() for key, value in _features(features=torch.zeros(2, 1, 1 << 24)).items()}
+    np.savez_compressed(path, **arrays)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(FeaturesError, match="would unpack to"):
+        read_features(tmp_path)
+    np.savez(path, **{**arrays, "rows": np.array([{}, {}], object)})
+    with pytest.raises(FeaturesError, match=r"cannot read .*npz"):
         read_features(tmp_path)

@@ -402,6 +402,9 @@ def make_targets() -> list[Target]:
     features = {"features": torch.ones(3, 1, 4), "rows": torch.arange(3), "labels": torch.tensor([0, 1, 1])}
     folder_index = json.dumps({"shards": 1, "classes": ["cat", "dog"], "videos": 3}).encode()
     shard = ("features_00000.safetensors", save(features, {"unreadable": "[]"}))
+    arrays = io.BytesIO()
+    np.savez(arrays, **{key: value.numpy() for key, value in features.items()}, unreadable=np.array("[]"))
+    zipped, npz_index = arrays.getvalue(), folder_index.replace(b"{", b'{"format": "npz", ', 1)
     parts = {"rows": torch.arange(3), "seconds": torch.ones(3, 2), "vectors": torch.ones(3, 4)}
     found = save(parts, {"key": "key", "bad": '[["a.mp4", "no"]]'})
     targets = [

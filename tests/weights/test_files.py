@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import pathlib
 import pickle
@@ -17,8 +19,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from umt_fast import ClipTeacher, TeacherConfig
-from umt_fast.weights import WeightsError, load_clip_teacher, read_bert, read_model, read_weights
+from train import evaluate
+from umt_fast import ClassifierConfig, ClipTeacher, TeacherConfig, VideoClassifier, load_encoder
+from umt_fast.errors import RunError
+from umt_fast.weights import (
+    WeightsError,
+    load_classifier,
+    load_clip_teacher,
+    load_exactly,
+    read_bert,
+    read_model,
+    read_weights,
+)
 
 CONFIG = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2)
 GELU = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2, activation="gelu")
@@ -178,6 +190,56 @@ def test_other_objects_are_refused_in_one_line(tmp_path, capsys, other):
     assert "\n" not in message
     assert "executed" not in capsys.readouterr().out
     assert ("torch.nn.modules.linear.Linear" if isinstance(other, nn.Module) else "print") in message
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (torch.zeros(1).expand(10**9, 4), r"w is \[1000000000, 4\], but the file holds fewer values"),
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(3, dtype=torch.complex64), "complex"),
+    ],
+)
+def test_tensors_that_no_model_has_are_refused(tmp_path, tensor, says):
+    torch.save({"model": {"w": tensor}}, tmp_path / "w.pth")
+    for read in (read_weights, read_model):
+        with pytest.raises(WeightsError, match=says):
+            read(tmp_path / "w.pth")
+
+
+def test_values_that_are_not_finite_are_not_loaded():
+    for module in (nn.Linear(2, 2), ClipTeacher(CONFIG)):
+        state = {key: value.clone() for key, value in module.state_dict().items()}
+        name = next(iter(state))
+        state[name].flatten()[0] = float("nan")
+        with pytest.raises(WeightsError, match=f"{name} holds values that are not finite"):
+            load_exactly(module, state, "model")
+    classifier = VideoClassifier(ClassifierConfig(image_size=32, frames=2, width=64, depth=1, heads=1, num_classes=3))
+    spoiled = {**classifier.state_dict(), "head.bias": torch.full((3,), float("inf"))}
+    with pytest.raises(WeightsError, match=r"head\.bias holds values that are not finite"):
+        load_classifier(classifier, spoiled)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"config": {"classifier": 3, "data": 5, "test": [1], "student": "x"}},
+        {"config": {"classifier": {"frames": "x", "heads": []}}},
+        {"config": {"student": {"image_size": {}, "frames": -1}}},
+        {"config": {}, "schedule": {"classes": [1, 2, 3]}},
+        {"args": argparse.Namespace(num_frames="x", data_set=5, sampling_rate="a", test_num_segment=-3, model=7)},
+    ],
+)
+def test_settings_of_other_types_are_left_out_or_refused(tmp_path, extra):
+    sizes = ClassifierConfig(image_size=32, frames=2, width=64, depth=1, heads=1, num_classes=3)
+    torch.save({"model": VideoClassifier(sizes).state_dict(), **extra}, tmp_path / "w.pth")
+    assert not read_model(tmp_path / "w.pth")[1].get("classes")
+    for read in (
+        lambda path: load_encoder(path, frames=2, image_size=32),
+        lambda path: evaluate.read_settings(["--checkpoint", path]),
+    ):
+        with contextlib.suppress(RunError):
+            read(str(tmp_path / "w.pth"))
 
 
 def test_the_command_of_the_advice_works(tmp_path):

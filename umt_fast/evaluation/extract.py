@@ -9,7 +9,9 @@ features_00000.npz         the same as NumPy's arrays, with `unreadable`, where 
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from umt_fast.evaluation.views import Views, view_stream
 from umt_fast.files import put_in_place, read_small, write_whole
 from umt_fast.models.encoder import VideoEncoder
 from umt_fast.run.world import World
+from umt_fast.weights.torchscript import refuse_bomb
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -199,10 +202,13 @@ def _read_tensors(path: Path, classes: int) -> dict[str, Tensor]:
     try:
         if path.suffix != ".npz":
             return _check_shard(load_file(path), classes)
+        refuse_bomb(path)
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in arrays.files if name != "unreadable"]
             return _check_shard({name: torch.from_numpy(arrays[name]) for name in names}, classes)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, RuntimeError) as error:
+        raise FeaturesError(f"cannot read {path}: {error}") from None
+    except (zipfile.BadZipFile, SafetensorError, struct.error, zlib.error) as error:
         raise FeaturesError(f"cannot read {path}: {error}") from None
 
 
@@ -225,8 +231,9 @@ def read_features(folder: str | Path) -> Features:
         raise FeaturesError(f"{folder / INDEX}: shards = {str(count)[:30]} is not a number of files")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise FeaturesError(f"{folder / INDEX}: classes is not a list of names")
-    paths = [shard_path(folder, number, index["format"]) for number in range(count)]
-    missing = sum(not path.is_file() for path in paths)
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    paths = [shard_path(folder, number, index["format"]) for number in range(min(count, len(present)))]
+    missing = count - sum(path.name in present for path in paths)
     if missing:
         raise FeaturesError(f"{folder} lacks {missing} of {count} shards; run the extraction again")
     shards = [shard for path in paths if len((shard := _read_tensors(path, len(classes)))["rows"])]

@@ -19,7 +19,15 @@ from umt_fast.config import MLP_RATIO, ClassifierConfig, DataConfig, VitConfig
 from umt_fast.models.classifier import classifier_positions
 from umt_fast.models.encoder import Pool, VideoEncoder
 from umt_fast.models.positions import resize_positions, sinusoid_positions
-from umt_fast.weights import TensorDict, WeightsError, fit_positions, read_model, strip_prefixes
+from umt_fast.weights import (
+    TensorDict,
+    WeightsError,
+    fit_positions,
+    read_model,
+    section_of,
+    strip_prefixes,
+    using_settings_of,
+)
 
 if TYPE_CHECKING:
     from umt_fast.run.world import World
@@ -58,7 +66,8 @@ def encoder_of(
 ) -> VideoEncoder:
     """`load_encoder` for tensors and settings that were read before; `source` is named in errors."""
     state = strip_prefixes(state)
-    trained = infer_sizes(state, settings, source, heads)
+    with using_settings_of(source):
+        trained = infer_sizes(state, settings, source, heads)
     config = VitConfig(
         image_size=image_size or trained.image_size,
         patch_size=trained.patch_size,
@@ -105,7 +114,7 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
         raise WeightsError(f"{source} is not a video encoder: it has no patch_embed.proj.weight [D,3,t,p,p]")
     width, _, tubelet, patch, _ = kernel.shape
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
-    ours = settings.get("classifier") or settings.get("student") or own
+    ours = section_of(settings, "classifier") or section_of(settings, "student") or own
     heads = heads or ours.get("heads") or _HEADS.get(width)
     heads = heads or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
     if heads is None or depth == 0:

@@ -24,7 +24,7 @@ from umt_fast.data.tokens import Tokenizer
 from umt_fast.evaluation.retrieval import Embedded, embed_texts
 from umt_fast.files import put_in_place
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
-from umt_fast.weights import TensorDict, WeightsError, load_video_text, read_model
+from umt_fast.weights import TensorDict, WeightsError, load_video_text, read_model, section_of, using_settings_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,7 +66,8 @@ def load_model(
     """
     path = Path(path).expanduser()
     state, settings = read_model(path)
-    config = infer_config(state, settings, str(path), frames, image_size)
+    with using_settings_of(path):
+        config = infer_config(state, settings, str(path), frames, image_size)
     found = [Path(vocabulary)] if vocabulary else [folder / VOCABULARY for folder in (path.parent, path.parent.parent)]
     known = next((place for place in found if place.exists()), None)
     if known is None:
@@ -142,12 +143,6 @@ def infer_config(
         )
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{source}: {error}") from None
-
-
-def section_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of the settings in a file; empty if the file, which others may have written, has none."""
-    found = settings.get(name)
-    return found if isinstance(found, dict) else {}
 
 
 def _numbers(state: TensorDict, pattern: str) -> set[int]:

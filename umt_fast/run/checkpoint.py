@@ -28,6 +28,7 @@ from umt_fast.files import check_regular, put_in_place
 from umt_fast.run.lost_rank import RandomStates
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
+from umt_fast.weights.files import find_not_finite
 from umt_fast.weights.torchscript import refuse_bomb
 
 FORMAT = 2
@@ -188,14 +189,6 @@ class TrainState:
         self.step = self.clips_seen // step_clips
         self.last_saved = found.path
         return True
-
-
-def find_not_finite(state: Mapping[str, Any]) -> str | None:
-    """Name of the first tensor with a value that is not finite."""
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-            return name
-    return None
 
 
 def _name_parameters(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

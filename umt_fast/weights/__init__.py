@@ -12,6 +12,8 @@ from umt_fast.weights.files import (
     WeightsError,
     read_model,
     read_weights,
+    section_of,
+    using_settings_of,
     write_weights,
 )
 from umt_fast.weights.keys import (
@@ -64,9 +66,11 @@ __all__ = [
     "read_weights",
     "resample_positions",
     "save_hugging_face_videomae",
+    "section_of",
     "strip_prefixes",
     "strip_wrappers",
     "umt_state_dict",
+    "using_settings_of",
     "video_text_state_dict",
     "write_weights",
 ]

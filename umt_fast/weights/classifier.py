@@ -14,7 +14,7 @@ from torch import Tensor
 from umt_fast.config import VitConfig
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.positions import resize_positions
-from umt_fast.weights.files import TensorDict, WeightsError
+from umt_fast.weights.files import TensorDict, WeightsError, find_not_finite
 from umt_fast.weights.keys import strip_wrappers
 from umt_fast.weights.videomae import published_videomae_names
 
@@ -83,6 +83,8 @@ def load_classifier(
     """
     state = _unwrapped(state_dict)
     weight = state.get("head.weight")
+    if weight is not None and weight.dim() != 2:
+        raise WeightsError(f"head.weight is {list(weight.shape)}, not a row for each class")
     if delete_head:
         state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
     elif weight is not None and (class_map is not None or (len(weight) == 710 and len(model.head.weight) == 400)):
@@ -97,6 +99,8 @@ def load_classifier(
         state["pos_embed"] = fit_positions(state["pos_embed"], model.config, frames)
     own = model.state_dict()
     fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    if (bad := find_not_finite(fits)) is not None:
+        raise WeightsError(f"these weights are no good: {bad} holds values that are not finite")
     model.load_state_dict(fits, strict=False)
     return LoadReport(
         [key for key in own if key in fits],
@@ -139,6 +143,8 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
 
     Those that are not whole square grids are left as they are.
     """
+    if table.dim() != 3:
+        return table
     rows, new_frames = table.shape[1], config.token_frames
     guesses = [frames] if frames is not None else [8 // config.tubelet_size, rows // config.grid**2]
     if frames is None and rows == config.tokens:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -88,7 +89,9 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
         if isinstance(settings, argparse.Namespace):
             settings = vars(settings)
         if isinstance(settings, dict) and isinstance(content.get("schedule"), dict):
-            settings = {**settings, "classes": content["schedule"].get("classes")}
+            names = content["schedule"].get("classes")
+            named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            settings = {**settings, "classes": names if named else None}
         return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
     try:
         weights = read_weights(source)
@@ -126,6 +129,31 @@ _VIDEOMAE_SIZES = {
     "heads": ("num_attention_heads", 12),
 }
 """Our names of a VideoMAE's sizes, theirs, and what a config.json that leaves one out means."""
+
+
+def section_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings in a file; empty if the file, which others may have written, has none."""
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def using_settings_of(source: str | Path) -> Iterator[None]:
+    """Turn what settings of other types than ours make fail into WeightsError."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise WeightsError(f"{source}: the settings in it cannot be used: {error}") from None
+
+
+def find_not_finite(state: Mapping[str, Any]) -> str | None:
+    """Name of the first tensor with a value that is not finite."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            return name
+    return None
 
 
 def write_weights(path: str | Path, state: TensorDict) -> None:
@@ -177,7 +205,13 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
         content = inner
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path} holds no tensors by name")
-    return {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    for key, value in found.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise WeightsError(f"{path}: {key} is a sparse, quantized or complex tensor, which no model here has")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a model made to fit it is huge
+            raise WeightsError(f"{path}: {key} is {list(value.shape)}, but the file holds fewer values")
+    return found
 
 
 _TOP_KEYS = ("model", "state_dict", "module", "model_state")

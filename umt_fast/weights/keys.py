@@ -14,7 +14,7 @@ from torch import Tensor
 
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import bare_student
-from umt_fast.weights.files import TensorDict, Weights, WeightsError
+from umt_fast.weights.files import TensorDict, Weights, WeightsError, find_not_finite
 
 # Components of a key that wrappers of a module put in: torch.compile, DDP, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -231,4 +231,6 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Any], name: str) -
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise WeightsError(f"these weights do not fit the {name}: {shown}")
+    if (bad := find_not_finite({key: state[key] for key in own})) is not None:
+        raise WeightsError(f"these weights are no good for the {name}: {bad} holds values that are not finite")
     module.load_state_dict(state)
