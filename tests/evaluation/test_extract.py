@@ -98,7 +98,7 @@ def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys
         read_features(out)
 
 
-def test_npz_shards_are_plain_arrays(checkpoint, listing, tmp_path):
+def test_npz_shards_are_plainsmall(checkpoint, listing, tmp_path):
     features.main(command(checkpoint, listing, tmp_path / "f", "--format", "npz", "--half"))
     features.main(command(checkpoint, listing, tmp_path / "g", "--half"))
     assert torch.equal(read_features(tmp_path / "f").features, read_features(tmp_path / "g").features)
@@ -233,14 +233,21 @@ def test_a_pipe_in_a_folder_of_features_does_not_hang(tmp_path, name):
         read_features(tmp_path)
 
 
-def test_features_in_a_zip_bomb_are_refused(tmp_path):
+def test_features_in_a_zip_bomb_or_a_damaged_npz_are_refused(tmp_path):
     (tmp_path / "features.json").write_text('{"shards": 1, "format": "npz", "settings": {"format": "npz"}}')
     path = shard_path(tmp_path, 0, "npz")
     arrays = {key: value.numpy() for key, value in _features(features=torch.zeros(2, 1, 1 << 24)).items()}
     np.savez_compressed(path, **arrays)
+    small = {**arrays, "features": np.ones((2, 1, 4), np.float32)}
     assert path.stat().st_size < 1 << 20
     with pytest.raises(FeaturesError, match="would unpack to"):
         read_features(tmp_path)
-    np.savez(path, **{**arrays, "rows": np.array([{}, {}], object)})
+    np.savez(path, **small)
+    whole = path.read_bytes()
+    for damage in (b"{'descr': (((", b"{'descr': 1e5 ", b"{'descr':'\\n "):
+        path.write_bytes(whole.replace(b"{'descr': '<f", damage))
+        with pytest.raises(FeaturesError, match=r"cannot read .*npz"):
+            read_features(tmp_path)
+    np.savez(path, **{**small, "rows": np.array([{}, {}], object)})
     with pytest.raises(FeaturesError, match=r"cannot read .*npz"):
         read_features(tmp_path)

@@ -167,7 +167,7 @@ def damage_zip(content: bytes, rng: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(out, "w") as new:
         records = old.namelist()
         pickles = [name for name in records if name.endswith(".pkl")]
-        chosen = rng.choice(pickles if rng.random() < 0.8 else records)
+        chosen = rng.choice(pickles if pickles and rng.random() < 0.8 else records)
         for name in records:
             part = old.read(name)
             if name == chosen:
@@ -411,6 +411,7 @@ def make_targets() -> list[Target]:
         Target("names", list(names.items()), damage_text, read_names, weight=2),
         Target("features", [("features.json", folder_index)], damage_text, read_probe, dict([shard])),
         Target("feature_shard", [shard], damage_safetensors, read_probe, {"features.json": folder_index}),
+        Target("npz", [("features_00000.npz", zipped)], damage_zip, read_probe, {"features.json": npz_index}),
         Target(
             "search",
             [("index.safetensors", found)],
