@@ -191,7 +191,8 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     if average is not None:
         state.companions["average"] = average
     if found is not None:
-        state.plan |= {key: found.content["schedule"][key] for key in ("best_top1", "validated")}
+        before = found.content["schedule"]
+        state.plan |= {key: before[key] for key in ("best_top1", "validated") if key in before}
     notes += state.go_on(folder, found, step_clips)
     if world.main:
         run.folder.mkdir(parents=True, exist_ok=True)

@@ -98,7 +98,7 @@ def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys
         read_features(out)
 
 
-def test_npz_shards_are_plainsmall(checkpoint, listing, tmp_path):
+def test_npz_shards_are_plain_arrays(checkpoint, listing, tmp_path):
     features.main(command(checkpoint, listing, tmp_path / "f", "--format", "npz", "--half"))
     features.main(command(checkpoint, listing, tmp_path / "g", "--half"))
     assert torch.equal(read_features(tmp_path / "f").features, read_features(tmp_path / "g").features)

@@ -70,6 +70,13 @@ def test_a_folder_without_checkpoints_restores_nothing(tmp_path):
     assert not new_state().restore(tmp_path)
 
 
+def test_a_checkpoint_of_another_model_is_refused(folder):
+    model = nn.Linear(2, 2)
+    other = TrainState(model, build_optimizer(model, OptimConfig()), ALONE, CONFIG)
+    with pytest.raises(RunError, match=r"clips_0000000012\.pth is not of this model: "):
+        other.restore(folder, step_clips=4)
+
+
 def test_keys_are_the_models_own(folder):
     content = checkpoint.load_checkpoint(checkpoint.list_checkpoints(folder)[-1])
     assert list(content["model"]) == list(new_state().model.state_dict())

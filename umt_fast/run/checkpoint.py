@@ -173,7 +173,11 @@ class TrainState:
         if found is None:
             return False
         content = found.content
-        set_model_state_dict(self.model, content["model"], options=StateDictOptions(full_state_dict=True))
+        try:
+            set_model_state_dict(self.model, content["model"], options=StateDictOptions(full_state_dict=True))
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()
+            raise RunError(f"{found.path} is not of this model: {' '.join(reason[:2])}") from None
         own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
         state = content["optimizer"]
         if content["format"] == 1:
