@@ -135,6 +135,17 @@ def test_the_result_is_rounded_once(device, needs_kernels, assert_near, monkeypa
     assert_near(y, expected, 1e-5)
 
 
+def test_gradients_of_float32_biases_are_sums_in_float32(device, needs_kernels):
+    """257 is no bfloat16."""
+    x, weight = drawn(device, (257, 16), torch.bfloat16), drawn(device, (16, 16), torch.bfloat16)
+    bias = torch.zeros(16, device=device, requires_grad=True)
+    linear(x, weight, bias, backend="triton").sum().backward()
+    assert (bias.grad == 257).all()
+    bias.grad = None
+    mlp(x, weight, None, weight, bias, backend="triton").sum().backward()
+    assert (bias.grad == 257).all()
+
+
 @pytest.mark.parametrize("strided", ["x", "residual", "weight"])
 def test_strides_that_tensor_descriptors_cannot_have(device, backend, strided, assert_near):
     x, w = drawn(device, (70, 40), torch.float32), drawn(device, (50, 40), torch.float32)
