@@ -71,6 +71,8 @@ class Job(NamedTuple):
     epoch_clips: int
     max_bad: float
     """Unreadable videos above which the run stops."""
+    loss_label: str
+    """What the loss is, beside its curve."""
     draw: Callable[[Batch, Any, Path], None]
     """Leaves pictures of a batch, and of what the objective found in it, in a folder."""
 
@@ -202,8 +204,20 @@ def prepare(config: Any, world: World) -> Job:
         world_size=world.size,
     )
     max_bad = data.max_bad_fraction * videos.count_distinct()
-    objective = built.objective(model, bf16)
-    return Job(state, model, schedule, loader, built.to_device, objective, log, last, epoch_clips, max_bad, built.draw)
+    return Job(
+        state,
+        model,
+        schedule,
+        loader,
+        built.to_device,
+        built.objective(model, bf16),
+        log,
+        last,
+        epoch_clips,
+        max_bad,
+        built.loss_label,
+        built.draw,
+    )
 
 
 def capture(step: Callable[[Tensor], T], world: World) -> CapturedStep[T]:
@@ -230,7 +244,7 @@ def finish(job: Job, batch: Batch, out: Any) -> None:
 
     log = job.log
     metrics, folder = read_metrics(log.metrics_path), log.folder
-    draw_loss_curve(metrics, folder / "loss.png")
+    draw_loss_curve(metrics, folder / "loss.png", job.loss_label)
     job.draw(batch, out, folder)
     if len(metrics) > 1:
         log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; pictures and metrics in {folder}")

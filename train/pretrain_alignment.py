@@ -35,6 +35,7 @@ class Objective:
     """Student and teacher of a run, and what the loop asks of them."""
 
     no_decay = ()
+    loss_label = "loss: mean of 2 - 2 cos"
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self.config = config

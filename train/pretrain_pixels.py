@@ -51,6 +51,8 @@ def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
 class Objective:
     """The autoencoder of a run, and what the loop asks of it."""
 
+    loss_label = "loss: mean squared error of pixels"
+
     def __init__(self, config: PixelsConfig, world: World) -> None:
         self.config = config
         self.world = world

@@ -23,9 +23,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_loss_curve(
-    metrics: list[dict[str, Any]], path: Path, label: str = "loss: mean of 2 - 2 cos", parts: Sequence[str] = ()
-) -> None:
+def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, label: str, parts: Sequence[str] = ()) -> None:
     """Loss and learning rate over the steps; `parts` are other losses of the metrics, drawn as thin lines."""
     figure = _figure(7, 4)
     axes = figure.add_subplot()
