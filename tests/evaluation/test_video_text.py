@@ -71,6 +71,18 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
     monkeypatch.setattr(video_text, "open_loader", None)  # nothing may be decoded again
     again, bad_again = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
     assert torch.equal(again.rerank_v2t, result.rerank_v2t)
+    assert again.recalls == result.recalls
+    assert again.coarse_recalls == result.coarse_recalls
+    assert bad_again == bad
+    wider, _ = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=8)  # other scores
+    assert not torch.equal(wider.rerank_v2t, result.rerank_v2t)
+    (tmp_path / "scores.safetensors").write_bytes(b"spoiled")
+    again, _ = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
+    assert torch.equal(again.rerank_v2t, result.rerank_v2t)
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "match_pairs", None)  # nor may a pair be scored again
+        again, bad_again = video_text_report.run_retrieval(loaded, found, tmp_path, settings, DATA, k=4)
+    assert torch.equal(again.rerank_t2v, result.rerank_t2v)
     assert bad_again == bad
     assert "text to video" in video_text_report.recall_table(result.recalls, result.coarse_recalls)
     picked = video_text_report.pick_queries(found, result, 3)

@@ -147,7 +147,18 @@ def score(
     pairs = torch.cat(_gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
     v2t = torch.where(best_v2t, pairs, NOT_RANKED)
     t2v = torch.where(best_t2v, pairs.T, NOT_RANKED)
-    texts_of_videos = [numbers if seen else [] for numbers, seen in zip(texts_of_videos, read.tolist(), strict=True)]
+    return judge(coarse, v2t, t2v, texts_of_videos)
+
+
+def judge(
+    coarse: Float[Tensor, "v n"],
+    v2t: Float[Tensor, "v n"],
+    t2v: Float[Tensor, "n v"],
+    texts_of_videos: Sequence[Sequence[int]],
+) -> Retrieval:
+    """The scores of `score` with their recalls; a row of `coarse` that is all NOT_RANKED is an unreadable video."""
+    read = (coarse != NOT_RANKED).any(dim=1).tolist()
+    texts_of_videos = [numbers if seen else [] for numbers, seen in zip(texts_of_videos, read, strict=True)]
     return Retrieval(
         coarse,
         coarse.T,

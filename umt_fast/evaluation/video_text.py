@@ -183,6 +183,21 @@ class EmbedSettings:
     bf16: bool = False
 
 
+def digest_test(loaded: Loaded, found: RetrievalSet, settings: EmbedSettings, data: DataConfig, *more: Any) -> str:
+    """Differs when the weights, the list, a file of it or a setting does, or one of the JSON values `more`."""
+    vision = loaded.model.config.vision
+    content = [
+        loaded.digest,
+        digest_files(found.videos),
+        hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace")).hexdigest(),
+        [vision.frames, vision.image_size],
+        [getattr(settings, one.name) for one in fields(settings) if one.name != "batch_size"],
+        [data.decoder, data.square_pixels],
+        more,
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
 @torch.no_grad()
 def embed_set(
     loaded: Loaded,
@@ -203,20 +218,7 @@ def embed_set(
     ids, mask = loaded.tokenizer(found.texts, settings.max_words)
     count = len(found.videos)
     rows = range(count * rank // world_size, count * (rank + 1) // world_size)
-    key = hashlib.sha256(
-        json.dumps(
-            [
-                loaded.digest,
-                digest_files(found.videos),
-                hashlib.sha256("\n".join(found.texts).encode("utf-8", "replace")).hexdigest(),
-                model.config.vision.frames,
-                model.config.vision.image_size,
-                [getattr(settings, one.name) for one in fields(settings) if one.name != "batch_size"],
-                [data.decoder, data.square_pixels],
-                [rank, world_size],
-            ]
-        ).encode()
-    ).hexdigest()[:16]
+    key = digest_test(loaded, found, settings, data, rank, world_size)
     path = None if cache is None else cache / f"embeddings-{key}.safetensors"
     if path is not None and path.exists():
         return _read(path)

@@ -25,8 +25,8 @@ from umt_fast.evaluation import retrieval
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.qa import FirstToken, accuracy, rank_answers
 from umt_fast.evaluation.retrieval import Retrieval
-from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
-from umt_fast.files import write_whole
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, digest_test, embed_set
+from umt_fast.files import put_in_place, write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 SHOWN = 8
 """Queries in the picture, evenly spread over the list."""
 HITS = 5
+SCORES = "scores.safetensors"
+MATRICES = ("coarse_v2t", "rerank_v2t", "rerank_t2v")
 
 
 def run_retrieval(
@@ -51,24 +53,47 @@ def run_retrieval(
     """Retrieve both ways and write retrieval.json, scores.safetensors and retrieval.png to `folder`.
 
     In several processes each embeds a part of the videos; the result is that of one process, and the first writes it.
-    The embeddings are kept in `folder`, so that a second test of the same model and list decodes nothing. Returns the
-    scores and the videos that could not be read, which count as not found.
+    Embeddings and scores are kept in `folder`: a second test of the same model and list computes nothing, and one with
+    another k decodes nothing. Returns the scores and the videos that could not be read, which count as not found.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
     rank, world_size = _place()
+    key = digest_test(loaded, found, settings, data, k, found.texts_of_videos)
+    kept = _gather(_read_scores(folder / SCORES, key) if rank == 0 else None)[0]
+    if kept is not None:
+        matrices, bad = kept
+        result = retrieval.judge(*(matrices[name] for name in MATRICES), found.texts_of_videos)
+        if rank == 0:
+            _write(folder, found, result, bad, about or {}, key)
+        return result, bad
     embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
     bad = [file for part in _gather(bad) for file in part]
     device = model.temp.device
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
         result = retrieval.score(model, embedded, found.texts_of_videos, k)
     if rank == 0:
-        _write(folder, found, result, bad, about or {})
+        _write(folder, found, result, bad, about or {}, key)
     return result, bad
 
 
+def _read_scores(path: Path, key: str) -> tuple[dict[str, Tensor], list[tuple[str, str]]] | None:
+    """The matrices and unreadable videos of an earlier test with this key; None for another test or a spoiled file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            if about.get("key") != key:
+                return None
+            bad = [(str(name), str(reason)) for name, reason in json.loads(about["bad"])]
+            return {name: file.get_tensor(name) for name in MATRICES}, bad
+    except Exception:  # whatever a spoiled file makes its reader raise: the scores are computed again
+        return None
+
+
 def _write(
-    folder: Path, found: RetrievalSet, result: Retrieval, bad: list[tuple[str, str]], about: dict[str, Any]
+    folder: Path, found: RetrievalSet, result: Retrieval, bad: list[tuple[str, str]], about: dict[str, Any], key: str
 ) -> None:
     from safetensors.torch import save_file
 
@@ -82,8 +107,10 @@ def _write(
         **about,
     }
     write_whole(folder / "retrieval.json", (json.dumps(content, indent=2) + "\n").encode("utf-8", "replace"))
-    matrices = {"coarse_v2t": result.coarse_v2t, "rerank_v2t": result.rerank_v2t, "rerank_t2v": result.rerank_t2v}
-    save_file({name: matrix.contiguous() for name, matrix in matrices.items()}, folder / "scores.safetensors")
+    aside = folder / f".{SCORES}.new"
+    tensors = {name: getattr(result, name).contiguous() for name in MATRICES}
+    save_file(tensors, aside, metadata={"key": key, "bad": json.dumps(bad)})
+    put_in_place(aside, folder / SCORES)
     draw_found(pick_queries(found, result), folder / "retrieval.png")
 
 
