@@ -62,8 +62,8 @@ def run_retrieval(
     key = digest_test(loaded, found, settings, data, k, found.texts_of_videos)
     kept = _gather(_read_scores(folder / SCORES, key) if rank == 0 else None)[0]
     if kept is not None:
-        matrices, bad = kept
-        result = retrieval.judge(*(matrices[name] for name in MATRICES), found.texts_of_videos)
+        (coarse, v2t, t2v), bad = kept
+        result = retrieval.judge(coarse, v2t, t2v, found.texts_of_videos)
         if rank == 0:
             _write(folder, found, result, bad, about or {}, key)
         return result, bad
@@ -77,8 +77,8 @@ def run_retrieval(
     return result, bad
 
 
-def _read_scores(path: Path, key: str) -> tuple[dict[str, Tensor], list[tuple[str, str]]] | None:
-    """The matrices and unreadable videos of an earlier test with this key; None for another test or a spoiled file."""
+def _read_scores(path: Path, key: str) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[str, str]]] | None:
+    """MATRICES and unreadable videos of an earlier test with this key; None for another test or a spoiled file."""
     from safetensors import safe_open
 
     try:
@@ -87,7 +87,8 @@ def _read_scores(path: Path, key: str) -> tuple[dict[str, Tensor], list[tuple[st
             if about.get("key") != key:
                 return None
             bad = [(str(name), str(reason)) for name, reason in json.loads(about["bad"])]
-            return {name: file.get_tensor(name) for name in MATRICES}, bad
+            coarse, v2t, t2v = (file.get_tensor(name) for name in MATRICES)
+            return (coarse, v2t, t2v), bad
     except Exception:  # whatever a spoiled file makes its reader raise: the scores are computed again
         return None
 
