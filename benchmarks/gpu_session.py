@@ -207,7 +207,7 @@ def unpack_cache(archive: Path, work: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(work, filter="data")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError, TypeError) as error:  # TypeError: Python before 3.10.12 and 3.11.4 has no filter
         print(f"{archive} is not used: {error}")
 
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.dispatch import KernelOp
 from umt_kernels.launch import Plan, contiguous, last_contiguous, resident_programs, share
-from umt_kernels.reductions import add_up, plan_sums, two_sums
+from umt_kernels.reductions import add_up, plan_sums
 
 if triton is not None:
     import triton.language as tl
+
+    from umt_kernels.reductions import two_sums
 
 
 def _prepare(

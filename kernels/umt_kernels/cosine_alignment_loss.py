@@ -12,7 +12,7 @@ from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_id_values, check_ids, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference, is_plain, runs_kernel
 from umt_kernels.launch import PLANS, Plan, contiguous, keep, last_contiguous, resident_programs, share
-from umt_kernels.reductions import SUM_CONFIG, column_sums, eight_sums, four_sums
+from umt_kernels.reductions import SUM_CONFIG
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 if triton is not None:
     import triton.language as tl
+
+    from umt_kernels.reductions import column_sums, eight_sums, four_sums
 
 Distance = Literal["cosine", "l1", "smooth_l1", "mse"]
 Reduction = Literal["mean", "sum", "none"]

@@ -21,7 +21,6 @@ from umt_kernels.checks import (
 )
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
 from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous
-from umt_kernels.reductions import four_sums
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
 
 if triton is not None:
     import triton.language as tl
+
+    from umt_kernels.reductions import four_sums
 
 Normalise = Literal["none", "channel", "token"]
 

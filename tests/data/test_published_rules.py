@@ -90,7 +90,7 @@ def test_layer_ids():
     for name, layer in names.items():
         assert found[name] == 0.5 ** (depth + 1 - layer), name
     decayed = {name for group in groups if group["weight_decay"] for name in group["names"]}
-    assert not decayed & {"cls_token", "pos_embed", "mask_token", "blocks.3.mlp.fc2.bias"}
+    assert not decayed & {"cls_token", "pos_embed", "blocks.3.mlp.fc2.bias"}
 
 
 def test_positions_of_mae_st_have_the_first_layers_rate():
