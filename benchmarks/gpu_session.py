@@ -194,6 +194,7 @@ def _end_with_parent() -> None:
     session of its own: where a machine ends what a command leaves behind, it spares those.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # by which a stage is ended; a program in the background ignores it
     if _LIBC is not None:
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         _LIBC.prctl(parent_death_signal, signal.SIGKILL)
