@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from umt_kernels.backend import next_power_of_2, triton
+from umt_kernels.backend import triton
 from umt_kernels.dispatch import KernelOp
+from umt_kernels.gather_layer_norm_backward import BACKWARD_REGISTERS, backward_config
 from umt_kernels.launch import Plan, contiguous, last_contiguous, resident_programs, share
 from umt_kernels.reductions import add_up, plan_sums
 
@@ -117,16 +118,6 @@ def _fake(
     of_branch = _branch_shape(grad_y, x, scale, row_ids, branch_dtype, factor)
     vectors = [x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias, branch_bias)]
     return x.new_empty(residual_shape), x.new_empty(of_branch, dtype=branch_dtype), *vectors
-
-
-BACKWARD_REGISTERS = 80
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
-
-
-def backward_config(width: int) -> dict[str, int]:
-    """Eight numbers of a row to a thread, 16 bytes of bf16: three inputs and three sums of it are held at once."""
-    block = next_power_of_2(width)
-    return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
 
 
 backward = KernelOp("add_layer_norm_backward", _prepare, _launch, _fake)

@@ -96,7 +96,10 @@ BACKWARD_REGISTERS = 80
 
 
 def backward_config(width: int) -> dict[str, int]:
-    """Eight numbers of a row to a thread, 16 bytes of bf16: few enough registers for eight programs at a time."""
+    """Eight numbers of a row to a thread, 16 bytes of bf16: few enough registers for eight programs at a time.
+
+    `add_layer_norm_backward`, which holds three inputs and three sums of them, has the same.
+    """
     block = next_power_of_2(width)
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
 
