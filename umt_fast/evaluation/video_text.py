@@ -228,7 +228,7 @@ def embed_set(
         hidden, attention_mask, text = embed_texts(model, ids, mask)
     embedded = Embedded(tokens, video, hidden, attention_mask, text)
     if path is not None:
-        _write(path, embedded, bad)
+        keep_tensors(path, {one.name: getattr(embedded, one.name) for one in fields(embedded)}, bad)
     return embedded, bad
 
 
@@ -266,13 +266,14 @@ def _embed_videos(
     return tokens, video, bad
 
 
-def _write(path: Path, embedded: Embedded, bad: Sequence[tuple[str, str]]) -> None:
+def keep_tensors(path: Path, tensors: TensorDict, bad: Sequence[tuple[str, str]], **about: str) -> None:
+    """Write tensors whole or not at all, with the videos that could not be read and `about` as metadata."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.new")
-    tensors = {one.name: getattr(embedded, one.name).contiguous() for one in fields(embedded)}
-    save_file(tensors, aside, metadata={"bad": json.dumps(bad)})
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, aside, metadata={**about, "bad": json.dumps(bad)})
     put_in_place(aside, path)
 
 

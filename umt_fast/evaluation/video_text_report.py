@@ -25,8 +25,8 @@ from umt_fast.evaluation import retrieval
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.qa import FirstToken, accuracy, rank_answers
 from umt_fast.evaluation.retrieval import Retrieval
-from umt_fast.evaluation.video_text import EmbedSettings, Loaded, digest_test, embed_set
-from umt_fast.files import put_in_place, write_whole
+from umt_fast.evaluation.video_text import EmbedSettings, Loaded, digest_test, embed_set, keep_tensors
+from umt_fast.files import write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 
 if TYPE_CHECKING:
@@ -64,14 +64,12 @@ def run_retrieval(
     if kept is not None:
         (coarse, v2t, t2v), bad = kept
         result = retrieval.judge(coarse, v2t, t2v, found.texts_of_videos)
-        if rank == 0:
-            _write(folder, found, result, bad, about or {}, key)
-        return result, bad
-    embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
-    bad = [file for part in _gather(bad) for file in part]
-    device = model.temp.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        result = retrieval.score(model, embedded, found.texts_of_videos, k)
+    else:
+        embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
+        bad = [file for part in _gather(bad) for file in part]
+        device = model.temp.device
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            result = retrieval.score(model, embedded, found.texts_of_videos, k)
     if rank == 0:
         _write(folder, found, result, bad, about or {}, key)
     return result, bad
@@ -96,8 +94,6 @@ def _read_scores(path: Path, key: str) -> tuple[tuple[Tensor, Tensor, Tensor], l
 def _write(
     folder: Path, found: RetrievalSet, result: Retrieval, bad: list[tuple[str, str]], about: dict[str, Any], key: str
 ) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "videos": len(found.videos),
@@ -108,10 +104,7 @@ def _write(
         **about,
     }
     write_whole(folder / "retrieval.json", (json.dumps(content, indent=2) + "\n").encode("utf-8", "replace"))
-    aside = folder / f".{SCORES}.new"
-    tensors = {name: getattr(result, name).contiguous() for name in MATRICES}
-    save_file(tensors, aside, metadata={"key": key, "bad": json.dumps(bad)})
-    put_in_place(aside, folder / SCORES)
+    keep_tensors(folder / SCORES, {name: getattr(result, name) for name in MATRICES}, bad, key=key)
     draw_found(pick_queries(found, result), folder / "retrieval.png")
 
 
