@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ACTORS = 2
 """Shapes in a frame."""
 NUMBERS = 7
-"""Of each shape, beside its kind: x, y, radius, cosine and sine of the phase and of the hue."""
+"""Numbers that describe a shape, beside its kind: x, y, radius, cosine and sine of the phase and of the hue."""
 _SPREAD = (0.2, 0.2, 0.06, 0.7, 0.7, 0.7, 0.7)
 """About their standard deviations, by which errors are divided."""
 

@@ -47,7 +47,7 @@ class RungResult:
     """Median seconds of each phase; empty where the step is one graph."""
     clips_per_second: float | None = None
     peak_bytes: int | None = None
-    """Of the allocator: on a GPU with everything in it, on a CPU as `memory.peak_on_cpu` says."""
+    """Peak of the allocator: on a GPU of everything in it, on a CPU as `memory.peak_on_cpu` measures it."""
     model_flops: int = 0
     """Operations that the method needs: those of the lean step, on every rung."""
     flops: dict[str, int] = field(default_factory=dict)

@@ -287,7 +287,7 @@ def _prepare(
 
 
 def _shapes(predictions: Tensor, weight: Tensor | None, per_row: bool, with_grad: bool) -> tuple:
-    """Of the loss, the gradient of the predictions, and that of weight and bias."""
+    """Shapes of the loss, the gradient of the predictions, and that of weight and bias."""
     layers, sets, rows, width = predictions.shape
     return (
         (layers, sets, rows) if per_row else (),

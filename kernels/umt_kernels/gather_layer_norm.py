@@ -143,7 +143,7 @@ def _check(
 
 
 def _shapes(x: Tensor, row_ids: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the output [*k,r,m,d], and of mean and 1 / standard deviation of each of its rows [2,*k,r,m]."""
+    """Shapes of the output [*k,r,m,d], and of mean and 1 / standard deviation of each of its rows [2,*k,r,m]."""
     shape = x.shape if row_ids is None else (*x.shape[:-3], *row_ids.shape, x.shape[-1])
     return shape, (2, *shape[:-1])
 

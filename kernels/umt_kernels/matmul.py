@@ -43,7 +43,7 @@ ABSENT_GPU = (80, 108)
 def _shapes(
     a: Tensor, n: int, out_dtype: torch.dtype, keep_before: bool, column_sums: bool
 ) -> tuple[tuple[int, ...] | None, ...]:
-    """Of the result, what its activation was applied to, column sums and scales; None for what is not asked for."""
+    """Shapes of the result, the activation's input, column sums and scales; None for what is not requested."""
     m = a.shape[0]
     return (
         (m, n),

@@ -50,7 +50,7 @@ def on_shards(op: Callable[..., Any], axes: dict[str, Axes], outputs: tuple[Axes
     order = [_sharded_axis(first, placement, axes[first] or ()) for placement in given[first].placements]
 
     def placements(found: Axes, otherwise: Any) -> list[Any]:
-        """Placements like those of the first tensor; `otherwise` where it is sharded and this one has no such axis."""
+        """Placements like those of the first tensor; `otherwise` where that is sharded along an axis this one lacks."""
         result = []
         for place in order:
             axis = None if place is None or found is None else found[place]

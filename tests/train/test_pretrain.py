@@ -132,7 +132,7 @@ def test_an_attention_backend_that_is_missing_is_named(trainer):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processes):
-    """Of a program: a terminal's signal reaches all its processes, torchrun passes its own on."""
+    """All processes of a program: a terminal's signal reaches each of them, torchrun passes its own on."""
     options = ("--run.name", "s", "--optim.epochs", "500")
     torchrun = None if processes == 1 else ("--nproc-per-node", "2")
     child = trainer.start_program(*options, "--run.save-every", "100000", torchrun=torchrun)

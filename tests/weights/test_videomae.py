@@ -204,7 +204,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path, settings):
 
 
 def test_encoders_of_autoencoders(tmp_path):
-    """Sizes come from our checkpoint's settings; MAE-ST's encoder has no place there and is named."""
+    """Sizes come from our checkpoint's settings; an MAE-ST encoder is refused with an error that names it."""
     model = VideoMae(VideoMaeConfig(**SIZES, **DECODER, mlp_width=96)).eval()
     clip, _ = draw_clip()
     state, settings = model.state_dict(), {"model": {"frames": 4, "image_size": 32, "heads": 4}}
