@@ -160,7 +160,7 @@ def test_sharp_similarities_stay_finite():
 
 
 def print_memory_of_a_large_batch() -> None:
-    # Every chunk gets pages of its own and gives them back: else glibc keeps what it cannot use again, by chance 300 MiB.
+    # Every chunk has pages of its own and gives them back. By default glibc keeps gaps, in some runs 300 MiB.
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
     contrast.MOST_SIMILARITIES = 1 << 20

@@ -47,7 +47,7 @@ from umt_fast.config import PretrainConfig
 from umt_fast.data.captions import Source, read_annotations, read_answers, read_questions
 from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.excerpt import cut_excerpt
-from umt_fast.data.decode.time_limit import time_limit
+from umt_fast.data.decode.time_limit import TimeLimit
 from umt_fast.data.index import BadIndex, VideoList, describe, write_index
 from umt_fast.data.labels import read_classes, read_labelled
 from umt_fast.data.manifest import read_manifest
@@ -210,7 +210,7 @@ def ends(timeline: Any) -> list[int]:
 
 
 def read_video(path: Path) -> None:
-    with time_limit(MOST_SECONDS / 3):
+    with TimeLimit(MOST_SECONDS / 3):
         video = Video(str(path))
         for attempt in (
             lambda: read_frames(video, ends),
@@ -227,7 +227,7 @@ def read_all(videos: VideoList) -> None:
     """Every row, and the frames of those that are there."""
     videos.read_timeout, videos.limits = 1.0, Limits(max_bytes=1 << 20)
     for row in range(min(len(videos), 50)):
-        with contextlib.suppress(BadIndex, BadVideo), time_limit(MOST_SECONDS / 3):
+        with contextlib.suppress(BadIndex, BadVideo), TimeLimit(MOST_SECONDS / 3):
             read_frames(videos[row], ends)
     list(zip(range(9), videos.rows(), strict=False))
     videos.count_distinct()

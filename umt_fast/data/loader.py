@@ -19,7 +19,7 @@ from umt_fast.data.batch import Batch, VisitedVideo
 from umt_fast.data.clips import REPLACEMENTS, ClipStream
 from umt_fast.data.crops import Clip
 from umt_fast.data.decode import open_video, read_places
-from umt_fast.data.decode.time_limit import time_limit
+from umt_fast.data.decode.time_limit import TimeLimit
 from umt_fast.data.index import BadIndex
 from umt_fast.data.shared_memory import BufferPool, empty_for_parent
 from umt_fast.data.storage import start_reading
@@ -62,7 +62,7 @@ def read_visit(
             name = video.name
             note_reading(row)
             fetched, content = content, None  # it belongs to the first attempt
-            with time_limit(video.limits.time_limit):
+            with TimeLimit(video.limits.time_limit):
                 drawn = read(video, rng, None if fetched is None else fetched.result())
         except (BadVideo, OSError) as error:
             bad.append((name, str(error)))

@@ -12,8 +12,6 @@ import threading
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from umt_fast.data.video import BadVideo
 
 _PR_SET_PDEATHSIG = 1
@@ -49,8 +47,9 @@ class WorkerWatch:
     _INTERVAL = 1.0  # seconds between two looks
 
     def __init__(self, workers: int, limit: float, stalled: dict[int, str] | None = None) -> None:
-        self._board = np.frombuffer(mmap.mmap(-1, max(workers, 1) * 24), np.int64).reshape(-1, 3)
-        self._board[:, 1] = IDLE  # until a worker joins: it may take its time, and a spawned one never does
+        # Three numbers for each worker. A memoryview: numpy would take ten times as long to write one.
+        self._board = memoryview(mmap.mmap(-1, max(workers, 1) * 24)).cast("q")
+        self._set_idle()  # until a worker joins: it may take its time, and a spawned one never does
         self._limit = limit
         self._killed: list[Activity] = []
         self._closed = threading.Event()
@@ -60,7 +59,7 @@ class WorkerWatch:
 
     def __reduce__(self) -> tuple[type[WorkerWatch], tuple[int, float, dict[int, str]]]:
         """A spawned worker shares no memory: it writes to its own board, which nobody reads."""
-        return WorkerWatch, (len(self._board), self._limit, dict(self.stalled))
+        return WorkerWatch, (len(self._board) // 3, self._limit, dict(self.stalled))
 
     def start(self) -> None:
         """Begin to look, once the workers run."""
@@ -73,16 +72,17 @@ class WorkerWatch:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._board[:, 1] = IDLE
+        self._set_idle()
 
     def join(self, worker: int) -> None:
         """Register this process as `worker`, before it begins."""
         global _own
         _own = (self, worker)
-        self._board[worker] = os.getpid(), IDLE, 0
+        self._board[3 * worker] = os.getpid()
 
     def begin(self, worker: int, row: int) -> None:
-        self._board[worker, 1:] = row, time.monotonic_ns()
+        self._board[3 * worker + 2] = time.monotonic_ns()
+        self._board[3 * worker + 1] = row
         if row in self.stalled:
             raise BadVideo(self.stalled[row])
 
@@ -91,10 +91,15 @@ class WorkerWatch:
         killed, self._killed = self._killed, []
         return killed
 
+    def _set_idle(self) -> None:
+        for place in range(1, len(self._board), 3):
+            self._board[place] = IDLE
+
     def _look(self) -> None:
         while not self._closed.wait(min(self._INTERVAL, self._limit / 2)):
             now = time.monotonic_ns()
-            for pid, row, since in self._board.tolist():
+            for place in range(0, len(self._board), 3):
+                pid, row, since = self._board[place : place + 3].tolist()
                 seconds = (now - since) / 1e9
                 # Never process 0: that is a kill of our own process group.
                 if pid > 0 and row != IDLE and row not in self.stalled and seconds > self._limit:

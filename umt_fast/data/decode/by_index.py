@@ -19,7 +19,7 @@ from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
 from umt_fast.data.decode.orientation import orientation_of
 from umt_fast.data.decode.rgb import RgbConverter
-from umt_fast.data.decode.time_limit import check_time
+from umt_fast.data.decode.time_limit import current_limit
 from umt_fast.data.video import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
@@ -72,6 +72,7 @@ class Reader:
         self.facts = facts
         self.timeline = facts.timeline
         self.read_bytes = read
+        self._limit = current_limit()
         sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
         self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
         self.decoder = _open_decoder(facts.codec, packets.setup, max_pixels)
@@ -99,7 +100,7 @@ class Reader:
         content = self.read_bytes(bounds[0], bounds[-1])
         shown: list[av.VideoFrame] = []
         for number, (begin, end) in enumerate(itertools.pairwise(bounds), first):
-            check_time()
+            self._limit.check()
             packet = _packet(content[begin - bounds[0] : end - bounds[0]])
             packet.pts = number
             shown = self.decoder.decode(packet)

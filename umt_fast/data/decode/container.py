@@ -148,13 +148,19 @@ def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
     return content, size
 
 
-@contextlib.contextmanager
-def as_bad_video() -> Iterator[None]:
-    """Turn errors of FFmpeg and the system into BadVideo."""
-    try:
-        yield
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+class as_bad_video(contextlib.ContextDecorator):
+    """Turn errors of FFmpeg and the system into BadVideo.
+
+    A class: the generator of a contextmanager costs a microsecond, and every clip needs several.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         # IndexError: PyAV's own, where a damaged file grows a stream while it is read
+        if not isinstance(error, (av.error.FFmpegError, OSError, ValueError, IndexError)):
+            return
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, av.error.ArgumentError):  # how decoders and demuxers answer to the limits set in `_open`
             reason = "not a video format that is read here, or frames larger than --data.max-pixels"

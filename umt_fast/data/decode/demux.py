@@ -14,15 +14,16 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from umt_fast.data.decode.time_limit import check_time
+from umt_fast.data.decode.time_limit import current_limit
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
     # Python closes a generator that is dropped, which PyAV's compiled ones are not, and with it what it yields from.
     packets: Any = container.demux(stream)
+    limit = current_limit()
     try:
         for packet in packets:
-            check_time()
+            limit.check()
             yield packet
     finally:
         packets.close()

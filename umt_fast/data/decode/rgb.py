@@ -39,9 +39,12 @@ class RgbConverter:
         return self._orientation
 
     def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-        orientation = self.orientation(frame)
+        orientation = self._orientation or self.orientation(frame)
+        upright = orientation is UPRIGHT
+        turned = frame if upright else orientation.rotate(frame)
         width = None if self._aspect is None else max(round(frame.width * self._aspect), 1)
-        rgb = self._reformatter.reformat(orientation.rotate(frame), width, format="rgb24", threads=ONE_THREAD)
+        rgb = self._reformatter.reformat(turned, width, format="rgb24", threads=ONE_THREAD)
         (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
-        return orientation.apply(np.ndarray(shape, np.uint8, memoryview(plane), strides=strides))
+        pixels = np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
+        return pixels if upright else orientation.apply(pixels)

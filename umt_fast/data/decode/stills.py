@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from umt_fast.data.decode import IMAGE_SUFFIXES
-from umt_fast.data.decode.time_limit import check_time
+from umt_fast.data.decode.time_limit import current_limit
 from umt_fast.data.index import suffix_of
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.storage import CannotReach, read_video
@@ -65,7 +65,7 @@ class FrameFolder:
     def read(self, indices: list[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
         for index in indices:
             try:
-                check_time()
+                current_limit().check()
                 with opened(Video(self._pictures[index], limits=self._limits)) as still:
                     yield from ((index, frame) for _, frame in still.read([0]))
             except BadVideo as error:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
 
 from umt_fast.data.video import BadVideo
 
-_limit: ContextVar[tuple[float, float]] = ContextVar("limit", default=(math.inf, math.inf))
-"""When decoding must be done, and the seconds that it was given."""
+
+@dataclass
+class TimeLimit:
+    """Raises BadVideo from any decoding inside its `with` that takes longer."""
+
+    seconds: float
+    _end: float = field(default=math.inf, init=False)
+
+    def __enter__(self) -> None:
+        self._end = time.monotonic() + self.seconds
+        self._before: Token[TimeLimit] = _current.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._before)
+
+    def check(self) -> None:
+        """Raise BadVideo if the time is over. Decoders ask between packets; the frame's size bounds what one costs."""
+        if time.monotonic() > self._end:
+            raise BadVideo(f"not decoded within {self.seconds:g} seconds (--data.time-limit)")
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise BadVideo from any decoding inside that takes longer."""
-    before = _limit.set((time.monotonic() + seconds, seconds))
-    try:
-        yield
-    finally:
-        _limit.reset(before)
+_NO_LIMIT = TimeLimit(math.inf)
+_current: ContextVar[TimeLimit] = ContextVar("limit", default=_NO_LIMIT)
 
 
-def check_time() -> None:
-    """Raise BadVideo when the time is over. Decoders ask between packets; the frame's size bounds what one costs."""
-    due, seconds = _limit.get()
-    if time.monotonic() > due:
-        raise BadVideo(f"not decoded within {seconds:g} seconds (--data.time-limit)")
+def current_limit() -> TimeLimit:
+    """The limit of the video that is decoded now."""
+    return _current.get()
