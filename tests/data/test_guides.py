@@ -9,6 +9,7 @@ from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.crops import View
+from umt_fast.data.decode import container
 from umt_fast.data.guides import GuidedStream, cut_labels, find_mask, motion_channel
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipDataset
@@ -41,6 +42,15 @@ def test_motion_is_that_of_the_crop(tmp_path, write_video):
     assert batch.clip[..., 3].max() > 4  # the picture moves by three pixels a frame
     plain = make(tmp_path, write_video, "motion")
     assert torch.equal(ClipDataset(plain)[[0, 1]].clip, batch.clip)
+
+
+def test_motion_comes_with_the_frames(tmp_path, write_video, monkeypatch):
+    """No second pass over the file."""
+    opened = []
+    monkeypatch.setattr(container, "opened", lambda *given, real=container.opened: opened.append(1) or real(*given))
+    clip = ClipDataset(make(tmp_path, write_video, "motion"))[[0]].clip
+    assert clip[..., 3].any()
+    assert len(opened) == 1
 
 
 def test_labels_are_cut_as_the_pixels_are(tmp_path, write_video):

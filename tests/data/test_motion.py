@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from umt_fast.data.crops import View
+from umt_fast.data.decode import by_index, open_video
+from umt_fast.data.decode.motion_vectors import CELL, MotionMaps, motion_map
+from umt_fast.data.manifest import read_manifest
 from umt_fast.data.motion import pool, read_motion
+from umt_fast.data.prepare import Recipe, Settings, prepare
 from umt_fast.data.video import BadVideo, Video
 
 
@@ -62,5 +66,65 @@ def test_a_frame_that_is_not_there_is_named(tmp_path, write_video):
 
 
 def test_pooling_averages_patches():
-    lengths = torch.arange(16.0).view(4, 4)
+    lengths = np.arange(16, dtype=np.float32).reshape(4, 4)
     assert pool(lengths, 2).tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def plain_map(frame: av.VideoFrame) -> np.ndarray:
+    """`motion_map`, vector by vector."""
+    total, count = np.zeros((2, -(-frame.height // CELL), -(-frame.width // CELL)))
+    data = frame.side_data.get("MOTION_VECTORS")
+    for vector in data.to_ndarray() if data is not None else ():
+        top = max(int(vector["dst_y"]) - int(vector["h"]) // 2, 0) // CELL
+        left = max(int(vector["dst_x"]) - int(vector["w"]) // 2, 0) // CELL
+        block = np.s_[top : top + int(vector["h"]) // CELL, left : left + int(vector["w"]) // CELL]
+        total[block] += np.hypot(float(vector["motion_x"]), float(vector["motion_y"])) / int(vector["motion_scale"])
+        count[block] += 1
+    return total / np.maximum(count, 1)
+
+
+def decoded_with_vectors(path: Path) -> list[av.VideoFrame]:
+    with av.open(str(path)) as file:
+        file.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
+        return list(file.decode(video=0))
+
+
+@pytest.mark.parametrize("options", [{"bf": "0"}, {"bf": "3"}])
+def test_a_map_is_the_mean_of_the_vectors_of_each_cell(tmp_path, write_video, options):
+    path = write_video(tmp_path / "a.mp4", frames=10, size=(100, 68), options=options)
+    lengths = []
+    for frame in decoded_with_vectors(path):
+        assert np.abs(motion_map(frame) - plain_map(frame)).max() < 1e-5
+        lengths.append(motion_map(frame).max())
+    assert sum(length > 1 for length in lengths) > 4
+
+
+def test_a_copy_has_the_vectors_of_its_own_frames(tmp_path, write_video):
+    """It is read by its index, without a demuxer."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", frames=12, size=(96, 64))
+    prepare(Settings(str(tmp_path / "videos"), str(tmp_path / "copies"), Recipe(gop=6, short_side=64), workers=1))
+    (copy,) = read_manifest(str(tmp_path / "copies"))
+    assert by_index.can_read(copy)
+    maps = [plain_map(frame) for frame in decoded_with_vectors(copy.path)]
+    found = MotionMaps()
+    with open_video(copy, motion=found) as reader:
+        list(reader.read([2, 5, 9]))
+    assert sorted(found) == [2, 5, 9]
+    for index, lengths in found.items():
+        assert np.abs(lengths - maps[index]).max() < 1e-5
+    assert max(lengths.max() for lengths in found.values()) > 1
+
+
+@pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV writes no rotation")
+def test_maps_are_turned_as_the_frames_are(tmp_path, write_video):
+    found = {}
+    for rotation in (0, 90):
+        path = write_video(tmp_path / f"{rotation}.mp4", frames=6, size=(96, 64), rotation=rotation)
+        maps = MotionMaps()
+        with open_video(Video(str(path)), motion=maps) as reader:
+            ((_, frame),) = reader.read([4])
+        assert (CELL * maps[4].shape[0], CELL * maps[4].shape[1]) == frame.shape[:2]
+        found[rotation] = maps[4]
+    assert any(np.array_equal(found[90], np.rot90(found[0], turns)) for turns in (1, 3))
+    assert found[0].any()

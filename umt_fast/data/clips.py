@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
     from torch import Tensor
 
+    from umt_fast.data.decode.motion_vectors import MotionMaps
+
 REPLACEMENTS = 20
 """How many other videos are tried in place of an unreadable one."""
 
@@ -86,6 +88,8 @@ class ClipStream:
     """False: every epoch follows the list, as an evaluation does."""
     replace: bool = True
     """Whether another video takes the place of an unreadable one. False: its clips are missing from the batch."""
+    motion: MotionMaps | None = field(default=None, init=False)
+    """Where decoders put the motion vectors of the visit's frames, in a stream that uses them."""
     drawn: Any = field(default=None, init=False)
     """What was drawn for the visit that was just made, where a stream hands that out; it comes with the batch."""
 

@@ -33,8 +33,8 @@ MOTION_SCALE = 4
 class GuidedStream(ClipStream):
     """Clips uint8 [T,side,side,4]: red, green, blue, and a guide.
 
-    motion   length of the motion vectors, one value per patch of `grid` x `grid` (`umt_fast.data.motion`). They come
-             from a second pass over the file, up to the clip's last frame.
+    motion   length of the motion vectors, one value per patch of `grid` x `grid` (`umt_fast.data.motion`). The decoder
+             hands them out with the frames.
     regions  grey values of the file of `folder` that has the video's name, whatever its suffix: a video of as many
              frames, or one picture. Its frames may be smaller.
     """
@@ -46,6 +46,10 @@ class GuidedStream(ClipStream):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._visit: tuple[Video, list[int]] | None = None
+        if self.guide == "motion":
+            from umt_fast.data.decode.motion_vectors import MotionMaps  # imports PyAV
+
+            self.motion = MotionMaps()
 
     @property
     def needs_pyav(self) -> bool:
@@ -58,6 +62,8 @@ class GuidedStream(ClipStream):
     def choose_frames(self, video: Video, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
         indices = list(super().choose_frames(video, timeline, rng))
         self._visit = video, indices
+        if self.motion is not None:
+            self.motion.clear()
         return indices
 
     def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> Sequence[Clip]:
@@ -67,13 +73,14 @@ class GuidedStream(ClipStream):
         views = self.draw_views(width, height, rng)
         return [_GuidedClip(view, clip, guide) for view, clip in zip(views, out, strict=True)]
 
-    def _motion(self, video: Video, indices: list[int], _width: int, _height: int) -> Callable[[View], np.ndarray]:
-        from umt_fast.data.motion import pool, read_motion_maps  # imports PyAV
+    def _motion(self, _video: Video, indices: list[int], _width: int, _height: int) -> Callable[[View], np.ndarray]:
+        from umt_fast.data.motion import pool  # imports PyAV
 
-        maps = read_motion_maps(video, indices)
+        assert self.motion is not None
+        maps = self.motion
 
         def guide(view: View) -> np.ndarray:
-            return motion_channel(torch.stack([pool(maps[index], self.grid, view) for index in indices]), self.side)
+            return motion_channel(torch.stack([pool(maps.get(index), self.grid, view) for index in indices]), self.side)
 
         return guide
 

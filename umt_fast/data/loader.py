@@ -78,7 +78,7 @@ def read_visit(
 def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> Any:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Returns what the stream says of it. Raises BadVideo."""
     clips: Sequence[Clip] = ()
-    with open_video(video, content, stream.config.square_pixels) as reader:
+    with open_video(video, content, stream.config.square_pixels, stream.motion) as reader:
         indices = stream.choose_frames(video, reader.timeline, rng)
         for places, frame in read_places(reader, indices):
             if not clips:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import posixpath
@@ -22,6 +23,8 @@ from umt_fast.errors import RunError
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
+    from umt_fast.data.decode.motion_vectors import MotionMaps
+
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
 """Suffixes of picture files, which count as videos of one frame."""
 INSTALL = "pip install 'umt-fast[dali]' (for CUDA 12: pip install nvidia-dali-cuda120)"
@@ -39,11 +42,14 @@ class Reader(Protocol):
 
 
 @contextlib.contextmanager
-def open_video(video: Video, content: bytes | None = None, square_pixels: bool = False) -> Iterator[Reader]:
+def open_video(
+    video: Video, content: bytes | None = None, square_pixels: bool = False, motion: MotionMaps | None = None
+) -> Iterator[Reader]:
     """Open a video, a picture or a folder of frames, to read frames by index.
 
     `content`: the file's bytes, where the caller has them. `square_pixels`: scale frames with other pixels to the width
-    at which players show them; a copy of `prepare` stays as it was made.
+    at which players show them; a copy of `prepare` stays as it was made. `motion`: where to put the motion vectors of
+    the frames that are read.
 
     Only what is needed is decoded: from the key frame before each wanted frame to that frame.
 
@@ -60,15 +66,19 @@ def open_video(video: Video, content: bytes | None = None, square_pixels: bool =
 
     reading: contextlib.AbstractContextManager[Reader]
     if by_index.can_read(video):
-        reading = by_index.opened(video, content)
+        reading = by_index.opened(video, content, motion)
     elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
         from umt_fast.data.decode import stills
 
         reading = stills.opened_folder(video, content)
     else:
-        reading = container.opened(video, content, square_pixels)
-    with reading as reader:
-        yield reader
+        reading = container.opened(video, content, square_pixels, motion)
+    try:
+        with reading as reader:
+            yield reader
+    finally:
+        if motion is not None:
+            gc.collect(0)  # frames whose side data was read refer to it, and it to them
 
 
 def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[int], UInt8[np.ndarray, "h w 3"]]]:

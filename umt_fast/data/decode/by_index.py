@@ -17,6 +17,7 @@ import numpy as np
 from umt_fast.data.decode.container import as_bad_video, fetch
 from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.motion_vectors import EXPORT, MotionMaps
 from umt_fast.data.decode.orientation import orientation_of
 from umt_fast.data.decode.rgb import RgbConverter
 from umt_fast.data.decode.time_limit import current_limit
@@ -33,14 +34,14 @@ def can_read(video: Video) -> bool:
 
 
 @contextlib.contextmanager
-def opened(video: Video, content: bytes | None) -> Iterator[Reader]:
+def opened(video: Video, content: bytes | None, motion: MotionMaps | None = None) -> Iterator[Reader]:
     """A reader of a video that `can_read` accepts. Raises BadVideo."""
     assert video.facts is not None
     assert video.facts.packets is not None
     content, size = fetch(video, content)
     with _bytes_of(video, content) as read:
         with as_bad_video():
-            reader = Reader(video.facts, video.facts.packets, read, video.limits.max_pixels)
+            reader = Reader(video.facts, video.facts.packets, read, video.limits.max_pixels, motion)
         if reader.bounds[-1] > size:
             raise BadVideo(f"its frames would end after its {size} bytes: {_CHANGED}")
         yield reader
@@ -68,14 +69,22 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
 class Reader:
     """A video's decoder and the places of its packets."""
 
-    def __init__(self, facts: Facts, packets: Packets, read: Callable[[int, int], bytes], max_pixels: int) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        packets: Packets,
+        read: Callable[[int, int], bytes],
+        max_pixels: int,
+        motion: MotionMaps | None = None,
+    ) -> None:
         self.facts = facts
         self.timeline = facts.timeline
         self.read_bytes = read
         self._limit = current_limit()
         sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
         self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
-        self.decoder = _open_decoder(facts.codec, packets.setup, max_pixels)
+        self.motion = motion
+        self.decoder = _open_decoder(facts.codec, packets.setup, max_pixels, None if motion is None else EXPORT)
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
@@ -92,6 +101,8 @@ class Reader:
                 if frame is None:
                     raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
                 fed = index + 1
+                if self.motion is not None:
+                    self.motion.add(index, frame, to_rgb.orientation(frame))
                 yield index, to_rgb(frame)
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
@@ -120,12 +131,14 @@ def _decoder_of(codec: str) -> str | None:
     return name if name in av.codecs_available else None
 
 
-def _open_decoder(codec: str, setup: bytes, max_pixels: int) -> av.VideoCodecContext:
+def _open_decoder(
+    codec: str, setup: bytes, max_pixels: int, options: dict[str, str] | None = None
+) -> av.VideoCodecContext:
     """Open a decoder for a codec that FFmpeg can decode."""
     decoder = av.CodecContext.create(_decoder_of(codec) or codec, "r")
     assert isinstance(decoder, av.VideoCodecContext)
     decoder.extradata = setup
-    decoder.options = {"max_pixels": str(max_pixels)}
+    decoder.options = {"max_pixels": str(max_pixels), **(options or {})}
     decoder.thread_count = 1  # the workers are the parallelism
     return decoder
 

@@ -16,6 +16,7 @@ import numpy as np
 from av.stream import Disposition
 
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.motion_vectors import EXPORT, MotionMaps
 from umt_fast.data.decode.orientation import UPRIGHT
 from umt_fast.data.decode.rgb import RgbConverter
 from umt_fast.data.decode.truncation import read_tail, refuse_cut_off, refuse_early_end
@@ -65,25 +66,23 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height, aspect)
 
 
-def each_frame(
-    video: Video, content: bytes | None = None, codec_options: dict[str, str] | None = None
-) -> Iterator[av.VideoFrame]:
+def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
     """Every frame in order of presentation, decoded in one pass, as it is stored (not yet turned).
 
-    `codec_options` are FFmpeg's options of the decoder, such as `{"flags2": "+export_mvs"}`. Raises BadVideo as
-    `decode.open_video`, at the first frame that does not decode.
+    Raises BadVideo as `decode.open_video`, at the first frame that does not decode.
     """
     with opened(video, content) as reader:
-        reader.codec_options = codec_options or {}
         yield from reader.read_all()
 
 
 @contextlib.contextmanager
-def opened(video: Video, content: bytes | None, square_pixels: bool = False) -> Iterator[Reader]:
+def opened(
+    video: Video, content: bytes | None, square_pixels: bool = False, motion: MotionMaps | None = None
+) -> Iterator[Reader]:
     """A reader of any file that FFmpeg can demultiplex. Raises BadVideo."""
     with _container(video, content) as container:
         with as_bad_video():
-            reader = Reader(container, video.facts, lambda: _open(video, content), square_pixels)
+            reader = Reader(container, video.facts, lambda: _open(video, content), square_pixels, motion)
             if video.facts is None:
                 refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
         try:
@@ -196,6 +195,7 @@ class Reader:
         facts: Facts | None,
         reopen: Callable[[], av.container.InputContainer],
         square_pixels: bool = False,
+        motion: MotionMaps | None = None,
     ) -> None:
         self.container = container
         self.indexed = facts
@@ -204,8 +204,8 @@ class Reader:
         self.stream = find_film(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
-        self.codec_options: dict[str, str] = {}
-        """Options of the decoder of `read_all`."""
+        self.motion = motion
+        self._export_motion(self.stream)
         self.to_rgb = RgbConverter(facts is not None, pixel_aspect(self.stream) if square_pixels else Fraction(1))
         if facts is None:
             self._list_packets()
@@ -254,6 +254,15 @@ class Reader:
             return self.indexed.timeline
         tick = float(self.stream.time_base or 0) if self.timed else 1 / (self._rate() or 25)
         return Timeline(self.pts, lambda: tick)
+
+    def _export_motion(self, stream: av.VideoStream) -> None:
+        if self.motion is not None:
+            stream.codec_context.options = {**stream.codec_context.options, **EXPORT}
+
+    def _convert(self, index: int, frame: av.VideoFrame) -> tuple[int, np.ndarray]:
+        if self.motion is not None:
+            self.motion.add(index, frame, self.to_rgb.orientation(frame))
+        return index, self.to_rgb(frame)
 
     def _rate(self) -> float:
         return float(self.stream.average_rate or 0)
@@ -311,7 +320,7 @@ class Reader:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                yield index, self.to_rgb(frame)
+                yield self._convert(index, frame)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame at time `key` on; from the start, once, if a seek lands after it."""
@@ -338,7 +347,7 @@ class Reader:
             stream = container.streams[self.stream.index]
             assert isinstance(stream, av.VideoStream)
             stream.codec_context.thread_count = 1
-            stream.codec_context.options = {**stream.codec_context.options, **self.codec_options}
+            self._export_motion(stream)
             yield from decode(container, stream)
 
     def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -346,7 +355,7 @@ class Reader:
         wanted = set(indices)
         for index, frame in enumerate(self._decode_all()):
             if index in wanted and not frame.is_corrupt:
-                yield index, self.to_rgb(frame)
+                yield self._convert(index, frame)
             if index >= indices[-1]:
                 break
 
