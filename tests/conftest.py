@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden import read_recorded
 from torch import Tensor
 
 from umt_fast import ClassifierConfig, ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
@@ -67,9 +70,8 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
+    metadata, tensors = read_recorded(GOLDEN / f"{name}.safetensors")
+    config = json.loads(metadata["config"])
     student = VideoStudent(
         StudentConfig(
             image_size=config["img"],
@@ -123,13 +125,10 @@ class Recorded:
 
 @pytest.fixture(scope="session")
 def recorded():
-    """Reads `golden/finetune/NAME.safetensors`; a tensor that equals another is stored once, under `same_as`."""
+    """Reads `golden/finetune/NAME.safetensors`."""
 
     def read(name: str) -> Recorded:
-        with safe_open(GOLDEN / "finetune" / f"{name}.safetensors", "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-        tensors |= {key: tensors[other] for key, other in json.loads(metadata.get("same_as", "{}")).items()}
+        metadata, tensors = read_recorded(GOLDEN / "finetune" / f"{name}.safetensors")
         return Recorded(json.loads(metadata["config"]), tensors)
 
     return read
@@ -174,6 +173,22 @@ def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """In it, writing more than so many bytes to a file fails, as on a disk that is full."""
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit
 
 
 @pytest.fixture(scope="module")

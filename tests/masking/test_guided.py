@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden import read_recorded
 from torch import Tensor
 
 from umt_fast.masking import guided
@@ -16,8 +16,8 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 
 
 def read(name: str) -> tuple[dict, dict[str, Tensor]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    metadata, tensors = read_recorded(GOLDEN / f"{name}.safetensors")
+    return json.loads(metadata["config"]), tensors
 
 
 def left(mask: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from golden import read_recorded
 from torch import Tensor
 
 from umt_fast.config import StudentConfig, TeacherConfig, TextConfig, VideoTextConfig
@@ -44,11 +44,8 @@ class Case:
 
 
 def read(name: str, full: bool = False) -> Case:
-    """A recorded case; a tensor that equals another is stored once, under `same_as`."""
-    with safe_open((Path(WHOLE) if full else GOLDEN) / f"{name}.safetensors", "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-    tensors |= {key: tensors[other] for key, other in json.loads(metadata.get("same_as", "{}")).items()}
+    """A recorded case."""
+    metadata, tensors = read_recorded((Path(WHOLE) if full else GOLDEN) / f"{name}.safetensors")
     return Case(json.loads(metadata["config"]), tensors)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from golden import read_recorded
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,10 +81,7 @@ def test_half_precision_weights_follow_their_float32_copies():
 
 @pytest.mark.parametrize("sdpa", [False, True])
 def test_the_pixel_baseline_matches_the_recorded_model(sdpa):
-    with safe_open(PIXELS, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
-    tensors |= {key: tensors[other] for key, other in json.loads(metadata.get("same_as", "{}")).items()}
+    metadata, tensors = read_recorded(PIXELS)
     given = json.loads(metadata["config"])
     encoder = (given["image"], given["patch"], given["tubelet"], given["frames"])
     sizes = (given["enc_width"], given["enc_depth"], given["enc_heads"])
