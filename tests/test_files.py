@@ -11,9 +11,12 @@ import time
 import pytest
 import torch
 
-from umt_fast.files import FolderInUse, escape, lock_folder, read_reasons, unescape, write_reasons
+from umt_fast.data.index import VideoList
+from umt_fast.data.mapped_list import write_mapped
+from umt_fast.files import FolderInUse, escape, lock_folder, read_reasons, unescape, write_reasons, write_whole
 from umt_fast.run.log import RunLog
 from umt_fast.run.world import World
+from umt_fast.weights.files import save_safetensors
 
 STRANGE = ["a\tb.mp4", "a\nb.mp4", "c\r\n.mp4", "\x1b[31m\x00\x7f\x85.mp4", "a\u2028b\u2029.mp4", "\udcff\udc80.mp4"]
 BACKSLASHES = ["\\", "\\t.mp4", "x$\\foo$.mp4", "\\\\n", "\\x1b", "\\u2028", "a\\\tb"]
@@ -94,3 +97,16 @@ def test_a_lock_ends_with_its_process_and_needs_no_flock(tmp_path, monkeypatch, 
         pass
     notes = capfd.readouterr().err
     assert (f"the file system of {folder} has no flock" in notes) == (missing is not None)
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path, small_disk):
+    path = tmp_path / "index.jsonl"
+    path.write_bytes(b"old")
+    with small_disk(100), pytest.raises(OSError, match="too large"):
+        write_whole(path, bytes(1000))
+    with small_disk(100), pytest.raises(OSError, match=r"a\.safetensors, is the disk full"):
+        save_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(1000)})
+    with small_disk(5000), pytest.raises(OSError, match="too large"):
+        write_mapped(VideoList.of_paths(f"{i}.mp4" for i in range(1000)), str(tmp_path / "a.videos"))
+    assert [file.name for file in tmp_path.iterdir()] == ["index.jsonl"]
+    assert path.read_bytes() == b"old"

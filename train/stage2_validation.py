@@ -17,9 +17,8 @@ from umt_fast.evaluation import retrieval
 from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import PUBLISHED_K
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
-from umt_fast.files import put_in_place
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
-from umt_fast.run.checkpoint import TrainState
+from umt_fast.run.checkpoint import TrainState, write_tensors
 
 BEST = "best.pth"
 Bad = list[tuple[str, str]]
@@ -47,11 +46,8 @@ class Validation:
 
     def due(self, step: int) -> bool:
         """Whether validation follows a step: the last one of an epoch, or of the run."""
-        return self._test is not None and step > 0 and (step % self._epoch_steps == 0 or step == self._total)
-
-    def missed(self) -> bool:
-        """Whether a signal came between the last step and its validation."""
-        return self.due(self._state.step) and self._state.plan["validated"] != self._state.step
+        ends_epoch = step % self._epoch_steps == 0 or step == self._total
+        return self._test is not None and step > 0 and ends_epoch and self._state.plan["validated"] != step
 
     def run(self, say: Callable[[str], None]) -> None:
         """Test the model as it is; every process calls it."""
@@ -74,9 +70,7 @@ class Validation:
         if not state.world.main:
             return
         content = {"model": weights.video_text_state_dict(state.model), "config": dataclasses.asdict(state.config)}
-        aside = path.with_name(f".{BEST}")
-        torch.save({**content, "schedule": state.plan, "step": state.step, "validation": figures}, aside)
-        put_in_place(aside, path)
+        write_tensors(path, {**content, "schedule": state.plan, "step": state.step, "validation": figures})
 
     def _read(self) -> Test:
         config, data = self._config, self._config.data

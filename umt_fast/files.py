@@ -96,10 +96,13 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment the old content or the new is there, whole."""
+    """Write a file so that at any moment the old content or the new is there, whole. Raises OSError."""
     aside = path.with_name(f".{path.name}.new")
-    aside.write_bytes(content)
-    put_in_place(aside, path)
+    try:
+        aside.write_bytes(content)
+        put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 _UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")

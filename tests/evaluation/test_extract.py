@@ -19,6 +19,7 @@ from umt_fast.data.loader import ClipLoader
 from umt_fast.evaluation import features, probe
 from umt_fast.evaluation.extract import Extraction, Features, FeaturesError, extract, read_features, shard_path
 from umt_fast.evaluation.views import Views, view_stream
+from umt_fast.files import lock_folder
 from umt_fast.run.world import World
 from umt_fast.weights import write_weights
 
@@ -251,3 +252,13 @@ def test_features_in_a_zip_bomb_or_a_damaged_npz_are_refused(tmp_path):
     np.savez(path, **{**small, "rows": np.array([{}, {}], object)})
     with pytest.raises(FeaturesError, match=r"cannot read .*npz"):
         read_features(tmp_path)
+
+
+def test_two_extractions_into_one_folder(checkpoint, listing, tmp_path, capsys):
+    with lock_folder(tmp_path / "f"):
+        with pytest.raises(SystemExit) as stop:
+            features.main(command(checkpoint, listing, tmp_path / "f"))
+        assert not (tmp_path / "f" / "features.json").exists()
+    assert f"another process is using {tmp_path / 'f'}" in str(stop.value.code) + capsys.readouterr().err
+    features.main(command(checkpoint, listing, tmp_path / "f"))
+    assert len(read_features(tmp_path / "f").rows) == 5

@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +31,28 @@ _HEADER = 4096
 
 def write_mapped(videos: VideoList, target: str) -> int:
     """Write a list, its paths made absolute. Returns the number of rows. Raises OSError."""
-    aside = Path(target).with_name(f".{Path(target).name}.new")
     lengths, seen, remote, digest = [], set(), False, hashlib.sha256()
-    rows_file = aside.with_name(f"{aside.name}.rows")
-    with open(rows_file, "wb") as rows:
-        for row in videos.rows():
-            place = "path" if row.get("shard") is None else "shard"
-            remote |= is_url(row[place])
-            row[place] = row[place] if is_url(row[place]) else os.path.abspath(row[place])
-            line = json.dumps(row).encode()
-            digest.update(line)
-            lengths.append(rows.write(line))
-            seen.add(hash(line))
-    counts = {"rows": len(lengths), "distinct": len(seen), "remote": remote, "digest": digest.hexdigest()[:12]}
-    header = _FORMAT + json.dumps(counts).encode() + b"\n"
-    with open(aside, "wb") as file, open(rows_file, "rb") as rows:
-        file.write(header.ljust(_HEADER, b" "))
-        file.write(np.cumsum([0, *lengths], dtype="<i8").tobytes())
-        while block := rows.read(1 << 20):
-            file.write(block)
-    rows_file.unlink()
-    put_in_place(aside, Path(target))
+    aside = Path(target).with_name(f".{Path(target).name}.{os.getpid()}")
+    try:
+        # The rows come first: how many bytes they and their offsets have is known when all are written.
+        with tempfile.TemporaryFile(dir=aside.parent) as rows, open(aside, "wb") as file:
+            for row in videos.rows():
+                place = "path" if row.get("shard") is None else "shard"
+                remote |= is_url(row[place])
+                row[place] = row[place] if is_url(row[place]) else os.path.abspath(row[place])
+                line = json.dumps(row).encode()
+                digest.update(line)
+                lengths.append(rows.write(line))
+                seen.add(hash(line))
+            counts = {"rows": len(lengths), "distinct": len(seen), "remote": remote, "digest": digest.hexdigest()[:12]}
+            header = _FORMAT + json.dumps(counts).encode() + b"\n"
+            file.write(header.ljust(_HEADER, b" "))
+            file.write(np.cumsum([0, *lengths], dtype="<i8").tobytes())
+            rows.seek(0)
+            shutil.copyfileobj(rows, file, 1 << 20)
+        put_in_place(aside, Path(target))
+    finally:
+        aside.unlink(missing_ok=True)
     return len(lengths)
 
 

@@ -8,6 +8,7 @@ features_00000.npz         the same as NumPy's arrays, with `unreadable`, where 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,9 +25,10 @@ from umt_fast.data.labels import MOST_CLASSES
 from umt_fast.data.loader import ClipLoader
 from umt_fast.errors import RunError
 from umt_fast.evaluation.views import Views, view_stream
-from umt_fast.files import put_in_place, read_small, write_whole
+from umt_fast.files import lock_folder, put_in_place, read_small, write_whole
 from umt_fast.models.encoder import VideoEncoder
 from umt_fast.run.world import World
+from umt_fast.weights.files import save_safetensors
 from umt_fast.weights.torchscript import refuse_bomb
 
 if TYPE_CHECKING:
@@ -88,33 +90,50 @@ def extract(
     """Write the features of all videos to `folder`; the processes share out the shards, and none is made twice.
 
     `about` is stored in features.json and, like the settings and the list, must be the same when an extraction goes
-    on. Raises FeaturesError where it is not.
+    on. Raises FeaturesError where it is not, FolderInUse while another extraction writes to the folder.
     """
     count = -(-len(videos) // settings.shard)
     facts = asdict(settings)
     index = {"format": facts.pop("format"), "list": videos.digest(), "videos": len(videos), "shards": count}
     index |= {"settings": facts, **about}
     index = json.loads(json.dumps(index))
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_same(folder / INDEX, index)
-        write_whole(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-    world.gather(None)
-    own = [
-        number
-        for number in range(world.rank, count, world.size)
-        if not shard_path(folder, number, settings.format).exists()
-    ]
-    present = len(range(world.rank, count, world.size)) - len(own)
-    if world.main and present:
-        say(f"{present} of {present + len(own)} shards are there already")
+    with contextlib.ExitStack() as held:
+        problem = None
+        if world.main:
+            try:
+                held.enter_context(lock_folder(folder))
+                check_same(folder / INDEX, index)
+                write_whole(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+            except (RunError, OSError) as error:
+                problem = error
+        if (problem := world.gather(problem)[0]) is not None:
+            raise problem
+        _write_missing(encoder, videos, labels, settings, config, world, folder, bf16, say)
+        world.gather(None)
+
+
+def _write_missing(
+    encoder: VideoEncoder,
+    videos: VideoList,
+    labels: Sequence[int] | None,
+    settings: Extraction,
+    config: DataConfig,
+    world: World,
+    folder: Path,
+    bf16: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Write this process's share of the shards that are not there."""
+    share = range(world.rank, -(-len(videos) // settings.shard), world.size)
+    own = [number for number in share if not shard_path(folder, number, settings.format).exists()]
+    if world.main and len(own) < len(share):
+        say(f"{len(share) - len(own)} of {len(share)} shards are there already")
     for done, number in enumerate(own, 1):
         first = number * settings.shard
         last = min(first + settings.shard, len(videos))
         _write_shard(encoder, videos, labels, range(first, last), settings, config, world, folder, number, bf16)
         if world.main:
             say(f"shard {done} of {len(own)}: videos {first + 1} to {last}")
-    world.gather(None)
 
 
 def check_same(path: Path, index: dict[str, Any]) -> None:
@@ -172,21 +191,15 @@ def _write_shard(
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> None:
     """Write a shard whole or not at all. Raises OSError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    if path.suffix != ".npz":
+        save_safetensors(path, tensors, {"unreadable": unreadable})
+        return
+    arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
     aside = path.with_name(f".{path.name}")
     try:
-        if path.suffix == ".npz":
-            arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
-            arrays["unreadable"] = np.array(unreadable)
-            with open(aside, "wb") as file:
-                np.savez(file, **arrays)
-        else:
-            save_file(tensors, aside, {"unreadable": unreadable})
+        with open(aside, "wb") as file:
+            np.savez(file, **arrays, unreadable=np.array(unreadable))
         put_in_place(aside, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}, is the disk full? {error}") from None
     finally:
         aside.unlink(missing_ok=True)
 

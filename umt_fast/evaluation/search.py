@@ -32,9 +32,9 @@ from umt_fast.data.video import BadVideo, is_url
 from umt_fast.errors import RunError
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.video_text import Loaded, digest_files, load_model
-from umt_fast.files import put_in_place
 from umt_fast.models.text import Context, Pairing
 from umt_fast.models.video_text import VideoTextModel
+from umt_fast.weights.files import save_safetensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -144,14 +144,9 @@ def _tokens(loaded: Loaded, videos: VideoList, index: SearchIndex, place: int) -
 
 
 def save_index(path: Path, index: SearchIndex, key: str) -> None:
-    """Write an index made for `key`, whole or not at all."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
+    """Write an index made for `key`, whole or not at all. Raises OSError."""
     tensors = {"rows": torch.from_numpy(index.rows), "seconds": torch.from_numpy(index.seconds)}
-    save_file(tensors | {"vectors": index.vectors}, aside, metadata={"key": key, "bad": json.dumps(index.bad)})
-    put_in_place(aside, path)
+    save_safetensors(path, tensors | {"vectors": index.vectors}, {"key": key, "bad": json.dumps(index.bad)})
 
 
 def refuse_links(folder: Path) -> None:

@@ -22,9 +22,9 @@ from umt_fast.data.index import VideoList
 from umt_fast.data.pairs import IntervalSampling, PairTransform
 from umt_fast.data.tokens import Tokenizer
 from umt_fast.evaluation.retrieval import Embedded, embed_texts
-from umt_fast.files import put_in_place
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.weights import TensorDict, WeightsError, load_video_text, read_model, section_of, using_settings_of
+from umt_fast.weights.files import save_safetensors
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -267,14 +267,9 @@ def _embed_videos(
 
 
 def keep_tensors(path: Path, tensors: TensorDict, bad: Sequence[tuple[str, str]], **about: str) -> None:
-    """Write tensors whole or not at all, with the videos that could not be read and `about` as metadata."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, aside, metadata={**about, "bad": json.dumps(bad)})
-    put_in_place(aside, path)
+    """Write tensors whole or not at all, with the videos that could not be read and `about` as metadata. Raises
+    OSError."""
+    save_safetensors(path, tensors, {**about, "bad": json.dumps(bad)})
 
 
 def _read(path: Path) -> tuple[Embedded, list[tuple[str, str]]]:

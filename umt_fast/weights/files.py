@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from umt_fast.config import Activation
 from umt_fast.errors import RunError
-from umt_fast.files import read_small
+from umt_fast.files import put_in_place, read_small
 from umt_fast.weights.torchscript import is_torchscript, read_torchscript, refuse_bomb
 
 T = TypeVar("T")
@@ -160,11 +161,25 @@ def write_weights(path: str | Path, state: TensorDict) -> None:
     """Write tensors as .safetensors, or as .pth under the top key `model`."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({key: value.contiguous() for key, value in state.items()}, path)
+        save_safetensors(path, state)
     else:
         torch.save({"model": state}, path)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file and its folder, whole or not at all. Raises OSError for a disk that is full."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        put_in_place(aside, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _read_file(path: Path) -> TensorDict:
@@ -322,8 +337,8 @@ def _activation_in(path: Path) -> Activation | None:
     except (AttributeError, TypeError) as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
     known: dict[str, Literal["gelu", "quick_gelu"]] = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-    if stated not in known:
-        raise WeightsError(f"{path}: hidden_act = {stated!r}; the teacher computes quick_gelu or gelu")
+    if not isinstance(stated, str) or stated not in known:
+        raise WeightsError(f"{path}: hidden_act = {str(stated)[:100]!r}; the teacher computes quick_gelu or gelu")
     return known[stated]
 
 
