@@ -19,10 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from train.finetune import read_class_map
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data import storage
 from umt_fast.data.captions import CaptionError, Source, read_annotations, read_answers, read_questions
@@ -40,7 +42,7 @@ from umt_fast.data.tokens import Tokenizer
 from umt_fast.data.video import BadVideo, Limits, Video
 from umt_fast.errors import RunError
 from umt_fast.run.checkpoint import load_checkpoint
-from umt_fast.weights import read_class_map, read_weights
+from umt_fast.weights import read_weights
 
 FAST = Recipe("mjpeg", 16)
 
@@ -136,6 +138,76 @@ def test_a_source_by_such_a_url_is_refused(source, monkeypatch):
 @pytest.mark.parametrize("cache", ["", "simplecache::", "filecache::"])
 def test_files_by_url_and_through_caches_are_read(film, cache):
     assert storage.read(f"{cache}file://{film}") == film.read_bytes()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("cache", ["", "simplecache::", "filecache::", "blockcache::", "filecache::simplecache::"])
+def test_a_url_of_a_pipe_or_device_is_refused_at_once(tmp_path, cache):
+    os.mkfifo(tmp_path / "a.mp4")
+    for path in (tmp_path / "a.mp4", "/dev/zero"):
+        with pytest.raises(CannotReach, match="not a regular file"):
+            storage.read(f"{cache}file://{path}")
+
+
+CACHES = ["simplecache::", "filecache::", "blockcache::", "simplecache::filecache::"]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_reply_without_an_end_does_not_fill_the_disk_of_a_cache(serve, monkeypatch, tmp_path, cache):
+    sent = []
+
+    def reply(request):
+        request.send_response(200)
+        if request.command == "HEAD":
+            request.send_header("Content-Length", "1000")
+        request.end_headers()
+        while request.command == "GET" and len(sent) < 200:
+            request.wfile.write(bytes(1 << 20))
+            sent.append(1)
+
+    monkeypatch.setattr(storage, "_temporary_folder", lambda: str(tmp_path))
+    with pytest.raises(TooLarge, match="more than the 1000 bytes"):
+        storage.read(f"{cache}{serve(reply)}/a.mp4", timeout=5)
+    assert len(sent) < 20
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_what_a_broken_connection_left_is_no_copy(serve, monkeypatch, tmp_path, cache):
+    """The second attempt fetches all of it, and a later one nothing."""
+    content, gets = os.urandom(100_000), []
+
+    def reply(request):
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        if request.command == "GET":
+            gets.append(1)
+            request.wfile.write(content[: 50_000 if len(gets) == 1 else None])
+            request.close_connection = True
+
+    monkeypatch.setattr(storage, "_temporary_folder", lambda: str(tmp_path))
+    url = f"{cache}{serve(reply)}/a.mp4"
+    assert storage.read(url) == content
+    assert storage.read(url, 10, 20) == content[10:20]
+    assert storage.url_size(url) == len(content)
+    assert len(gets) == 2
+
+
+def test_copies_lie_where_the_configuration_of_fsspec_says(serve, monkeypatch, tmp_path):
+    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copies")})
+
+    def reply(request):
+        request.send_response(200)
+        request.send_header("Content-Length", "4")
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(b"film")
+
+    assert storage.read(f"filecache::{serve(reply)}/a.mp4") == b"film"
+    (copy,) = (tmp_path / "copies").iterdir()
+    assert copy.read_bytes() == b"film"
 
 
 def test_a_reference_file_opens_nothing(tmp_path, film):
@@ -488,6 +560,16 @@ def test_a_video_that_decodes_for_too_long_is_replaced(tmp_path, film, write_vid
     }
 
 
+def tar_of(members: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
 def sparse_tar(path: Path, header: tarfile.TarInfo, size: int, film: Path) -> None:
     """A member of `size` bytes that take no room on the disk, and a video behind it."""
     header.size = size
@@ -504,8 +586,48 @@ def test_a_large_header_of_a_shard_is_refused(tmp_path, film, kind):
     header = tarfile.TarInfo("x")
     header.type = kind
     sparse_tar(tmp_path / "s.tar", header, 3 << 30, film)
-    with pytest.raises(ManifestError, match="a header of"):
+    with pytest.raises(ManifestError, match="headers of more"):
         read_manifest(str(tmp_path / "s.tar"))
+
+
+def pax(**records: str) -> bytes:
+    """An extended header with these records."""
+    info = tarfile.TarInfo("x")
+    info.pax_headers = records
+    return info.create_pax_header(info.get_info(), "utf-8")[:-512]
+
+
+def long_pax() -> bytes:
+    """Four extended headers behind each other, each below the limit."""
+    return 4 * pax(comment="a" * 900_000)
+
+
+def sparse_map() -> bytes:
+    """A sparse member whose list of parts has more bytes than any header."""
+    content = b"2000000\n" + b"999\n" * 1_000_000
+    member = tarfile.TarInfo("b.mp4")
+    member.size = len(content)
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "b.mp4"}
+    return pax(**sparse) + member.tobuf(tarfile.GNU_FORMAT) + content + b"\0" * (-len(content) % 512)
+
+
+@pytest.mark.parametrize("begin", [long_pax, sparse_map])
+def test_headers_in_many_pieces_are_refused(tmp_path, begin):
+    (tmp_path / "s.tar").write_bytes(begin() + tar_of({"a.mp4": b"x"}))
+    with pytest.raises(ManifestError, match="headers of more than"):
+        read_manifest(str(tmp_path / "s.tar"))
+
+
+def test_a_sparse_member_is_left_out(tmp_path, film):
+    """Its bytes in the shard are not those of the file, so a range of the shard would be something else."""
+    content = b"1\n0\n4\n".ljust(512, b"\0") + b"film".ljust(512, b"\0")
+    member = tarfile.TarInfo("b.mp4")
+    member.size = len(content)
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "b.mp4"}
+    head = pax(**sparse) + member.tobuf(tarfile.GNU_FORMAT) + content
+    (tmp_path / "s.tar").write_bytes(head + tar_of({"a.mp4": film.read_bytes()}))
+    (video,) = read_manifest(str(tmp_path / "s.tar"))
+    assert video.member == "a.mp4"
 
 
 @pytest.mark.timeout(60)

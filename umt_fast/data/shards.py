@@ -19,6 +19,9 @@ from umt_fast.files import check_regular
 
 _LONGEST_TEXT = 1 << 20
 """Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
+_LONGEST_HEADERS = 2 * _LONGEST_TEXT
+"""Bytes of everything that is read for one member but its video: headers may follow each other, and a sparse member
+begins with a list of its parts."""
 _LONGEST_NAME = 1000
 """Characters of a class name."""
 _HEADERS_AT_ONCE = 64 << 10
@@ -44,10 +47,11 @@ def list_shard(
         headers: Any = _Headers(raw)
         with raw, tarfile.open(fileobj=headers, mode="r:") as tar:
             for member in tar:
+                headers.left = _LONGEST_HEADERS
                 if member.size < 0:  # tarfile would go round in circles
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 suffix = posixpath.splitext(member.name)[1].lower()
-                if not member.isfile():
+                if not member.isfile() or member.issparse():  # a sparse member's bytes are not all in the file
                     continue
                 if suffix in suffixes:
                     place = {"shard": path, "offset": member.offset_data, "bytes": member.size}
@@ -140,15 +144,18 @@ def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
 
 
 class _Headers:
-    """A file to list as tar: an extended header of gigabytes is refused before it is read."""
+    """A file to list as tar: headers of gigabytes, in one piece or in many, are refused before they are read."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
         self.seek, self.tell, self.close = raw.seek, raw.tell, raw.close
+        self.left = _LONGEST_HEADERS
+        """Bytes that may be read for the next member."""
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= _LONGEST_TEXT:
-            raise tarfile.ReadError(f"a header of {size} bytes")
+        if not 0 <= size <= _LONGEST_TEXT or size > self.left:
+            raise tarfile.ReadError(f"headers of more than {_LONGEST_HEADERS} bytes")
+        self.left -= size
         return self._raw.read(size)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
+import multiprocessing.util
 import os
+import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 from umt_fast.config import DataConfig
@@ -34,7 +40,9 @@ SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "az", "abfs", "file", "
 """File systems of fsspec that a list may name. Others open what the remote author says: `reference` reads any file and
 runs templates, `zip` and the like open what they hold."""
 CACHES = frozenset({"simplecache", "filecache", "blockcache"})
-"""Caches of fsspec that may stand before one of these, as in `simplecache::https://...`."""
+"""Names of fsspec's caches that may stand before one of these, as in `filecache::https://...`. The copies lie where
+fsspec's configuration says, but are made here: fsspec's own caches write an answer without end to the disk, and take
+what a broken connection left for the whole file."""
 _BLOCK = 1 << 20
 """Bytes of an answer that are looked at before more are taken."""
 _MOST_AT_ONCE = 256 << 20
@@ -121,7 +129,8 @@ def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
     """Bytes behind a URL. Raises as `read`."""
 
     def attempt(seconds: float) -> int:
-        system, path = _open(url)
+        check_url(url)
+        system, path = _open(url.rpartition("::")[2])
         size = _call(system, "size", path, seconds)
         if size is None:
             raise OSError("the server does not give its size")
@@ -192,42 +201,123 @@ def _open(url: str) -> tuple[Any, str]:
 
     check_url(url)
     try:
-        return fsspec.core.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise CannotReach(f"cannot open {url}: {error}") from None
+    if "file" in system.protocol:
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise CannotReach(f"cannot open {url}: {error}") from None
+    return system, path
 
 
 def _fetch(url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
     """Bytes from `start` on: those to `end`, or one more than `most` where there are more than that."""
+    if "::" in url:
+        with open(_local_copy(url, most if end is None else None, timeout), "rb") as file:
+            file.seek(start)
+            return file.read(most + (end is None))
     system, path = _open(url)
     if "http" in system.protocol:
         from fsspec.asyn import sync
 
         return sync(system.loop, _get, system, path, start, end, most, timeout, timeout=timeout)
-    if "::" in url:  # a cache copies the whole file to the disk
-        size = _call(system, "size", path, timeout)
-        if size is None or (size > most and end is None):
-            raise _too_large(url, most)
     return _call(system, "cat_file", path, timeout, start=start, end=start + most + (end is None))
 
 
-async def _get(system: Any, url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
-    """An answer of an HTTP server, which is dropped where it becomes too long: it may have no end."""
+def _local_copy(url: str, most: int | None, timeout: float) -> Path:
+    """The copy of the file behind a cache, `filecache::https://...`, which is made at its first use.
+
+    Raises TooLarge for a file of more than `most` bytes, or that is larger than its server said.
+    """
+    check_url(url)
+    caches, _, inner = url.rpartition("::")
+    copy = (
+        _cache_folder(caches.partition("::")[0]) / hashlib.sha256(inner.encode("utf-8", "surrogateescape")).hexdigest()
+    )
+    if copy.exists():
+        return copy
+    system, path = _open(inner)
+    size = _call(system, "size", path, timeout)
+    if size is None or (most is not None and size > most):
+        raise _too_large(url, most or 0)
+    aside = copy.with_name(f"{copy.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        if "http" in system.protocol:
+            from fsspec.asyn import sync
+
+            sync(system.loop, _download, system, path, aside, size, timeout, timeout=timeout)
+        else:
+            _call(system, "get_file", path, timeout, str(aside))
+        if aside.stat().st_size != size:
+            raise OSError(f"{aside.stat().st_size} bytes came of {size}")
+        os.replace(aside, copy)
+    finally:
+        aside.unlink(missing_ok=True)
+    return copy
+
+
+def _cache_folder(cache: str) -> Path:
+    """The folder of a cache's copies: fsspec's setting `cache_storage`, else one of this process that ends with it."""
+    from fsspec.config import conf
+
+    stored = conf.get(cache, {}).get("cache_storage", "TMP")
+    folder = stored[-1] if isinstance(stored, list) else stored
+    folder = Path(_temporary_folder() if folder == "TMP" else folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="umt-fast-copies-")
+    # A worker process runs no `atexit`; one that inherits the folder must leave it to the process that made it.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
+    return folder
+
+
+async def _blocks(system: Any, url: str, start: int, end: int | None) -> AsyncGenerator[bytes, None]:
+    """Blocks of an answer of an HTTP server, which may have no end."""
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
     if start or end is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    session = await system.set_session()
+    async with session.get(system.encode_url(url), headers=headers, **options) as answer:
+        if answer.status == 404:
+            raise FileNotFoundError(url)
+        answer.raise_for_status()
+        encoding = answer.headers.get("Content-Encoding", "identity")
+        if encoding != "identity":  # could be a bomb
+            raise OSError(f"the answer is compressed ({encoding}), which was not asked for")
+        async for block in answer.content.iter_chunked(_BLOCK):
+            yield block
+
+
+async def _download(system: Any, url: str, target: Path, size: int, timeout: float) -> None:
+    """Write an answer of `size` bytes to a file. Raises TooLarge for a longer one."""
+
+    async def write() -> None:
+        done = 0
+        with open(target, "wb") as file:
+            async with contextlib.aclosing(_blocks(system, url, 0, None)) as blocks:
+                async for block in blocks:
+                    done += file.write(block)
+                    if done > size:
+                        raise TooLarge(f"{url}: more than the {size} bytes that its server said")
+
+    await asyncio.wait_for(write(), timeout)
+
+
+async def _get(system: Any, url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
+    """An answer of an HTTP server, which is dropped where it becomes too long."""
 
     async def get(content: bytearray) -> bytes:
-        session = await system.set_session()
-        async with session.get(system.encode_url(url), headers=headers, **options) as answer:
-            if answer.status == 404:
-                raise FileNotFoundError(url)
-            answer.raise_for_status()
-            encoding = answer.headers.get("Content-Encoding", "identity")
-            if encoding != "identity":  # could be a bomb
-                raise OSError(f"the answer is compressed ({encoding}), which was not asked for")
-            async for block in answer.content.iter_chunked(_BLOCK):
+        async with contextlib.aclosing(_blocks(system, url, start, end)) as blocks:
+            async for block in blocks:
                 content += block
                 if len(content) > most:
                     break
@@ -248,13 +338,13 @@ _unfinished: list[bytearray] = []
 os.register_at_fork(after_in_child=_unfinished.clear)  # that thread does not live on in a child
 
 
-def _call(system: Any, method: str, path: str, timeout: float, **options: Any) -> Any:
+def _call(system: Any, method: str, path: str, timeout: float, *more: Any, **options: Any) -> Any:
     """Call a method of a file system. Raises TimeoutError if the answer is late."""
     from fsspec.asyn import AsyncFileSystem, sync
 
     if isinstance(system, AsyncFileSystem):
-        return sync(system.loop, getattr(system, f"_{method}"), path, timeout=timeout, **options)
-    return _in_a_thread(functools.partial(getattr(system, method), path, **options)).result(timeout)
+        return sync(system.loop, getattr(system, f"_{method}"), path, *more, timeout=timeout, **options)
+    return _in_a_thread(functools.partial(getattr(system, method), path, *more, **options)).result(timeout)
 
 
 def _in_a_thread(function: Callable[[], T]) -> Future[T]:
