@@ -73,6 +73,21 @@ def test_a_student_of_ours_gives_its_encoder():
     assert "norm.weight" in load_classifier(first, student.state_dict()).loaded
 
 
+@pytest.mark.parametrize("class_map", [None, [1, 0]])
+def test_a_bias_that_does_not_fit_its_head_is_refused(class_map):
+    config = ClassifierConfig(**SIZES, frames=2, num_classes=3)
+    state = VideoClassifier(config).state_dict()
+    for shape in ((), (2,), (1, 3)):
+        with pytest.raises(WeightsError, match=r"head\.bias is"):
+            load_classifier(VideoClassifier(config), {**state, "head.bias": torch.zeros(shape)}, class_map=class_map)
+
+
+def test_a_table_without_positions_is_left_out():
+    model = VideoClassifier(ClassifierConfig(**SIZES, frames=2, num_classes=3, learnable_positions=True))
+    report = load_classifier(model, {**model.state_dict(), "pos_embed": torch.zeros(0, 0, 0)})
+    assert "pos_embed" in report.other_shape
+
+
 def test_reports_mistakes_but_not_intended_differences():
     source = VideoClassifier(ClassifierConfig(**SIZES, num_classes=7))
     wider = VideoClassifier(ClassifierConfig(**{**SIZES, "width": 64}, num_classes=7))

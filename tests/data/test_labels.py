@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -207,3 +208,21 @@ def test_lines_keep_their_numbers_and_parts(tmp_path: Path):
         (tmp_path / "list.csv").write_text(content)
         with pytest.raises(LabelError, match=says):
             read_labelled(str(tmp_path / "list.csv"), str(tmp_path))
+
+
+def test_names_of_classes_that_are_not_text_keep_their_bytes(tmp_path: Path):
+    """A folder's name in Latin-1, through the class file that a run writes and back."""
+    for name in (b"caf\xe9", b"tea"):
+        (tmp_path / os.fsdecode(name)).mkdir()
+        (tmp_path / os.fsdecode(name) / "a.mp4").touch()
+    names = read_labelled(str(tmp_path)).classes
+    assert names == ("caf\udce9", "tea")
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\n" for name in names), "utf-8", "surrogateescape")
+    assert read_classes(tmp_path / "classes.txt") == names
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31m", "\x00"])
+def test_names_that_no_class_file_can_hold_are_refused(tmp_path: Path, name):
+    (tmp_path / "a.json").write_text(json.dumps([{"path": "a.mp4", "label": "dog"}, {"path": "b.mp4", "label": name}]))
+    with pytest.raises(LabelError, match=r"row 2: .* cannot be the name of a class"):
+        read_labelled(str(tmp_path / "a.json"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import umt_fast
 from umt_fast import ClassifierConfig, StudentConfig, VideoClassifier, VideoStudent
+from umt_fast.evaluation.features import encoder_of
 from umt_fast.weights import WeightsError, write_weights
 
 SIZES = {"image_size": 32, "patch_size": 16, "width": 64, "depth": 2, "heads": 1}
@@ -61,3 +63,30 @@ def test_refuses_what_is_not_an_encoder(tmp_path: Path):
     with pytest.raises(WeightsError, match="nothing says how many heads; give heads="):
         umt_fast.load_encoder(tmp_path / "b.pth")
     assert umt_fast.load_encoder(tmp_path / "b.pth", heads=3, frames=2, image_size=32)(clip_of(2)).shape == (2, 8, 48)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("blocks.0.mlp.fc1.weight", torch.zeros(10**9, 0), "without a value"),
+        ("pos_embed", torch.zeros(1, 0, 64), "without a value"),
+        ("pos_embed", torch.zeros(()), "pos_embed is []"),
+        ("blocks.99999999.norm1.weight", torch.zeros(64), "3 blocks, but none is number 2"),
+        ("head.weight", torch.zeros(()), "head.weight"),
+    ],
+)
+def test_sizes_that_would_take_the_memory_or_cannot_be(key, value, says):
+    config = ClassifierConfig(image_size=32, frames=2, width=64, depth=2, heads=1, num_classes=2)
+    state = {**VideoClassifier(config).state_dict(), key: value}
+    if key == "head.weight":
+        assert encoder_of(state, {"classifier": {"image_size": 32, "frames": 2}}, "x").config.width == 64
+        return
+    with pytest.raises(WeightsError, match=re.escape(says)):
+        encoder_of(state, {"classifier": {"image_size": 32, "frames": 2}}, "x")
+
+
+def test_settings_of_a_file_that_would_take_the_memory():
+    state = VideoClassifier(ClassifierConfig(image_size=32, frames=2, width=64, depth=1, heads=1)).state_dict()
+    state.pop("pos_embed", None)
+    with pytest.raises(WeightsError, match="more than 262144 tokens"):
+        encoder_of(state, {"num_frames": 10**9}, "x")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent
 from umt_fast.config import TEACHERS, check_fit
 from umt_fast.models.heads import bare_student
-from umt_fast.weights import WeightsError, load_clip_teacher, load_umt_student, strip_wrappers
+from umt_fast.weights import WeightsError, keys, load_clip_teacher, load_umt_student, strip_wrappers
 
 CONFIG = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2)
 STUDENT = StudentConfig(image_size=32, frames=2, width=32, depth=2, heads=2, align_layers=2, target_width=16)
@@ -79,3 +81,47 @@ def test_vit_h14_has_its_own_width_and_grid():
         "gelu",
     )
     check_fit(StudentConfig(patch_size=14, target_width=1024), teacher)
+
+
+SHAPES = ((), (7,), (3, 5), (1, 2, 3), (2, 3, 1, 2, 2), (0,), (10**9, 0))
+
+
+def hugging_face(tower):
+    """The tower's tensors under the names of Hugging Face's CLIP."""
+    state = {}
+    for key, value in tower.items():
+        name = key
+        for theirs, ours in keys._HUGGING_FACE_NAMES.items():
+            name = name.replace(ours, theirs)
+        found = re.fullmatch(r"(.*)attn\.in_proj_(weight|bias)", name)
+        if key == "proj":
+            state["visual_projection.weight"] = value.T
+        elif found:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            state |= {f"vision_model.{found[1]}self_attn.{part}_proj.{found[2]}": rows for part, rows in parts}
+        else:
+            state[f"vision_model.{name}"] = value
+    return state
+
+
+def timm(tower):
+    state = {"cls_token": tower["class_embedding"][None, None], "pos_embed": tower["positional_embedding"][None]}
+    for key, value in tower.items():
+        name = key
+        for theirs, ours in keys._TIMM_NAMES.items():
+            name = name.replace(ours, theirs, 1)
+        if key not in ("class_embedding", "positional_embedding", "proj"):
+            state[name] = value
+    return {**state, "head.weight": tower["proj"].T}
+
+
+@pytest.mark.parametrize("form", [dict, hugging_face, timm])
+def test_tensors_of_another_shape_are_refused_in_one_line(form):
+    config = TeacherConfig(image_size=32, width=32, depth=1, heads=2, target_width=16, align_layers=1)
+    teacher = ClipTeacher(config)
+    state = form(teacher.state_dict())
+    load_clip_teacher(teacher, state)
+    for key in state:
+        for shape in SHAPES:
+            with pytest.raises(WeightsError):
+                load_clip_teacher(teacher, {**state, key: torch.zeros(shape)})

@@ -147,6 +147,15 @@ def test_the_sampler_of_adamae_is_left_out():
     assert "mask_token" in report.unexpected
 
 
+def test_parts_of_an_attention_that_do_not_fit_each_other():
+    state = hugging_face_videomae_names(VideoMae(VideoMaeConfig(**SIZES, **DECODER)).state_dict())
+    for part in ("query", "key", "value"):
+        key = f"videomae.encoder.layer.0.attention.attention.{part}.weight"
+        for shape in ((), (7,), (3, 5), (1, 2, 3), (0,)):
+            with pytest.raises(WeightsError, match=r"attention\.attention"):
+                load_autoencoder(VideoMae(VideoMaeConfig(**SIZES, **DECODER)), {**state, key: torch.zeros(shape)})
+
+
 def test_names_there_and_back():
     state = VideoMae(VideoMaeConfig(**SIZES, **DECODER)).state_dict()
     renamed = hugging_face_videomae_names(state)

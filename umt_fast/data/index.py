@@ -44,8 +44,8 @@ INDEX_NAME = "index.jsonl"
 STATE_NAME = ".prepare"
 """Folder beside the index with the state of `prepare`. A folder with it and without an index lacks copies."""
 FORMAT = {"format": "umt-fast video index", "version": 1}
-_MOST_FRAMES = 1 << 24
-"""Most frames of an indexed video: six days at 30 a second. A row that claims more would exhaust the memory."""
+_MOST_FRAMES = 1 << 22
+"""Most frames of an indexed video: 39 hours at 30 a second. A row that claims more would exhaust the memory."""
 
 
 class BadIndex(RunError, ValueError):

@@ -14,8 +14,7 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.index import INDEX_NAME, VideoList, suffix_of
-from umt_fast.data.list_forms import VIDEO_SUFFIXES, as_utf8, split_columns
-from umt_fast.data.manifest import read_manifest
+from umt_fast.data.manifest import VIDEO_SUFFIXES, as_utf8, read_manifest, split_columns
 from umt_fast.data.storage import read
 from umt_fast.data.video import is_url
 from umt_fast.errors import RunError
@@ -23,6 +22,12 @@ from umt_fast.files import read_small
 
 if TYPE_CHECKING:
     from jaxtyping import Int
+
+
+def _can_be_written(name: str) -> bool:
+    """Whether a name fits into a line of a class file: bytes that are not UTF-8 do, as a folder's name may have them,
+    a line feed or half a character of JSON does not."""
+    return all(letter.isprintable() or "\udc80" <= letter <= "\udcff" for letter in name)
 
 
 class LabelError(RunError, ValueError):
@@ -63,12 +68,12 @@ def read_labelled(
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """The names in a class file, one a line, numbered from 0. Raises LabelError for a name that comes twice."""
     try:
-        lines = read_small(Path(path).expanduser()).decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_small(Path(path).expanduser()).decode("utf-8-sig", "surrogateescape").split("\n")
+    except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"cannot read the class file {path}: {reason}") from None
     names = [line.strip() for line in lines if line.strip()]
-    if not names or "\0" in names[0]:
+    if not names or not all(map(_can_be_written, names)):
         raise LabelError(f"the class file {path} {'is not text' if names else 'is empty'}")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
@@ -130,6 +135,9 @@ def _number(
         raise LabelError(
             f"{source}, {unlabelled}: no label; give `path,label` or `path label`, or a folder for each class"
         )
+    odd_name = next((place for place, label in enumerate(labels) if not _can_be_written(label)), None)
+    if odd_name is not None:
+        raise LabelError(f"{source}, {where[odd_name]}: {labels[odd_name][:100]!r} cannot be the name of a class")
     numeric = [label.isascii() and label.removeprefix("-").isdigit() for label in labels]
     names = None if classes is None or isinstance(classes, int) else tuple(classes)
     if all(numeric):

@@ -38,6 +38,10 @@ _HEADS = {1280: 16, 1408: 16}
 """Heads by width: VideoMAE's ViT-H and ViT-g."""
 
 
+_MOST_TOKENS = 1 << 18
+"""Tokens of a clip that a file may name: the model's positions would fill the memory."""
+
+
 def load_encoder(
     path: str | Path,
     *,
@@ -81,14 +85,14 @@ def encoder_of(
     norm = "fc_norm" if pool == "mean" else "norm"
     position = state.get("pos_embed")
     if position is not None:
-        position = fit_positions(position, config, trained.token_frames)[0]
+        position = fit_positions(position, config, trained.token_frames).squeeze(0)
     elif pool == "tokens" or trained.positions == "direct":  # pre-training has the direct formula for its own size
         table = sinusoid_positions(trained.tokens, trained.width)
         position = resize_positions(table, trained.token_frames, config.token_frames, config.grid)
     else:
         position = classifier_positions(config)
     if position.shape != (config.tokens, config.width):
-        raise WeightsError(f"{source}: pos_embed has {len(position)} rows, this clip {config.tokens} tokens")
+        raise WeightsError(f"{source}: pos_embed is {list(position.shape)}, this clip has {config.tokens} tokens")
     encoder = VideoEncoder(config, pool, position.contiguous(), trained.mlp_width)
     own = encoder.state_dict()
     state = {key.replace(f"{norm}.", "norm.", 1) if key.startswith(f"{norm}.") else key: v for key, v in state.items()}
@@ -107,13 +111,18 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
     `state` has no prefixes. Settings are ours (a `classifier` or `student` section) or the published argument object.
     Raises WeightsError if neither the tensors nor the settings give a size.
     """
+    if empty := next((key for key, value in state.items() if 0 in value.shape), None):  # it could have any size
+        raise WeightsError(f"{source}: {empty} is {list(state[empty].shape)}, without a value")
     own = settings.get("model")  # of a masked autoencoder of ours; a published argument object has a name there
     own = own if isinstance(own, dict) else {}
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.dim() != 5:
         raise WeightsError(f"{source} is not a video encoder: it has no patch_embed.proj.weight [D,3,t,p,p]")
     width, _, tubelet, patch, _ = kernel.shape
-    depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
+    numbers = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+    depth = len(numbers)
+    if numbers != set(range(depth)):
+        raise WeightsError(f"{source}: it has {depth} blocks, but none is number {min({*range(depth)} - numbers)}")
     ours = section_of(settings, "classifier") or section_of(settings, "student") or own
     heads = heads or ours.get("heads") or _HEADS.get(width)
     heads = heads or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
@@ -124,18 +133,22 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
     hidden = state.get("blocks.0.mlp.fc1.weight")
     mlp_width = len(hidden) if hidden is not None and len(hidden) != MLP_RATIO * width else None
     table = state.get("pos_embed")
-    if table is not None:
+    if table is not None and table.dim() == 3:
         frames, size = _from_table(table.shape[1], tubelet, patch, frames, size)
-    classes = len(state["head.weight"]) if "head.weight" in state else 1
+    size, frames = size or 14 * patch, frames or 8 * tubelet
+    if frames // tubelet * (size // patch) ** 2 > _MOST_TOKENS:
+        raise WeightsError(f"{source}: clips of {frames} frames of {size} x {size}, more than {_MOST_TOKENS} tokens")
+    head = state.get("head.weight")
+    classes = len(head) if head is not None and head.dim() == 2 else 1
     pool: Literal["mean", "first"] = "mean"
     mae_st = "blocks.0.attn.q.weight" in state
     if "head.weight" in state and "fc_norm.weight" not in state and not mae_st:
         pool = "first"
     return ClassifierConfig(
-        size or 14 * patch,
+        size,
         patch,
         tubelet,
-        frames or 8 * tubelet,
+        frames,
         width,
         depth,
         heads,

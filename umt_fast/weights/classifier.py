@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umt_fast.config import VitConfig
-from umt_fast.files import read_small
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.positions import resize_positions
 from umt_fast.weights.files import TensorDict, WeightsError, find_not_finite
@@ -88,6 +85,8 @@ def load_classifier(
     weight = state.get("head.weight")
     if weight is not None and weight.dim() != 2:
         raise WeightsError(f"head.weight is {list(weight.shape)}, not a row for each class")
+    if weight is not None and "head.bias" in state and state["head.bias"].shape != weight.shape[:1]:
+        raise WeightsError(f"head.bias is {list(state['head.bias'].shape)}, but head.weight {list(weight.shape)}")
     if delete_head:
         state = {key: value for key, value in state.items() if key not in ("head.weight", "head.bias")}
     elif weight is not None and (class_map is not None or (len(weight) == 710 and len(model.head.weight) == 400)):
@@ -146,7 +145,7 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
 
     Those that are not whole square grids are left as they are.
     """
-    if table.dim() != 3:
+    if table.dim() != 3 or 0 in table.shape:
         return table
     rows, new_frames = table.shape[1], config.token_frames
     guesses = [frames] if frames is not None else [8 // config.tubelet_size, rows // config.grid**2]
@@ -156,14 +155,3 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
         if guess and rows % guess == 0 and math.isqrt(rows // guess) ** 2 == rows // guess:
             return resize_positions(table[0].float(), guess, new_frames, config.grid, time_first=True)[None]
     return table
-
-
-def read_class_map(path: str, classes: int) -> list[int]:
-    """The published JSON list of head rows. Raises WeightsError for anything else."""
-    try:
-        rows = json.loads(read_small(Path(path).expanduser()).decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"cannot read the class map {path}: {error}") from None
-    if not isinstance(rows, list) or not all(type(row) is int for row in rows) or len(rows) != classes:
-        raise WeightsError(f"the class map {path} is not a list of {classes} numbers, one for each class")
-    return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,10 +93,10 @@ def _from_timm(state: TensorDict) -> TensorDict:
     for key, value in state.items():
         if key == "cls_token":
             tower["class_embedding"] = value.flatten()
-        elif key == "pos_embed":
+        elif key == "pos_embed" and value.dim() > 1:
             tower["positional_embedding"] = value.flatten(0, -2)
         elif key == "head.weight":
-            tower["proj"] = value.T
+            tower["proj"] = value.mT if value.dim() == 2 else value
         elif key == "head.bias" and not value.any():
             continue
         else:
@@ -127,7 +127,7 @@ def _from_hugging_face(state: TensorDict) -> TensorDict:
     tower: TensorDict = {}
     for key, value in state.items():
         if key == "visual_projection.weight":
-            tower["proj"] = value.T
+            tower["proj"] = value.mT if value.dim() == 2 else value
         if not key.startswith("vision_model.") or key.endswith("position_ids"):
             continue
         name = key.removeprefix("vision_model.")
@@ -135,34 +135,43 @@ def _from_hugging_face(state: TensorDict) -> TensorDict:
             name = name.replace(theirs, ours)
         if match := re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name):
             keys = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            if missing := [name for name in keys if name not in state]:
-                raise WeightsError(f"these weights do not fit the teacher: missing {missing[0]}")
-            parts = [state[name] for name in keys]
-            tower[f"{match[1]}.attn.in_proj_{match[2]}"] = torch.cat(parts)
+            tower[f"{match[1]}.attn.in_proj_{match[2]}"] = stack_rows(state, keys)
         elif not re.search(r"\.self_attn\.[kv]_proj\.", name):
             tower[name] = value
     return tower
 
 
+def stack_rows(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
+    """The rows of query, key and value in one tensor. Raises WeightsError for one that is missing or of another
+    shape."""
+    if missing := [key for key in keys if key not in state]:
+        raise WeightsError(f"these weights are not whole: missing {missing[0]}")
+    first = state[keys[0]]
+    for key in keys:
+        if not first.dim() or state[key].shape != first.shape:
+            raise WeightsError(f"{key} is {list(state[key].shape)}, but {keys[0]} is {list(first.shape)}")
+    return torch.cat([state[key] for key in keys])
+
+
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
     """Class and patch positions [1 + g^2, D] resampled bicubically to a `grid` x `grid` frame, as UMT does."""
-    cls, patches = positions[:1], positions[1:]
+    patches = positions[1:] if positions.dim() == 2 else positions.new_empty(0)
     side = math.isqrt(len(patches))
-    if side**2 != len(patches):
+    if not side or side**2 != len(patches):
         raise WeightsError(
             f"positional_embedding {list(positions.shape)} "
             "does not consist of one class token and a square grid of patches"
         )
     if side == grid:
         return positions
-    image = patches.float().T.reshape(1, -1, side, side)
+    cls, image = positions[:1], patches.float().T.reshape(1, -1, side, side)
     image = F.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
     return torch.cat((cls, image.flatten(2)[0].T.to(cls.dtype)))
 
 
 def inflate(weight: Tensor, frames: int) -> Tensor:
     """A 2-D kernel [D,3,p,p] as [D,3,frames,p,p]: on the middle frame, zero on the others, as UMT does."""
-    if weight.dim() == 5:
+    if weight.dim() != 4:
         return weight
     inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
     inflated[:, :, frames // 2] = weight

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from umt_fast.config import MLP_RATIO
@@ -17,7 +16,7 @@ from umt_fast.models.pixels import MaskedAutoencoder, VideoMae
 from umt_fast.models.token_sampler import AdaMae
 from umt_fast.models.vit import LAYER_NORM_EPS
 from umt_fast.weights.files import TensorDict, WeightsError, write_weights
-from umt_fast.weights.keys import load_exactly, strip_wrappers
+from umt_fast.weights.keys import load_exactly, stack_rows, strip_wrappers
 
 _TO_PUBLISHED = (
     (r"^videomae\.", ""),
@@ -66,10 +65,8 @@ def published_videomae_names(state: Mapping[str, Tensor]) -> TensorDict:
             found[_renamed(key, _TO_PUBLISHED)] = value
         elif part[1] == "query":
             names = [_PART.sub(f".attention.attention.{name}.weight", key) for name in _PARTS]
-            if missing := [name for name in names if name not in state]:
-                raise WeightsError(f"these weights are not a whole VideoMAE: missing {missing[0]}")
             stem = _renamed(key[: part.start()] + ".", _TO_PUBLISHED)
-            found[f"{stem}attn.qkv.weight"] = torch.cat([state[name] for name in names])
+            found[f"{stem}attn.qkv.weight"] = stack_rows(state, names)
     return found
 
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
 from umt_fast.config import DataConfig
 from umt_fast.data.clips import ClipStream
@@ -23,6 +24,13 @@ from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.video import BadVideo, Video
 
 FFMPEG = shutil.which("ffmpeg")
+
+
+def test_grey_of_16_bits_is_not_white(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 32).astype(np.uint16).reshape(32, 64)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    (frame,) = read_frames(Video(str(tmp_path / "a.png")), lambda count: [0])
+    assert np.array_equal(frame, np.repeat((ramp >> 8)[..., None], 3, axis=2))
 
 
 def _all(path: Path) -> list[np.ndarray]:

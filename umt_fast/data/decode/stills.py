@@ -48,7 +48,10 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
             width, height = picture.size
             if width * height > video.limits.max_pixels:
                 raise ValueError(f"{width} x {height}, more than --data.max-pixels {video.limits.max_pixels}")
-            frame = np.array(picture.convert("RGB"))
+            pixels: Image.Image = picture
+            if picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip to white
+                pixels = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            frame = np.array(pixels.convert("RGB"))
     except (OSError, SyntaxError, ValueError, CannotReach, Image.DecompressionBombError) as error:
         raise BadVideo(f"not a picture: {error}") from None
     yield Still(frame)
