@@ -38,6 +38,11 @@ def test_a_closing_sep_and_the_tokens_of_hugging_faces_bert(tmp_path):
     assert mask.tolist() == expected["attention_mask"]
 
 
+def test_a_long_text_is_cleaned_to_its_end():
+    raw = "A <person> walks-up, then (slowly)   turns! " * 10_000
+    assert clean_text(raw) == " ".join(["a person walks up then slowly turns"] * 10_000)
+
+
 @pytest.mark.parametrize("text", ["word " * 10_000, "x" * 10**6, "\ud800 \x00\n", ""])
 def test_any_text_has_tokens(text):
     ids, mask = Tokenizer(CASES["vocab"])([clean_text(text), "a"], 8)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LONGEST_TEXT = 20_000
+LONGEST_TEXT = 1 << 20
 """Characters of a text that are looked at; no model here has room for the words of more."""
 
 
