@@ -54,6 +54,18 @@ def test_positions_of_files_that_the_published_code_cannot_load(frames, side):
     assert torch.allclose(between[1], 0.75 * grid[0] + 0.25 * grid[1], atol=1e-6)
 
 
+@pytest.mark.parametrize(("frames", "side", "to"), [(16, 224, 384), (4, 224, 96), (12, 224, 384)])
+def test_positions_of_224_pixels_for_another_size_without_settings(frames, side, to):
+    """Neither 8 frames nor the model's own grid divides the rows: the grid is that of 224 pixels."""
+    sizes = {"patch_size": 16, "width": 8, "depth": 1, "heads": 1, "num_classes": 2, "learnable_positions": True}
+    source = VideoClassifier(ClassifierConfig(image_size=side, frames=frames, **sizes))
+    model = VideoClassifier(ClassifierConfig(image_size=to, frames=frames, **sizes))
+    assert load_classifier(model, source.state_dict()).lines() == []
+    grids = source.pos_embed.view(frames, 14, 14, 8).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(grids, size=(to // 16, to // 16), mode="bicubic")
+    assert torch.allclose(model.pos_embed[0], wanted.permute(0, 2, 3, 1).flatten(0, 2), atol=1e-6)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_prefixes_of_wrappers(prefix):
     config = ClassifierConfig(**SIZES, num_classes=3)

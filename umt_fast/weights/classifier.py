@@ -79,7 +79,8 @@ def load_classifier(
     A head of 710 classes (K710) gives its first 400 rows to a model of 400, or the rows `class_map`. Prefixes of
     wrappers are removed. Positions of another number of frames or grid are resampled; `frames` is how many token
     frames the file has, where its settings say so. Without, they are taken to be the published 8 frames where that
-    fits, else as many as the model's grid makes them. A pre-trained `encoder.norm` is not put into `fc_norm`.
+    fits, else as many as the model's grid makes them, else as many as that of 224 pixels. A pre-trained `encoder.norm`
+    is not put into `fc_norm`.
     """
     state = _unwrapped(state_dict)
     weight = state.get("head.weight")
@@ -148,7 +149,8 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
     if table.dim() != 3 or 0 in table.shape:
         return table
     rows, new_frames = table.shape[1], config.token_frames
-    guesses = [frames] if frames is not None else [8 // config.tubelet_size, rows // config.grid**2]
+    base = 224 // config.patch_size
+    guesses = [8 // config.tubelet_size, rows // config.grid**2, rows // base**2] if frames is None else [frames]
     if frames is None and rows == config.tokens:
         return table
     for guess in guesses:
