@@ -74,6 +74,12 @@ def test_the_command_writes_what_the_encoder_gives(checkpoint, listing, tmp_path
     assert torch.allclose(found.features.flatten(0, 1), expected, atol=1e-5)
 
 
+def test_a_folder_is_of_one_extraction_at_a_time(checkpoint, listing, tmp_path):
+    with lock_folder(tmp_path / "f"), pytest.raises(SystemExit, match=r"another run is using .*choose another --out"):
+        features.main(command(checkpoint, listing, tmp_path / "f"))
+    assert not (tmp_path / "f" / "features.json").exists()
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "npz"])
 def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys, kind):
     out = tmp_path / "f"

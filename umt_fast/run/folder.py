@@ -12,10 +12,10 @@ from umt_fast.run.world import World
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path, world: World) -> Iterator[None]:
+def hold_folder(folder: Path, world: World, option: str = "--run.name") -> Iterator[None]:
     """Make the folder of a run and keep other runs out of it meanwhile.
 
-    Raises ConfigError if another run is in it.
+    Raises ConfigError, which names the `option` that chooses the folder, if another run is in it.
     """
     if not world.main:
         yield
@@ -24,4 +24,4 @@ def hold_folder(folder: Path, world: World) -> Iterator[None]:
         with lock_folder(folder):
             yield
     except FolderInUse:
-        raise ConfigError(f"another run is using {folder}; stop it, or choose another --run.name") from None
+        raise ConfigError(f"another run is using {folder}; stop it, or choose another {option}") from None
