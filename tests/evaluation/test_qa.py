@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,17 @@ def test_the_first_word_counts_once_where_asked(recorded):
             assert (found.probabilities[row] - likelihood.sort(descending=True).values).abs().max() < 1e-5
     with pytest.raises(ValueError, match="first_token = 'thrice'; give twice or once"):
         qa.rank_answers(model, *question, ids, mask, first_token="thrice")
+
+
+def test_answers_whose_first_words_underflow_are_ranked(recorded):
+    case, model, question = recorded
+    answers = case["rank.answer_ids"], case["rank.answer_mask"]
+    unlikely = copy.deepcopy(model)
+    with torch.no_grad():
+        unlikely.text_decoder.cls.predictions.bias[answers[0][:, 1]] -= 200
+    found = qa.rank_answers(unlikely, *question, *answers)
+    assert found.probabilities.isfinite().all()
+    assert torch.allclose(found.probabilities.sum(1), torch.ones(len(found.probabilities)))
 
 
 def test_accuracy_counts_missing_answers_as_wrong():

@@ -62,9 +62,10 @@ def rank_answers(
         seen = question_mask.bool()[:, None, None]
         begin = answer_ids[:1, :1].expand(len(states), -1)
         logits = model.decode(begin, torch.ones_like(begin), Context(states, mask=seen))[:, 0].float()
-        first = logits.softmax(dim=1)[:, answer_ids[:, 1]]
+        words = answer_ids[:, 1]
         k = min(k, len(answer_ids))
-        likely, candidates = first.topk(k, dim=1)
+        candidates = logits.softmax(dim=1)[:, words].topk(k, dim=1).indices
+        likely = logits.log_softmax(dim=1).gather(1, words[candidates])  # finite where the probability underflows
         scores = torch.empty_like(likely)
         for part in torch.arange(len(states)).split(max(ANSWERS_AT_ONCE // k, 1)):
             rows = candidates[part].flatten()
@@ -74,7 +75,7 @@ def rank_answers(
     finally:
         model.train(training)
     if first_token == "twice":
-        scores = likely.log() + scores
+        scores = likely + scores
     probabilities, order = scores.softmax(dim=1).sort(dim=1, descending=True, stable=True)
     return Ranked(candidates.gather(1, order), probabilities)
 
