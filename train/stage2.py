@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from umt_fast.data.loader import Loader
 
 RECIPES = Path(__file__).parent / "recipes" / "stage2"
-FIXED = ("job", "student", "teacher", "text", "joint", "objective", "teacher_weights", "data.identity", "run.seed")
+FIXED = (
+    *("job", "student", "teacher", "text", "joint", "objective", "teacher_weights", "data.identity"),
+    *("data.same_caption", "run.seed"),
+)
 """Settings that a resumed run must share with the run that it continues."""
 KEPT = ("best", "validated")
 """What the plan of a checkpoint says of the run's validation."""

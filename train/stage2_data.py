@@ -53,7 +53,11 @@ def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Quest
     data = config.data
     if config.job == "pretrain":
         sources = {"image": data.images, "video": data.videos}
-        lists = {kind: captions.read_training(s, data.identity, data.read_timeout) for kind, s in sources.items() if s}
+        lists = {
+            kind: captions.read_training(s, data.identity, data.read_timeout, data.same_caption)
+            for kind, s in sources.items()
+            if s
+        }
         if not lists:
             raise ConfigError("no training data: give --data.images and --data.videos lists with captions")
         for found in lists.values():

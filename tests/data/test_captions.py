@@ -113,6 +113,8 @@ def test_weights_repeat_or_shorten_a_source(tmp_path):
     path = write_json(tmp_path / "a.json", [{"image": f"{i}.jpg", "caption": str(i)} for i in range(4)])
     assert read_training([f"{path}*2.5"]).idx.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
     assert read_training([f"{path}*0.5"]).idx.tolist() == [0, 1]
+    other = write_json(tmp_path / "b.json", [{"image": f"{i}.jpg", "caption": str(i % 3)} for i in range(5)])
+    assert read_training([path, other], same_caption=True).idx.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
     with pytest.raises(CaptionError, match="weight of a source must be above 0"):
         read_training([f"{path}*0"])
 

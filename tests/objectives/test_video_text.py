@@ -310,6 +310,22 @@ def test_negatives_follow_the_softmax_and_are_never_matches():
     assert (draw_negatives(similarity[:2, :2], torch.tensor([5, 6])) == torch.tensor([1, 0])).all()
 
 
+def test_uniform_negatives_do_not_follow_the_contrast(model):
+    """At the lowest temperature some hard negatives are nearly always the same; uniform ones are all as likely."""
+    clip, ids, mask, idx = batch(6)
+    with torch.no_grad():
+        model.temp.fill_(0.001)
+    most = {}
+    for negatives in ("hard", "uniform"):
+        objective = VideoTextObjective(uta=0, vtc=0, mlm=0, negatives=negatives)
+        draws = [video_text_step(model, clip, ids, mask, idx, objective=objective).draws for _ in range(100)]
+        drawn = torch.stack([torch.cat((one.negative_videos, one.negative_texts)) for one in draws])
+        assert (drawn != idx.repeat(2)).all()
+        most[negatives] = torch.stack([(drawn == place).float().mean(0) for place in range(6)]).amax(0)
+    assert most["hard"].max() > 0.8
+    assert most["uniform"].max() < 0.5
+
+
 def test_words_are_hidden_by_the_published_shares():
     config = stage2.SMALL.text
     ids, _ = stage2.some_texts(4000)

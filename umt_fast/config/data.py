@@ -204,7 +204,7 @@ class CaptionDataConfig(DataConfig):
     join_captions: bool = False
     """Retrieval: all captions of an entry are one text (DiDeMo, ActivityNet)."""
     same_caption: bool = False
-    """Retrieval: entries with equal captions match each other (Something-Something V2)."""
+    """Entries with equal captions match each other, as in retrieval on Something-Something V2."""
     max_seconds: float | None = None
     """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
 

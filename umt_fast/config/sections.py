@@ -41,6 +41,9 @@ class VideoTextObjective:
     image_mask_ratio: float = 0.5
     mlm_probability: float = 0.5
     """Share of the words that are to be predicted."""
+    negatives: Literal["hard", "uniform"] = "hard"
+    """Negatives of the matching. hard: those that the contrast takes for matches are drawn more often, as published;
+    uniform: every sample of the batch that does not match is as likely."""
     gather_gradient: GatherGradient = "published"
     """published: VTC gives the encoders 1 / ranks of its gradient, as the published gather does; true: all of it."""
 

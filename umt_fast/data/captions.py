@@ -136,12 +136,16 @@ def read_annotations(source: Source, read_timeout: float = DataConfig.read_timeo
 
 
 def read_training(
-    sources: Sequence[str], identity: Identity = "published", read_timeout: float = DataConfig.read_timeout
+    sources: Sequence[str],
+    identity: Identity = "published",
+    read_timeout: float = DataConfig.read_timeout,
+    same_caption: bool = False,
 ) -> CaptionList:
     """The list of a pre-training run: one row for each entry, with one caption.
 
-    identity  published: a row's number is its place within its own source, so rows of different sources count as the
-    same sample; distinct: no two rows are the same.
+    identity      published: a row's number is its place within its own source, so rows of different sources count as
+                  the same sample; distinct: no two rows are the same.
+    same_caption  neither: rows with equal raw captions match each other.
     """
     rows: list[dict[str, Any]] = []
     numbers: list[np.ndarray] = []
@@ -160,7 +164,8 @@ def read_training(
         first += len(entries)
     if not rows:
         raise CaptionError("no captions: give --data.images or --data.videos a list")
-    return CaptionList(_list(rows, read_timeout), np.concatenate(numbers).astype(np.int64), tuple(starts))
+    idx = number_keys(row["caption"] for row in rows) if same_caption else np.concatenate(numbers).astype(np.int64)
+    return CaptionList(_list(rows, read_timeout), idx, tuple(starts))
 
 
 def read_videos(
@@ -204,9 +209,13 @@ def read_retrieval_training(
                     rows.append(_row(entry, path, caption))
                     file = path if identity == "distinct" else posixpath.basename(path)
                     keys.append(caption if same_caption else file)
+    return CaptionList(_list(rows, read_timeout), number_keys(keys), tuple(starts))
+
+
+def number_keys(keys: Iterable[str]) -> Int[np.ndarray, " n"]:
+    """The same number for equal keys, in order of first appearance."""
     numbers: dict[str, int] = {}
-    idx = np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
-    return CaptionList(_list(rows, read_timeout), idx, tuple(starts))
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def read_retrieval(source: str, join: bool = False, read_timeout: float = DataConfig.read_timeout) -> RetrievalSet:

@@ -141,6 +141,8 @@ def _step(
     if objective.vtm > 0:
         with torch.no_grad():
             similarity = video.float() @ text.float().T / model.temp
+            if objective.negatives == "uniform":
+                similarity = torch.zeros_like(similarity)
             if draws.negative_videos is None:
                 draws.negative_videos = draw_negatives(similarity.T, idx, generator)
             if draws.negative_texts is None:
