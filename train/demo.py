@@ -1,10 +1,11 @@
-"""The second half of `make demo`: does a stage-1 encoder help to tell motions apart from few labels?
+"""The second half of `make demo`: what is a stage-1 encoder good for where labels are few?
 
     python -m train.demo --init runs/demo/checkpoints/x.pth --out runs/demo-finetune
 
-Writes synthetic videos, fine-tunes the `tiny` recipe on 64 of them from random weights and from the encoder, with the
-same steps and seeds, and tests each on 128 others that no run has seen. Prints and keeps the top-1 of every run, and
-leaves the confusion matrix of the best.
+Writes synthetic videos, and compares the encoder with random weights in two ways: frozen, by a linear probe of its
+pooled features for the colour, shape and motion of the larger shape; and fine-tuned by the `tiny` recipe on the
+motions, with the same steps and seeds. Both learn from the labels of 64 videos at most and are tested on 128 others.
+Prints and keeps the top-1 of every probe and run, and leaves the confusion matrix of the best run.
 """
 
 from __future__ import annotations
@@ -16,26 +17,50 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from train import finetune
-from umt_fast.config import FinetuneConfig
+from umt_fast import StudentConfig, VideoStudent
+from umt_fast.config import DataConfig, FinetuneConfig
 from umt_fast.data import synthetic
+from umt_fast.data.labels import read_labelled
+from umt_fast.data.loader import ClipLoader
 from umt_fast.errors import RunError
+from umt_fast.evaluation import probe
+from umt_fast.evaluation.classification import score
+from umt_fast.evaluation.features import encoder_of
+from umt_fast.evaluation.views import Views, view_stream
 from umt_fast.recipe import load_recipe
 from umt_fast.run import world
 from umt_fast.run.log import say
 from umt_fast.weights import read_model
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from umt_fast.models.encoder import VideoEncoder
+
 LABELLED, HELD_OUT = 64, 128
 SEEDS = (0, 1, 2)
+STARTS = ("random weights", "stage-1 encoder")
+TASKS = {"motion": synthetic.MOTIONS, "shape": synthetic.SHAPES, "colour": synthetic.HUES}
+"""Classes of the larger shape, in the order of `synthetic.describe`."""
 VIDEOS = 100
 """Seed of the generator of the labelled videos; the held-out ones have twice that."""
+
+
+def _parts(videos: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many labelled and held-out videos there are, each with the seed of their generator."""
+    return (LABELLED, videos), (HELD_OUT, 2 * videos)
 
 
 def write_lists(folder: Path, videos: int) -> tuple[Path, Path]:
     """Lists of videos labelled by their motion, to train on and to test on; both have every motion equally often."""
     lists = []
-    for name, count, seed in (("train", LABELLED, videos), ("test", HELD_OUT, 2 * videos)):
+    for name, (count, seed) in zip(("train", "test"), _parts(videos), strict=True):
         listing = synthetic.write_videos(folder / name, count, seed)
         rows = [line.rpartition(",") for line in listing.read_text().splitlines()]
         named = [f"{path},{synthetic.MOTIONS[int(label) // len(synthetic.SHAPES)]}\n" for path, _, label in rows]
@@ -58,13 +83,52 @@ def settings(init: str, side: int, seed: int, lists: tuple[Path, Path], out: Pat
     )
 
 
-def compare(init: str, videos: int, out: Path) -> dict[str, list[float]]:
-    """Top-1 in percent on the held-out videos of each run, by its start."""
+@torch.no_grad()
+def pooled_features(encoders: list[VideoEncoder], listing: Path) -> list[Float[Tensor, "n d"]]:
+    """Pooled features of a list's videos by each encoder; a video is decoded once, one view in its middle."""
+    sizes, videos, size = encoders[0].config, read_labelled(str(listing)).videos, 16
+    stream = view_stream(videos, Views(sizes.frames, sizes.image_size), DataConfig(workers=0))
+    features: list[list[Tensor]] = [[] for _ in encoders]
+    with ClipLoader(stream, start=0, end=len(videos), batches=-(-len(videos) // size), batch_size=size) as loader:
+        for batch in loader:
+            for encoder, made in zip(encoders, features, strict=True):
+                made.append(encoder.pooled(batch.clip))
+    return [torch.cat(made) for made in features]
+
+
+def probe_frozen(init: str, videos: int, lists: tuple[Path, Path]) -> dict[str, dict[str, list[float]]]:
+    """Top-1 in percent on the held-out videos of linear probes of frozen encoders, by task and start.
+
+    A seed draws the random weights, and which three quarters of the labelled videos the probes of both starts see.
+    """
+    state, settings = read_model(init)
+    encoders = [encoder_of(state, settings, init).eval()]
+    sizes = StudentConfig(**dataclasses.asdict(encoders[0].config), align_layers=1)
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        encoders.append(encoder_of(VideoStudent(sizes).state_dict(), settings, "random weights").eval())
+    train, test = (pooled_features(encoders, listing) for listing in lists)
+    facts = [[synthetic.describe(i, seed) for i in range(count)] for count, seed in _parts(videos)]
+    found: dict[str, dict[str, list[float]]] = {}
+    for place, (task, classes) in enumerate(TASKS.items()):
+        labels, wanted = (torch.tensor([classes.index(fact[place]) for fact in part]) for part in facts)
+        found[task] = {start: [] for start in STARTS}
+        for number, seed in enumerate(SEEDS, 1):
+            seen = torch.randperm(LABELLED, generator=torch.Generator().manual_seed(seed))[: LABELLED * 3 // 4]
+            for start, encoder in zip(STARTS, (number, 0), strict=True):
+                linear = probe.choose_linear(train[encoder][seen], labels[seen], len(classes), seed)
+                chances = linear(test[encoder]).double().softmax(-1)
+                found[task][start].append(score(chances, wanted).top1)
+    return found
+
+
+def compare(init: str, lists: tuple[Path, Path], out: Path) -> dict[str, list[float]]:
+    """Top-1 in percent on the held-out videos of each fine-tuning run on the motions, by its start."""
     side = int(read_model(init)[1]["student"]["image_size"])
-    lists, processes = write_lists(out / "videos", videos), world.start("auto")
+    processes = world.start("auto")
     found: dict[str, list[float]] = {}
     tests: list[tuple[float, Path]] = []
-    for start, checkpoint in (("random weights", ""), ("stage-1 encoder", init)):
+    for start, checkpoint in zip(STARTS, ("", init), strict=True):
         for seed in SEEDS:
             config = settings(checkpoint, side, seed, lists, out)
             finetune.train(config, processes)
@@ -82,19 +146,27 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=VIDEOS, help="seed of the labelled videos (default %(default)s)")
     given = parser.parse_args()
     try:
-        found = compare(given.init, given.videos, given.out)
+        read_model(given.init)  # before the videos are written
+        lists = write_lists(given.out / "videos", given.videos)
+        frozen = probe_frozen(given.init, given.videos, lists)
+        found = compare(given.init, lists, given.out)
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
+    (given.out / "frozen.json").write_text(json.dumps(frozen, indent=2) + "\n")
     (given.out / "top1.json").write_text(json.dumps(found, indent=2) + "\n")
-    motions = len(synthetic.MOTIONS)
-    say(
-        f"\ntop-1 on {HELD_OUT} held-out videos of {motions} motions, {LABELLED} labels, seeds {SEEDS}; chance is "
-        f"{100 / motions:.0f}%:"
-    )
+    say(f"\ntop-1 on {HELD_OUT} held-out videos, seeds {SEEDS}")
+    for task, values in frozen.items():
+        show(f"frozen, linear probe: {task}, {LABELLED * 3 // 4} labels", values, len(TASKS[task]))
+    show(f"fine-tuned: motion, {LABELLED} labels", found, len(synthetic.MOTIONS))
+    say(f"in {given.out}: frozen.json, top1.json, confusion.png (of the best run) and a folder for each run")
+
+
+def show(title: str, found: dict[str, list[float]], classes: int) -> None:
+    """Print the top-1 of each seed, and their mean, of both starts."""
+    say(f"{title}; chance is {100 / classes:.0f}%")
     for name, values in found.items():
         shown = "  ".join(f"{value:5.1f}" for value in values)
         say(f"  {name:16}  {shown}   mean {statistics.mean(values):5.1f}")
-    say(f"in {given.out}: top1.json, confusion.png (of the best run) and a folder for each run")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import colorsys
 import sys
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def test_labels_are_motion_and_shape(demo_videos):
         path, label = line.rsplit(",", 1)
         _number, motion, shape = Path(path).stem.split("_")
         assert synthetic.MOTIONS.index(motion) * 4 + synthetic.SHAPES.index(shape) == int(label)
+
+
+def test_descriptions_are_of_what_is_shown(small_videos, decode_all):
+    for number, path in enumerate(small_videos(1)):
+        motion, shape, hue = synthetic.describe(number, 1)
+        assert Path(path).stem.split("_")[1:] == [motion, shape]
+        frame = np.asarray(decode_all(path)[0])
+        vivid = frame[(frame.max(-1) > 200) & (frame.min(-1) < 110)].mean(0) / 255
+        named = colorsys.hsv_to_rgb(synthetic.HUES.index(hue) / len(synthetic.HUES), 0.8, 1.0)
+        assert np.abs(vivid - named).max() < 0.6
 
 
 def test_same_seed_same_pictures(small_videos, decode_all):

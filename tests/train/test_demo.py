@@ -92,6 +92,9 @@ def test_compares_both_starts_on_videos_that_no_run_has_seen(tmp_path: Path, mon
     demo.main()
     found = json.loads((tmp_path / "out" / "top1.json").read_text())
     assert {name: len(values) for name, values in found.items()} == {"random weights": 1, "stage-1 encoder": 1}
+    frozen = json.loads((tmp_path / "out" / "frozen.json").read_text())
+    assert list(frozen) == ["motion", "shape", "colour"]
+    assert all(list(values) == list(found) for values in frozen.values())
     assert (tmp_path / "out" / "confusion.png").stat().st_size > 1000
     lists = [(tmp_path / "out" / "videos" / f"{name}.csv").read_text().splitlines() for name in ("train", "test")]
     for lines in lists:
@@ -104,6 +107,7 @@ def test_compares_both_starts_on_videos_that_no_run_has_seen(tmp_path: Path, mon
     assert "init: random weights" in shown
     assert "tensors from" in shown
     assert "chance is 25%" in shown
+    assert "colour, 12 labels; chance is 17%" in shown
     monkeypatch.setattr("sys.argv", ["demo", "--init", f"{tmp_path / 'none.pth'}", "--out", f"{tmp_path / 'out'}"])
     with pytest.raises(SystemExit, match=r"no weights at .*none\.pth"):
         demo.main()

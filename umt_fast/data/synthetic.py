@@ -26,6 +26,8 @@ SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("bounce", "orbit", "spin", "pulse")
 COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.33, "blue": 0.6, "purple": 0.78, "white": None}
 """Hues of captioned shapes."""
+HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
+"""Names of hues, in equal steps from 0."""
 WIDTH, HEIGHT, FPS, FRAMES = 192, 144, 15, 48
 _SMOOTH = 2  # drawn this much larger, then reduced
 
@@ -62,11 +64,9 @@ def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
-        rng = np.random.default_rng((seed, number))
-        label = number % (len(SHAPES) * len(MOTIONS))
-        motion, shape = MOTIONS[label // len(SHAPES)], SHAPES[label % len(SHAPES)]
+        label, motion, shape = _kind(number)
         path = folder / f"{number:03d}_{motion}_{shape}{'.webm' if number % 2 else '.mp4'}"
-        _encode(path, _render(motion, shape, rng))
+        _encode(path, _draw_frames(*_scene(number, seed), FRAMES))
         lines.append(f"{path},{label}\n")
     listing = folder / "train.csv"
     listing.write_text("".join(lines))
@@ -103,10 +103,25 @@ def _render_one(colour: str, shape: str, motion: str, rng: np.random.Generator) 
     return _draw_frames(_ground(rng), [(shape, _path(motion, 0.22, rng), filled)], FRAMES // 2)
 
 
-def _render(motion: str, shape: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """Frames [H,W,3] of one large and one small shape over a patterned ground."""
+def describe(number: int, seed: int) -> tuple[str, str, str]:
+    """Motion, shape and nearest hue of the larger shape of a video of `write_videos`."""
+    _, motion, shape = _kind(number)
+    _, (large, _) = _scene(number, seed)
+    hue = colorsys.rgb_to_hsv(*(level / 255 for level in large[2]))[0]
+    return motion, shape, HUES[round(hue * len(HUES)) % len(HUES)]
+
+
+def _kind(number: int) -> tuple[int, str, str]:
+    """Label, motion and shape of a video by its number."""
+    label = number % (len(SHAPES) * len(MOTIONS))
+    return label, MOTIONS[label // len(SHAPES)], SHAPES[label % len(SHAPES)]
+
+
+def _scene(number: int, seed: int) -> tuple[Image.Image, list[Actor]]:
+    """A patterned ground, with one large and one small shape."""
+    rng = np.random.default_rng((seed, number))
     ground = _ground(rng)
-    return _draw_frames(ground, _two_actors(motion, shape, rng), FRAMES)
+    return ground, _two_actors(*_kind(number)[1:], rng)
 
 
 def _two_actors(motion: str, shape: str, rng: np.random.Generator) -> list[Actor]:
