@@ -3,8 +3,9 @@
 Bytes are those that a kernel reads and writes when its inputs come from memory and its outputs go there. Under autocast
 the student's residual stream, the norms and the gradients of weights are float32 (4 bytes); what matmuls read and write
 and the teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; else
-pointwise chains and norms are fused, as Inductor does it. Gaps between kernels, mask drawing and the other work on
-tensors of a few MB are not counted.
+pointwise chains and norms are fused, as Inductor does it. Nothing compiles the loss itself: it is eager PyTorch, or the
+op's kernel. Gaps between kernels, mask drawing, scales of 8-bit rows and the other work on tensors of a few MB are not
+counted.
 """
 
 from __future__ import annotations
@@ -27,30 +28,36 @@ class Form:
     """The student's attention by matmul, softmax, matmul."""
     float32_residual: bool = False
     """The teacher's residual stream in float32, as it was before `add_layer_norm`."""
+    plain_loss: bool = False
+    """The loss by the op's plain form, in eager PyTorch; else by its kernel. The published loss is always eager."""
     add_layer_norm: bool = False
-    """The op's own kernels, which matters for its backward pass in the student and for norms that write 8 bits."""
+    """The op's own kernel in the student's backward pass."""
     epilogues: bool = False
-    """GELU, its derivative and the bias gradients within the matmuls."""
+    """GELU and its derivative within the matmuls."""
+    bias_sums: bool = False
+    """The bias gradient of the MLP's first layer from the epilogue too, which Inductor's templates cannot do."""
     eight_bit: bool = False
     """The teacher's matmuls in 8 bits, except the queries, keys and values of its last block."""
+    own_eight_bit: bool = False
+    """By umt_kernels: norms and the MLP's first product write 8 bits; else every input is quantised in a pass."""
 
 
 FORMS = {
     "baseline": Form(published=True, eager=True, math_attention=True),
     "+ SDPA": Form(published=True, eager=True),
     "+ torch.compile": Form(published=True),
-    "+ lean math, eager": Form(eager=True),
-    "+ lean math": Form(),
+    "+ lean math, eager": Form(eager=True, plain_loss=True),
+    "+ lean math": Form(plain_loss=True),
     "+ fused kernels": Form(),
     "+ CUDA graph": Form(),
     "+ max-autotune": Form(epilogues=True),
     "+ fp8 teacher": Form(eight_bit=True),
     "+ int8 teacher": Form(eight_bit=True),
-    "+ own fp8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
-    "+ own int8 teacher": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
+    "+ own fp8 teacher": Form(eight_bit=True, own_eight_bit=True),
+    "+ own int8 teacher": Form(eight_bit=True, own_eight_bit=True),
 }
 """Form of each rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled
-as in Triton, and a CUDA graph closes the gaps between kernels."""
+as in Triton, and a CUDA graph closes the gaps between kernels. `+ fp8 student` is an experiment without a form."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,19 @@ class _Step:
             self.kernels.append(Kernel(phase, name, calls, elements * moved))
 
     def matmul(
-        self, phase: str, name: str, m: float, n: float, k: float, calls: int = 1, extra: float = 0, bits: int = 16
+        self,
+        phase: str,
+        name: str,
+        m: float,
+        n: float,
+        k: float,
+        calls: int = 1,
+        extra: float = 0,
+        bits: int = 16,
+        out_bits: int = 16,
     ) -> None:
-        """[m, k] @ [k, n] into 2-byte numbers, with `extra` bytes of an epilogue."""
-        moved = bits // 8 * (m * k + k * n) + 2 * m * n + extra
+        """[m, k] @ [k, n] of numbers of `bits` into numbers of `out_bits`, with `extra` bytes of an epilogue."""
+        moved = bits // 8 * (m * k + k * n) + out_bits // 8 * m * n + extra
         unit = "eight_bit" if bits == 8 else "matmul"
         self.kernels.append(Kernel(phase, name, calls, moved, 2 * m * n * k, unit))
 
@@ -108,7 +124,7 @@ class _Step:
         flops = 2 * rows * length**2 * width
         backward = phase == "backward"
         self.kernels.append(Kernel(phase, "attention matmuls", calls * (4 if backward else 2), moved, flops))
-        self.passes(phase, "softmax and casts", weights, 26 if backward else 20, 8 if backward else 6, calls)
+        self.passes(phase, "softmax and casts", weights, 24 if backward else 20, 8 if backward else 6, calls)
 
 
 def expected_kernels(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int, form: Form) -> list[Kernel]:
@@ -142,7 +158,12 @@ def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips:
     features = 3 * teacher.tubelet_size * window**2
     step.matmul(phase, "patch embedding", frames * patches, width, features)
     residual = 4 if form.float32_residual else 2
-    step.passes(phase, "class token, positions, ln_pre", rows * width, 22, 2 + residual)
+    # Eager: to one tensor 4, sum 4, norm with casts 20. Lean: the sum in float32 6, and the first block's norm 20 more.
+    if form.published:
+        step.passes(phase, "class token, positions, ln_pre", rows * width, 28, 2 + residual)
+    else:
+        normed = residual + 1 if form.own_eight_bit else 2  # a kernel of its own, which reads the residual again
+        step.passes(phase, "class token, positions, ln_pre, norm", rows * width, 44, 2 + residual + normed)
     full = teacher.depth if form.published else teacher.depth - 1
     _teacher_blocks(step, rows, width, full, bits)
     published_last = int(form.published)  # with its weights over all pairs of tokens
@@ -163,33 +184,45 @@ def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips:
     step.passes(phase, "last block: class scores", rows * width, 2, 2)
     step.attention(phase, shown / frames, length, width, frames, 1)
     _teacher_rest(step, "last block: ", shown, width, 1, bits)
+    _teacher_norms(step, "last block: ", shown, width, 1, residual + 2)
     step.passes(phase, "ln_post of visible tokens", layers * shown * width, 14, residual + 2)
     step.matmul(phase, "projection", shown, out, width, layers)
 
 
 def _teacher_blocks(step: _Step, rows: int, width: int, count: int, bits: int) -> None:
-    phase, form = "teacher", step.form
+    phase = "teacher"
     step.matmul(phase, "qkv", rows, 3 * width, width, count, bits=bits)
     _teacher_rest(step, "", rows, width, count, bits)
-    # Each half of a block: eager, sum 6, to float32 6, norm 8, back 6; fused, both read, residual and normed written.
-    step.passes(phase, "residual sums and norms", rows * width, 26, _sum_and_norm(form), 2 * count)
-    if form.eight_bit:  # rows of the norm and of attention's output, in 8 bits with a scale each
-        extra = 0 if form.add_layer_norm else 3
-        step.passes(phase, "quantisation of the inputs", rows * width, 3 + 2 * extra, 3 + 2 * extra, count)
+    _teacher_norms(step, "", rows, width, count)
 
 
-def _sum_and_norm(form: Form) -> float:
-    if form.float32_residual:
-        return 12
-    return 7 if form.add_layer_norm and form.eight_bit else 8  # rows of 8 bits for the next matmul
+def _teacher_norms(step: _Step, prefix: str, rows: float, width: int, count: int, queries: float = 0) -> None:
+    """Sums and norms of `count` blocks, and the quantisation of what their matmuls read.
+
+    Each half of a block: eager, sum 6, to float32 6, norm 8, back 6; fused, both read, residual and normed written.
+    The last block has one such half, and a norm before its queries that moves `queries` bytes per element.
+    """
+    phase, form = "teacher", step.form
+    fused = 12 if form.float32_residual else 7 if form.own_eight_bit else 8  # 7: rows of 8 bits for the next matmul
+    norms = 1 if queries else 2
+    step.passes(phase, f"{prefix}residual sums and norms", rows * width, 26, fused, norms * count)
+    if queries:
+        step.passes(phase, f"{prefix}norm before the queries", rows * width, 20, queries, count)
+    if form.eight_bit:  # attention's output, and by torchao the norms' too
+        moved = 3 if form.own_eight_bit else 3 + 3 * norms
+        step.passes(phase, f"{prefix}quantisation of the inputs", rows * width, moved, moved, count)
 
 
 def _teacher_rest(step: _Step, prefix: str, rows: float, width: int, count: int, bits: int) -> None:
     """Output projection and MLP."""
     phase, form, hidden = "teacher", step.form, MLP_RATIO * width
     step.matmul(phase, f"{prefix}attention's projection", rows, width, width, count, bits=bits)
-    step.matmul(phase, f"{prefix}MLP in", rows, hidden, width, count, bits=bits)
+    step.matmul(
+        phase, f"{prefix}MLP in", rows, hidden, width, count, bits=bits, out_bits=8 if form.own_eight_bit else 16
+    )
     step.matmul(phase, f"{prefix}MLP out", rows, width, hidden, count, bits=bits)
+    if form.own_eight_bit:
+        return  # the epilogue of the first writes what the second reads
     if not form.epilogues:  # published: two products and a sigmoid; lean: two passes in place
         step.passes(phase, f"{prefix}QuickGELU", rows * hidden, 14 if form.published else 8, 4, count)
     if form.eight_bit:
@@ -224,7 +257,7 @@ def _student(step: _Step, student: StudentConfig, clips: int, seen: int) -> None
         read = 2 * rows * hidden if form.epilogues and name == "MLP out" else 0
         step.matmul(backward, f"{name}, input", rows, into, out, depth, read)
         step.matmul(backward, f"{name}, weight", out, into, rows, depth)
-        if not form.epilogues:
+        if not (form.bias_sums and name == "MLP in"):
             step.passes(backward, "bias gradients", rows * out, 2, 2, depth)
     if not form.epilogues:
         step.passes(forward, "GELU", rows * hidden, 4, 4, depth)
@@ -237,7 +270,12 @@ def _student(step: _Step, student: StudentConfig, clips: int, seen: int) -> None
         flops = 10 * clips * seen**2 * width  # with the forward pass made again
         step.kernels.append(Kernel(backward, "attention", depth, 16 * rows * width, flops, "attention"))
     step.passes(forward, "residual sums and norms", rows * width, 24, 12, 2 * depth)
-    step.passes(backward, "residual sums and norms", rows * width, 38, 16 if form.add_layer_norm else 22, 2 * depth)
+    # Fused: gradients of norm and residual and the residual read, two gradients written, in two kernels 6 more. The op
+    # makes one of it; models call it for the second norm of a block, the first one's sum belongs to the block before.
+    by_op = depth if form.add_layer_norm else 0
+    step.passes(backward, "residual sums and norms", rows * width, 38, 22, 2 * depth - by_op)
+    if by_op:
+        step.passes(backward, "residual sums and norms by the op", rows * width, 38, 16, by_op)
     step.passes(backward, "casts of weight gradients", costs.student_parameters(student), 6, 6)
 
 
@@ -245,11 +283,29 @@ def _loss(step: _Step, student: StudentConfig, clips: int, seen: int) -> None:
     rows, layers, width, out = clips * seen, student.align_layers, student.width, student.target_width
     step.passes("student forward", "norm and positions of the heads", rows * width, 26, 6, layers)
     step.matmul("student forward", "heads", rows, out, width, layers)
-    step.passes("loss", "norm, cosine and its gradient", layers * rows * out, 44, 6)
-    step.passes("backward", "gradient of the predictions", layers * rows * out, 40, 4)
+    _cosine(step, layers * rows * out)
     step.matmul("backward", "heads, input", rows, width, out, layers)
     step.matmul("backward", "heads, weight", out, width, rows, layers)
     step.passes("backward", "norms of the heads", rows * width, 38, 16, layers)
+
+
+def _cosine(step: _Step, elements: float) -> None:
+    """Norms, cosine and their gradients, of `elements` predictions in 2 bytes.
+
+    Eager, a pass for each call, in float32: cast 6, LayerNorm and its two vectors 24, or 8 published; lengths 4 to 12,
+    division and mask 8 to 16, product with the targets 12, sum 4, and about as many for the gradients.
+    """
+    form = step.form
+    if form.published:
+        step.passes("student forward", "norms of the predictions", elements, 34, 6)
+        step.passes("loss", "cosine", elements, 16, 16)
+        step.passes("backward", "product of the cosine", elements, 8, 8)
+        step.passes("backward", "norms of the predictions", elements, 72, 8)
+    elif form.plain_loss:
+        step.passes("loss", "norms and cosine, plain", elements, 92, 92)
+        step.passes("backward", "norms and cosine, plain", elements, 114, 114)
+    else:  # both read, the gradient written; backward there is nothing to scale
+        step.passes("loss", "norms, cosine and the gradient", elements, 6, 6)
 
 
 def _optimiser(step: _Step, student: StudentConfig) -> None:

@@ -22,21 +22,30 @@ from benchmarks.step_time.phases import PHASES
 from benchmarks.step_time.report import Content
 from umt_fast import masking
 
+ALL_EXACT = Form(add_layer_norm=True, epilogues=True, bias_sums=True)
 NEW_KERNELS = {
     "add_layer_norm's backward in the student": Form(add_layer_norm=True),
-    "linear with epilogues (rival: max-autotune)": Form(epilogues=True),
-    "8-bit teacher by torchao": Form(eight_bit=True),
-    "8-bit teacher of our own: with both": Form(add_layer_norm=True, epilogues=True, eight_bit=True),
-    "all that is exact": Form(add_layer_norm=True, epilogues=True),
+    "linear and mlp with epilogues": Form(epilogues=True, bias_sums=True),
+    "their rival, max-autotune": FORMS["+ max-autotune"],
+    "8-bit teacher by torchao": FORMS["+ int8 teacher"],
+    "8-bit teacher of our own": FORMS["+ own int8 teacher"],
+    "all that is exact": ALL_EXACT,
+    "all, with the 8-bit teacher": replace(ALL_EXACT, eight_bit=True, own_eight_bit=True),
 }
 """Each on top of the best exact rung, which has the teacher's residual stream in bf16 already."""
-SHOWN_FORMS = {
-    "baseline": FORMS["baseline"],
-    "+ torch.compile": FORMS["+ torch.compile"],
-    BEST: FORMS[BEST],
-    "new kernels, exact": NEW_KERNELS["all that is exact"],
-    "and 8 bits": NEW_KERNELS["8-bit teacher of our own: with both"],
+KERNELS_BEFORE = {
+    "add_layer_norm's bf16 residual in the teacher, in the rungs already": Form(float32_residual=True),
+    "the loss's kernel, in the rungs already": Form(plain_loss=True),
 }
+"""The best exact rung without a kernel that it has."""
+SHOWN_FORMS = {
+    **{rung: form for rung, form in FORMS.items() if "8" not in rung and (rung == BEST or form != FORMS[BEST])},
+    "8-bit teacher": FORMS["+ int8 teacher"],
+    "own 8-bit teacher": FORMS["+ own int8 teacher"],
+    "all new, exact": NEW_KERNELS["all that is exact"],
+    "all new": NEW_KERNELS["all, with the 8-bit teacher"],
+}
+"""Columns of the table of kernels: every form of a rung once, then all new kernels."""
 LEAST_SHOWN = 5e-5
 """Seconds: kernels below it are summed up in one line of their phase."""
 
@@ -87,16 +96,18 @@ def predict(target: str, models: Sequence[str], batch: int, measured: Content | 
             rates = measured_rates(measured) or rates
     parts = [
         f"# Predicted step time on {target}: arithmetic, not a measurement",
-        f"{rates.text()}. Sources: benchmarks/rates.py. Kernels with their bytes and operations: "
-        "benchmarks/step_time/expected.py. "
-        "A kernel takes the longer of its operations and its bytes; gaps between kernels are not counted.",
+        report.markdown(("rate", rates.name, "from"), rates.rows()),
+        "A kernel takes the longer of its operations and its bytes at these rates; gaps between kernels are not "
+        "counted. benchmarks/step_time/expected.py says how bytes and operations are counted.",
     ]
     for model in models:
         parts += [
             f"## {model}, batch {batch}",
             report.markdown(*report.filled(*_rung_table(model, batch, rates, measured, source == target))),
             "### Milliseconds by kernel",
-            report.markdown(*_kernel_table(model, batch, rates)),
+            f"Calls, GB and TFLOP of all calls of a step, and the bound, are those of `{BEST}`, or of the first column "
+            f"that has the kernel. `+ fused kernels` is as `{BEST}`.",
+            report.markdown(*report.filled(*_kernel_table(model, batch, rates))),
             f"### Expected from new kernels, on top of `{BEST}`",
             report.markdown(*_saving_table(model, batch, rates)),
         ]
@@ -140,19 +151,21 @@ def _rung_table(
             there = step_seconds(model, batch, FORMS[rung], source)
             line += ["", "", f"{1e3 * predicted * found / there:.1f}"]
         lines.append(line)
+    lines.append(["+ fp8 student", "an experiment, not predicted", *[""] * 5])
     return header, lines
 
 
 def _kernel_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...], list[list[str]]]:
     spent: dict[tuple[str, str], dict[str, float]] = {}
-    bound: dict[tuple[str, str], str] = {}
+    shown: dict[tuple[str, str], list[Kernel]] = {}
     for column, form in SHOWN_FORMS.items():
+        found: dict[tuple[str, str], list[Kernel]] = {}
         for kernel in kernels_of(model, batch, form):
-            key = (kernel.phase, kernel.name.removeprefix("last block: "))
-            row = spent.setdefault(key, {})
-            row[column] = row.get(column, 0.0) + kernel.seconds(rates)
-            if column == BEST or key not in bound:
-                bound[key] = kernel.bound(rates).replace("_", "-")
+            found.setdefault((kernel.phase, kernel.name.removeprefix("last block: ")), []).append(kernel)
+        for key, kernels in found.items():
+            spent.setdefault(key, {})[column] = sum(kernel.seconds(rates) for kernel in kernels)
+            if column == BEST or key not in shown:
+                shown[key] = kernels
     lines = []
     for phase in PHASES:
         small: dict[str, float] = {}
@@ -160,12 +173,22 @@ def _kernel_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...]
             if max(spent[key].values()) < LEAST_SHOWN:
                 small = {column: small.get(column, 0.0) + spent[key].get(column, 0.0) for column in SHOWN_FORMS}
                 continue
-            lines.append([phase, key[1], bound[key], *_cells(spent[key])])
+            lines.append([phase, key[1], *_work(shown[key], rates), *_cells(spent[key])])
         if small:
-            lines.append([phase, "the rest", "memory", *_cells(small)])
+            lines.append([phase, "the rest", "", "", "", "", *_cells(small)])
     total = {column: sum(row.get(column, 0.0) for row in spent.values()) for column in SHOWN_FORMS}
-    lines.append(["step", "", "", *_cells(total)])
-    return ("phase", "kernel", "bound by", *SHOWN_FORMS), lines
+    lines.append(["step", "", "", "", "", "", *_cells(total)])
+    return ("phase", "kernel", "calls", "GB", "TFLOP", "bound by", *SHOWN_FORMS), lines
+
+
+def _work(kernels: Sequence[Kernel], rates: Rates) -> list[str]:
+    """Calls, bytes and operations of one line of the table, and what bounds most of its time."""
+    moved = sum(kernel.calls * kernel.bytes for kernel in kernels)
+    flops = sum(kernel.calls * kernel.flops for kernel in kernels)
+    longest = max(kernels, key=lambda kernel: kernel.seconds(rates))
+    calls = str(sum(kernel.calls for kernel in kernels))
+    cells = [calls, f"{moved / 1e9:.2f}", f"{flops / 1e12:.2f}" if flops else ""]
+    return [*cells, longest.bound(rates).replace("_", "-")]
 
 
 def _cells(row: dict[str, float]) -> list[str]:
@@ -173,17 +196,13 @@ def _cells(row: dict[str, float]) -> list[str]:
 
 
 def _saving_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...], list[list[str]]]:
-    before = step_seconds(model, batch, FORMS[BEST], rates)
-    wide = step_seconds(model, batch, Form(float32_residual=True), rates)
-    name, share = (
-        "add_layer_norm's bf16 residual in the teacher, in the rungs already",
-        f"{100 * (1 - before / wide):.0f}%",
-    )
-    lines = [[name, f"{1e3 * before:.1f}", f"{1e3 * (wide - before):.1f}", share]]
-    for name, form in NEW_KERNELS.items():
-        after = step_seconds(model, batch, form, rates)
-        share = f"{100 * (1 - after / before):.0f}%"
-        lines.append([name, f"{1e3 * after:.1f}", f"{1e3 * (before - after):.1f}", share])
+    best = step_seconds(model, batch, FORMS[BEST], rates)
+    changes = {name: (step_seconds(model, batch, form, rates), best) for name, form in KERNELS_BEFORE.items()}
+    changes |= {name: (best, step_seconds(model, batch, form, rates)) for name, form in NEW_KERNELS.items()}
+    lines = [
+        [name, f"{1e3 * after:.1f}", f"{1e3 * (before - after):.1f}", f"{100 * (1 - after / before):.0f}%"]
+        for name, (before, after) in changes.items()
+    ]
     return ("kernel", "step ms", "saves ms", "of the step"), lines
 
 
