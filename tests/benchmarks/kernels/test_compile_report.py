@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 
 import pytest
@@ -109,6 +110,16 @@ def test_the_loss_and_the_norms_wait_seldom():
     for (op, name), most in named.items():
         for row in compile_report.report(find_case(op, name), 90):
             assert row.kernel in ("reductions", "cosine_alignment_loss_finish") or row.barriers <= most, row.kernel
+
+
+@pytest.mark.parametrize("op", [*FIRST, "pixel_loss"])
+def test_no_kernel_divides_in_64_bits(op):
+    """A GPU has no instruction for it: each costs dozens. Places are counted in 32 bits, addresses multiplied in 64."""
+    name = FIRST.get(op, "UMT-B/16 uint8 clip, per channel, bf16")
+    with gpu_code.compile_only(90) as launched:
+        find_case(op, name).run()
+    for launch in launched:
+        assert re.findall(r"\b(?:div|rem)\.[su]64\b", launch.ptx) == [], launch.kernel
 
 
 def kernels_of(module: str) -> set[str]:
