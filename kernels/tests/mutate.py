@@ -3,8 +3,7 @@
 Each fault replaces a piece of source that must be there exactly as often as it says (once, if it says nothing). The
 broken copy runs the tests of its op in Triton's interpreter, in a process of its own that already has torch imported.
 First every test runs on the source as it is, and must pass. A fault that no test notices is printed, and the exit
-status is 1. `python kernels/tests/mutate.py WORD...` runs only the
-faults whose file or source contains a WORD.
+status is 1. `python kernels/tests/mutate.py WORD...` runs only the faults whose file or source contains a WORD.
 """
 
 from __future__ import annotations

@@ -104,6 +104,29 @@ def test_one_fused_kernel_and_no_custom_op(name, monkeypatch):
     assert (value.float() - expected.float()).abs().max() <= 0.05 * expected.float().abs().max()
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1][0].is_floating_point()])
+def test_both_passes_are_plain(name, monkeypatch):
+    """The graphs that Inductor would get, which takes seconds to compile each."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    if backend.triton is not None:
+        monkeypatch.setattr(backend, "INTERPRETED", True)
+    function, inputs, *_ = CASES[name]
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    graphs: list[str] = []
+
+    def look(graph, _inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    compiled(*leaves).float().sum().backward()
+    assert len(graphs) == 2
+    assert not [graph for graph in graphs if "umt_kernels" in graph]
+    assert leaves[0].grad is not None
+
+
 def test_a_draw_keeps_its_kernel(needs_kernels):
     """Inductor generates no code for top-k and sort."""
     scores, seen = torch.rand(4, 9), []

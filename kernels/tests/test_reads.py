@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from umt_kernels import add_layer_norm, alignment_loss, gather_layer_norm, gather_patches, pixel_loss
+from umt_kernels import (
+    add_layer_norm,
+    alignment_loss,
+    cls_scores,
+    gather_layer_norm,
+    gather_patches,
+    pixel_loss,
+    sample_visible,
+)
 from umt_kernels.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter's loads can be counted")
@@ -94,3 +102,16 @@ def test_pixel_loss_reads_pixels_once_each_way(reads):
     assert (reads.of(clip), reads.of(predictions)) == (3 / 8, 1)
     loss.backward()
     assert (reads.of(clip), reads.of(predictions)) == (3 / 4, 2)
+
+
+def test_a_draw_looks_at_each_score_once(reads):
+    """Its work does not grow with the square of the row."""
+    scores = torch.rand(3, 300)
+    sample_visible(scores, 60)
+    assert reads.of(scores) == 1
+
+
+def test_scores_read_each_key_once(reads):
+    q, k = draw(3, 2, 8), draw(3, 2, 17, 8)
+    cls_scores(q, k)
+    assert (reads.of(q), reads.of(k)) == (1, 1)

@@ -157,6 +157,15 @@ def test_rungs_that_cannot_run_say_what_they_need(monkeypatch):
         assert missing(rung, gpu) == "a GPU with float8 matmuls: Ada, Hopper or later"
 
 
+def test_the_rung_of_max_autotune_compiles_in_that_mode(monkeypatch):
+    modes = []
+    monkeypatch.setattr(pretrain, "compile_models", lambda *arguments: modes.append(arguments[2:]))
+    for backend in ("inductor", "aot_eager"):
+        rung = replace(LEAN_COMPILED, max_autotune=TUNED.max_autotune, backend=backend)
+        prepare("tiny", 2, CPU).build(rung)
+    assert modes == [("inductor", "max-autotune-no-cudagraphs"), ("aot_eager", None)]
+
+
 def test_the_experiment_is_timed_only_where_it_is_asked_for():
     def chosen(*arguments):
         return step_time.choose_rungs(step_time.parse([*arguments]), CPU)
