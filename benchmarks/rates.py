@@ -3,7 +3,7 @@
 | | source |
 |---|---|
 | peaks, dense | NVIDIA's datasheets: A100 80GB SXM, H100 SXM, H200 SXM |
-| MATMUL_SHARE | a large bf16 matmul of random numbers on an H200: 790 of 989 TFLOP/s (docs/design.md); for all, and 8 bits |
+| MATMUL_SHARE | a large bf16 matmul of random numbers on an H200: 790 of 989 TFLOP/s (docs/design.md); for 8 bits too |
 | COPY_SHARE | a large copy on an H200: 4.3 of 4.8 TB/s (docs/design.md); taken for all |
 | attention on Ampere | FlashAttention-2 (arXiv 2307.08691): 50-73% of an A100's peak; the lower end, for heads of 64 |
 | attention on Hopper | FlashAttention-3 (arXiv 2407.08608): FlashAttention-2 reaches 35% of an H100's peak |

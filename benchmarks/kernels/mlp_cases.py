@@ -86,13 +86,19 @@ def mlp(s: Shapes) -> Iterator[OpCase]:
 
 
 def linear_8bit(s: Shapes) -> Iterator[OpCase]:
-    """The teacher's MLP from normalised rows, in int8: eager is PyTorch's int8 matmul, passes around it and all."""
+    """The teacher's MLP from normalised rows. Eager is PyTorch's 8-bit matmul, with passes that quantise its inputs."""
+    for name, dtype, tolerance in (("int8", torch.int8, 3e-2), ("float8", torch.float8_e4m3fn, 5e-2)):
+        yield _linear_8bit(s, f"teacher MLP, {name}", dtype, tolerance)
+
+
+def _linear_8bit(s: Shapes, form: str, eight_bit: torch.dtype, tolerance: float) -> OpCase:
+    """`tolerance` is for eager, which rounds the hidden layer with another scale."""
     m, d, h = s.images * (s.patches + 1), s.width, 4 * s.width
 
     def make(device: torch.device) -> Inputs:
         x = {"x": torch.randn(m, d, device=device).to(s.dtype)}
         for name, shape in {"fc1": (h, d), "fc2": (d, h)}.items():
-            weight = umt_kernels.quantize_rows(torch.randn(shape, device=device) * shape[1] ** -0.5, torch.int8)
+            weight = umt_kernels.quantize_rows(torch.randn(shape, device=device) * shape[1] ** -0.5, eight_bit)
             x |= {f"{name}_values": weight.values, f"{name}_scale": weight.scale}
             x[f"{name}_bias"] = torch.randn(shape[0], device=device)
         return x
@@ -101,43 +107,51 @@ def linear_8bit(s: Shapes) -> Iterator[OpCase]:
         return EightBit(x[f"{name}_values"], x[f"{name}_scale"]), x[f"{name}_bias"]
 
     def ours(x: Inputs) -> Tensor:
-        rows = umt_kernels.quantize_rows(x["x"], torch.int8)
-        hidden = umt_kernels.linear_8bit(rows, *layer(x, "fc1"), activation="quick_gelu", out_dtype=torch.int8)
+        _check_float8(x["x"], eight_bit)
+        rows = umt_kernels.quantize_rows(x["x"], eight_bit)
+        hidden = umt_kernels.linear_8bit(rows, *layer(x, "fc1"), activation="quick_gelu", out_dtype=eight_bit)
         assert isinstance(hidden, EightBit)
         y = umt_kernels.linear_8bit(hidden, *layer(x, "fc2"), out_dtype=s.dtype)
         assert isinstance(y, Tensor)
         return y
 
-    def by_parts(x: Inputs, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """A scale for each row of the hidden layer, which is found in a pass over it."""
+    def eager(x: Inputs) -> Tensor:
+        _check_float8(x["x"], eight_bit)
         y = x["x"]
         for name in ("fc1", "fc2"):
-            _, values, scale = reference.quantize_rows(y, None, None, None, 0.0, torch.int8, False)
+            _, values, scale = reference.quantize_rows(y, None, None, None, 0.0, eight_bit, False)
             weight, bias = layer(x, name)
-            y = product(values, weight.values) * scale[:, None] * weight.scale + bias
+            if eight_bit == torch.int8:
+                y = torch._int_mm(values, weight.values.T).float() * scale[:, None] * weight.scale + bias
+            else:
+                scales = {"scale_a": scale[:, None], "scale_b": weight.scale[None]}
+                y = torch._scaled_mm(values, weight.values.T, **scales, bias=bias.bfloat16(), out_dtype=torch.bfloat16)
             y = (y * torch.sigmoid(1.702 * y) if name == "fc1" else y).to(s.dtype)
         return y
 
-    def eager(x: Inputs) -> Tensor:
-        return by_parts(x, lambda a, b: torch._int_mm(a, b.T).float())
-
     def plain(x: Inputs, dtype: torch.dtype) -> Tensor:
         """Through the same roundings as ours, whose output is the truth."""
-        _, values, scale = reference.quantize_rows(x["x"].float(), None, None, None, 0.0, torch.int8, False)
+        _, values, scale = reference.quantize_rows(x["x"].float(), None, None, None, 0.0, eight_bit, False)
         first, bias1 = layer(x, "fc1")
         hidden = reference.linear_8bit(
-            values, scale, first.values, first.scale.float(), bias1, "quick_gelu", torch.int8, GROUP
+            values, scale, first.values, first.scale.float(), bias1, "quick_gelu", eight_bit, GROUP
         )
         second, bias2 = layer(x, "fc2")
         return reference.linear_8bit(*hidden, second.values, second.scale.float(), bias2, None, dtype, GROUP)[0]
 
-    yield OpCase(
-        "linear_8bit", "teacher MLP, int8", s, make, ours, eager, plain,
+    return OpCase(
+        "linear_8bit", form, s, make, ours, eager, plain,
         read=m * d * s.dtype.itemsize + m * (d + h) + 2 * d * h,
         written=m * (d + h) + m * d * s.dtype.itemsize,
         flops=4 * m * d * h,
-        tolerance=3e-2,  # eager rounds the hidden layer with another scale
+        tolerance=tolerance,
     )  # fmt: skip
+
+
+def _check_float8(x: Tensor, eight_bit: torch.dtype) -> None:
+    """Raise Unavailable for float8 on a GPU that cannot multiply it."""
+    if eight_bit == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise libraries.Unavailable("float8 matmuls need Ada, Hopper or later")
 
 
 OPS: tuple[Callable[[Shapes], Iterator[OpCase]], ...] = (linear, mlp, linear_8bit)

@@ -33,7 +33,8 @@ Median GPU time of one call, in microseconds. `backward` is forward and backward
 `umt_kernels`, `eager` plain PyTorch as UMT's published code does it, `compiled` torch.compile of the op's reference,
 `library` the fastest of the other libraries' kernels that run here (for patch_embed: the implicit GEMM). `predicted` is
 the longer of the least bytes (each input read once, each output written once, in each direction) at the rate of a large
-copy, and the operations at the rate of a large matmul. GB/s are the least bytes over the time of `triton`.
+copy, and the operations at the rate of a large matmul in bf16, or in 8 bits. GB/s are the least bytes over the time of
+`triton`.
 """
 
 
@@ -95,7 +96,8 @@ def predicted_seconds(one: KernelTime, facts: dict[str, Any]) -> float | None:
     copy = facts.get("copy_bytes_per_second") or (sheet and sheet.copy)
     if not copy or sheet is None:
         return None
-    return max(one.least_bytes / copy, one.flops / sheet.matmul)
+    matmul = sheet.eight_bit if one.op == "linear_8bit" else sheet.matmul
+    return max(one.least_bytes / copy, one.flops / matmul)
 
 
 def verdict(contenders: dict[str, KernelTime]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from umt_kernels import add_layer_norm
 
 from umt_fast.config import Recompute, TextConfig
 from umt_fast.errors import RunError
@@ -115,7 +116,8 @@ class Output(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "r l w"], residual: Float[Tensor, "r l h"]) -> Float[Tensor, "r l h"]:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        branch, norm = self.dropout(self.dense(x)), self.LayerNorm
+        return add_layer_norm(residual, branch, norm.weight, norm.bias, norm.eps, post_norm=True)[0]
 
 
 class TextAttention(nn.Module):

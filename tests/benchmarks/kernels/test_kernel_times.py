@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.kernels import __main__ as kernels
-from benchmarks.kernels import published, report, timing
+from benchmarks.kernels import libraries, published, report, timing
 from benchmarks.kernels.case import OpCase, draw_fault
 from benchmarks.kernels.cases import cases
 from benchmarks.kernels.shapes import TINY, UMT_B, UMT_L
@@ -229,3 +229,20 @@ def test_a_file_of_something_else_is_refused(text, tmp_path):
     path.write_text(text)
     with pytest.raises(SystemExit, match=r"kernels\.json is not a kernels\.json"):
         report.read(path)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA A100-SXM4-80GB"])
+def test_8_bit_products_are_predicted_at_their_own_rate(gpu):
+    one = next(case for case in cases(UMT_L) if case.op == "linear_8bit")
+    found = report.KernelTime(*report.key(one), "triton", 64, one.least_bytes, one.flops)
+    sheet = GPUS[environment.gpu_name(gpu)]
+    assert report.predicted_seconds(found, {"device": gpu}) == pytest.approx(one.flops / sheet.eight_bit)
+
+
+def test_float8_is_not_run_on_a_gpu_without_it(monkeypatch):
+    one = next(case for case in cases(TINY) if case.form == "teacher MLP, float8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for run in (one.triton, one.eager):
+        with pytest.raises(libraries.Unavailable, match="float8 matmuls need Ada"):
+            run({"x": torch.zeros(1)})
