@@ -124,8 +124,10 @@ def _linear_8bit(s: Shapes, form: str, eight_bit: torch.dtype, tolerance: float)
             if eight_bit == torch.int8:
                 y = torch._int_mm(values, weight.values.T).float() * scale[:, None] * weight.scale + bias
             else:
-                scales = {"scale_a": scale[:, None], "scale_b": weight.scale[None]}
-                y = torch._scaled_mm(values, weight.values.T, **scales, bias=bias.bfloat16(), out_dtype=torch.bfloat16)
+                y = torch._scaled_mm(
+                    values, weight.values.T, scale[:, None], weight.scale[None], bias.bfloat16(),
+                    out_dtype=torch.bfloat16,
+                )  # fmt: skip
             y = (y * torch.sigmoid(1.702 * y) if name == "fc1" else y).to(s.dtype)
         return y
 
