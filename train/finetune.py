@@ -34,7 +34,7 @@ from umt_fast.data.manifest import check_files
 from umt_fast.evaluation.classification import Predictions, predict, score
 from umt_fast.evaluation.report import write_report
 from umt_fast.evaluation.views import Views
-from umt_fast.files import read_small
+from umt_fast.files import read_small, write_whole
 from umt_fast.models.attention import load as load_attention
 from umt_fast.models.classifier import Classifier, build_classifier
 from umt_fast.objectives.classification import mix, soft_cross_entropy
@@ -195,10 +195,8 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
         state.plan |= {key: before[key] for key in ("best_top1", "validated") if key in before}
     notes += state.go_on(folder, found, step_clips)
     if world.main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "classes.txt").write_text(
-            "".join(f"{name}\n" for name in listed.classes), "utf-8", "surrogateescape"
-        )
+        names = "".join(f"{name}\n" for name in listed.classes)
+        write_whole(run.folder / "classes.txt", names.encode("utf-8", "surrogateescape"))
     last = run.last_step(schedule.total_steps)
     throughput = measure_throughput(config, world, bf16)
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)

@@ -95,14 +95,43 @@ def put_in_place(aside: Path, path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment the old content or the new is there, whole. Raises OSError."""
-    aside = path.with_name(f".{path.name}.new")
+@contextlib.contextmanager
+def replacing(path: Path, locked: bool = True) -> Iterator[Path]:
+    """The name of a file to write, which is renamed to `path` when it is complete and removed if writing fails.
+
+    So the old content or the new is there at any moment, whole. `locked`: no other process writes to the folder, so the
+    name may be that of what a killed process left. Raises OSError that names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{'new' if locked else os.getpid()}")
     try:
-        aside.write_bytes(content)
+        yield aside
         put_in_place(aside, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Append to a file, which is made with its folder if need be, all of `content` or nothing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that at any moment the old content or the new is there, whole. Raises OSError."""
+    with replacing(path) as aside:
+        aside.write_bytes(content)
 
 
 _UNSAFE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]")

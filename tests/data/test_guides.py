@@ -86,3 +86,12 @@ def test_a_mask_video_that_ends_early_is_a_bad_video(tmp_path, write_video):
     batch = ClipDataset(stream)[[0]]
     assert not len(batch.clip)
     assert "its mask video has 3 frames" in batch.bad[0][1]
+
+
+def test_captions_beside_mask_videos_are_no_masks(tmp_path):
+    for name in ("a.txt", "a.json", "a.cls", "a.png", "a.b.png"):
+        (tmp_path / name).touch()
+    assert find_mask(str(tmp_path), Video("/videos/a.mp4")).name in ("a.png", "a.b.png")
+    (tmp_path / "c.txt").touch()
+    with pytest.raises(BadVideo, match=r"no mask video c\.\*"):
+        find_mask(str(tmp_path), Video("/videos/c.mp4"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import types
@@ -29,6 +30,7 @@ def source(monkeypatch):
         module.calls.append(captions)
         return torch.arange(16.0).expand(len(clip), 4, 16)
 
+    module.infinite = lambda clip: flow(clip) + math.inf
     module.flow, module.likeness, module.wrong, module.number = flow, likeness, lambda clip: clip, 3
     monkeypatch.setitem(sys.modules, "given", module)
     return module
@@ -127,6 +129,10 @@ def test_everest_decodes_the_other_candidates():
         ({"rule": "region"}, "needs mask videos and the order"),
         ({"rule": "region", "regions": "x"}, "give --mask.regions FOLDER and --mask.order"),
         ({"rule": "region", "regions": "x", "order": (0, 1), "shuffled": 3}, "mask.shuffled = 3: must be in 0..2"),
+        ({"rule": "region", "regions": "x", "order": (0, 0)}, "mask.order = (0, 0): must be grey values"),
+        ({"rule": "region", "regions": "x", "order": (0, 256)}, "from 0 to 255, each once"),
+        ({"rule": "everest", "ratio": 0.76, "candidate_ratio": 0.759}, "decodes 0 tokens of 4 frames"),
+        ({"rule": "flow", "source": "given:infinite"}, "returned values that are not finite"),
         ({"rule": "flow"}, "needs optical flow: give --mask.source MODULE:FUNCTION"),
         ({"rule": "text", "source": "file.py"}, "needs similarity to the caption"),
         ({"rule": "everest", "candidate_ratio": 0.9}, "mask.candidate_ratio = 0.9: must be below mask.ratio = 0.9"),

@@ -100,3 +100,22 @@ def test_a_reader_that_is_gone(monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Gone())
     say("nobody reads this")
+
+
+def test_a_full_disk_ends_no_run_and_leaves_whole_lines(tmp_path, small_disk, capsys):
+    with RunLog(tmp_path, ALONE, 0, 10, 4) as log:
+        log.report(state_at(1), losses_of(1))
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        buffer = losses_of(2)
+        buffer.add_data([("b.mp4", "broken " * 100)], 0.0)
+        with small_disk(size + 20):
+            log.report(state_at(2), buffer)
+            log.report(state_at(3), losses_of(3))
+        log.report(state_at(4), losses_of(4))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4]
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert [event.step for event in EventAccumulator(str(events)).Reload().Scalars("loss")] == [1, 4]
+    said = capsys.readouterr().out
+    for name in ("metrics.jsonl", "bad_files.txt", "events.out"):
+        assert len([line for line in said.splitlines() if "cannot write" in line and name in line]) == 1
+    assert "step 4/10" in said

@@ -314,6 +314,8 @@ class PixelMaskConfig:
                 "mask.rule = region needs mask videos and the order in which their grey values are shown: give "
                 "--mask.regions FOLDER and --mask.order 0 1 ..."
             )
+        if len(set(self.order)) < len(self.order) or not all(0 <= value <= 255 for value in self.order):
+            raise ConfigError(f"mask.order = {self.order}: must be grey values from 0 to 255, each once")
         if not 0 <= self.shuffled <= len(self.order):
             raise ConfigError(f"mask.shuffled = {self.shuffled}: must be in 0..{len(self.order)}, as mask.order has")
         if self.rule in ("flow", "text") and not re.fullmatch(r"[\w.]+:\w+", self.source):

@@ -16,7 +16,9 @@ import torch
 
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Clip, Crop, View
-from umt_fast.data.decode import read_frames
+from umt_fast.data.decode import IMAGE_SUFFIXES, read_frames
+from umt_fast.data.index import suffix_of
+from umt_fast.data.manifest import VIDEO_SUFFIXES
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.video import BadVideo, Video
 
@@ -118,7 +120,11 @@ def motion_channel(motion: Float[Tensor, "t p"], side: int) -> UInt8[np.ndarray,
 def find_mask(folder: str, video: Video) -> Path:
     """The file of `folder` that has the video's name up to the suffix. Raises BadVideo."""
     name = Path(video.member or video.path).stem
-    found = sorted(glob.glob(f"{glob.escape(str(Path(folder).expanduser() / name))}.*"))
+    found = [
+        path
+        for path in sorted(glob.glob(f"{glob.escape(str(Path(folder).expanduser() / name))}.*"))
+        if suffix_of(path) in VIDEO_SUFFIXES | IMAGE_SUFFIXES  # a caption or label may lie beside it
+    ]
     if not found:
         raise BadVideo(f"no mask video {name}.* in --mask.regions {folder}")
     return Path(found[0])

@@ -21,7 +21,7 @@ import numpy as np
 
 from umt_fast.data.index import BadIndex, VideoList
 from umt_fast.data.video import is_url
-from umt_fast.files import check_regular, put_in_place
+from umt_fast.files import check_regular, replacing
 
 MAPPED_SUFFIX = ".videos"
 _FORMAT = b"umt-fast video list 1\n"
@@ -32,27 +32,26 @@ _HEADER = 4096
 def write_mapped(videos: VideoList, target: str) -> int:
     """Write a list, its paths made absolute. Returns the number of rows. Raises OSError."""
     lengths, seen, remote, digest = [], set(), False, hashlib.sha256()
-    aside = Path(target).with_name(f".{Path(target).name}.{os.getpid()}")
-    try:
-        # The rows come first: how many bytes they and their offsets have is known when all are written.
-        with tempfile.TemporaryFile(dir=aside.parent) as rows, open(aside, "wb") as file:
-            for row in videos.rows():
-                place = "path" if row.get("shard") is None else "shard"
-                remote |= is_url(row[place])
-                row[place] = row[place] if is_url(row[place]) else os.path.abspath(row[place])
-                line = json.dumps(row).encode()
-                digest.update(line)
-                lengths.append(rows.write(line))
-                seen.add(hash(line))
-            counts = {"rows": len(lengths), "distinct": len(seen), "remote": remote, "digest": digest.hexdigest()[:12]}
-            header = _FORMAT + json.dumps(counts).encode() + b"\n"
-            file.write(header.ljust(_HEADER, b" "))
-            file.write(np.cumsum([0, *lengths], dtype="<i8").tobytes())
-            rows.seek(0)
-            shutil.copyfileobj(rows, file, 1 << 20)
-        put_in_place(aside, Path(target))
-    finally:
-        aside.unlink(missing_ok=True)
+    # The rows come first: how many bytes they and their offsets have is known when all are written.
+    with (
+        replacing(Path(target), locked=False) as aside,
+        tempfile.TemporaryFile(dir=aside.parent) as rows,
+        open(aside, "wb") as file,
+    ):
+        for row in videos.rows():
+            place = "path" if row.get("shard") is None else "shard"
+            remote |= is_url(row[place])
+            row[place] = row[place] if is_url(row[place]) else os.path.abspath(row[place])
+            line = json.dumps(row).encode()
+            digest.update(line)
+            lengths.append(rows.write(line))
+            seen.add(hash(line))
+        counts = {"rows": len(lengths), "distinct": len(seen), "remote": remote, "digest": digest.hexdigest()[:12]}
+        header = _FORMAT + json.dumps(counts).encode() + b"\n"
+        file.write(header.ljust(_HEADER, b" "))
+        file.write(np.cumsum([0, *lengths], dtype="<i8").tobytes())
+        rows.seek(0)
+        shutil.copyfileobj(rows, file, 1 << 20)
     return len(lengths)
 
 

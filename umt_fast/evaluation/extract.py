@@ -25,7 +25,7 @@ from umt_fast.data.labels import MOST_CLASSES
 from umt_fast.data.loader import ClipLoader
 from umt_fast.errors import RunError
 from umt_fast.evaluation.views import Views, view_stream
-from umt_fast.files import lock_folder, put_in_place, read_small, write_whole
+from umt_fast.files import lock_folder, read_small, replacing, write_whole
 from umt_fast.models.encoder import VideoEncoder
 from umt_fast.run.world import World
 from umt_fast.weights.files import save_safetensors
@@ -195,13 +195,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> N
         save_safetensors(path, tensors, {"unreadable": unreadable})
         return
     arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
-    aside = path.with_name(f".{path.name}")
-    try:
-        with open(aside, "wb") as file:
-            np.savez(file, **arrays, unreadable=np.array(unreadable))
-        put_in_place(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays, unreadable=np.array(unreadable))
 
 
 def _read_tensors(path: Path, classes: int) -> dict[str, Tensor]:

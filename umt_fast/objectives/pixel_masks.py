@@ -44,6 +44,11 @@ class PixelMasks:
                 f"mask.ratio = {mask.ratio} leaves {self.num_visible} of {sizes.tokens} tokens visible with mask.rule "
                 f"= {mask.rule}; some must be visible and some hidden"
             )
+        if mask.rule == "everest" and (sizes.token_frames < 2 or self.num_decoded < 1):
+            raise ConfigError(
+                f"mask.rule = everest decodes {self.num_decoded} tokens of {sizes.token_frames} frames, which it "
+                "compares: give at least 2 frames of tokens, and a mask.ratio further above mask.candidate_ratio"
+            )
         self.source = load_function(mask.source) if mask.source else None
         self.captions: Sequence[str] = ()
         """Captions of the clips that `draw` gets next, for the rule `text`."""
@@ -132,6 +137,8 @@ class PixelMasks:
         if not isinstance(found, Tensor) or tuple(found.shape) != shape or not found.is_floating_point():
             got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"mask.source = {self.mask.source} returned {got}; return a float tensor {list(shape)}")
+        if found.device.type == "cpu" and not bool(found.isfinite().all()):  # on a GPU, the step would wait
+            raise ConfigError(f"mask.source = {self.mask.source} returned values that are not finite")
         return found.detach()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 import zipfile
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule
 
 from umt_fast.errors import RunError
-from umt_fast.files import check_regular, put_in_place
+from umt_fast.files import check_regular, replacing
 from umt_fast.run.lost_rank import RandomStates
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
@@ -244,17 +243,11 @@ def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
     """Write a file of torch, whole or not at all, and its folder if need be. Raises OSError for a disk that is full."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # torch's writer turns a failed write into this
-                raise OSError(f"cannot write {path}, is the disk full? {error}") from error
-        put_in_place(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside, open(aside, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer turns a failed write into this
+            raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
 def remove_unfinished(folder: Path) -> None:

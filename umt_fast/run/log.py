@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from umt_fast.errors import RunError
-from umt_fast.files import escape, read_reasons, write_reasons, write_whole
+from umt_fast.files import append_whole, escape, read_reasons, write_reasons, write_whole
 from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.world import World
 
@@ -125,7 +126,7 @@ class RunLog:
     """The written record of a run in `folder`; only the main rank writes.
 
     A run resumed at `step` drops what an earlier run recorded after it. A log that cannot be written, because the
-    terminal or the pipe is gone, never ends a run.
+    terminal or the pipe is gone or the disk is full, never ends a run that has begun.
     """
 
     def __init__(
@@ -146,6 +147,8 @@ class RunLog:
         self._throughput = throughput
         self._since = (time.monotonic(), step)
         self._bad: set[str] = set()
+        self._failed: set[Path] = set()
+        """Files that could not be written, each of which was reported."""
         self._waited = self._elapsed = 0.0
         self._bar: tqdm | None = None
         if not world.main:
@@ -233,9 +236,17 @@ class RunLog:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             self.say(f"{self.folder} was removed meanwhile; it is made anew")
-        with open(self.metrics_path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self._board.write(line)
+        self._append(self.metrics_path, json.dumps(line).encode() + b"\n")
+        self._append(self._board.path, self._board.events(line))
+
+    def _append(self, path: Path, content: bytes) -> None:
+        """Append whole or not at all; a failure is reported once."""
+        try:
+            append_whole(path, content)
+        except OSError as error:
+            if path not in self._failed:
+                self._failed.add(path)
+                self.say(f"note: cannot write {path}: {error.strerror or error}; the run goes on")
 
     @property
     def stall(self) -> float:
@@ -248,8 +259,7 @@ class RunLog:
         self._bad.update(fresh)
         if fresh and self._world.main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._bad_path, "ab") as file:
-                file.write(write_reasons(fresh.items()))
+            self._append(self._bad_path, write_reasons(fresh.items()))
             for name, reason in fresh.items():
                 self.say(f"skipped {escape(name)}: {reason}")
         return len(self._bad)
@@ -271,10 +281,11 @@ class TensorBoard:
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         """TensorBoard hides what earlier event files hold from `purge_step` on."""
-        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._purge_step = purge_step
 
-    def write(self, line: Mapping[str, float]) -> None:
+    def events(self, line: Mapping[str, float]) -> bytes:
+        """What to append to the file `path` for a record of a step."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -282,15 +293,15 @@ class TensorBoard:
         now, step = time.time(), int(line["step"])
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in line.items() if tag != "step"]
         events = [Event(wall_time=now, step=step, summary=Summary(value=values))]
-        if not self._path.exists():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists() or not self.path.stat().st_size:
             if self._purge_step is not None:
                 start = SessionLog(status=SessionLog.START)
                 events.insert(0, Event(wall_time=now, step=self._purge_step, session_log=start))
             events.insert(0, Event(wall_time=now, file_version="brain.Event:2"))
-        with open(self._path, "ab") as file:
-            for event in events:
-                RecordWriter(file).write(event.SerializeToString())
+        content = io.BytesIO()
+        for event in events:
+            RecordWriter(content).write(event.SerializeToString())
+        return content.getvalue()
 
 
 def say(text: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from umt_fast.config import Activation
 from umt_fast.errors import RunError
-from umt_fast.files import put_in_place, read_small
+from umt_fast.files import read_small, replacing
 from umt_fast.weights.torchscript import is_torchscript, read_torchscript, refuse_bomb
 
 T = TypeVar("T")
@@ -171,15 +170,11 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        put_in_place(aside, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}, is the disk full? {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path, locked=False) as aside:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}, is the disk full? {error}") from None
 
 
 def _read_file(path: Path) -> TensorDict:
