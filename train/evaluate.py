@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import tyro
 
-import umt_fast
 from umt_fast.config import (
     ClassifierConfig,
     ComputeConfig,
@@ -39,7 +38,7 @@ from umt_fast.models.classifier import build_classifier
 from umt_fast.run import launch
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.compute import choose_attention
-from umt_fast.run.hardware import in_use, resolve_precision
+from umt_fast.run.hardware import describe, resolve_precision
 from umt_fast.run.log import say
 from umt_fast.run.world import World
 from umt_fast.weights import (
@@ -130,8 +129,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
     if config.compute.compile:
         model.compile(fullgraph=True, dynamic=False)
     if world.main:
-        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, "pyav").items())
-        say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
+        say(describe(world.device, bf16, "pyav"))
         say(
             f"{len(listed.videos)} videos, {test.segments} x {test.crops} views of {sizes.frames} frames ({data.rule}) "
             f"at {sizes.image_size} px, {sizes.num_classes} classes"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import tyro
 
-import umt_fast
 from umt_fast.config import ComputeConfig, ConfigError, DataConfig, RunConfig
 from umt_fast.config.base import check_at_least
 from umt_fast.data.captions import check_files, read_answers, read_questions, read_retrieval
@@ -26,7 +25,7 @@ from umt_fast.evaluation.video_text import EmbedSettings, Loaded, load_model
 from umt_fast.files import write_whole
 from umt_fast.models import attention
 from umt_fast.run import launch
-from umt_fast.run.hardware import in_use, resolve_precision
+from umt_fast.run.hardware import describe, resolve_precision
 from umt_fast.run.log import say
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, section_of
@@ -119,8 +118,7 @@ def evaluate(config: VideoTextTestConfig, world: World) -> bool:
         loaded.model.set_attention(backend, backend)
     vision = loaded.model.config.vision
     if world.main:
-        used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
-        say(f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}")
+        say(describe(world.device, bf16, config.data.decoder))
         say(
             "\n".join(
                 (f"{config.job}: {vision.frames} frames of {vision.image_size} px, {config.checkpoint}", *loaded.notes)

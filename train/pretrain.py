@@ -13,31 +13,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import umt_fast
 from train import pretrain_alignment, pretrain_pixels
 from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrainConfig
-from umt_fast.data import open_loader
 from umt_fast.data.manifest import check_files, read_manifest
-from umt_fast.run import checkpoint, launch, parallel
-from umt_fast.run.checkpoint import TrainState
+from umt_fast.run import hardware, launch, parallel
+from umt_fast.run.batches import open_batches
+from umt_fast.run.checkpoint import TrainState, find_own_checkpoint
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
-from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
-from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
+from umt_fast.run.log import LossBuffer, RunLog, Throughput, say
 from umt_fast.run.lost_rank import save_if_lost
-from umt_fast.run.optim import Schedule, build_optimizer, clip_gradients, set_learning_rate
+from umt_fast.run.optim import Schedule, build_optimizer, set_learning_rate, update
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
     from umt_fast.data.loader import Loader
-
-T = TypeVar("T")
 
 RECIPES = Path(__file__).parent / "recipes" / "pretrain"
 OBJECTIVES: dict[str, Any] = {
@@ -81,8 +77,7 @@ def train(config: Any, world: World) -> bool:
     """Run, or go on with, a pre-training run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
-    folder, step_clips = run.folder / "checkpoints", world.size * optim.batch_size * optim.accumulate
-    losses, start, out = LossBuffer(), state.step, None
+    losses, start, out, step_clips = LossBuffer(), state.step, None, optim.step_clips(world.size)
     if start >= job.last:
         log.say(f"nothing to do: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
         job.loader.close()
@@ -93,31 +88,30 @@ def train(config: Any, world: World) -> bool:
         (out.loss / optim.accumulate).backward()
         return out
 
-    def update() -> Tensor:
-        norm = clip_gradients(state.model, optim.clip_grad)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        return norm
-
     def report() -> None:
         if len(losses):
             rate = job.schedule(state.step - 1)
             log.report(state, losses, job.max_bad, lr=rate, epoch=state.clips_seen / job.epoch_clips)
 
     def save() -> None:
-        state.save(folder, run.keep)
+        state.save(run.checkpoints, run.keep)
         log.start_clock(state.step)
 
-    captured = capture(lambda clip: (forward_backward(clip), update()), world) if config.compute.cuda_graph else None
+    def whole_step(clip: Tensor) -> tuple[Any, Tensor]:
+        return forward_backward(clip), update(state.model, state.optimizer, optim.clip_grad)
 
-    with StopSignal(world) as stop, log, job.loader as loader, save_if_lost(state, folder, run.keep):
+    captured = None
+    if config.compute.cuda_graph:
+        captured = CapturedStep(whole_step, DDP_WARM_UPS if world.size > 1 else WARM_UPS)
+
+    with StopSignal(world) as stop, log, job.loader as loader, save_if_lost(state, run.checkpoints, run.keep):
         log.start_clock(start)
         for step in range(start + 1, job.last + 1):
             waiting = time.perf_counter()
             batches = stop.fetch(loader, optim.accumulate)
             if batches is None:
                 break
-            losses.add_data([bad for batch in batches for bad in batch.bad], time.perf_counter() - waiting)
+            losses.add_data(batches, time.perf_counter() - waiting)
 
             set_learning_rate(state.optimizer, job.schedule(step - 1))
             values = []
@@ -129,8 +123,8 @@ def train(config: Any, world: World) -> bool:
                     with parallel.reduce_if(model, i == optim.accumulate - 1):
                         out = forward_backward(clip)
                 values.append({"loss": out.loss.clone()})  # a captured step writes over its own
-            norm = norm.clone() if captured is not None else update()
-            losses.add(step, values, norm, [path for batch in batches for path in batch.paths])
+            norm = norm.clone() if captured is not None else update(state.model, state.optimizer, optim.clip_grad)
+            losses.add(step, values, norm, batches)
             state.advance(step_clips)
             log.advance()
 
@@ -139,7 +133,7 @@ def train(config: Any, world: World) -> bool:
                 break
             if step % run.log_every == 0:
                 report()
-            if step % run.save_every == 0 or (step % run.log_every == 0 and state.save_due(run.save_minutes)):
+            if state.save_due(run):
                 report()
                 save()
 
@@ -148,9 +142,8 @@ def train(config: Any, world: World) -> bool:
             report()
             save()
         if world.main and out is not None:
-            finish(job, batch, out)
-        ended = "done" if state.step >= job.schedule.total_steps else "stopped"
-        log.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
+            job.draw(batch, out, run.folder)
+        log.finish(state, job.loss_label)
     stop.raise_failure()
     return state.step >= job.last
 
@@ -162,23 +155,19 @@ def prepare(config: Any, world: World) -> Job:
     from umt_fast.data.loader import first_clips
 
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
-    folder = run.folder / "checkpoints"
     parts = OBJECTIVES[config.objective]
     videos = read_manifest(data.train, data.prefix, data.read_timeout)
     check_files(videos, data.train, data.prefix)
     stream = parts.make_stream(config, videos)
-    step_clips = world.size * optim.batch_size * optim.accumulate
-    epoch_clips = len(videos) * data.crops_per_clip
+    step_clips, epoch_clips = optim.step_clips(world.size), len(videos) * data.crops_per_clip
     schedule = Schedule(optim, epoch_clips, step_clips)
-    found = checkpoint.find_checkpoint(folder, world, run.resume, say)
-    if found is not None:
-        checkpoint.check_same(found, config, parts.FIXED)
+    found = find_own_checkpoint(config, world, parts.FIXED, say)
 
     torch.manual_seed(run.seed)  # the same initial model on every rank
     built = parts.Objective(config, world)
     if found is None:
         built.load_initial()
-    bf16 = resolve_precision(compute.precision, world.device)
+    bf16 = hardware.resolve_precision(compute.precision, world.device)
     stored = found.attention if found is not None else {}
     attention, notes = built.accelerate(bf16, lambda: first_clips(stream), stored)
     model = parallel.wrap(built.model, world, compute.parallel, built.blocks, compute.cuda_graph)
@@ -187,22 +176,12 @@ def prepare(config: Any, world: World) -> Job:
 
     plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
     state = TrainState(built.model, optimizer, world, config, plan, attention)
-    notes += state.go_on(folder, found, step_clips)
-    last = run.last_step(schedule.total_steps)
-    peaks = world.gather(peak_flops(world.device, bf16).flops)
-    throughput = Throughput(built.flops * optim.accumulate * world.size, sum(peaks))
+    notes += state.go_on(found, step_clips)
+    throughput = Throughput.measure(built.flops * optim.accumulate, world, bf16)
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)
     log.say("\n".join((describe(config, world, bf16, len(videos), schedule, built.description), *notes)))
-    loader = open_loader(
-        stream,
-        world.device,
-        log.say,
-        start=state.clips_seen,
-        batches=max(last - state.step, 0) * optim.accumulate,
-        batch_size=optim.batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    last = run.last_step(schedule.total_steps)
+    loader = open_batches(stream, optim, world, log.say, state.clips_seen, last - state.step)
     max_bad = data.max_bad_fraction * videos.count_distinct()
     return Job(
         state,
@@ -220,35 +199,17 @@ def prepare(config: Any, world: World) -> Job:
     )
 
 
-def capture(step: Callable[[Tensor], T], world: World) -> CapturedStep[T]:
-    return CapturedStep(step, DDP_WARM_UPS if world.size > 1 else WARM_UPS)
-
-
 def describe(config: Any, world: World, bf16: bool, videos: int, schedule: Schedule, models: str) -> str:
     """The lines at the top of a run: what is computed, with what, on what."""
     optim = config.optim
-    used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     return "\n".join(
         (
-            f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}",
+            hardware.describe(world.device, bf16, config.data.decoder),
             models,
             f"{videos} videos, {optim.epochs} epochs = {schedule.total_steps} steps of "
             f"{world.size} x {optim.batch_size} x {optim.accumulate} clips, peak lr {schedule.peak:.3g}",
         )
     )
-
-
-def finish(job: Job, batch: Batch, out: Any) -> None:
-    """Leave the pictures of a run."""
-    from umt_fast.run.pictures import draw_loss_curve
-
-    log = job.log
-    metrics, folder = read_metrics(log.metrics_path), log.folder
-    draw_loss_curve(metrics, folder / "loss.png", job.loss_label)
-    job.draw(batch, out, folder)
-    if len(metrics) > 1:
-        log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; pictures and metrics in {folder}")
-    log.say(f"waited for data {log.stall:.1%} of the time")
 
 
 def main(arguments: list[str] | None = None) -> None:

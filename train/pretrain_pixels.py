@@ -21,7 +21,7 @@ from umt_fast.objectives.pixel_masks import PixelMasks
 from umt_fast.objectives.pixels import Reconstruction, adamae_step, mae_st_step, restore, videomae_step
 from umt_fast.run import costs
 from umt_fast.run.attention_choice import Use
-from umt_fast.run.compute import choose_attention
+from umt_fast.run.compute import accelerate_model
 from umt_fast.run.world import World
 from umt_fast.weights import load_autoencoder, read_model
 
@@ -95,8 +95,7 @@ class Objective:
         self, bf16: bool, _sample: Callable[[], Tensor], stored: Mapping[str, str]
     ) -> tuple[dict[str, str], list[str]]:
         """Give the model the run's attention, recomputation and compilation: the choices, and lines that say them."""
-        compute, sizes = self.config.compute, self.sizes
-        clips, length = self.config.optim.batch_size, self.visible + self.decoded
+        sizes, clips, length = self.sizes, self.config.optim.batch_size, self.visible + self.decoded
         extra = int(isinstance(sizes, MaeStConfig) and sizes.class_token)
         if isinstance(sizes, MaeStConfig):
             length = sizes.tokens
@@ -106,16 +105,7 @@ class Objective:
             "encoder": Use(clips, seen, seen, sizes.heads, head, True),
             "decoder": Use(clips, whole, whole, sizes.decoder_heads, decoder_head, True),
         }
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        chosen, said = choose_attention(compute, uses, self.world, dtype, stored)
-        self.model.set_attention(chosen["encoder"], chosen["decoder"])
-        if compute.recompute != "none":
-            self.model.set_recompute(compute.recompute)
-            said.append(f"recompute: {compute.recompute}")
-        if compute.compile:
-            self.model.compile(fullgraph=True, dynamic=False)
-            said.append("torch.compile: the model; the first step takes minutes")
-        return {name: backend.name for name, backend in chosen.items()}, said
+        return accelerate_model(self.model, self.config.compute, uses, self.world, bf16, stored)
 
     def to_device(self, batch: Batch) -> Tensor:
         """The batch's clips, uint8 [B,T,H,W,3], or 4 channels with a guide of the masking rule."""

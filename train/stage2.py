@@ -19,22 +19,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-import umt_fast
 from train.stage2_data import VOCABULARY, Alternation, find_tokenizer, make_stream, read_lists
 from train.stage2_model import accelerate, build_model, fit_text, freeze_unused
 from train.stage2_objective import Objective, make_answering, make_objective
 from train.stage2_validation import Validation
 from umt_fast.config import ConfigError, Stage2Config
-from umt_fast.data import open_loader
 from umt_fast.data.captions import CaptionList
 from umt_fast.data.video import Limits
-from umt_fast.run import checkpoint, launch, parallel
-from umt_fast.run.checkpoint import TrainState
-from umt_fast.run.hardware import in_use, peak_flops, resolve_precision
+from umt_fast.run import hardware, launch, parallel
+from umt_fast.run.batches import open_batches
+from umt_fast.run.checkpoint import TrainState, find_own_checkpoint
 from umt_fast.run.kind_clock import KindClock
-from umt_fast.run.log import LossBuffer, RunLog, read_metrics, say
+from umt_fast.run.log import LossBuffer, RunLog, say
 from umt_fast.run.lost_rank import save_if_lost
-from umt_fast.run.optim import build_optimizer, clip_gradients, floored_cosine, set_learning_rate
+from umt_fast.run.optim import build_optimizer, floored_cosine, set_learning_rate, update
 from umt_fast.run.stop import StopSignal
 from umt_fast.run.world import World
 
@@ -47,8 +45,6 @@ FIXED = (
     *("data.same_caption", "run.seed"),
 )
 """Settings that a resumed run must share with the run that it continues."""
-KEPT = ("best", "validated")
-"""What the plan of a checkpoint says of the run's validation."""
 
 
 class Job(NamedTuple):
@@ -75,10 +71,9 @@ def train(config: Stage2Config, world: World) -> bool:
     """Run, or go on with, a run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
-    folder, step_clips = run.folder / "checkpoints", world.size * optim.batch_size * optim.accumulate
-    losses, start, clock, validation = LossBuffer(), state.step, job.clock, job.validation
-    if validation.due(start):
-        validation.run(log.say)  # a signal came between the step and this
+    losses, start, validation, step_clips = LossBuffer(), state.step, job.validation, optim.step_clips(world.size)
+    if validation.missed():
+        validation.run(log.say)
     if start >= job.last:
         log.say(f"nothing to do: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
         return True
@@ -86,20 +81,20 @@ def train(config: Stage2Config, world: World) -> bool:
     def report() -> None:
         if len(losses):
             epoch = state.step / job.alternation.per_epoch
-            log.report(state, losses, job.max_bad, lr=job.schedule(state.step - 1), epoch=epoch, **clock.take())
+            log.report(state, losses, job.max_bad, lr=job.schedule(state.step - 1), epoch=epoch, **job.clock.take())
 
     def save() -> None:
-        state.save(folder, run.keep)
+        state.save(run.checkpoints, run.keep)
         start_clocks()
 
     def start_clocks() -> None:
         log.start_clock(state.step)
-        clock.start()
+        job.clock.start()
 
     with StopSignal(world) as stop, log, contextlib.ExitStack() as opened:
         for loader in job.loaders.values():
             opened.enter_context(loader)
-        opened.enter_context(save_if_lost(state, folder, run.keep))
+        opened.enter_context(save_if_lost(state, run.checkpoints, run.keep))
         start_clocks()
         for step in range(start + 1, job.last + 1):
             kind = job.alternation.kind(step - 1)
@@ -107,7 +102,7 @@ def train(config: Stage2Config, world: World) -> bool:
             batches = stop.fetch(job.loaders[kind], optim.accumulate)
             if batches is None:
                 break
-            losses.add_data([bad for batch in batches for bad in batch.bad], time.perf_counter() - waiting)
+            losses.add_data(batches, time.perf_counter() - waiting)
 
             set_learning_rate(state.optimizer, job.schedule(step - 1))
             values, flops = [], 0
@@ -117,13 +112,10 @@ def train(config: Stage2Config, world: World) -> bool:
                     (work.losses["loss"] / optim.accumulate).backward()
                 values.append(work.losses)
                 flops += work.flops
-            norm = clip_gradients(state.model, optim.clip_grad)
-            state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
-            losses.add(step, values, norm, [path for batch in batches for path in batch.paths])
+            losses.add(step, values, update(state.model, state.optimizer, optim.clip_grad), batches)
             state.advance(step_clips)
             log.advance()
-            clock.add(kind, flops)
+            job.clock.add(kind, flops)
 
             # once in a while
             if stop.requested():
@@ -134,7 +126,7 @@ def train(config: Stage2Config, world: World) -> bool:
                 report()
                 validation.run(log.say)
                 save()
-            elif step % run.save_every == 0 or (step % run.log_every == 0 and state.save_due(run.save_minutes)):
+            elif state.save_due(run):
                 report()
                 save()
 
@@ -142,10 +134,10 @@ def train(config: Stage2Config, world: World) -> bool:
         if state.step > start:
             report()
             save()
-        if world.main and state.step > start:
-            finish(log)
-        ended = "done" if state.step >= job.total else "stopped"
-        log.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
+        if config.job == "qa":
+            log.finish(state, "loss: -log likelihood of the answers")
+        else:
+            log.finish(state, "loss: weighted sum", ("uta", "vtc", "vtm", "mlm"))
     stop.raise_failure()
     return state.step >= job.last
 
@@ -153,28 +145,25 @@ def train(config: Stage2Config, world: World) -> bool:
 def prepare(config: Stage2Config, world: World) -> Job:
     """Data, model, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
-    folder = run.folder / "checkpoints"
     lists, questions = read_lists(config)
     for listed in lists.values():
         listed.videos.limits = Limits.of(data)
     tokenizer = find_tokenizer(config, lists, world)
     config = dataclasses.replace(config, text=fit_text(config.text, tokenizer))
-    found = checkpoint.find_checkpoint(folder, world, run.resume, say)
-    if found is not None:
-        checkpoint.check_same(found, config, FIXED)
+    found = find_own_checkpoint(config, world, FIXED, say)
 
     torch.manual_seed(run.seed)  # the same initial model on every rank
     model, notes = build_model(config, started=found is not None)
     model = model.to(world.device).train()
     if frozen := freeze_unused(model, config.objective):
         notes.append(f"left out: {len(frozen)} tensors that no loss of this run depends on")
-    bf16 = resolve_precision(compute.precision, world.device)
+    bf16 = hardware.resolve_precision(compute.precision, world.device)
     attention, said = accelerate(config, world, model, bf16, found.attention if found is not None else {})
     wrapped = parallel.wrap(model, world, compute.parallel)
     optimizer = build_optimizer(model, optim, decay_scalars=True)
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets, negatives and words
 
-    step_clips = world.size * optim.batch_size * optim.accumulate
+    step_clips = optim.step_clips(world.size)
     alternation = Alternation({kind: len(listed) // step_clips for kind, listed in lists.items()}, run.seed)
     if not alternation.batches:
         counts = ", ".join(f"{len(listed)} {kind}s" for kind, listed in lists.items())
@@ -186,29 +175,17 @@ def prepare(config: Stage2Config, world: World) -> Job:
     plan = {f"list of {kind}s": listed.videos.digest() for kind, listed in lists.items()} | {"total_steps": total}
     state = TrainState(model, optimizer, world, config, plan, attention)
     validation = Validation(config, state, tokenizer, alternation.per_epoch, total, bf16)
-    if found is not None:
-        state.plan |= {key: found.content["schedule"][key] for key in KEPT if key in found.content["schedule"]}
-    notes += state.go_on(folder, found, step_clips)
+    notes += state.go_on(found, step_clips, kept=("best", "validated"))
     if world.main:
         tokenizer.write(run.folder / VOCABULARY)
     last = run.last_step(total)
     log = RunLog(run.folder, world, state.step, total, step_clips)
     log.say("\n".join((describe(config, world, bf16, lists, total, model), *notes, *said)))
     streams = {kind: make_stream(config, kind, lists[kind].videos) for kind in alternation.batches}
-    loaders = {
-        kind: open_loader(
-            stream,
-            world.device,
-            log.say,
-            start=alternation.count(kind, state.step) * step_clips,
-            batches=(alternation.count(kind, max(last, state.step)) - alternation.count(kind, state.step))
-            * optim.accumulate,
-            batch_size=optim.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
-        for kind, stream in streams.items()
-    }
+    loaders = {}
+    for kind, stream in streams.items():
+        done, steps = alternation.count(kind, state.step), alternation.count(kind, last)
+        loaders[kind] = open_batches(stream, optim, world, log.say, done * step_clips, steps - done)
     if questions:
         objective = make_answering(config, wrapped, tokenizer, questions, bf16)
     else:
@@ -218,7 +195,7 @@ def prepare(config: Stage2Config, world: World) -> Job:
     def schedule(step: int) -> float:
         return floored_cosine(step, total, warmup, optim.lr, optim.min_lr / optim.lr if optim.lr else 0.0)
 
-    clock = KindClock(world.device, peak_flops(world.device, bf16).flops)
+    clock = KindClock(world.device, hardware.peak_flops(world.device, bf16).flops)
     return Job(state, wrapped, alternation, loaders, objective, validation, log, clock, schedule, total, last, max_bad)
 
 
@@ -228,30 +205,16 @@ def describe(
     """The lines at the top of a run: what is computed, with what, on what."""
     optim, vision, text = config.optim, config.student, config.text
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    used = ", ".join(f"{name} {value}" for name, value in in_use(world.device, config.data.decoder).items())
     counts = " and ".join(f"{len(found)} {kind}s" for kind, found in lists.items())
     return "\n".join(
         (
-            f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}",
+            hardware.describe(world.device, bf16, config.data.decoder),
             f"{config.job}: video {vision.width} x {vision.depth} at {vision.frames} frames, text {text.width} x "
             f"{text.depth} of {text.vocab_size} words, {trained / 1e6:.1f} M trained parameters",
             f"{counts}, {optim.epochs} epochs = {total} steps of {world.size} x {optim.batch_size} x "
             f"{optim.accumulate}, peak lr {optim.lr:.3g}",
         )
     )
-
-
-def finish(log: RunLog) -> None:
-    """Leave the picture of the losses."""
-    from umt_fast.run.pictures import draw_loss_curve
-
-    metrics = read_metrics(log.metrics_path)
-    parts = [name for name in ("uta", "vtc", "vtm", "mlm") if any(line.get(name) for line in metrics)]
-    label = "loss: weighted sum" if parts else "loss: -log likelihood of the answers"
-    draw_loss_curve(metrics, log.folder / "loss.png", label, parts)
-    if len(metrics) > 1:
-        log.say(f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}; picture and metrics in {log.folder}")
-    log.say(f"waited for data {log.stall:.1%} of the time")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -46,8 +46,11 @@ class Validation:
 
     def due(self, step: int) -> bool:
         """Whether validation follows a step: the last one of an epoch, or of the run."""
-        ends_epoch = step % self._epoch_steps == 0 or step == self._total
-        return self._test is not None and step > 0 and ends_epoch and self._state.plan["validated"] != step
+        return self._test is not None and step > 0 and (step % self._epoch_steps == 0 or step == self._total)
+
+    def missed(self) -> bool:
+        """Whether a signal came between the last step and its validation."""
+        return self.due(self._state.step) and self._state.plan["validated"] != self._state.step
 
     def run(self, say: Callable[[str], None]) -> None:
         """Test the model as it is; every process calls it."""

@@ -76,7 +76,7 @@ def test_one_shard(shards):
     [
         (lambda path: None, "cannot read the shard .*: No such file"),
         (lambda path: path.write_bytes(b"no tar" * 1000), "cannot read the shard .*: not a tar file"),
-        (lambda path: tarfile.open(path, "w").close(), "no video in the 1 shards"),
+        (lambda path: tarfile.open(path, "w").close(), "no video in the shards"),
     ],
 )
 def test_a_shard_that_cannot_be_used(tmp_path, make, message):

@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.finetune import read_class_map
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data import storage
 from umt_fast.data.captions import CaptionError, Source, read_annotations, read_answers, read_questions
@@ -42,7 +41,7 @@ from umt_fast.data.tokens import Tokenizer
 from umt_fast.data.video import BadVideo, Limits, Video
 from umt_fast.errors import RunError
 from umt_fast.run.checkpoint import load_checkpoint
-from umt_fast.weights import read_weights
+from umt_fast.weights import read_class_map, read_weights
 
 FAST = Recipe("mjpeg", 16)
 

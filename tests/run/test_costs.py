@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step_time.baselines.pretrain import BaselineStep, build_baseline
 from umt_fast import (
+    ClassifierConfig,
     ClipTeacher,
     StudentConfig,
     TeacherConfig,
@@ -37,6 +38,7 @@ from umt_fast.config import (
     VideoTextObjective,
 )
 from umt_fast.models.attention import load
+from umt_fast.models.classifier import build_classifier
 from umt_fast.models.pixels import MaeSt, VideoMae
 from umt_fast.objectives.answering import answering_loss
 from umt_fast.objectives.pixels import mae_st_step, videomae_step
@@ -99,6 +101,23 @@ def test_lean_flops_are_those_that_are_counted(student_config, teacher_config, m
     assert counted(counter) == expected.teacher + expected.student_forward
     with FlopCounterMode(display=False) as counter:
         out.loss.backward()
+    assert counted(counter) == expected.student_backward
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"mlp_width": 96, "tubelet_size": 2, "frames": 4}, {"architecture": "mae_st", "frames": 2}]
+)
+def test_a_classifiers_step_costs_what_is_counted(options):
+    config = ClassifierConfig(**{"image_size": 64, "frames": 3, "width": 32, "depth": 2, "heads": 2, **options})
+    model = build_classifier(config)
+    model.set_attention(load("math"))
+    clip = torch.randint(0, 256, (2, config.frames, 64, 64, 3), dtype=torch.uint8)
+    expected = costs.classifier_flops(config, 2)
+    with FlopCounterMode(display=False) as counter:
+        loss = model(clip).sum()
+    assert counted(counter) == expected.student_forward
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
     assert counted(counter) == expected.student_backward
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +25,15 @@ def state_at(step: int) -> TrainState:
     return TrainState(model, torch.optim.AdamW(model.parameters()), ALONE, None, step=step)
 
 
+def batch(paths: list[str], bad: list[tuple[str, str]] | None = None) -> Any:
+    return SimpleNamespace(paths=paths, bad=bad or [])
+
+
 def losses_of(step: int, loss: float = 1.0) -> LossBuffer:
     buffer = LossBuffer()
-    buffer.add(step, [{"loss": torch.tensor(loss)}, {"loss": torch.tensor(loss + 2)}], torch.tensor(0.5), ["a.mp4"])
+    buffer.add(
+        step, [{"loss": torch.tensor(loss)}, {"loss": torch.tensor(loss + 2)}], torch.tensor(0.5), [batch(["a.mp4"])]
+    )
     return buffer
 
 
@@ -50,7 +58,8 @@ def test_a_loss_that_is_not_finite_names_its_step_and_files(tmp_path):
 
 def test_bad_files_above_the_limit_end_the_run(tmp_path):
     buffer = losses_of(1)
-    buffer.add_data([("b.mp4", "broken"), ("c.mp4", "broken"), ("b.mp4", "broken")], 0.0)
+    bad = [("b.mp4", "broken"), ("c.mp4", "broken"), ("b.mp4", "broken")]
+    buffer.add_data([batch([], bad[:2]), batch([], bad[2:])], 0.0)
     with RunLog(tmp_path, ALONE, 0, 10, 4) as log, pytest.raises(RunError, match="2 videos"):
         log.report(state_at(1), buffer, max_bad=1)
 

@@ -122,10 +122,16 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_resumed(folder):
 
 def test_a_save_is_due_by_the_clock(monkeypatch):
     state = new_state()
-    assert not state.save_due(None)
-    assert not state.save_due(10)
+    by_steps, by_minutes = RunConfig(save_every=100, log_every=2), RunConfig(save_minutes=10, log_every=2)
+    state.step = 2
+    assert not state.save_due(by_minutes)
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: state.saved_at + 601)
-    assert state.save_due(10)
+    assert state.save_due(by_minutes)
+    assert not state.save_due(by_steps)
+    state.step = 3  # between two log lines
+    assert not state.save_due(by_minutes)
+    state.step = 100
+    assert state.save_due(by_steps)
 
 
 # When another rank is lost.

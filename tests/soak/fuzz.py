@@ -41,7 +41,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from train.finetune import read_class_map
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent
 from umt_fast.config import PretrainConfig
 from umt_fast.data.captions import Source, read_annotations, read_answers, read_questions
@@ -64,7 +63,7 @@ from umt_fast.evaluation.search import read_index
 from umt_fast.recipe import load_recipe
 from umt_fast.run import checkpoint
 from umt_fast.run.log import read_metrics
-from umt_fast.weights import load_clip_teacher, load_umt_student, read_weights
+from umt_fast.weights import load_clip_teacher, load_umt_student, read_class_map, read_weights
 
 MOST_SECONDS = 30.0
 MOST_MEMORY = 1 << 30

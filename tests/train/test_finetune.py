@@ -17,7 +17,7 @@ from forked import start_ranks
 
 pytest.importorskip("av")
 
-from train import evaluate, finetune
+from train import evaluate, finetune, finetune_validation
 from umt_fast import ClassifierConfig, StudentConfig, VideoClassifier, VideoStudent
 from umt_fast.config import (
     AugmentConfig,
@@ -115,14 +115,14 @@ def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(finetune.StopSignal, "requested", lambda _: job_steps.append(1) or len(job_steps) == 8)
         job_steps: list[int] = []
-        patch.setattr(finetune, "test", lambda *_: None)
+        patch.setattr(finetune.Validation, "test", lambda *_: None)
         finetune.train(config, ALONE)
     content = torch.load(max((config.run.folder / "checkpoints").glob("*.pth")), weights_only=True)
     assert content["schedule"]["validated"] == 4
     before = torch.load(config.run.folder / "best.pth", weights_only=True)["step"]
     assert before == 4
     (config.run.folder / "best.pth").unlink()
-    monkeypatch.setattr(finetune, "score", lambda *_: Scores(3, 100.0, 100.0, 100.0, 0.0))
+    monkeypatch.setattr(finetune_validation, "score", lambda *_: Scores(3, 100.0, 100.0, 100.0, 0.0))
     finetune.train(config, ALONE)
     assert torch.load(config.run.folder / "best.pth", weights_only=True)["step"] == 8
     assert (config.run.folder / "test" / "test.json").exists()
@@ -130,34 +130,34 @@ def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_warning_saves_and_stops_the_run(config, monkeypatch, number):
-    real, updates = finetune.clip_gradients, iter(range(2))
+    real, updates = finetune.update, iter(range(2))
 
-    def clip(*given):
+    def update(*given):
         if next(updates, None) == 1:
             os.kill(os.getpid(), number)
             time.sleep(0.2)  # until the watching thread has read it
         return real(*given)
 
-    monkeypatch.setattr(finetune, "clip_gradients", clip)
+    monkeypatch.setattr(finetune, "update", update)
     assert not finetune.train(change(config, "run", save_every=100), ALONE)
     assert torch.load(next((config.run.folder / "checkpoints").glob("*")), weights_only=True)["clips_seen"] == 8
 
 
 def test_checkpoints_by_the_clock_and_a_folder_that_is_removed_meanwhile(config, monkeypatch):
     config = change(config, "run", save_minutes=0.0, save_every=100, log_every=1, keep=9, stop_at=4)
-    real, updates = finetune.clip_gradients, iter(range(2))
+    real, updates = finetune.update, iter(range(2))
 
-    def clip(*given):
+    def update(*given):
         if next(updates, None) == 1:
             shutil.rmtree(config.run.folder)
         return real(*given)
 
-    monkeypatch.setattr(finetune, "clip_gradients", clip)
+    monkeypatch.setattr(finetune, "update", update)
     assert finetune.train(config, ALONE)
     assert [path.name for path in sorted((config.run.folder / "checkpoints").glob("*"))] == [
         f"clips_{n:010d}.pth" for n in (8, 12, 16)
     ]
-    assert (config.run.folder / finetune.BEST).exists()
+    assert (config.run.folder / finetune_validation.BEST).exists()
 
 
 def test_a_resumed_run_lists_an_attention_that_changed(config, capsys):

@@ -135,16 +135,16 @@ def test_a_stage_1_checkpoint_starts_the_video_encoder(runner, capsys, tmp_path)
 @pytest.mark.usefixtures("one_thread")
 def test_a_warning_saves_and_stops_the_run(runner, monkeypatch, number):
     """Also when the run's folder was removed meanwhile."""
-    real, updates, name = stage2.clip_gradients, iter(range(2)), f"warned-{number}"
+    real, updates, name = stage2.update, iter(range(2)), f"warned-{number}"
 
-    def clip(*given):
+    def update(*given):
         if next(updates, None) == 1:
             shutil.rmtree(runner.folder / name)
             os.kill(os.getpid(), number)
             time.sleep(0.2)  # until the watching thread has read it
         return real(*given)
 
-    monkeypatch.setattr(stage2, "clip_gradients", clip)
+    monkeypatch.setattr(stage2, "update", update)
     with pytest.raises(SystemExit) as ended:
         runner.run(name, "--run.save-every", "100")
     assert ended.value.code == EXIT_STOPPED

@@ -101,6 +101,10 @@ class OptimConfig:
         check_at_least(self, "optim", weight_decay=0, clip_grad=0)
         check_share("optim.betas", *self.betas, below_one=True)
 
+    def step_clips(self, processes: int) -> int:
+        """Clips of an optimiser step over all processes: the global batch."""
+        return processes * self.batch_size * self.accumulate
+
 
 @dataclass(frozen=True)
 class ComputeConfig:
@@ -197,6 +201,10 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         return Path(self.dir).expanduser() / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     def last_step(self, total: int) -> int:
         """The step to stop after, of a schedule of `total` steps."""

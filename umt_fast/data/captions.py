@@ -31,8 +31,8 @@ from umt_fast.config import DataConfig
 from umt_fast.data import manifest
 from umt_fast.data.decode import IMAGE_SUFFIXES
 from umt_fast.data.index import VideoList
-from umt_fast.data.manifest import VIDEO_SUFFIXES, expand_shards, read_manifest
-from umt_fast.data.shards import list_shard
+from umt_fast.data.list_forms import VIDEO_SUFFIXES
+from umt_fast.data.manifest import read_manifest, shard_rows
 from umt_fast.data.storage import read
 from umt_fast.data.tokens import clean_text
 from umt_fast.data.video import DEFAULT_LIMITS, Limits, Video, is_url
@@ -118,14 +118,15 @@ def check_files(videos: Sequence[Video], starts: Iterable[tuple[str, int]]) -> N
 
 
 def read_annotations(source: Source, read_timeout: float = DataConfig.read_timeout) -> list[Annotation]:
-    """The entries of a source. Raises CaptionError naming the file and the entry, ManifestError for a bad index."""
+    """The entries of a source. Raises CaptionError naming the file and the entry, ManifestError for bad shards
+    or a bad index."""
     suffix = posixpath.splitext(source.path)[1].lower()
     if ".json" in posixpath.basename(source.path) and suffix != ".jsonl":
         found = list(_of_json(source, read_timeout))
     elif suffix in (".csv", ".tsv"):
         found = list(_of_lines(source, "\t" if suffix == ".tsv" else ",", read_timeout))
     elif suffix == ".tar":
-        found = list(_of_rows(source, _shard_rows(source.path, read_timeout)))
+        found = list(_of_rows(source, shard_rows(source.path, VIDEO_SUFFIXES | IMAGE_SUFFIXES, read_timeout)))
     elif suffix == ".jsonl" or os.path.isdir(source.path):
         found = list(_of_rows(source, read_manifest(source.path, source.root, read_timeout).rows()))
     else:
@@ -349,14 +350,6 @@ def _of_lines(source: Source, separator: str, read_timeout: float) -> Iterator[A
             if not found:
                 raise CaptionError(f"{source.path}, line {number}: no caption; give `path{separator!r}caption`")
             yield Annotation((join_root(source.root, path.strip()),), (caption.strip().strip('"'),))
-
-
-def _shard_rows(pattern: str, read_timeout: float) -> Iterator[dict[str, Any]]:
-    for shard in expand_shards(pattern):
-        try:
-            yield from list_shard(shard, VIDEO_SUFFIXES | IMAGE_SUFFIXES, read_timeout)
-        except OSError as error:
-            raise CaptionError(f"cannot read the shard {shard}: {error.strerror or error}") from None
 
 
 def _of_rows(source: Source, rows: Iterable[dict[str, Any]]) -> Iterator[Annotation]:

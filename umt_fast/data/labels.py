@@ -14,7 +14,8 @@ import numpy as np
 
 from umt_fast.config import DataConfig
 from umt_fast.data.index import INDEX_NAME, VideoList, suffix_of
-from umt_fast.data.manifest import VIDEO_SUFFIXES, as_utf8, read_manifest, split_columns
+from umt_fast.data.list_forms import VIDEO_SUFFIXES, as_utf8, split_columns
+from umt_fast.data.manifest import read_manifest
 from umt_fast.data.storage import read
 from umt_fast.data.video import is_url
 from umt_fast.errors import RunError

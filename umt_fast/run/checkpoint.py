@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
+from umt_fast.config import RunConfig
 from umt_fast.errors import RunError
 from umt_fast.files import check_regular, replacing
 from umt_fast.run.lost_rank import RandomStates
@@ -95,9 +96,17 @@ class TrainState:
         if self._random is not None:
             self._random.share()
 
-    def save_due(self, minutes: float | None) -> bool:
-        """Whether `minutes` have passed since the last save, by the main rank's clock; every rank calls it."""
-        return minutes is not None and self.world.gather(time.monotonic() - self.saved_at >= 60 * minutes)[0]
+    def save_due(self, run: RunConfig) -> bool:
+        """Whether this step is to be saved; every rank calls it after every step.
+
+        It is after each `save_every` steps and, where a line is logged, once `save_minutes` have passed since the last
+        save, by the main rank's clock.
+        """
+        if self.step % run.save_every == 0:
+            return True
+        if run.save_minutes is None or self.step % run.log_every:
+            return False
+        return self.world.gather(time.monotonic() - self.saved_at >= 60 * run.save_minutes)[0]
 
     def save(self, folder: Path, keep: int) -> Path:
         """Write a checkpoint and remove all but the newest `keep`; every rank returns once the file is there.
@@ -149,16 +158,19 @@ class TrainState:
             raise RunError(f"{bad} holds values that are not finite; the last checkpoint is {self.last_saved}")
         save_checkpoint(folder, self.clips_seen, content, keep)
 
-    def go_on(self, folder: Path, found: Checkpoint | None, step_clips: int) -> list[str]:
-        """Restore what `find_checkpoint` found and clear the folder of unfinished files.
+    def go_on(self, found: Checkpoint | None, step_clips: int, kept: Sequence[str] = ()) -> list[str]:
+        """Restore what `find_own_checkpoint` found and clear the folder of unfinished files.
 
+        `kept` names values of the plan that are results of the run, such as its best score, and are restored too.
         Returns lines that say where the run goes on, and each setting and choice that is not what it was.
         """
+        folder = self.config.run.checkpoints
         if self.world.main:
             remove_unfinished(folder)
         if found is None:
             return []
         self.restore(folder, found, step_clips)
+        self.plan |= {name: found.content["schedule"][name] for name in kept if name in found.content["schedule"]}
         changes = list_changes(found, self.config, self.plan, self.attention)
         return [f"going on from {found.path} at step {self.step}", *changes]
 
@@ -278,6 +290,16 @@ def find_checkpoint(
     if path is None:
         return None
     return Checkpoint(path, load_checkpoint(path) if content is None else content)
+
+
+def find_own_checkpoint(
+    config: Any, world: World, fixed: tuple[str, ...], say: Callable[[str], None]
+) -> Checkpoint | None:
+    """`find_checkpoint` for a run's settings. Raises RunError unless those named in `fixed` are the checkpoint's."""
+    found = find_checkpoint(config.run.checkpoints, world, config.run.resume, say)
+    if found is not None:
+        check_same(found, config, fixed)
+    return found
 
 
 def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Any] | None]:

@@ -17,8 +17,10 @@ from umt_fast import masking
 from umt_fast.config import ComputeConfig, ConfigError, PretrainConfig
 from umt_fast.models import attention
 from umt_fast.models.attention import Backend
+from umt_fast.models.classifier import Classifier
 from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import VideoStudent
+from umt_fast.models.pixels import MaskedAutoencoder
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.run import attention_choice
 from umt_fast.run.attention_choice import Use
@@ -52,6 +54,29 @@ def choose_attention(
         chosen[name] = attention.load(first)
         lines.append(f"attention: {name} {first} ({reason})")
     return chosen, lines
+
+
+def accelerate_model(
+    model: Classifier | MaskedAutoencoder,
+    compute: ComputeConfig,
+    uses: dict[str, Use],
+    world: World,
+    bf16: bool,
+    stored: Mapping[str, str],
+) -> tuple[dict[str, str], list[str]]:
+    """Give a model that trains alone the run's attention, recomputation and compilation; returns as `accelerate`.
+
+    `model.set_attention` gets the backends of `uses` in their order.
+    """
+    chosen, said = choose_attention(compute, uses, world, torch.bfloat16 if bf16 else torch.float32, stored)
+    model.set_attention(*chosen.values())
+    if compute.recompute != "none":
+        model.set_recompute(compute.recompute)
+        said.append(f"recompute: {compute.recompute}")
+    if compute.compile:
+        model.compile(fullgraph=True, dynamic=False)
+        said.append("torch.compile: the first step takes minutes")
+    return {name: backend.name for name, backend in chosen.items()}, said
 
 
 def accelerate(

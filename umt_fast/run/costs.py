@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from umt_fast import masking
 from umt_fast.config import (
     MLP_RATIO,
+    ClassifierConfig,
     MaeStConfig,
     PretrainConfig,
     Recompute,
@@ -20,6 +21,7 @@ from umt_fast.config import (
     VideoMaeConfig,
     VideoTextConfig,
     VideoTextObjective,
+    VitConfig,
 )
 
 GIB = 2**30
@@ -51,7 +53,12 @@ def _block(tokens: int, width: int) -> int:
     return _rows(tokens, tokens, width) + 2 * tokens * width * 2 * width
 
 
-def _embedding(config: StudentConfig, tokens: int) -> int:
+def _wider_mlp(tokens: int, width: int, mlp_width: int) -> int:
+    """What an MLP of `mlp_width` adds to a block, which counts one of MLP_RATIO times its width."""
+    return 4 * tokens * width * (mlp_width - MLP_RATIO * width)
+
+
+def _embedding(config: VitConfig, tokens: int) -> int:
     return 2 * tokens * config.width * 3 * config.tubelet_size * config.patch_size**2
 
 
@@ -79,18 +86,25 @@ def lean_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen:
     return Flops(clips * one, clips * masks_per_clip * forward, clips * masks_per_clip * backward)
 
 
+def classifier_flops(config: ClassifierConfig, clips: int) -> Flops:
+    """A step of fine-tuning: all tokens, and one head."""
+    seen = config.tokens + (config.architecture == "mae_st")  # its class token
+    patch = _embedding(config, config.tokens)
+    wider = _wider_mlp(seen, config.width, config.mlp_width or MLP_RATIO * config.width)
+    rest = config.depth * (_block(seen, config.width) + wider) + 2 * config.width * config.num_classes
+    return Flops(0, clips * (patch + rest), clips * (patch + 2 * rest))  # pixels get no gradient
+
+
 def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, decoded: int, scored: int) -> Flops:
     """A step of a masked autoencoder: `visible` tokens encoded, a decoder over `decoded`, its head for `scored`."""
     mlp = config.mlp_width if isinstance(config, VideoMaeConfig) and config.mlp_width else MLP_RATIO * config.width
-    wider = 4 * visible * config.width * (mlp - MLP_RATIO * config.width)  # of one block's MLP
-    patch = 2 * visible * config.width * 3 * config.tubelet_size * config.patch_size**2
-    encoder = config.depth * (_block(visible, config.width) + wider)
+    patch = _embedding(config, visible)
+    encoder = config.depth * (_block(visible, config.width) + _wider_mlp(visible, config.width, mlp))
     width = config.decoder_width
     decoder = config.decoder_depth * _block(decoded, width)
     if isinstance(config, VideoMaeConfig):  # in the last block visible tokens are keys and values alone
         decoder -= _rows(visible, decoded, width)
-        rows = config.decoder_depth * decoded - visible
-        decoder += 4 * rows * width * (config.decoder_mlp_width - MLP_RATIO * width)
+        decoder += _wider_mlp(config.decoder_depth * decoded - visible, width, config.decoder_mlp_width)
     outputs = 3 * config.tubelet_size * config.patch_size**2
     if isinstance(config, MaeStConfig):
         outputs = outputs * config.target_frames // config.frames

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+import umt_fast
 from umt_fast.config import Decoder, Precision
 
 KNOWN_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
@@ -40,6 +41,12 @@ def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return {"device": name, "decoder": choose_decoder(decoder, device).text, "kernels": kernels_on(device)}
+
+
+def describe(device: torch.device, bf16: bool, decoder: Decoder = "auto") -> str:
+    """The first line that a program prints: version, device, decoder, kernels and precision."""
+    used = ", ".join(f"{name} {value}" for name, value in in_use(device, decoder).items())
+    return f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,11 @@ from tqdm import tqdm
 from umt_fast.errors import RunError
 from umt_fast.files import append_whole, escape, read_reasons, write_reasons, write_whole
 from umt_fast.run.checkpoint import TrainState
+from umt_fast.run.hardware import peak_flops
 from umt_fast.run.world import World
+
+if TYPE_CHECKING:
+    from umt_fast.data.batch import Batch
 
 
 @dataclass
@@ -46,17 +50,17 @@ class LossBuffer:
     def __len__(self) -> int:
         return len(self._steps)
 
-    def add_data(self, bad: Sequence[tuple[str, str]], waited: float) -> None:
-        """Files that could not be read, each with the reason, and the seconds that a step's data was awaited."""
-        self._bad += bad
+    def add_data(self, batches: Sequence[Batch], waited: float) -> None:
+        """A step's batches, of which unreadable files are noted, and the seconds that the loop waited for them."""
+        self._bad += [bad for batch in batches for bad in batch.bad]
         self._waited += waited
 
     def add(
-        self, step: int, losses: Sequence[Mapping[str, Tensor]], grad_norm: Tensor, files: Sequence[str] = ()
+        self, step: int, losses: Sequence[Mapping[str, Tensor]], grad_norm: Tensor, batches: Sequence[Batch]
     ) -> None:
-        """The losses of a step's micro-batches by name, its gradient norm and the files it was made of."""
+        """The losses of a step's micro-batches by name, its gradient norm and the batches it was made of."""
         values = {name: torch.stack([micro[name].detach() for micro in losses]).mean() for name in losses[0]}
-        self._steps.append(_Step(step, values, grad_norm, list(files)))
+        self._steps.append(_Step(step, values, grad_norm, [path for batch in batches for path in batch.paths]))
 
     def take(self, device: torch.device) -> Report:
         """Report on the steps since the last call. Waits for the device."""
@@ -121,6 +125,11 @@ class Throughput:
     peak_flops: float
     """Operations per second that all ranks' devices reach at most."""
 
+    @classmethod
+    def measure(cls, rank_flops: float, world: World, bf16: bool) -> Throughput:
+        """For a step of `rank_flops` operations on each rank; every rank calls it."""
+        return cls(rank_flops * world.size, sum(world.gather(peak_flops(world.device, bf16).flops)))
+
 
 class RunLog:
     """The written record of a run in `folder`; only the main rank writes.
@@ -143,6 +152,7 @@ class RunLog:
         self._bad_path = folder / "bad_files.txt"
         self._world = world
         self._step_clips = step_clips
+        self._first_step = step
         self._total_steps = total_steps
         self._throughput = throughput
         self._since = (time.monotonic(), step)
@@ -248,10 +258,20 @@ class RunLog:
                 self._failed.add(path)
                 self.say(f"note: cannot write {path}: {error.strerror or error}; the run goes on")
 
-    @property
-    def stall(self) -> float:
-        """Share of the time so far that the loop waited for data."""
-        return self._waited / max(self._elapsed, 1e-9)
+    def finish(self, state: TrainState, label: str, parts: Sequence[str] = ()) -> None:
+        """Say how the run ended. Draws its losses if it trained: `label` names the curve, `parts` other losses."""
+        if self._world.main and state.step > self._first_step:
+            from umt_fast.run.pictures import draw_loss_curve
+
+            metrics = read_metrics(self.metrics_path)
+            parts = [name for name in parts if any(line.get(name) for line in metrics)]
+            draw_loss_curve(metrics, self.folder / "loss.png", label, parts)
+            if len(metrics) > 1:
+                losses = f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}"
+                self.say(f"{losses}; pictures and metrics in {self.folder}")
+            self.say(f"waited for data {self._waited / max(self._elapsed, 1e-9):.1%} of the time")
+        ended = "done" if state.step >= self._total_steps else "stopped"
+        self.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
 
     def _record_bad(self, files: list[tuple[str, str]]) -> int:
         """Add unreadable videos to bad_files.txt, each once. Returns how many the main rank knows."""

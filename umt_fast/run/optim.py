@@ -88,6 +88,14 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
     return whole(norm)
 
 
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
+    """One step of the optimiser with gradients of norm `limit` at most. Clears them and returns their norm before."""
+    norm = clip_gradients(model, limit)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def learning_rate(
     step: int,
     total_steps: int,

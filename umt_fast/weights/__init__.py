@@ -4,7 +4,7 @@
 others'.
 """
 
-from umt_fast.weights.classifier import LoadReport, fit_positions, load_classifier, strip_prefixes
+from umt_fast.weights.classifier import LoadReport, fit_positions, load_classifier, read_class_map, strip_prefixes
 from umt_fast.weights.files import (
     HOW_TO_GET_CLIP,
     TensorDict,
@@ -62,6 +62,7 @@ __all__ = [
     "load_video_text",
     "published_videomae_names",
     "read_bert",
+    "read_class_map",
     "read_model",
     "read_weights",
     "resample_positions",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umt_fast.config import VitConfig
+from umt_fast.files import read_small
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.positions import resize_positions
 from umt_fast.weights.files import TensorDict, WeightsError, find_not_finite
@@ -157,3 +160,14 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
         if guess and rows % guess == 0 and math.isqrt(rows // guess) ** 2 == rows // guess:
             return resize_positions(table[0].float(), guess, new_frames, config.grid, time_first=True)[None]
     return table
+
+
+def read_class_map(path: str, classes: int) -> list[int]:
+    """The published JSON list of head rows. Raises WeightsError for anything else."""
+    try:
+        rows = json.loads(read_small(Path(path).expanduser()).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"cannot read the class map {path}: {error}") from None
+    if not isinstance(rows, list) or not all(type(row) is int for row in rows) or len(rows) != classes:
+        raise WeightsError(f"the class map {path} is not a list of {classes} numbers, one for each class")
+    return rows

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.step_time.baselines.finetune import BaselineClassifier, FinetuneBaselineStep
-from benchmarks.step_time.jobs.own import block_flops, normalised, timed_step
+from benchmarks.step_time.jobs.own import normalised, timed_step
 from benchmarks.step_time.ladder import Rung, TimedStep
 from benchmarks.step_time.phases import Mark
 from umt_fast import ClassifierConfig, VideoClassifier
 from umt_fast.config import MixConfig, OptimConfig
 from umt_fast.objectives.classification import mix, soft_cross_entropy
-from umt_fast.run import attention_choice
+from umt_fast.run import attention_choice, costs
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.optim import layer_decay_groups, set_learning_rate
 
@@ -51,12 +51,8 @@ class FinetuneWork:
 
     def flops(self, lean: bool) -> dict[str, int]:
         """The same on both sides: all tokens are needed."""
-        config, clips = self.config, len(self.clip)
-        features = 3 * config.tubelet_size * config.patch_size**2
-        patch = 2 * clips * config.tokens * config.width * features
-        blocks = clips * (config.depth * block_flops(config.tokens, config.width))
-        blocks += clips * 2 * config.width * config.num_classes
-        return {"forward": patch + blocks, "backward": patch + 2 * blocks}  # pixels get no gradient
+        flops = costs.classifier_flops(self.config, len(self.clip))
+        return {"forward": flops.student_forward, "backward": flops.student_backward}
 
 
 def prepare(model: str, batch: int, device: torch.device) -> FinetuneWork:

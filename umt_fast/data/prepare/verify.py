@@ -20,7 +20,7 @@ from umt_fast.data.decode import probe, read_frames
 from umt_fast.data.decode.by_index import find_packets
 from umt_fast.data.decode.container import each_frame
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, parse_index
-from umt_fast.data.manifest import ManifestError
+from umt_fast.data.list_forms import ManifestError
 from umt_fast.data.prepare.encode import BadCopy
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare
