@@ -120,9 +120,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
         raise WeightsError(f"{config.checkpoint} does not fit:\n  " + "\n  ".join(wrong[:8]))
     model.to(world.device).requires_grad_(False)
     bf16 = resolve_precision(config.compute.precision, world.device)
-    views = Views(sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, test.segments, test.crops)
-    heads = (sizes.heads, sizes.width // sizes.heads)
-    use = Use(test.clips_per_pass, sizes.tokens, sizes.tokens, *heads, False)
+    use = Use.within(sizes, test.clips_per_pass, sizes.tokens, gradients=False)
     dtype = torch.bfloat16 if bf16 else torch.float32
     chosen, lines = choose_attention(config.compute, {"classifier": use}, world, dtype)
     model.set_attention(chosen["classifier"])
@@ -138,7 +136,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
     found = predict(
         model,
         listed.videos,
-        views,
+        Views.of(sizes, data, test),
         data,
         world,
         clips_per_pass=test.clips_per_pass,

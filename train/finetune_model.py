@@ -52,8 +52,7 @@ def accelerate(
     model: Classifier, config: FinetuneConfig, world: World, bf16: bool, stored: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
     """Give the model the run's attention, recomputation and compilation. Returns as `run.compute.accelerate`."""
-    sizes = config.classifier
-    use = Use(config.optim.batch_size, sizes.tokens, sizes.tokens, sizes.heads, sizes.width // sizes.heads, True)
+    use = Use.within(config.classifier, config.optim.batch_size, config.classifier.tokens)
     return accelerate_model(model, config.compute, {"classifier": use}, world, bf16, stored)
 
 

@@ -110,20 +110,10 @@ class Validation:
         return copy
 
     def _predict(self, model: nn.Module, listed: LabelledVideos, *, validation: bool = False) -> Predictions:
-        sizes, data, test = self._config.classifier, self._config.data, self._config.test
-        views = Views(
-            sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, test.segments, test.crops, validation
-        )
-        return predict(
-            model,
-            listed.videos,
-            views,
-            data,
-            self._state.world,
-            clips_per_pass=test.clips_per_pass,
-            bf16=self._bf16,
-            merge=test.merge,
-        )
+        data, test = self._config.data, self._config.test
+        views = Views.of(self._config.classifier, data, test, validation)
+        clips, merge, world = test.clips_per_pass, test.merge, self._state.world
+        return predict(model, listed.videos, views, data, world, clips_per_pass=clips, bf16=self._bf16, merge=merge)
 
     def _save_best(self, model: nn.Module, top1: float | None) -> None:
         """Write best.pth: weights, settings and class names; `load_encoder` and `train.evaluate` read it.

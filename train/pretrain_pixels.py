@@ -100,9 +100,9 @@ class Objective:
         if isinstance(sizes, MaeStConfig):
             length = sizes.tokens
         seen, whole = self.visible + extra, length + extra
-        head, decoder_head = sizes.width // sizes.heads, sizes.decoder_width // sizes.decoder_heads
+        decoder_head = sizes.decoder_width // sizes.decoder_heads
         uses = {
-            "encoder": Use(clips, seen, seen, sizes.heads, head, True),
+            "encoder": Use.within(sizes, clips, seen),
             "decoder": Use(clips, whole, whole, sizes.decoder_heads, decoder_head, True),
         }
         return accelerate_model(self.model, self.config.compute, uses, self.world, bf16, stored)

@@ -97,7 +97,7 @@ def accelerate(
     teacher = model.clip_teacher
     masked = teacher is not None and config.objective.uta > 0
     seen = vision.frames * visible if masked else vision.tokens
-    uses = {"student": Use(clips, seen, seen, vision.heads, vision.width // vision.heads, True)}
+    uses = {"student": Use.within(vision, clips, seen)}
     if teacher is not None:
         heads = (config.teacher.heads, config.teacher.width // config.teacher.heads, False)
         frames, keys = clips * vision.frames, vision.patches + 1

@@ -57,20 +57,17 @@ def test_gaussian_map_peaks_at_its_patches():
 
 def test_motion_and_text_hide_the_highest():
     motion = torch.tensor([[[0.0, 5.0, 1.0, 3.0]]])
-    assert guided.motion_visible(motion, 2).tolist() == [[[0, 2]]]
-    text = torch.tensor([[1.0, 0.0]])
-    patches = torch.tensor([[[[0.0, 2.0], [3.0, 0.0], [1.0, 1.0], [-1.0, 0.0]]]])
-    assert guided.text_visible(patches, text, 2).tolist() == [[[0, 3]]]
+    assert guided.lowest(motion, 2).tolist() == [[[0, 2]]]
     with pytest.raises(ValueError, match="num_visible = 5, but a frame has 4 patches"):
-        guided.motion_visible(motion, 5)
+        guided.lowest(motion, 5)
 
 
 def test_patches_that_move_alike_are_hidden_at_random():
     still = torch.zeros(500, 2, 6)
-    drawn = guided.motion_visible(still, 2, torch.Generator().manual_seed(0))
+    drawn = guided.lowest(still, 2, torch.Generator().manual_seed(0))
     counts = drawn.flatten().bincount(minlength=6)
     assert counts.min() > 250  # 333 each, had every patch its share
-    assert torch.equal(drawn, guided.motion_visible(still, 2, torch.Generator().manual_seed(0)))
+    assert torch.equal(drawn, guided.lowest(still, 2, torch.Generator().manual_seed(0)))
     moving = torch.rand(20, 2, 6)
     assert torch.equal(guided.lowest(moving, 2), guided.highest(-moving, 2))
 
@@ -79,11 +76,16 @@ def test_regions_are_shown_in_order_until_enough_is_visible():
     regions = torch.full((1, 2, 8, 8), 2)
     regions[:, :, :4] = 0  # upper half: background
     regions[:, :, 4:, :4] = 1
-    visible = guided.region_visible(regions, (0, 1, 2), 2, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(regions: Tensor, order: tuple[int, ...], num_visible: int) -> Tensor:
+        return guided.draw_marked(guided.regions_shown(regions, order, 2).float(), num_visible, generator)
+
+    visible = draw(regions, (0, 1, 2), 4)
     assert visible.shape == (1, 1, 4)
     assert (visible % 16 < 8).all()  # background alone is enough
     regions[:, 0] = 2  # no background: the next label there is comes
-    wanted = guided.region_visible(regions, (0, 2), 2, 24, generator=torch.Generator().manual_seed(0))
+    wanted = draw(regions, (0, 2), 24)
     assert set(wanted.flatten().tolist()) == {*range(16), *range(16, 24)}
-    nothing = guided.region_visible(torch.full((1, 1, 8, 8), 9), (0, 1), 2, 16)
+    nothing = draw(torch.full((1, 1, 8, 8), 9), (0, 1), 16)
     assert nothing.flatten().tolist() == list(range(16))

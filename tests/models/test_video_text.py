@@ -245,8 +245,8 @@ def test_sizes_of_the_published_models():
     [
         (lambda: TextConfig(fusion_layer=12), "fusion_layer = 12 is not in 0..depth - 1 = 11"),
         (lambda: TextConfig(width=10, heads=3), "width = 10 is not a positive multiple of heads = 3"),
-        (lambda: TextConfig(dropout=1.0), r"dropout = 1.0 is not in \[0, 1\)"),
-        (lambda: VideoTextConfig(temperature=0.0), "temperature = 0.0 is not above 0"),
+        (lambda: TextConfig(dropout=1.0), r"dropout = 1.0: must be in \[0, 1\)"),
+        (lambda: VideoTextConfig(temperature=0.0), "joint.temperature = 0.0: must be above 0"),
         (lambda: VideoTextConfig(teacher=replace(stage2.SMALL.teacher)), "differ in the clip's side"),
         (lambda: VideoTextConfig(StudentConfig(tubelet_size=2), None), "an image has one frame; use 1"),
     ],

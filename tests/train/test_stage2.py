@@ -270,7 +270,7 @@ def test_settings_that_cannot_run_end_with_a_one_line_error(runner, options, say
         ({"compute": ComputeConfig(cuda_graph=True)}, "cuda_graph is for stage 1"),
         ({"compute": ComputeConfig(parallel="fsdp")}, "stage 2 trains with ddp"),
         ({"optim": OptimConfig(batch_size=1)}, "optim.batch_size = 1: matching needs negatives; use 2 or more"),
-        ({"joint": JointConfig(width=0)}, "joint_width = 0 is not 1 or more"),
+        ({"joint": JointConfig(width=0)}, "joint.joint_width = 0: must be a finite number >= 1"),
         ({"text": TextConfig(max_positions=31)}, "data.max_words = 32, but the text encoder has 31 positions"),
     ],
 )

@@ -33,14 +33,12 @@ class AugmentConfig:
     """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
 
     def __post_init__(self) -> None:
-        if self.operations < 0 or not 0 <= self.magnitude <= 10 or not 0 <= self.magnitude_std <= 10:
-            raise ConfigError(
-                f"augment: operations = {self.operations}, magnitude = {self.magnitude}, magnitude_std = "
-                f"{self.magnitude_std}: must be at least 0, and the latter two at most 10"
-            )
-        for name, share in (("chance", self.chance), ("flip", self.flip), ("erase", self.erase)):
-            if not 0 <= share <= 1:
-                raise ConfigError(f"augment.{name} = {share}: must be in [0, 1]")
+        check_at_least(self, "augment", operations=0)
+        for name in ("magnitude", "magnitude_std"):
+            if not 0 <= getattr(self, name) <= 10:
+                raise ConfigError(f"augment.{name} = {getattr(self, name)}: must be in [0, 10]")
+        for name in ("chance", "flip", "erase"):
+            check_share(f"augment.{name}", getattr(self, name))
         if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
             raise ConfigError(f"augment.crop_area = {self.crop_area}: must ascend in (0, 1]")
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1] < math.inf:
@@ -66,11 +64,8 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         for name in ("probability", "switch", "smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be in [0, 1]")
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"mix.{name} = {getattr(self, name)}: must be at least 0")
+            check_share(f"mix.{name}", getattr(self, name))
+        check_at_least(self, "mix", mixup=0, cutmix=0)
 
     @property
     def mixes(self) -> bool:

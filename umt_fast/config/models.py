@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.base import MLP_RATIO, Activation, ConfigError, check_divides
+from umt_fast.config.base import MLP_RATIO, Activation, ConfigError, check_at_least, check_divides, check_share
 
 
 def _aligned(owner: str, depth: int, layers: int, interval: float) -> tuple[int, ...]:
@@ -84,8 +84,7 @@ class StudentConfig(VitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _aligned("student", self.depth, self.align_layers, self.align_interval)
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"student: drop_path = {self.drop_path} is not in [0, 1)")
+        check_share("student.drop_path", self.drop_path, below_one=True)
 
     @property
     def aligned_blocks(self) -> tuple[int, ...]:
@@ -123,16 +122,11 @@ class ClassifierConfig(VitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_classes < 1:
-            raise ConfigError(f"classifier: num_classes = {self.num_classes}: must be at least 1")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"classifier: drop_path = {self.drop_path} is not in [0, 1)")
+        check_at_least(self, "classifier", num_classes=1, mlp_width=1)
+        check_share("classifier.drop_path", self.drop_path, below_one=True)
+        check_share("classifier.head_dropout", self.head_dropout, below_one=True)
         if self.pool not in ("mean", "first"):
             raise ConfigError(f"classifier: pool = {self.pool!r}: give mean or first")
-        if not 0 <= self.head_dropout < 1:
-            raise ConfigError(f"classifier: head_dropout = {self.head_dropout} is not in [0, 1)")
-        if self.mlp_width is not None and self.mlp_width < 1:
-            raise ConfigError(f"classifier: mlp_width = {self.mlp_width} is not 1 or more")
         if self.architecture == "mae_st" and (
             self.pool != "mean" or self.learnable_positions or self.mlp_width is not None
         ):
@@ -168,12 +162,8 @@ class VideoMaeConfig(VitConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_divides(self._section, "decoder_width", self.decoder_width, "decoder_heads", self.decoder_heads)
-        if self.decoder_depth < 1:
-            raise ConfigError(f"videomae: decoder_depth = {self.decoder_depth} is not 1 or more")
-        if self.mlp_width is not None and self.mlp_width < 1:
-            raise ConfigError(f"videomae: mlp_width = {self.mlp_width} is not 1 or more")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"videomae: drop_path = {self.drop_path} is not in [0, 1)")
+        check_at_least(self, "videomae", decoder_depth=1, mlp_width=1)
+        check_share("videomae.drop_path", self.drop_path, below_one=True)
 
     @property
     def decoder_mlp_width(self) -> int:
@@ -211,8 +201,7 @@ class MaeStConfig(VitConfig):
         check_divides(self._section, "target_frames", self.target_frames, "frames of tokens", self.token_frames)
         if self.target_frames > self.frames:
             raise ConfigError(f"mae_st: target_frames = {self.target_frames} is more than frames = {self.frames}")
-        if self.decoder_depth < 1:
-            raise ConfigError(f"mae_st: decoder_depth = {self.decoder_depth} is not 1 or more")
+        check_at_least(self, "mae_st", decoder_depth=1)
 
     @property
     def target_frame_ids(self) -> list[int]:
@@ -251,8 +240,7 @@ class TeacherConfig:
         check_divides("teacher", "input_size", self.clip_size, "the patches along a side", self.grid)
         check_divides("teacher", "width", self.width, "heads", self.heads)
         _aligned("teacher", self.depth, self.align_layers, self.align_interval)
-        if self.tubelet_size < 1:
-            raise ConfigError(f"teacher: tubelet_size = {self.tubelet_size} is not 1 or more")
+        check_at_least(self, "teacher", tubelet_size=1)
 
     @property
     def aligned_blocks(self) -> tuple[int, ...]:
@@ -312,11 +300,8 @@ class TextConfig:
         check_divides("text", "width", self.width, "heads", self.heads)
         if not 0 <= self.fusion_layer < self.depth:
             raise ConfigError(f"text: fusion_layer = {self.fusion_layer} is not in 0..depth - 1 = {self.depth - 1}")
-        for name in ("vocab_size", "max_positions", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"text: {name} = {getattr(self, name)} is not 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"text: dropout = {self.dropout} is not in [0, 1)")
+        check_at_least(self, "text", vocab_size=1, max_positions=1, mlp_width=1)
+        check_share("text.dropout", self.dropout, below_one=True)
 
 
 @dataclass(frozen=True)
@@ -343,14 +328,10 @@ class VideoTextConfig:
             check_fit(self.vision, self.teacher)
         if self.vision.tubelet_size != 1:
             raise ConfigError(f"vision: tubelet_size = {self.vision.tubelet_size}, but an image has one frame; use 1")
-        if self.joint_width < 1:
-            raise ConfigError(f"joint_width = {self.joint_width} is not 1 or more")
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature = {self.temperature} is not above 0")
-        if not 0 < self.align_eps < math.inf:
-            raise ConfigError(f"align_eps = {self.align_eps} is not above 0")
-        if self.position_frames is not None and self.position_frames < 1:
-            raise ConfigError(f"position_frames = {self.position_frames} is not 1 or more")
+        check_at_least(self, "joint", joint_width=1, position_frames=1)
+        for name in ("temperature", "align_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"joint.{name} = {getattr(self, name)}: must be above 0")
 
     @property
     def has_language_head(self) -> bool:

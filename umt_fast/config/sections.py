@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +47,11 @@ class VideoTextObjective:
     """published: VTC gives the encoders 1 / ranks of its gradient, as the published gather does; true: all of it."""
 
     def __post_init__(self) -> None:
-        for name in ("uta", "vtc", "vtm", "mlm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"objective: {name} = {getattr(self, name)} is not a number of 0 or more")
-        for name in ("video_mask_ratio", "image_mask_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"objective: {name} = {getattr(self, name)} is not in [0, 1)")
+        check_at_least(self, "objective", uta=0, vtc=0, vtm=0, mlm=0)
+        check_share("objective.video_mask_ratio", self.video_mask_ratio, below_one=True)
+        check_share("objective.image_mask_ratio", self.image_mask_ratio, below_one=True)
         if not 0 < self.mlm_probability <= 1:
-            raise ConfigError(f"objective: mlm_probability = {self.mlm_probability} is not in (0, 1]")
+            raise ConfigError(f"objective.mlm_probability = {self.mlm_probability}: must be in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from umt_fast.config import DataConfig, FrameRule
+from umt_fast.config import DataConfig, FrameRule, LabelledDataConfig, TestConfig, VitConfig
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
 from umt_fast.data.sampling import Timeline, test_frames, validation_frames
@@ -37,6 +37,13 @@ class Views:
     crops: int = 1
     validation: bool = False
     """The one view of validation: its frames and its centre are rounded in a way of their own."""
+
+    @classmethod
+    def of(cls, sizes: VitConfig, data: LabelledDataConfig, test: TestConfig, validation: bool = False) -> Views:
+        """The views that settings ask for."""
+        return cls(
+            sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, test.segments, test.crops, validation
+        )
 
     @property
     def clips(self) -> int:

@@ -35,27 +35,6 @@ def lowest(
     return order.gather(-1, ranks[..., :num_visible]).sort(dim=-1).values
 
 
-def motion_visible(
-    motion: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
-) -> Int[Tensor, "b t n"]:
-    """Hide what moves most (MGM, motion guided masking, ICCV 2023; after the paper, which has no public code).
-
-    motion  length of the codec's motion vectors in each patch, as `umt_fast.data.motion` reads them.
-    """
-    return lowest(motion, num_visible, generator)
-
-
-def text_visible(
-    patches: Float[Tensor, "b t p c"], text: Float[Tensor, "b c"], num_visible: int
-) -> Int[Tensor, "b t n"]:
-    """Hide the patches most like the caption (text-guided masking; after the paper, which has no public code).
-
-    patches, text  CLIP features in the shared space; neither needs to be normalised.
-    """
-    similarity = torch.einsum("btpc,bc->btp", F.normalize(patches, dim=-1), F.normalize(text, dim=-1))
-    return lowest(similarity, num_visible)
-
-
 def redundancy_removing(
     tokens: Float[Tensor, "b n d"],
     frames: int,
@@ -135,22 +114,6 @@ def flow_scores(
 def _carried(start: Tensor, before: Tensor, flow: Tensor) -> Tensor:
     warped = _warp(before, flow)
     return torch.where(warped == 0, start, warped)
-
-
-def region_visible(
-    regions: Int[Tensor, "b t h w"],
-    order: Sequence[int],
-    patch_size: int,
-    num_visible: int,
-    least_share: float = 0.1,
-    generator: torch.Generator | None = None,
-) -> Int[Tensor, "b 1 n"]:
-    """Show regions in the given order until `least_share` of a frame is visible (MARLIN, arXiv 2211.06627).
-
-    Over the clip, visible tokens are left out at random until `num_visible` stand; where fewer are, hidden ones come
-    in at random. The rest is `regions_shown`'s.
-    """
-    return draw_marked(regions_shown(regions, order, patch_size, least_share).float(), num_visible, generator)
 
 
 def regions_shown(

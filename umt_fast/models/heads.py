@@ -12,7 +12,7 @@ from umt_kernels import gather_layer_norm
 from umt_fast.config import Recompute, StudentConfig, VitConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.positions import sinusoid_positions
-from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip
+from umt_fast.models.vit import LAYER_NORM_EPS, VideoTransformer, check_clip, init_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -49,6 +49,26 @@ class Predictions(NamedTuple):
         return plain * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+def predict_aligned(
+    norm: nn.LayerNorm,
+    heads: nn.ModuleList,
+    hidden: list[Float[Tensor, "b m d"]],
+    position: Float[Tensor, "n d"],
+    token_ids: Int[Tensor, "b m"],
+) -> Predictions:
+    """One head for each aligned block's outputs, which the encoder's `norm` and their tokens' positions come before."""
+    features = [
+        gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=position, position_ids=token_ids)
+        for x in hidden
+    ]
+    aligned = [head for head in heads if isinstance(head, AlignmentHead)]
+    return Predictions(
+        torch.stack([head.head(x) for head, x in zip(aligned, features, strict=True)]),
+        torch.stack([head.norm.weight for head in aligned]),
+        torch.stack([head.norm.bias for head in aligned]),
+    )
+
+
 class VideoStudent(nn.Module):
     """UMT's pre-training ViT (arXiv 2303.16058); parameter names and initialisation are those of its checkpoints."""
 
@@ -63,11 +83,7 @@ class VideoStudent(nn.Module):
         )
         # Encoder and decoder use the same fixed table.
         self.register_buffer("position", sinusoid_positions(config.tokens, config.width), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def set_attention(self, backend: Backend) -> None:
         """Use `backend` in every block. Call this before torch.compile, which makes the choice part of the graph."""
@@ -89,17 +105,7 @@ class VideoStudent(nn.Module):
         """
         check_clip(clip, self.config.image_size, self.config.frames)
         hidden = self.encoder.hidden_states(clip, self.position, token_ids, self.config.aligned_blocks)
-        norm = self.encoder.norm
-        features = [
-            gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=self.position, position_ids=token_ids)
-            for x in hidden
-        ]
-        heads = [head for head in self.clip_decoder if isinstance(head, AlignmentHead)]
-        return Predictions(
-            torch.stack([head.head(x) for head, x in zip(heads, features, strict=True)]),
-            torch.stack([head.norm.weight for head in heads]),
-            torch.stack([head.norm.bias for head in heads]),
-        )
+        return predict_aligned(self.encoder.norm, self.clip_decoder, hidden, self.position, token_ids)
 
 
 def bare_student(student: nn.Module) -> VideoStudent:

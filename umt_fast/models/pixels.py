@@ -22,6 +22,7 @@ from umt_fast.models.vit import (
     SeparateAttention,
     VideoTransformer,
     check_clip,
+    init_linear,
 )
 
 if TYPE_CHECKING:
@@ -32,15 +33,6 @@ MAE_ST_MEAN, MAE_ST_STD = MAE_ST_STATISTICS
 
 def take_rows(x: Float[Tensor, "b l d"], ids: Int[Tensor, "b m"]) -> Float[Tensor, "b m d"]:
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def init_linear(module: nn.Module) -> None:
-    """Xavier's weights and zero biases for every linear layer."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 class MaskedAutoencoder(nn.Module):

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from umt_kernels import gather_layer_norm
 
 from umt_fast.config import ConfigError, Recompute, TextConfig, VideoTextConfig
 from umt_fast.models.attention import Backend
 from umt_fast.models.clip_vision import ClipTeacher
-from umt_fast.models.heads import AlignmentHead, NormedTransformer, Predictions
+from umt_fast.models.heads import AlignmentHead, NormedTransformer, Predictions, predict_aligned
 from umt_fast.models.positions import video_positions
 from umt_fast.models.text import Bert, BertWithHead, Context, causal_mask, padding_mask
-from umt_fast.models.vit import LAYER_NORM_EPS, check_clip
+from umt_fast.models.vit import LAYER_NORM_EPS, check_clip, init_linear
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -60,11 +59,7 @@ class VisionEncoder(nn.Module):
         table = video_positions(vision.frames, patches, vision.width, config.position_frames)
         self.register_buffer("position", table, persistent=False)
         self.register_buffer("image_position", video_positions(1, patches, vision.width), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_linear(self)
 
     def forward(
         self, clip: Shaped[Tensor, "b ..."], token_ids: Int[Tensor, "b m"] | None = None, aligned: bool = False
@@ -92,19 +87,9 @@ class VisionEncoder(nn.Module):
         return Seen(tokens, pooled, predictions)
 
     def _predict(self, hidden: list[Tensor], position: Tensor, token_ids: Tensor | None) -> Predictions:
-        norm = self.encoder.norm
         if token_ids is None:
             token_ids = torch.arange(len(position), device=position.device).expand(len(hidden[0]), -1)
-        features = [
-            gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=position, position_ids=token_ids)
-            for x in hidden
-        ]
-        heads = [head for head in self.clip_decoder if isinstance(head, AlignmentHead)]
-        return Predictions(
-            torch.stack([head.head(x) for head, x in zip(heads, features, strict=True)]),
-            torch.stack([head.norm.weight for head in heads]),
-            torch.stack([head.norm.bias for head in heads]),
-        )
+        return predict_aligned(self.encoder.norm, self.clip_decoder, hidden, position, token_ids)
 
 
 class _VideoAndText(nn.Module):

@@ -211,3 +211,12 @@ def check_clip(clip: Tensor, side: int, frames: int | None = None) -> None:
     got_frames, height, width, channels = (clip if uint8 else clip.permute(0, 2, 3, 4, 1)).shape[1:]
     if (height, width, channels) != (side, side, 3) or (frames is not None and got_frames != frames):
         raise ValueError(f"clip is {clip.dtype} {list(clip.shape)}; give {wanted}")
+
+
+def init_linear(module: nn.Module) -> None:
+    """Xavier's weights and zero biases for every linear layer."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

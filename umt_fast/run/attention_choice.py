@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umt_fast.config import ConfigError, StudentConfig, TeacherConfig
+from umt_fast.config import ConfigError, StudentConfig, TeacherConfig, VitConfig
 from umt_fast.models.attention import LIBRARIES, NAMES, Backend, attention, fault, load, self_attention
 
 REPEATS = 10
@@ -37,6 +37,11 @@ class Use:
     heads: int
     head_dim: int
     gradients: bool
+
+    @classmethod
+    def within(cls, sizes: VitConfig, clips: int, tokens: int, gradients: bool = True) -> Use:
+        """The self-attention of a video ViT over `tokens` tokens of each clip."""
+        return cls(clips, tokens, tokens, sizes.heads, sizes.width // sizes.heads, gradients)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def uses(
     return {
         "teacher": Use(frames, tokens, tokens, *teacher_heads),
         "teacher's last block": Use(frames, finished, tokens, *teacher_heads),
-        "student": Use(student_clips, seen, seen, student.heads, student.width // student.heads, True),
+        "student": Use.within(student, student_clips, seen),
     }
 
 

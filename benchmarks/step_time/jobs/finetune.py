@@ -92,7 +92,7 @@ def _build_own(rung: Rung, work: FinetuneWork) -> TimedStep:
     model = VideoClassifier(config)
     model.load_state_dict(work.weights)
     model.to(device)
-    use = Use(len(work.clip), config.tokens, config.tokens, config.heads, config.width // config.heads, True)
+    use = Use.within(config, len(work.clip), config.tokens)
     model.set_attention(attention_choice.choose("auto", use, device, torch.bfloat16, rung.compiled).backend)
     if rung.compiled:
         model.compile(fullgraph=True, dynamic=False, backend=rung.backend, mode=rung.mode)
