@@ -116,7 +116,7 @@ def test_a_full_disk_ends_no_run_and_leaves_whole_lines(tmp_path, small_disk, ca
         log.report(state_at(1), losses_of(1))
         size = (tmp_path / "metrics.jsonl").stat().st_size
         buffer = losses_of(2)
-        buffer.add_data([("b.mp4", "broken " * 100)], 0.0)
+        buffer.add_data([batch([], [("b.mp4", "broken " * 100)])], 0.0)
         with small_disk(size + 20):
             log.report(state_at(2), buffer)
             log.report(state_at(3), losses_of(3))
