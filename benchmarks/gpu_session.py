@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -65,6 +66,8 @@ class Stage:
     command: tuple[str, ...]
     limit: float = float("inf")
     """Seconds."""
+    needs: tuple[str, ...] = ()
+    """Packages without which it is left out: a lent machine may lack them."""
 
 
 @dataclass
@@ -105,7 +108,7 @@ def stages(work: Path, rehearse: bool) -> list[Stage]:
         Stage("ladder: UMT-B", (*timed, base, "--fp8-student")),
         Stage("ladder: UMT-L", (*timed, large, "--fp8-student")),
         Stage("kernels", (*check_kernels, "--out", str(work / "kernels"))),
-        Stage("decoding", decode),
+        Stage("decoding", decode, needs=("av", "PIL")),
     ]
 
 
@@ -150,6 +153,8 @@ class Session:
         left = self.deadline - begun
         if stage.name == "decoding" and (self.work / PARTS["decoding"]).exists():
             end.state = "done before"
+        elif lacks := [name for name in stage.needs if importlib.util.find_spec(name) is None]:
+            end.state = f"left out: needs {', '.join(lacks)}"
         elif left < LEAST:
             end.state = "not begun: no time left"
         else:
@@ -300,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
             (folder / "session.md").write_text(gpu_session_page.page(session.content))
             print(pack_cache(work, folder / "compile_cache.tar.gz"))
     print(f"in {folder}: session.json, session.md, session.log")
-    if any(not end.state.startswith("done") for end in ends):
+    if any(not end.state.startswith(("done", "left out")) for end in ends):
         sys.exit("not everything is done; the same command goes on")
 
 

@@ -102,6 +102,12 @@ def test_no_stage_begins_without_time_left(session):
     assert session.run(python("raise SystemExit(1)")).state == "not begun: no time left"
 
 
+def test_a_stage_whose_packages_are_missing_is_left_out(session, tmp_path):
+    stage = Stage("decoding", (sys.executable, "-c", "raise SystemExit(1)"), needs=("json", "no_such_package"))
+    assert session.run(stage).state == "left out: needs no_such_package"
+    assert saved(tmp_path)["stages"][-1]["state"] == "left out: needs no_such_package"
+
+
 def test_a_session_ends_by_itself_and_leaves_three_files(tmp_path, monkeypatch, capsys):
     """Here of a second, with a stage that would take a minute."""
     monkeypatch.setattr(gpu_session, "RESERVE", 0)
