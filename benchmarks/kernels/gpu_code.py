@@ -103,8 +103,9 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        op = self.fn.__module__.rpartition(".")[2]
-        name = op + self.fn.__name__.removesuffix("_kernel")
+        op = self.fn.__module__.rpartition(".")[2].removesuffix("_kernel")
+        stem = self.fn.__name__.removesuffix("kernel").strip("_")
+        name = f"{op}_{stem}" if stem else op
         meta, asm = compiled.metadata, compiled.asm
         launches.append(
             Launch(op, name, math.prod(grid), arguments, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"])

@@ -57,8 +57,8 @@ def launches_stubbed() -> Iterator[None]:
     """Inside, CPU tensors go the way of CUDA tensors up to the launch; the ops return whatever was in memory."""
     make = launch.Plan.__init__
 
-    def stubbed(self: launch.Plan, *arguments: Any) -> None:
-        make(self, *arguments)
+    def stubbed(self: launch.Plan, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
         self.compiled = _Nothing()
 
     with (

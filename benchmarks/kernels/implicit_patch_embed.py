@@ -50,7 +50,7 @@ def implicit_patch_embed(
     numbers = (batch * kept, kept, channels, matrix.shape[1], *geometry(clip, layout, [patch_size, patch_size]))
     constants = {name: constants[name] for name in ("SCALES", "SHIFTS")}
     Plan(_kernel, grid, numbers, {**constants, **settings}).launch(
-        clip, token_ids.contiguous(), matrix, bias, position.contiguous(), out
+        (clip, token_ids.contiguous(), matrix, bias, position.contiguous(), out)
     )
     return out
 

@@ -61,7 +61,7 @@ def needs_kernels(kernels: bool) -> None:
 SHARING = (
     "add_layer_norm",
     "add_layer_norm_backward",
-    "cosine_alignment_loss",
+    "cosine_alignment_loss_op",
     "eight_bit",
     "gather_layer_norm",
     "gather_layer_norm_backward",

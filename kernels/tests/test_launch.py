@@ -38,7 +38,7 @@ def test_a_kept_kernel_gets_what_the_first_launch_got():
     plan = launch.Plan(kernel, (3,), (7,), {"BLOCK": 8, "FLAG": True, "num_warps": 4})
     x = torch.empty(16)
     for _ in range(2):
-        plan.launch(x, None)
+        plan.launch((x,), (None,))
     first, second = kernel.calls
     assert first == ("looked at", (3, 1, 1), (x, None, 7, {"BLOCK": 8, "FLAG": True, "num_warps": 4}))
     assert second == ("kept", (3, 1, 1), (x, None, 7, True, 8))  # settings in the kernel's order, without Triton's own
@@ -52,10 +52,10 @@ def test_pointers_off_the_16_byte_grid_are_looked_at(place):
     aligned, off = torch.empty(16), torch.empty(17)[1:]
     given = [aligned, aligned]
     given[place] = off
-    plan.launch(*given)
-    plan.launch(aligned, aligned)
-    plan.launch(*given)
-    plan.launch(aligned, aligned)
+    plan.launch(given)
+    plan.launch((aligned, aligned))
+    plan.launch(given)
+    plan.launch((aligned, aligned))
     assert [call[0] for call in kernel.calls] == ["looked at"] * 3 + ["kept"]
 
 

@@ -32,7 +32,7 @@ on_a_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reas
 
 def randn(device: torch.device, *shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_(grad)
+    return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_(grad)
 
 
 def ids(device: torch.device, rows: int, kept: int, limit: int) -> Tensor:
@@ -158,6 +158,24 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
             (r(5, 6), r(6, 4), None, None, r(5, 4), None, None, torch.float32, True, "quick_gelu", False, True),
             (r(5, 6).char(), r(4, 6).char(), *none[:3], r(1, 5), r(4), torch.int8, False, None, False, False),
         ],
+        "linear": [
+            (r(2, 5, 6, grad=True), r(4, 6, grad=True), r(4, grad=True), r(2, 5, 4, grad=True), "gelu", True),
+            (r(5, 6, grad=True), r(4, 6, grad=True), None, None, None, True),
+            (r(2, 5, 12)[..., :6], r(4, 6), r(4, dtype=torch.bfloat16), r(2, 5, 4), "quick_gelu", False),
+        ],
+        "mlp": [
+            (
+                r(2, 5, 6, grad=True),
+                r(8, 6, grad=True),
+                r(8, grad=True),
+                r(4, 8, grad=True),
+                r(4, grad=True),
+                r(2, 5, 4, grad=True),
+                "gelu",
+                True,
+            ),
+            (r(5, 6), r(8, 6), None, r(4, 8), None, None, "quick_gelu", False),
+        ],
         "gather_layer_norm": [
             (x, w, w + 1, rows, r(7, 6, grad=True), places, 1e-6, torch.float32, True, False),
             (r(2, 5, 12, grad=True)[..., ::2], r(12)[::2], None, None, None, None, 1e-6, torch.bfloat16, False, True),
@@ -200,10 +218,12 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
             (r(2, 2, 3, 6), r(2, 2, 3, 6), None, w2, w2, r(2, 2, 3), 2, *settings, False, 1.0, True, False),
         ],
         "pixel_errors": [
-            (r(2, 3, 48, grad=True), clip, kept, 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0]),
+            (r(2, 3, 48, grad=True), clip, kept, 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0], mean)
+            for mean in (False, True)
         ],
         "pixel_errors_backward": [
-            (r(2, 3, 48), clip, kept, r(2, 3), 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0]),
+            (r(2, 3, 48), clip, kept, r(*of), 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0], not of)
+            for of in ((2, 3), ())
         ],
         "cosine_alignment_loss_backward": [
             (r(2, 2, 3, 6), torch.tensor(0.3, device=device)),
@@ -231,6 +251,8 @@ def test_every_custom_op_is_checked():
     ops = (
         "add_layer_norm",
         "matmul",
+        "linear",
+        "mlp",
         "eight_bit",
         "gather_patches",
         "gather_layer_norm",

@@ -12,7 +12,7 @@ from umt_kernels.add_layer_norm_backward import backward
 from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_id_values, check_ids, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
-from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous, resident_programs, share
+from umt_kernels.launch import PLANS, Plan, last_contiguous, resident_programs, share
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ def add_layer_norm(
     Statistics are float32, of x as it is stored. Every input is read once and every output written once. Raises
     ValueError for shapes, devices or ids that do not fit, TypeError for a dtype that does not.
     """
+    factor, scale = (scale, None) if isinstance(scale, (int, float)) else (None, scale)
     key = _forward.key(
-        residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids, eps, out_dtype, rms,
-        post_norm,
-    )  # fmt: skip
+        (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids),
+        (eps, out_dtype, rms, post_norm, factor),
+    )
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None and is_distributed(residual, branch, weight, bias, branch_bias, scale, row_ids):
         rows = (0, 1) if row_ids is None else (0,)
@@ -62,16 +63,13 @@ def add_layer_norm(
             "residual": rows, "branch": rows, "row_ids": rows, "position_ids": rows, "scale": (0, None)[: len(rows)],
             "weight": None, "bias": None, "branch_bias": None, "position": None,
         }  # fmt: skip
-        if isinstance(scale, (int, float)):
+        if factor is not None:
             del axes["scale"]
         return on_shards(
             add_layer_norm, axes, (rows, rows), residual=residual, branch=branch, weight=weight, bias=bias, eps=eps,
-            branch_bias=branch_bias, scale=scale, row_ids=row_ids, position=position, position_ids=position_ids,
-            out_dtype=out_dtype, rms=rms, post_norm=post_norm,
+            branch_bias=branch_bias, scale=scale if factor is None else factor, row_ids=row_ids, position=position,
+            position_ids=position_ids, out_dtype=out_dtype, rms=rms, post_norm=post_norm,
         )  # fmt: skip
-    factor = 1.0
-    if isinstance(scale, (int, float)):
-        factor, scale = float(scale), None
     if plan is None:
         check_eps(eps)
         _check(residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids, out_dtype)
@@ -83,12 +81,15 @@ def add_layer_norm(
         check_id_values("position_ids", position_ids, len(position), "position has {} rows")
     if scale is not None and scale.requires_grad:
         scale = scale.detach()
-    dtype = residual.dtype if out_dtype is None else out_dtype
     tensors = (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
-    settings = (float(eps), dtype, rms, post_norm, factor)
-    if plan is None and not _runs_kernel(residual, branch, weight, bias, branch_bias, scale, position, dtype):
-        return reference.add_layer_norm(*tensors, *settings)
-    x, y = _forward(*tensors, *settings, key=key, plan=plan)[:2]
+    dtype = residual.dtype if out_dtype is None else out_dtype
+    if plan is not None:
+        x, y = _forward.planned(plan, *tensors)
+    else:
+        settings = (float(eps), dtype, rms, post_norm, 1.0 if factor is None else float(factor))
+        if not _runs_kernel(residual, branch, weight, bias, branch_bias, scale, position, dtype):
+            return reference.add_layer_norm(*tensors, *settings)
+        x, y = _forward(*tensors, *settings, key=key)[:2]
     return (y, y) if post_norm and dtype == residual.dtype else (x, y)
 
 
@@ -165,7 +166,6 @@ def _prepare(
     post_norm: bool,
     factor: float,
 ) -> Plan:
-    residual, branch = last_contiguous(residual), last_contiguous(branch)
     batch, kept, width = branch.shape
     rows = batch * kept if width else 0
     config = forward_config(width)
@@ -206,10 +206,9 @@ def _launch(
     """
     x, y, statistics = plan.allocate(residual.device)
     plan.launch(
-        last_contiguous(residual), last_contiguous(branch), contiguous(weight), contiguous(bias),
-        contiguous(branch_bias), contiguous(scale), contiguous(row_ids), contiguous(position),
-        contiguous(position_ids), None if post_norm and out_dtype == residual.dtype else x, y, statistics,
-    )  # fmt: skip
+        (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids),
+        (None if post_norm and out_dtype == residual.dtype else x, y, statistics),
+    )
     return x, y, statistics
 
 
@@ -235,7 +234,6 @@ def forward_config(width: int) -> dict[str, int]:
 def _save(ctx, inputs, output):
     residual, branch, weight, bias, branch_bias, scale, row_ids, _, _, ctx.eps, *ctx.settings = inputs
     x, _, statistics = output
-    ctx.set_materialize_grads(False)  # where only the normalised rows are used, nothing is read for the residual
     kept = (residual, branch) if ctx.settings[2] else (x, None)
     ctx.save_for_backward(*kept, weight, bias, branch_bias, scale, row_ids, statistics)
     ctx.residual_shape, ctx.branch_dtype = residual.shape, branch.dtype
@@ -295,7 +293,17 @@ def _differentiate_again(ctx, grad_x, grad_y):
     )  # fmt: skip
 
 
-_forward = KernelOp("add_layer_norm", _prepare, _launch, _fake, _save, _differentiate, _differentiate_again, visible=2)
+_forward = KernelOp(
+    "add_layer_norm",
+    _prepare,
+    _launch,
+    _fake,
+    _save,
+    _differentiate,
+    _differentiate_again,
+    visible=2,
+    strided={"residual": last_contiguous, "branch": last_contiguous},
+)
 
 
 if triton is not None:

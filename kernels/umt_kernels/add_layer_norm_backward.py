@@ -8,7 +8,7 @@ from torch import Tensor
 from umt_kernels.backend import triton
 from umt_kernels.dispatch import KernelOp
 from umt_kernels.gather_layer_norm_backward import BACKWARD_REGISTERS, backward_config
-from umt_kernels.launch import Plan, contiguous, last_contiguous, resident_programs, share
+from umt_kernels.launch import Plan, last_contiguous, resident_programs, share
 from umt_kernels.reductions import add_up, plan_sums
 
 if triton is not None:
@@ -41,7 +41,7 @@ def _prepare(
     per_program, programs = share(rows, programs, config["ROWS"])
     numbers: list[float] = [rows, kept, residual_shape[1], width, per_program]
     for tensor in (grad_y, grad_x, x, branch):
-        numbers += (0, 0) if tensor is None else last_contiguous(tensor).stride()[:2]
+        numbers += (0, 0) if tensor is None else tensor.stride()[:2]
     settings = {
         "RMS": rms,
         "POST": post_norm,
@@ -94,18 +94,8 @@ def _launch(
         nothing = [x.new_zeros(0) if p is None else torch.zeros_like(p) for p in vectors]
         return grad_residual, grad_branch, nothing[0], nothing[1], nothing[2]
     plan.launch(
-        last_contiguous(grad_y),
-        None if grad_x is None else last_contiguous(grad_x),
-        last_contiguous(x),
-        None if branch is None else last_contiguous(branch),
-        contiguous(weight),
-        contiguous(branch_bias),
-        contiguous(scale),
-        contiguous(row_ids),
-        statistics,
-        grad_residual,
-        grad_branch if grad_branch.numel() else None,
-        partial,
+        (grad_y, grad_x, x, branch, weight, branch_bias, scale, row_ids, statistics),
+        (grad_residual, grad_branch if grad_branch.numel() else None, partial),
     )
     grad_weight, grad_bias, grad_branch_bias = add_up(plan.parts[0], partial, *vectors)
     return grad_residual, grad_branch, grad_weight, grad_bias, grad_branch_bias
@@ -120,7 +110,13 @@ def _fake(
     return x.new_empty(residual_shape), x.new_empty(of_branch, dtype=branch_dtype), *vectors
 
 
-backward = KernelOp("add_layer_norm_backward", _prepare, _launch, _fake)
+backward = KernelOp(
+    "add_layer_norm_backward",
+    _prepare,
+    _launch,
+    _fake,
+    strided=dict.fromkeys(("grad_y", "grad_x", "x", "branch"), last_contiguous),
+)
 
 
 if triton is not None:

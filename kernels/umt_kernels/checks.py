@@ -69,6 +69,11 @@ def check_ids(name: str, ids: Tensor, batch: int, *, sets: bool = False) -> None
         raise ValueError(f"{name} has shape {list(ids.shape)}; give {rows}")
 
 
+def sees_ids(ids: Tensor) -> bool:
+    """Whether `check_id_values` looks at these."""
+    return (ids.is_cpu or EVERYWHERE) and not ids.is_meta and reads_values(ids)
+
+
 def check_id_values(
     name: str, ids: Tensor, limit: int, meaning: str, *, once: bool = False, padded: bool = False
 ) -> None:
@@ -77,7 +82,7 @@ def check_id_values(
     Values are read on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there unless the
     environment has UMT_KERNELS_CHECK_IDS=1.
     """
-    if not (ids.is_cpu or EVERYWHERE) or ids.is_meta or not reads_values(ids):
+    if not sees_ids(ids):
         return
     wrong = (ids < (-1 if padded else 0)) | (ids >= limit)
     if wrong.any():

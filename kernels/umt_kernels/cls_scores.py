@@ -35,7 +35,7 @@ def cls_scores(
 
     Raises ValueError when shapes or devices do not fit each other, TypeError for tensors that are not floats.
     """
-    key = _forward.key(q, k, num_prefix_tokens)
+    key = _forward.key((q, k), (num_prefix_tokens,))
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None:
         if is_distributed(q, k):
@@ -44,7 +44,8 @@ def cls_scores(
         num_prefix_tokens = _check(q, k, num_prefix_tokens)
         if not runs_kernel("cls_scores", q, k) or k.shape[2] > LONGEST:
             return reference.cls_scores(q, k, num_prefix_tokens)
-    return _forward(q, k, num_prefix_tokens, key=key, plan=plan)
+        return _forward(q, k, num_prefix_tokens, key=key)
+    return _forward.planned(plan, q, k)
 
 
 def _check(q: Tensor, k: Tensor, num_prefix_tokens: int) -> int:
@@ -72,7 +73,7 @@ def _prepare(q: Tensor, k: Tensor, prefix: int) -> Plan:
 
 def _launch(plan: Plan, q: Tensor, k: Tensor, prefix: int) -> Tensor:
     (scores,) = plan.allocate(q.device)
-    plan.launch(q.contiguous(), last_contiguous(k), scores)
+    plan.launch((q, k), (scores,))
     return scores
 
 
@@ -83,12 +84,11 @@ def _prepare_backward(grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> Plan:
 def _launch_backward(plan: Plan, grad: Tensor, q: Tensor, k: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Gradients of q and k; that of k is contiguous."""
     grad_q, grad_k = plan.allocate(q.device)
-    plan.launch(grad.contiguous(), q.contiguous(), last_contiguous(k), grad_q, grad_k)
+    plan.launch((grad, q, k), (grad_q, grad_k))
     return grad_q, grad_k
 
 
 def _plan(kernel, grid: tuple[int, ...], k: Tensor, prefix: int, outputs: tuple) -> Plan:
-    k = last_contiguous(k)
     _, heads, length, depth = k.shape
     numbers = (heads, length, depth, prefix, *k.stride()[:3], depth**-0.5)
     return Plan(kernel, grid, numbers, config(length, depth, k.element_size()), outputs)
@@ -122,6 +122,7 @@ _backward = KernelOp(
     _prepare_backward,
     _launch_backward,
     lambda grad, q, k, prefix: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    strided={"k": last_contiguous},
 )
 _forward = KernelOp(
     "cls_scores",
@@ -131,6 +132,7 @@ _forward = KernelOp(
     _save,
     _differentiate,
     _differentiate_again,
+    strided={"k": last_contiguous},
 )
 
 

@@ -53,26 +53,42 @@ def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
     return backend.runs_triton(*tensors) and not _is_transformed(tensors)
 
 
+def _hashable(settings: tuple) -> tuple | None:
+    """The settings with lists of numbers as tuples; None if there are other objects among them."""
+    found: list[Any] = []
+    for x in settings:
+        if type(x) in _SETTINGS:
+            found.append(x)
+        elif type(x) in (tuple, list) and _NUMBERS.issuperset(map(type, x)):
+            found.append(tuple(x))
+        else:
+            return None
+    return tuple(found)
+
+
 class KernelOp:
     """An op's kernels, called with little overhead in eager mode and as a custom op everywhere else.
 
     A public function asks for the `key` of its arguments and for the plan kept under it. If there is one, an earlier
     call had the same shapes, strides, dtypes, devices and settings, and its checks hold for this call too:
 
-        key = _forward.key(x, weight, eps)
+        key = _forward.key((x, weight), (eps,))
         plan = PLANS.get(key)
         if plan is None:
             check(x, weight, eps)
-        return _forward(x, weight, eps, key=key, plan=plan)
+            return _forward(x, weight, eps, key=key)
+        return _forward.planned(plan, x, weight)
 
     prepare   inputs -> Plan: all that does not depend on the tensors' data. Tensors come first among the inputs.
     launch    (plan, *inputs) -> tensors; annotated, as torch.library.custom_op infers the schema from it. None may
               stand for an empty tensor, which costs a microsecond to make.
     fake      inputs without data -> tensors without data.
     save      (ctx, inputs, output): keep on `ctx` what `backward` wants. None: the op has no gradient.
-    backward  (ctx, *gradients) -> a gradient for each input.
+    backward  (ctx, *gradients) -> a gradient for each input. With several outputs a gradient may be None.
     again     the same from operations that PyTorch can differentiate once more, for create_graph=True.
     visible   how many outputs have a gradient; the others are for `save`. A call in eager mode returns only those.
+    strided   of tensors that the kernel reads with other strides than contiguous ones: a function that copies the
+              tensor if even those do not fit. `prepare` and `launch` get all tensors in a form that the kernel reads.
     """
 
     def __init__(
@@ -85,67 +101,92 @@ class KernelOp:
         backward: Callable | None = None,
         again: Callable | None = None,
         visible: int = 1,
+        strided: dict[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.name, self.prepare, self.launch, self.visible = name, prepare, launch, visible
-        kinds = [str(kind) for name, kind in launch.__annotations__.items() if name not in ("plan", "return")]
-        self.num_tensors = sum("Tensor" in kind for kind in kinds)
-        assert all("Tensor" in kind for kind in kinds[: self.num_tensors])
+        kinds = {name: str(kind) for name, kind in launch.__annotations__.items() if name not in ("plan", "return")}
+        tensors = [name for name, kind in kinds.items() if "Tensor" in kind]
+        assert tensors == list(kinds)[: len(tensors)]
+        self.num_tensors = len(tensors)
+        self.readable = [(strided or {}).get(name, Tensor.contiguous) for name in tensors]
         self.several = "tuple" in str(launch.__annotations__["return"])
         self.custom = torch.library.custom_op(f"umt_kernels::{name}", self._planned(), mutates_args=())
         self.custom.register_fake(fake)
         self.apply: Callable | None = None
         if save is not None and backward is not None:
-            self.custom.register_autograd(backward, setup_context=save)
+            self.custom.register_autograd(backward, setup_context=self._save_for_custom(save))
             # Not `function.apply`, which first looks for torch.func: `runs_kernel` has done so.
             self.apply = super(torch.autograd.Function, self._function(save, backward, again)).apply  # type: ignore[misc]
 
-    def key(self, *arguments: Any) -> tuple | None:
+    def key(self, tensors: Sequence[Tensor | None], settings: tuple) -> tuple | None:
         """All about the arguments but the tensors' data. None where plans are not kept: inside torch.compile,
         torch.func and forward mode, and for fake or distributed tensors."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
         if forward_ad._current_level >= 0 or backend.REFERENCE_ONLY:
             return None
-        parts = [self.name, torch.is_grad_enabled(), backend.INTERPRETED]
-        for x in arguments:
-            kind = type(x)
-            if kind in _SETTINGS:
-                parts.append(x)
-            elif kind in _PLAIN:
+        if not _SETTINGS.issuperset(map(type, settings)):
+            found = _hashable(settings)
+            if found is None:
+                return None
+            settings = found
+        parts: list[Any] = [self.name, torch.is_grad_enabled(), backend.INTERPRETED, settings]
+        for x in tensors:
+            if x is None:
+                parts.append(None)
+            elif type(x) in _PLAIN:
                 parts += x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, x.requires_grad
-            elif (kind is tuple or kind is list) and set(map(type, x)) <= _NUMBERS:
-                parts.append(tuple(x))
             else:
                 return None
         return tuple(parts)
 
-    def __call__(self, *inputs: Any, key: tuple | None = None, plan: Plan | None = None) -> Any:
-        if plan is None:
-            if key is None:
-                key = self.key(*inputs)
-            if key is None:
-                return self.custom(*inputs)
-            plan = launch.PLANS.get(key) or self._keep(key, inputs)
+    def __call__(self, *inputs: Any, key: tuple | None = None) -> Any:
+        tensors = inputs[: self.num_tensors]
+        if key is None:
+            key = self.key(tensors, inputs[self.num_tensors :])
+        if key is None:
+            return self.custom(*inputs)
+        plan = launch.PLANS.get(key) or launch.keep(key, self._plan(inputs))
         if not plan.differentiable:
-            return self.launch(plan, *inputs)
-        count = self.num_tensors  # autograd looks at each argument: settings go in one
-        output = self.apply(*inputs[:count], inputs[count:], plan)  # type: ignore[misc]
+            return self._run(plan, tensors)
+        output = self.apply(*tensors, plan)  # type: ignore[misc]
         return (output,) if self.several and self.visible == 1 else output
 
-    def _keep(self, key: tuple, inputs: Sequence[Any]) -> Plan:
-        plan = launch.keep(key, self.prepare(*inputs))
-        wanted = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-        plan.inputs = tuple(None if isinstance(x, Tensor) else x for x in inputs)
+    def planned(self, plan: Plan, *tensors: Tensor | None) -> Any:
+        """A call that fits a kept plan: its visible outputs."""
+        if plan.differentiable:
+            return self.apply(*tensors, plan)  # type: ignore[misc]
+        output = self._run(plan, tensors)
+        if not self.several:
+            return output
+        return output[0] if self.visible == 1 else output[: self.visible]
+
+    def _plan(self, inputs: Sequence[Any]) -> Plan:
+        tensors, settings = inputs[: self.num_tensors], inputs[self.num_tensors :]
+        given = [x if x is None else copy(x) for x, copy in zip(tensors, self.readable, strict=True)]
+        plan = self.prepare(*given, *settings)
+        plan.inputs = tuple(settings)
+        plan.copies = tuple((i, self.readable[i]) for i, x in enumerate(given) if x is not tensors[i])
+        wanted = any(x is not None and x.requires_grad for x in tensors)
         plan.differentiable = wanted and self.apply is not None and torch.is_grad_enabled()
         return plan
+
+    def _run(self, plan: Plan, tensors: Sequence[Any]) -> Any:
+        if plan.copies:
+            tensors = list(tensors)
+            for place, copy in plan.copies:
+                tensors[place] = copy(tensors[place])
+        return self.launch(plan, *tensors, *plan.inputs)
 
     def _planned(self) -> Callable:
         """`launch` without its first parameter, for torch.library, which reads the signature."""
 
         def run(*inputs: Any) -> Any:
-            key = self.key(*inputs)
-            known = None if key is None else launch.PLANS.get(key) or self._keep(key, inputs)
-            output = self.launch(known or self.prepare(*inputs), *inputs)
+            key = self.key(inputs[: self.num_tensors], inputs[self.num_tensors :])
+            plan = None if key is None else launch.PLANS.get(key)
+            if plan is None:
+                plan = self._plan(inputs) if key is None else launch.keep(key, self._plan(inputs))
+            output = self._run(plan, inputs[: self.num_tensors])
             if type(output) is not tuple:
                 return output
             return tuple(inputs[0].new_empty(0, dtype=torch.float32) if x is None else x for x in output)
@@ -154,21 +195,32 @@ class KernelOp:
         run.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])  # type: ignore[attr-defined]
         return run
 
-    def _function(self, save: Callable, backward: Callable, again: Callable | None) -> Any:
-        launch, several, visible, count = self.launch, self.several, self.visible, self.num_tensors
+    def _save_for_custom(self, save: Callable) -> Callable:
+        """`save` where all outputs are visible to autograd: those of them that nobody uses get no gradient of zeros."""
 
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            *tensors, settings, plan = arguments
-            inputs = (*tensors, *settings)
-            output = launch(plan, *inputs)
+        def save_all(ctx: Any, inputs: tuple, output: Any) -> None:
             save(ctx, inputs, output)
+            ctx.set_materialize_grads(False)
+
+        return save_all
+
+    def _function(self, save: Callable, backward: Callable, again: Callable | None) -> Any:
+        run, launch, several, visible, count = self._run, self.launch, self.several, self.visible, self.num_tensors
+
+        def forward(ctx: Any, *arguments: Any) -> Any:  # autograd looks at each argument: settings are in the plan
+            plan = arguments[count]
+            inputs = arguments[:count] + plan.inputs
+            output = run(plan, arguments[:count]) if plan.copies else launch(plan, *inputs)
+            save(ctx, inputs, output)
+            if visible > 1:
+                ctx.set_materialize_grads(False)
             if not several:
                 return output
             return output[0] if visible == 1 else output[:visible]  # the others would be wrapped for nothing
 
         def differentiate(ctx: Any, *gradients: Any) -> Any:
             function = again if again is not None and torch.is_grad_enabled() else backward
-            return *function(ctx, *gradients)[:count], None, None
+            return *function(ctx, *gradients)[:count], None
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
         return type(self.name, (torch.autograd.Function,), methods)

@@ -19,7 +19,7 @@ from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_tensors
 from umt_kernels.dispatch import KernelOp, runs_kernel
-from umt_kernels.launch import PLANS, Plan, contiguous, resident_programs, share
+from umt_kernels.launch import PLANS, Plan, resident_programs, share
 from umt_kernels.matmul import GROUP, LARGEST, Activation, matmul
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def quantize_rows(x: Float[Tensor, "... k"], dtype: torch.dtype) -> EightBit:
     Raises TypeError for another dtype.
     """
     inputs = (x, None, None, None, 0.0, dtype, False)
-    key = _quantise.key(*inputs)
+    key = _quantise.key(inputs[:4], inputs[4:])
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None:
         _check_dtype(dtype)
@@ -67,7 +67,7 @@ def add_layer_norm_8bit(
     Raises ValueError for shapes or devices that do not fit, TypeError for a dtype that does not.
     """
     inputs = (residual, branch, weight, bias, eps, dtype, True)
-    key = _quantise.key(*inputs)
+    key = _quantise.key(inputs[:4], inputs[4:])
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None:
         _check_dtype(dtype)
@@ -131,9 +131,11 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 
 def _run(inputs: tuple, key: tuple | None, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor]:
-    if plan is None and not runs_kernel("eight_bit", *inputs[:4]):
+    if plan is not None:
+        return _quantise.planned(plan, *inputs[:4])
+    if not runs_kernel("eight_bit", *inputs[:4]):
         return reference.quantize_rows(*inputs)
-    return _quantise(*inputs, key=key, plan=plan)
+    return _quantise(*inputs, key=key)
 
 
 def _prepare(
@@ -179,10 +181,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + branch (empty without a branch), 8-bit values of it or of its norm, and their scales [rows]."""
     total, values, scale = plan.allocate(x.device)
-    plan.launch(
-        x.contiguous(), contiguous(branch), contiguous(weight), contiguous(bias),
-        None if branch is None else total, values, scale,
-    )  # fmt: skip
+    plan.launch((x, branch, weight, bias), (None if branch is None else total, values, scale))
     return total, values, scale
 
 
@@ -195,7 +194,7 @@ def _fake(x, branch, weight, bias, eps, dtype, norm):
     return x.new_empty(of_total), x.new_empty(of_values, dtype=dtype), x.new_empty(of_scale, dtype=torch.float32)
 
 
-_quantise = KernelOp("quantize_rows", _prepare, _launch, _fake)
+_quantise = KernelOp("quantize_rows", _prepare, _launch, _fake, visible=3)
 
 
 if triton is not None:

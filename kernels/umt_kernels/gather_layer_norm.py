@@ -12,7 +12,7 @@ from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_id_values, check_ids, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
 from umt_kernels.gather_layer_norm_backward import backward, row_strides
-from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous, resident_programs, share
+from umt_kernels.launch import PLANS, Plan, last_contiguous, resident_programs, share
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def gather_layer_norm(
     Statistics are float32. No atomics: gradients are the same every time. Raises ValueError for shapes or devices that
     do not fit, an id out of range, or one given twice for an x that has a gradient; TypeError for a dtype.
     """
-    key = _forward.key(x, weight, bias, row_ids, position, position_ids, eps, out_dtype, padded, rms)
+    key = _forward.key((x, weight, bias, row_ids, position, position_ids), (eps, out_dtype, padded, rms))
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None:
         if is_distributed(x, weight, bias, row_ids, position, position_ids):
@@ -71,13 +71,14 @@ def gather_layer_norm(
     if position_ids is not None:
         assert position is not None
         check_id_values("position_ids", position_ids, len(position), "position has {} rows", padded=padded)
+    if plan is not None:
+        return _forward.planned(plan, x, weight, bias, row_ids, position, position_ids)
     dtype = x.dtype if out_dtype is None else out_dtype
-    if plan is None and not _runs_kernel(x, weight, bias, row_ids, position, dtype):
+    if not _runs_kernel(x, weight, bias, row_ids, position, dtype):
         return reference.gather_layer_norm(
             x, weight, bias, eps, row_ids, position, position_ids, dtype=dtype, padded=padded, rms=rms
         )
-    tensors = (x, weight, bias, row_ids, position, position_ids)
-    return _forward(*tensors, float(eps), dtype, padded, rms, key=key, plan=plan)[0]
+    return _forward(x, weight, bias, row_ids, position, position_ids, float(eps), dtype, padded, rms, key=key)[0]
 
 
 def gather_rms_norm(
@@ -160,7 +161,6 @@ def _prepare(
     padded: bool,
     rms: bool,
 ) -> Plan:
-    x = last_contiguous(x)
     layers, (batch, length, width) = (1 if x.dim() == 3 else len(x)), x.shape[-3:]
     kept = length if row_ids is None else row_ids.shape[1]
     masks = 1 if row_ids is None else len(row_ids) // max(1, batch)
@@ -198,10 +198,7 @@ def _launch(
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
     y, statistics = plan.allocate(x.device)
-    plan.launch(
-        last_contiguous(x), contiguous(weight), contiguous(bias), contiguous(row_ids), contiguous(position),
-        contiguous(position_ids), y, statistics,
-    )  # fmt: skip
+    plan.launch((x, weight, bias, row_ids, position, position_ids), (y, statistics))
     return y, statistics
 
 
@@ -222,7 +219,6 @@ def forward_config(width: int) -> dict[str, int]:
 def _save(ctx, inputs, output):
     *tensors, ctx.eps, ctx.dtype, ctx.padded, ctx.rms = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, _grad_statistics=None):
@@ -264,7 +260,16 @@ def _differentiate_again(ctx, grad):
     return grad_x, grad_weight, grad_bias, None, grad_position, *(None,) * 5
 
 
-_forward = KernelOp("gather_layer_norm", _prepare, _launch, _fake, _save, _differentiate, _differentiate_again)
+_forward = KernelOp(
+    "gather_layer_norm",
+    _prepare,
+    _launch,
+    _fake,
+    _save,
+    _differentiate,
+    _differentiate_again,
+    strided={"x": last_contiguous},
+)
 
 
 if triton is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.dispatch import KernelOp
-from umt_kernels.launch import Plan, contiguous, last_contiguous, resident_programs, share
+from umt_kernels.launch import Plan, last_contiguous, resident_programs, share
 from umt_kernels.reductions import add_up, plan_sums
 
 if triton is not None:
@@ -26,7 +26,6 @@ def _prepare(
     padded: bool,
     rms: bool,
 ) -> Plan:
-    x, grad = last_contiguous(x), last_contiguous(grad)
     layers, (batch, length, width) = (1 if x.dim() == 3 else len(x)), x.shape[-3:]
     kept = length if row_ids is None else row_ids.shape[1]
     masks = 1 if row_ids is None else len(row_ids) // max(1, batch)
@@ -68,8 +67,8 @@ def _launch(
     inverse = None
     if row_ids is not None:
         (inverse,) = inversion.allocate(x.device)
-        inversion.launch(row_ids.contiguous(), inverse)
-    plan.launch(last_contiguous(grad), last_contiguous(x), contiguous(weight), inverse, statistics, grad_x, partial)
+        inversion.launch((row_ids,), (inverse,))
+    plan.launch((grad, x, weight, inverse, statistics), (grad_x, partial))
     grad_weight, grad_bias = add_up(sums, partial, weight, bias)
     return grad_x, grad_weight, grad_bias
 
@@ -104,7 +103,13 @@ def backward_config(width: int) -> dict[str, int]:
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
 
 
-backward = KernelOp("gather_layer_norm_backward", _prepare, _launch, _fake)
+backward = KernelOp(
+    "gather_layer_norm_backward",
+    _prepare,
+    _launch,
+    _fake,
+    strided={"grad": last_contiguous, "x": last_contiguous},
+)
 
 
 if triton is not None:

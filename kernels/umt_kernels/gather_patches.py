@@ -10,9 +10,9 @@ from torch import Tensor
 
 from umt_kernels import reference
 from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
-from umt_kernels.checks import check_id_values, check_ids, check_ints, check_tensors
+from umt_kernels.checks import check_id_values, check_ids, check_ints, check_tensors, sees_ids
 from umt_kernels.dispatch import KernelOp, runs_kernel
-from umt_kernels.launch import PLANS, Plan, contiguous
+from umt_kernels.launch import PLANS, Plan, as_is
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def gather_patches(
     Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
     range, tensors on two devices, or `mean` and `std` that are not one number per channel, of `std` positive ones.
     """
-    key = _forward.key(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype, layout, padded)
+    key = _forward.key((clip, token_ids), (patch_size, tubelet_size, halo, mean, std, dtype, layout, padded))
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is not None:
-        settings: tuple[Any, ...] = plan.inputs[2:]
+        settings: tuple[Any, ...] = plan.inputs
         order, patch, tubelet = settings[:3]
         clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
     else:
@@ -85,7 +85,7 @@ def gather_patches(
         if token_ids is not None:
             check_ids("token_ids", token_ids, clip.shape[0], sets=True)
         settings = (order, patch, tubelet, around, means or [], stds or [], dtype, padded)
-    if token_ids is not None:
+    if token_ids is not None and sees_ids(token_ids):
         tokens = _shape(clip, None, order, patch, tubelet, [0, 0])[1]
         check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
     if plan is None and not _runs_kernel(clip, dtype, means, patch, tubelet, around, token_ids):
@@ -94,7 +94,9 @@ def gather_patches(
             padded,
         )  # fmt: skip
     clip = clip.detach() if clip.requires_grad else clip
-    return _forward(clip, token_ids, *settings, key=key, plan=plan)
+    if plan is not None:
+        return _forward.planned(plan, clip, token_ids)
+    return _forward(clip, token_ids, *settings, key=key)
 
 
 def _sizes(
@@ -252,7 +254,7 @@ def _launch(
     padded: bool,
 ) -> Tensor:
     (rows,) = plan.allocate(clip.device)
-    plan.launch(readable(clip, layout), contiguous(token_ids), rows)
+    plan.launch((readable(clip, layout), token_ids), (rows,))
     return rows
 
 
@@ -304,7 +306,7 @@ def _fake(clip, token_ids, layout, patch, tubelet, halo, mean, std, dtype, padde
     return clip.new_empty(_shape(clip, token_ids, layout, patch, tubelet, halo), dtype=dtype)
 
 
-_forward = KernelOp("gather_patches", _prepare, _launch, _fake)
+_forward = KernelOp("gather_patches", _prepare, _launch, _fake, strided={"clip": as_is})
 
 
 if triton is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,25 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def as_is(x: Tensor) -> Tensor:
+    return x
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x, copied unless it can be read as a matrix: all dimensions but the last as one."""
+    return x.contiguous() if row_stride(x) is None else x
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Distance between two rows of x; None if it differs from row to row, or if rows are not contiguous."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    if x.stride(-1) != 1:
+        return None
+    leading = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size != 1]
+    if any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(leading)):
+        return None
+    return leading[-1][1] if leading else x.shape[-1]
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -63,23 +81,31 @@ class Plan:
     ones and launches it directly. The kernel's parameters are tensors, then numbers, then settings, in that order. A
     grid of 0 launches nothing.
 
-    outputs         shape and dtype of each tensor that `allocate` makes.
-    parts           plans of smaller kernels launched before or after.
-    inputs          of the first call, None in place of tensors.
-    differentiable  whether autograd records calls that use this plan.
+    outputs    shape and dtype of each tensor that `allocate` makes; None in place of one that is not requested.
+    parts      plans of other kernels of the same call.
+    unaligned  plan that replaces this one where a tensor is not aligned, for kernels with tensor descriptors.
+
+    `KernelOp` sets the rest, about calls that use this plan:
+
+    inputs          settings of the op, which are the same in all of them.
+    copies          (place among the tensors, function that copies) of those whose strides the kernel cannot read.
+    differentiable  whether autograd records them.
     """
 
     __slots__ = (
         "compiled",
+        "copies",
         "differentiable",
         "grid",
         "inputs",
         "kernel",
+        "nothing",
         "numbers",
         "outputs",
         "parts",
         "settings",
         "tail",
+        "unaligned",
     )
 
     def __init__(
@@ -88,51 +114,57 @@ class Plan:
         grid: tuple[int, ...],
         numbers: tuple,
         settings: dict[str, Any],
-        outputs: Sequence[tuple[Sequence[int], torch.dtype]] = (),
+        outputs: Sequence[tuple[Sequence[int], torch.dtype] | None] = (),
         parts: tuple[Plan, ...] = (),
+        unaligned: Plan | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (*grid, 1, 1)[:3]
         self.numbers = numbers
         self.settings = settings
-        self.outputs = [(tuple(shape), _strides(shape), dtype) for shape, dtype in outputs]
+        self.outputs = [x if x is None else (tuple(x[0]), _strides(x[0]), x[1]) for x in outputs]
         self.parts = parts
+        self.unaligned = unaligned
+        self.nothing = 0 in self.grid
         self.tail = (*numbers, *(settings[name] for name in kernel.arg_names if name in settings))
         self.compiled: Any = None
         self.inputs: tuple = ()
+        self.copies: tuple[tuple[int, Callable[[Tensor], Tensor]], ...] = ()
         self.differentiable = False
 
-    def allocate(self, device: torch.device) -> list[Tensor]:
+    def allocate(self, device: torch.device) -> list[Any]:
         """Unwritten, contiguous outputs. The quickest of PyTorch's ways to get one."""
-        return [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.outputs
-        ]
+        return [x if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in self.outputs]
 
-    def launch(self, *tensors: Any, pointers: tuple[Tensor | None, ...] | None = None) -> None:
-        """Launch on tensors or None, in the order of the kernel's parameters, a tensor first.
+    def launch(
+        self,
+        tensors: Sequence[Any],
+        outputs: Sequence[Tensor | None] = (),
+        pointers: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Launch on tensors or None, a tensor first, then `outputs`, in the order of the kernel's parameters.
 
-        Where some are tensor descriptors, `pointers` are the tensors whose alignment counts.
+        outputs   are from `allocate`, which aligns them.
+        pointers  are the tensors whose alignment counts, where `tensors` holds tensor descriptors.
         """
-        if 0 in self.grid:
+        if self.nothing:
             return None
-        pointers = tensors if pointers is None else pointers
-        device = pointers[0].device  # type: ignore[union-attr]
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self._launch(tensors, pointers)
-        return self._launch(tensors, pointers)
-
-    def _launch(self, tensors: tuple[Any, ...], pointers: tuple[Tensor | None, ...]) -> None:
+        checked = tensors if pointers is None else pointers
+        first = checked[0] if checked else outputs[0]
+        if first.is_cuda and first.device.index != torch.cuda.current_device():  # type: ignore[union-attr]
+            with torch.cuda.device(first.device):  # type: ignore[union-attr]
+                return self.launch(tensors, outputs, pointers)
         addresses = 0
-        for x in pointers:
+        for x in checked:
             if x is not None:
                 addresses |= x.data_ptr()
         if addresses & 15:
-            self.kernel[self.grid](*tensors, *self.numbers, **self.settings)
-        elif self.compiled is None:
-            self.compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.settings)  # None if interpreted
+            self.kernel[self.grid](*tensors, *outputs, *self.numbers, **self.settings)
+        elif self.compiled is None:  # and stays so in the interpreter
+            self.compiled = self.kernel[self.grid](*tensors, *outputs, *self.numbers, **self.settings)
         else:
-            self.compiled[self.grid](*tensors, *self.tail)
+            self.compiled[self.grid](*tensors, *outputs, *self.tail)
+        return None
 
 
 PLANS: dict[tuple, Plan] = {}

@@ -1,4 +1,4 @@
-"""The matrix product under `linear`, `mlp` and `eight_bit`: one Triton kernel with an epilogue, and its tile sizes.
+"""The matrix product under `linear`, `mlp` and `eight_bit`: where its kernel runs, with which tiles, and its launch.
 
 On Hopper and datacentre Blackwell GPUs the tiles come and go by tensor descriptors (TMA) and one program per
 multiprocessor walks over the output; elsewhere each program computes one tile and its loads are pipelined by cp.async.
@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from umt_kernels.backend import INTERPRETED, runs_triton, triton
 from umt_kernels.dispatch import KernelOp, is_transformed
-from umt_kernels.launch import Plan, contiguous, last_contiguous
+from umt_kernels.launch import Plan, as_rows, row_stride
 from umt_kernels.sharding import is_distributed
 
 if triton is not None:
-    import triton.language as tl
     from triton.runtime import driver
     from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from umt_kernels.matmul_kernel import kernel
 
 Activation = Literal["gelu", "quick_gelu"]
 """Exact GELU (arXiv 1606.08415) and x sigmoid(1.702 x), as CLIP has it."""
@@ -44,16 +45,16 @@ def _shapes(
     a: Tensor, n: int, out_dtype: torch.dtype, keep_before: bool, column_sums: bool
 ) -> tuple[tuple[int, ...] | None, ...]:
     """Shapes of the result, the activation's input, column sums and scales; None for what is not requested."""
-    m = a.shape[0]
+    m = a.shape[:-1].numel()
     return (
-        (m, n),
+        (*a.shape[:-1], n),
         (m, n) if keep_before else None,
         (-(-m // _tile_rows(a.element_size())), n) if column_sums else None,
         (-(-n // GROUP), m) if out_dtype in LARGEST else None,
     )
 
 
-def _prepare(
+def prepare(
     a: Tensor,
     b: Tensor,
     bias: Tensor | None,
@@ -67,14 +68,14 @@ def _prepare(
     keep_before: bool,
     column_sums: bool,
 ) -> Plan:
-    a, b = last_contiguous(a), last_contiguous(b)
-    (m, k), n = a.shape, b.shape[1] if transposed else b.shape[0]
+    """Plan for `multiply`. All dimensions of a and residual but the last count as one."""
+    m, k, n = a.shape[:-1].numel(), a.shape[-1], b.shape[1] if transposed else b.shape[0]
+    a_row, b_row, residual_row = (None if x is None else row_stride(x) for x in (a, b, residual))
     capability, multiprocessors = target(a.device)
     grouped = a_scale is not None and a_scale.dim() == 2
     tile = config(m, n, a.element_size(), capability, grouped, out_dtype in LARGEST, keep_before)
     tiles = triton.cdiv(m, tile["ROWS"]) * triton.cdiv(n, tile["COLUMNS"])
-    residual_row = 0 if residual is None else last_contiguous(residual).stride(0)
-    numbers = (m, n, k, a.stride(0), b.stride(0), residual_row)
+    numbers = (m, n, k, a_row, b_row, residual_row or 0)
     settings = {
         "TRANSPOSED": transposed,
         "ACTIVATION": activation,
@@ -87,27 +88,28 @@ def _prepare(
     }
     dtypes = (out_dtype, out_dtype, torch.float32, torch.float32)
     pairs = zip(_shapes(a, n, out_dtype, keep_before, column_sums), dtypes, strict=True)
-    outputs = tuple((shape, dtype) for shape, dtype in pairs if shape is not None)
+    outputs = tuple(None if shape is None else (shape, dtype) for shape, dtype in pairs)
 
-    def plan(descriptors: bool, programs: int, parts: tuple[Plan, ...] = ()) -> Plan:
+    def plan(descriptors: bool, programs: int, unaligned: Plan | None = None) -> Plan:
         form = {"DESCRIPTORS": descriptors, "FLATTEN": descriptors, **settings}
-        return Plan(_kernel, (programs,), numbers, form, outputs, parts)
+        return Plan(kernel, (programs,), numbers, form, outputs, unaligned=unaligned)
 
     by_pointers = plan(False, tiles)
-    rows = [(a.stride(0), a.dtype), (b.stride(0), b.dtype), (n, out_dtype)]
+    rows = [(a_row, a.dtype), (b_row, b.dtype), (n, out_dtype)]
     rows += [(residual_row, residual.dtype)] if residual is not None else []
     rows += [(n, derivative_at.dtype)] if derivative_at is not None else []
     if capability not in TENSOR_DESCRIPTORS or m * n == 0 or not all(_describable(*row) for row in rows):
         return by_pointers
-    return plan(True, min(tiles, multiprocessors), (by_pointers,))
+    return plan(True, min(tiles, multiprocessors), by_pointers)
 
 
-def _describable(row: int, dtype: torch.dtype) -> bool:
-    """Whether TMA can move rows of `row` elements: they must begin on 16-byte boundaries.
+def _describable(row: int | None, dtype: torch.dtype) -> bool:
+    """Whether TMA can move rows that are `row` elements apart: they must begin on 16-byte boundaries, and not all in one
+    place.
 
     Triton 3.5's interpreter counts elements.
     """
-    return row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0
+    return row is not None and row > 0 and row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0
 
 
 def _launch(
@@ -135,27 +137,48 @@ def _launch(
     `column_sums` the sums over rows of every tile [tiles,n], float32; scales [n / GROUP, m]. Others are None, or empty
     under torch.compile.
     """
-    out, *asked = plan.allocate(a.device)
-    before = asked.pop(0) if keep_before else None
-    sums = asked.pop(0) if column_sums else None
-    out_scale = asked.pop(0) if asked else None
-    at = before if keep_before else contiguous(derivative_at)
-    moved = (last_contiguous(a), last_contiguous(b), out, None if residual is None else last_contiguous(residual), at)
-    rest = (
-        contiguous(bias), sums, contiguous(a_scale), contiguous(b_scale), out_scale
-    )  # fmt: skip
-    if plan.parts and any(x is not None and x.data_ptr() % 16 for x in moved):
-        plan = plan.parts[0]
-    plan.launch(*(_described(moved, plan.settings) if plan.parts else moved), *rest, pointers=(*moved, *rest))
-    return out, before, sums, out_scale  # type: ignore[return-value]
+    return multiply(plan, a, b, bias, residual, derivative_at, a_scale, b_scale)
 
 
-def _described(moved: tuple[Tensor | None, ...], tile: dict[str, int]) -> list[TensorDescriptor | None]:
+def multiply(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    derivative_at: Tensor | None = None,
+    a_scale: Tensor | None = None,
+    b_scale: Tensor | None = None,
+) -> tuple[Tensor, Any, Any, Any]:
+    """Launch a plan of `prepare` on tensors that its kernel reads as they lie; `_launch` says what it returns."""
+    out, before, sums, out_scale = plan.allocate(a.device)
+    moved = (a, b, out, residual, derivative_at if before is None else before)
+    rest = (bias, sums, a_scale, b_scale, out_scale)
+    if plan.unaligned is None:
+        plan.launch((*moved, *rest))
+    elif any(x is not None and x.data_ptr() % 16 for x in moved):
+        plan.unaligned.launch((*moved, *rest))
+    else:
+        plan.launch((*_described(moved, plan), *rest), pointers=(*moved, *rest))
+    return out, before, sums, out_scale
+
+
+def _described(moved: tuple[Tensor | None, ...], plan: Plan) -> list[TensorDescriptor | None]:
+    (m, n, k, a_row, b_row, residual_row), tile = plan.numbers, plan.settings
     rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
     part = [rows, columns // tile["PARTS"]]
-    blocks = [[rows, depth], [depth, columns] if tile["TRANSPOSED"] else [columns, depth], part, part, part]
-    pairs = zip(moved, blocks, strict=True)
-    return [None if x is None else TensorDescriptor.from_tensor(x, block) for x, block in pairs]
+    transposed = tile["TRANSPOSED"]
+    forms = (
+        ([m, k], a_row, [rows, depth]),
+        ([k, n] if transposed else [n, k], b_row, [depth, columns] if transposed else [columns, depth]),
+        ([m, n], n, part),
+        ([m, n], residual_row, part),
+        ([m, n], n, part),
+    )
+    return [
+        None if x is None else TensorDescriptor(x, shape, [row, 1], block)
+        for x, (shape, row, block) in zip(moved, forms, strict=True)
+    ]
 
 
 def _fake(
@@ -167,7 +190,13 @@ def _fake(
     return tuple(a.new_empty(shape or 0, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
 
-_matmul = KernelOp("matmul", _prepare, _launch, _fake)
+_matmul = KernelOp(
+    "matmul",
+    prepare,
+    _launch,
+    _fake,
+    strided=dict.fromkeys(("a", "b", "residual"), as_rows),
+)
 
 
 def matmul(
@@ -184,17 +213,12 @@ def matmul(
     column_sums: bool = False,
     a_scale: Tensor | None = None,
     b_scale: Tensor | None = None,
-    key: tuple | None = None,
-    plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel; `_launch` says what its arguments are, `KernelOp` what key and plan are."""
+    """The kernel; `_launch` says what its arguments are."""
     return _matmul(
         a, b, bias, residual, derivative_at, a_scale, b_scale, out_dtype, transposed, activation, keep_before,
-        column_sums, key=key, plan=plan,
+        column_sums,
     )  # fmt: skip
-
-
-matmul_key = _matmul.key
 
 
 def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
@@ -260,205 +284,3 @@ def config(
 
 def _tile_rows(itemsize: int) -> int:
     return 64 if itemsize == 4 else 128
-
-
-if triton is not None:
-
-    @triton.jit
-    def _kernel(
-        a_ptr,  # [m, k]; this and the next four are tensor descriptors with DESCRIPTORS
-        b_ptr,  # [n, k], or [k, n] if TRANSPOSED
-        out_ptr,  # [m, n]
-        residual_ptr,  # [m, n] or None
-        before_ptr,  # [m, n] or None: read with DERIVATIVE, else written
-        bias_ptr,  # [n] or None
-        sums_ptr,  # [tiles of rows, n] or None
-        a_scale_ptr,  # [m], [k / DEPTH, m] if GROUPED, or None
-        b_scale_ptr,  # [n] or None
-        out_scale_ptr,  # [n / columns of a part, m] or None
-        m,
-        n,
-        k,
-        a_row,
-        b_row,
-        residual_row,
-        DESCRIPTORS: tl.constexpr,
-        TRANSPOSED: tl.constexpr,
-        ACTIVATION: tl.constexpr,
-        DERIVATIVE: tl.constexpr,
-        GROUPED: tl.constexpr,
-        LARGEST: tl.constexpr,
-        EVEN: tl.constexpr,
-        FLATTEN: tl.constexpr,
-        WIDEN: tl.constexpr,
-        ROWS: tl.constexpr,
-        COLUMNS: tl.constexpr,
-        DEPTH: tl.constexpr,
-        PARTS: tl.constexpr,
-        SWATH: tl.constexpr,
-    ):
-        PART: tl.constexpr = COLUMNS // PARTS
-        INTEGER: tl.constexpr = a_ptr.dtype.is_int() if DESCRIPTORS else a_ptr.dtype.element_ty.is_int()
-        SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
-        row_tiles = tl.cdiv(m, ROWS)
-        column_tiles = tl.cdiv(n, COLUMNS)
-        for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-            # Down SWATH tiles, then right: what programs side by side read stays in the L2.
-            swath = tile // (SWATH * column_tiles)
-            height = tl.minimum(row_tiles - swath * SWATH, SWATH)
-            inside = tile % (SWATH * column_tiles)
-            row_tile = swath * SWATH + inside % height
-            first_row = row_tile * ROWS
-            first_column = inside // height * COLUMNS
-            row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
-            column = (first_column + tl.arange(0, COLUMNS)).to(tl.int64)
-            deep = tl.arange(0, DEPTH)
-            a_place = tl.minimum(row, m - 1)[:, None] * a_row + deep[None, :]
-            if TRANSPOSED:
-                b_place = deep.to(tl.int64)[:, None] * b_row + column[None, :]
-            else:
-                b_place = tl.minimum(column, n - 1)[:, None] * b_row + deep[None, :]
-            scale_place = row
-            total = tl.zeros((ROWS, COLUMNS), tl.float32 if GROUPED else SUM)
-            for start in range(0, k, DEPTH):
-                if DESCRIPTORS:
-                    a = a_ptr.load([first_row, start])
-                    if TRANSPOSED:
-                        b = b_ptr.load([start, first_column])
-                    else:
-                        b = b_ptr.load([first_column, start]).T
-                else:
-                    within = deep < k - start
-                    if EVEN:
-                        a = tl.load(a_ptr + a_place)
-                    else:
-                        a = tl.load(a_ptr + a_place, mask=within[None, :], other=0.0)
-                    if TRANSPOSED:
-                        b = tl.load(b_ptr + b_place, mask=within[:, None] & (column < n)[None, :], other=0.0)
-                        b_place += DEPTH * b_row
-                    else:
-                        if EVEN:
-                            b = tl.load(b_ptr + b_place)
-                        else:
-                            b = tl.load(b_ptr + b_place, mask=within[None, :], other=0.0)
-                        b = b.T
-                        b_place += DEPTH
-                    a_place += DEPTH
-                if WIDEN:  # the interpreter multiplies the bits of bf16 and float8
-                    a = a.to(tl.float32)
-                    b = b.to(tl.float32)
-                if GROUPED:
-                    scale = tl.load(a_scale_ptr + scale_place, mask=row < m, other=0.0)
-                    scale_place += m
-                    total += tl.dot(a, b, out_dtype=SUM).to(tl.float32) * scale[:, None]
-                else:
-                    total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
-            total = total.to(tl.float32)
-            tensors = (
-                out_ptr, residual_ptr, before_ptr, bias_ptr, sums_ptr, a_scale_ptr, b_scale_ptr, out_scale_ptr
-            )  # fmt: skip
-            sizes = (m, n, residual_row)
-            settings: tl.constexpr = (DESCRIPTORS, ACTIVATION, DERIVATIVE, GROUPED, LARGEST, ROWS, PART)
-            if PARTS == 1:
-                _finish(total, first_row, first_column, row_tile, tensors, sizes, settings)
-            else:
-                left, right = _halves(total)
-                if PARTS == 2:
-                    _finish(left, first_row, first_column, row_tile, tensors, sizes, settings)
-                    _finish(right, first_row, first_column + PART, row_tile, tensors, sizes, settings)
-                else:
-                    first, second = _halves(left)
-                    _finish(first, first_row, first_column, row_tile, tensors, sizes, settings)
-                    _finish(second, first_row, first_column + PART, row_tile, tensors, sizes, settings)
-                    third, fourth = _halves(right)
-                    _finish(third, first_row, first_column + 2 * PART, row_tile, tensors, sizes, settings)
-                    _finish(fourth, first_row, first_column + 3 * PART, row_tile, tensors, sizes, settings)
-
-    @triton.jit
-    def _halves(x):
-        """The left and the right half of a tile's columns."""
-        rows: tl.constexpr = x.shape[0]
-        columns: tl.constexpr = x.shape[1]
-        return tl.split(tl.permute(tl.reshape(x, (rows, 2, columns // 2)), (0, 2, 1)))
-
-    @triton.jit
-    def _finish(x, first_row, first_column, row_tile, tensors, sizes, SETTINGS: tl.constexpr):
-        """The epilogue of one part of a tile: x [ROWS, PART], float32."""
-        out_ptr, residual_ptr, before_ptr, bias_ptr, sums_ptr, a_scale_ptr, b_scale_ptr, out_scale_ptr = tensors
-        m, n, residual_row = sizes
-        DESCRIPTORS: tl.constexpr = SETTINGS[0]
-        ACTIVATION: tl.constexpr = SETTINGS[1]
-        DERIVATIVE: tl.constexpr = SETTINGS[2]
-        GROUPED: tl.constexpr = SETTINGS[3]
-        LARGEST: tl.constexpr = SETTINGS[4]
-        ROWS: tl.constexpr = SETTINGS[5]
-        PART: tl.constexpr = SETTINGS[6]
-        row = (first_row + tl.arange(0, ROWS)).to(tl.int64)
-        column = (first_column + tl.arange(0, PART)).to(tl.int64)
-        here = row < m
-        valid = column < n
-        mask = here[:, None] & valid[None, :]
-        place = row[:, None] * n + column[None, :]
-        if a_scale_ptr is not None and not GROUPED:
-            x *= tl.load(a_scale_ptr + row, mask=here, other=0.0)[:, None]
-        if b_scale_ptr is not None:
-            x *= tl.load(b_scale_ptr + column, mask=valid, other=0.0)[None, :]
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)[None, :]
-        if DERIVATIVE:
-            if DESCRIPTORS:
-                at = before_ptr.load([first_row, first_column])
-            else:
-                at = tl.load(before_ptr + place, mask=mask, other=0.0)
-            x *= _slope(at.to(tl.float32), ACTIVATION)
-        else:
-            if before_ptr is not None:
-                if DESCRIPTORS:
-                    before_ptr.store([first_row, first_column], x.to(before_ptr.dtype))
-                else:
-                    tl.store(before_ptr + place, x.to(before_ptr.dtype.element_ty), mask=mask)
-            x = _activate(x, ACTIVATION)
-        if residual_ptr is not None:
-            if DESCRIPTORS:
-                residual = residual_ptr.load([first_row, first_column])
-            else:
-                residual = tl.load(residual_ptr + (row[:, None] * residual_row + column[None, :]), mask=mask, other=0.0)
-            x += residual.to(tl.float32)
-        if sums_ptr is not None:
-            total = tl.sum(tl.where(here[:, None], x, 0.0), axis=0)
-            tl.store(sums_ptr + row_tile.to(tl.int64) * n + column, total, mask=valid)
-        if out_scale_ptr is not None:
-            largest = tl.max(tl.where(valid[None, :], tl.abs(x), 0.0), axis=1)
-            scale = tl.maximum(largest, 1e-12) / LARGEST
-            group = (first_column // PART).to(tl.int64) * m
-            tl.store(out_scale_ptr + group + row, scale, mask=here)
-            x = _rounded(x / scale[:, None], out_ptr.dtype if DESCRIPTORS else out_ptr.dtype.element_ty)
-        if DESCRIPTORS:
-            out_ptr.store([first_row, first_column], x.to(out_ptr.dtype))
-        else:
-            tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=mask)
-
-    @triton.jit
-    def _activate(x, NAME: tl.constexpr):
-        if NAME == "gelu":
-            x = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-        elif NAME == "quick_gelu":
-            x = x * tl.sigmoid(1.702 * x)
-        return x
-
-    @triton.jit
-    def _slope(x, NAME: tl.constexpr):
-        """Derivative of the activation."""
-        if NAME == "gelu":
-            x = 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)) + 0.3989422804014327 * x * tl.exp(-0.5 * x * x)
-        elif NAME == "quick_gelu":
-            gate = tl.sigmoid(1.702 * x)
-            x = gate * (1.0 + 1.702 * x * (1.0 - gate))
-        return x
-
-    @triton.jit
-    def _rounded(x, DTYPE: tl.constexpr):
-        """Round to the nearest number of an 8-bit dtype; x is in its range. The float8 conversion rounds by itself."""
-        if DTYPE.is_int():
-            x = tl.floor(x + 0.5)
-        return x.to(DTYPE)

@@ -11,16 +11,16 @@ from torch import Tensor
 from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import (
-    EVERYWHERE,
     check_eps,
     check_floats,
     check_id_values,
     check_ids,
     check_ints,
     check_tensors,
+    sees_ids,
 )
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
-from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous
+from umt_kernels.launch import PLANS, Plan, as_is, last_contiguous
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def pixel_loss(
     TypeError for a dtype that does not.
     """
     key = _errors.key(
-        predictions, clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, weights,
-        reduction,
-    )  # fmt: skip
+        (predictions, clip, token_ids, weights),
+        (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, reduction, *shift),
+    )
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None and is_distributed(predictions, clip, token_ids, weights):
         return _on_shards(
@@ -88,20 +88,21 @@ def pixel_loss(
             float(eps),
             bool(eps_in_root),
             *numbers,
+            weights is None and reduction == "mean",
         )
     else:
-        settings = plan.inputs[3:]
-    if not token_ids.is_cuda or EVERYWHERE:
+        settings = plan.inputs
+    if sees_ids(token_ids):
         check_id_values("token_ids", token_ids, _num_tokens(clip, *settings[:2]), "a clip has {} tokens")
     clip = clip.detach() if clip.requires_grad else clip
-    if plan is None and not runs_kernel("pixel_loss", predictions, clip):
-        errors = reference.pixel_errors(predictions, clip, token_ids, *settings)
+    if plan is not None:
+        errors = _errors.planned(plan, predictions, clip, token_ids)
+    elif runs_kernel("pixel_loss", predictions, clip):
+        errors = _errors(predictions, clip, token_ids, *settings, key=key)
     else:
-        errors = _errors(predictions, clip, token_ids, *settings, key=key, plan=plan)
-    if reduction == "none":
-        return errors
+        errors = reference.pixel_errors(predictions, clip, token_ids, *settings)
     if weights is None:
-        return errors.mean()
+        return errors
     weights = weights.detach().to(errors.dtype)
     return (errors * weights).sum() / weights.sum()
 
@@ -177,9 +178,9 @@ def _prepare(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    mean: bool,
     backward: bool = False,
 ) -> Plan:
-    predictions = last_contiguous(predictions)
     if clip.dtype == torch.uint8:
         height, width = clip.shape[2:4]
         stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
@@ -190,11 +191,13 @@ def _prepare(
     numbers = (
         token_ids.shape[1], grid_height, grid_width, *predictions.stride()[:2],
         stride_b, stride_t, stride_h, stride_w, stride_c, *scale, *shift, eps,
+        1 / token_ids.numel() if mean else 1.0,
     )  # fmt: skip
     settings = {
         "NORMALISE": normalise,
         "EPS_IN_ROOT": eps_in_root,
         "BACKWARD": backward,
+        "MEAN": mean,
         "ALIGN": math.gcd(8, *predictions.stride()[:2]),
         "PATCH": patch_size,
         "TUBELET": tubelet_size,
@@ -216,11 +219,12 @@ def _launch(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    mean: bool,
 ) -> Tensor:
-    """Mean squared error of each row, float32 [B,M]."""
+    """Mean squared error of each row, float32 [B,M], or the mean of all."""
     (errors,) = plan.allocate(predictions.device)
-    plan.launch(last_contiguous(predictions), clip, contiguous(token_ids), errors, None)
-    return errors
+    plan.launch((predictions, clip, token_ids), (errors, None))
+    return errors.mean() if mean else errors
 
 
 def _prepare_gradient(predictions: Tensor, clip: Tensor, token_ids: Tensor, factors: Tensor, *settings: Any) -> Plan:
@@ -240,13 +244,14 @@ def _launch_gradient(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    mean: bool,
 ) -> Tensor:
-    """Gradient for `predictions`, whose rows' errors have the gradients `factors` [B,M].
+    """Gradient for `predictions`, where the errors of rows have the gradients `factors` [B,M], or their mean `factors`.
 
     The pixels are read again: that moves fewer bytes than keeping the differences would.
     """
     (grad,) = plan.allocate(predictions.device)
-    plan.launch(last_contiguous(predictions), clip, contiguous(token_ids), contiguous(factors), grad)
+    plan.launch((predictions, clip, token_ids, factors), (grad,))
     return grad
 
 
@@ -264,7 +269,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_errors):
     predictions, clip, token_ids = ctx.saved_tensors
     grad = _gradient(predictions, clip, token_ids, grad_errors, *ctx.settings)
-    return grad, *(None,) * 9
+    return grad, *(None,) * 10
 
 
 def _differentiate_again(ctx, grad_errors):
@@ -273,7 +278,7 @@ def _differentiate_again(ctx, grad_errors):
     def run(predictions):
         return reference.pixel_errors(predictions, clip, token_ids, *ctx.settings)
 
-    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 9
+    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 10
 
 
 _gradient = KernelOp(
@@ -281,15 +286,19 @@ _gradient = KernelOp(
     _prepare_gradient,
     _launch_gradient,
     lambda predictions, *_: torch.empty_like(predictions, memory_format=torch.contiguous_format),
+    strided={"predictions": last_contiguous, "clip": as_is},
 )
 _errors = KernelOp(
     "pixel_errors",
     _prepare,
     _launch,
-    lambda predictions, clip, token_ids, *_: predictions.new_empty(token_ids.shape, dtype=torch.float32),
+    lambda predictions, clip, token_ids, *settings: predictions.new_empty(
+        () if settings[-1] else token_ids.shape, dtype=torch.float32
+    ),
     _save,
     _differentiate,
     _differentiate_again,
+    strided={"predictions": last_contiguous, "clip": as_is},
 )
 
 
@@ -300,7 +309,7 @@ if triton is not None:
         x_ptr,  # predictions [B, M, F]
         clip_ptr,
         ids_ptr,  # [B, M]
-        row_ptr,  # [B, M]: errors, written; or their gradients, read
+        row_ptr,  # [B, M]: errors, written; or their gradients, read, with MEAN that of their mean
         dx_ptr,  # [B, M, F], contiguous
         kept,
         grid_height,
@@ -319,9 +328,11 @@ if triton is not None:
         shift_g,
         shift_b,
         eps,
+        share,  # of a row in the result
         NORMALISE: tl.constexpr,
         EPS_IN_ROOT: tl.constexpr,
         BACKWARD: tl.constexpr,
+        MEAN: tl.constexpr,
         ALIGN: tl.constexpr,  # a row of predictions begins at a multiple of so many numbers
         PATCH: tl.constexpr,
         TUBELET: tl.constexpr,
@@ -376,7 +387,7 @@ if triton is not None:
         x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         difference = tl.where(inside, x - target, 0.0)
         if BACKWARD:
-            factor = tl.load(row_ptr + row).to(tl.float32) * (2.0 / (3 * PIXELS))
+            factor = tl.load(row_ptr + (0 if MEAN else row)).to(tl.float32) * (2.0 / (3 * PIXELS)) * share
             to = row.to(tl.int64) * (3 * PIXELS) + column
             tl.store(dx_ptr + to, (difference * factor).to(dx_ptr.dtype.element_ty), mask=inside)
         else:

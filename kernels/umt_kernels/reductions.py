@@ -30,7 +30,7 @@ def add_up(plan: Plan, partial: Tensor, *like: Tensor | None) -> list[Tensor]:
     ]
     outputs = [x if x.numel() else None for x in sums]
     if any(x is not None for x in outputs):
-        plan.launch(partial, *outputs, *(None,) * (3 - len(outputs)))
+        plan.launch((partial,), (*outputs, *(None,) * (3 - len(outputs))))
     return sums
 
 

@@ -311,12 +311,14 @@ def pixel_errors(
     eps_in_root: bool,
     scale: Sequence[float],
     shift: Sequence[float],
+    mean: bool = False,
 ) -> Tensor:
     wide = _wide(predictions)
     targets = pixel_targets(
         clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
     )
-    return (wide - targets).square().mean(-1)
+    errors = (wide - targets).square().mean(-1)
+    return errors.mean() if mean else errors
 
 
 QUICK = 1.702

@@ -11,7 +11,7 @@ from umt_kernels import reference
 from umt_kernels.backend import next_power_of_2, triton
 from umt_kernels.checks import check_ints, check_tensors, reads_values
 from umt_kernels.dispatch import KernelOp, runs_kernel
-from umt_kernels.launch import PLANS, Plan, contiguous, last_contiguous
+from umt_kernels.launch import PLANS, Plan, last_contiguous
 from umt_kernels.sharding import is_distributed
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def sample_visible(
     the same law. Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P, `counts` is not [R] or a
     device differs.
     """
-    key = _draw.key(scores, counts, num_visible)
+    key = _draw.key((scores, counts), (num_visible,))
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None:
         if is_distributed(scores, counts):
@@ -71,7 +71,9 @@ def sample_visible(
     # On the device, so that it can be captured in a CUDA graph and drawn again at every replay.
     seed = torch.randint(2**62, (1,), device=scores.device, generator=generator)
     scores = scores.detach() if scores.requires_grad else scores
-    return _draw(scores, seed, counts, num_visible, key=key, plan=plan)
+    if plan is not None:
+        return _draw.planned(plan, scores, seed, counts)
+    return _draw(scores, seed, counts, num_visible, key=key)
 
 
 def _check_counts(counts: Tensor, rows: int, most: int) -> None:
@@ -88,7 +90,7 @@ def _check_counts(counts: Tensor, rows: int, most: int) -> None:
 
 def _prepare(scores: Tensor, seed: Tensor, counts: Tensor | None, num_visible: int) -> Plan:
     rows, patches = scores.shape
-    numbers = (rows, patches, num_visible, last_contiguous(scores).stride(0))
+    numbers = (rows, patches, num_visible, scores.stride(0))
     settings = {"COUNTED": counts is not None, **config(patches)}
     return Plan(
         _kernel, (triton.cdiv(rows, settings["ROWS"]),), numbers, settings, (((rows, num_visible), torch.int32),)
@@ -97,7 +99,7 @@ def _prepare(scores: Tensor, seed: Tensor, counts: Tensor | None, num_visible: i
 
 def _launch(plan: Plan, scores: Tensor, seed: Tensor, counts: Tensor | None, num_visible: int) -> Tensor:
     (drawn,) = plan.allocate(scores.device)
-    plan.launch(last_contiguous(scores), seed, contiguous(counts), drawn)
+    plan.launch((scores, seed, counts), (drawn,))
     return drawn
 
 
@@ -112,6 +114,7 @@ _draw = KernelOp(
     _prepare,
     _launch,
     lambda scores, seed, counts, num_visible: scores.new_empty(scores.shape[0], num_visible, dtype=torch.int32),
+    strided={"scores": last_contiguous},
 )
 
 
