@@ -36,8 +36,9 @@ class Fault:
 
 NORM, NORM_BACK = "gather_layer_norm.py", "gather_layer_norm_backward.py"
 ADD, ADD_BACK = "add_layer_norm.py", "add_layer_norm_backward.py"
-LOSS, PATCHES, PIXELS = "cosine_alignment_loss.py", "gather_patches.py", "pixel_loss.py"
-MATMUL, LINEAR, MLP, EIGHT = "matmul.py", "linear.py", "mlp.py", "eight_bit.py"
+LOSS, LOSS_OP, LOSS_KERNEL = (f"cosine_alignment_loss{part}.py" for part in ("", "_op", "_kernel"))
+PATCHES, PIXELS = "gather_patches.py", "pixel_loss.py"
+MATMUL, PRODUCT, LINEAR, MLP, EIGHT = "matmul.py", "matmul_kernel.py", "linear.py", "mlp.py", "eight_bit.py"
 SCORES, DRAW, CHECKS = "cls_scores.py", "sample_visible.py", "checks.py"
 
 FORMS = "test_forms_for_other_models"
@@ -46,6 +47,7 @@ T_LOSS = (f"test_cosine_alignment_loss.py::{FORMS}", "test_cosine_alignment_loss
 T_SHORT = ("test_cosine_alignment_loss.py::test_a_prediction_without_a_direction_gets_no_gradient",)
 T_EQUAL = ("test_cosine_alignment_loss.py::test_a_prediction_equal_to_its_target_gets_no_gradient",)
 T_TWICE = ("test_cosine_alignment_loss.py::test_the_last_backward_scales_in_place_and_earlier_ones_do_not",)
+T_NAN_LOSS = ("test_cosine_alignment_loss.py::test_a_nan_reaches_the_gradient",)
 T_PATCHES = ("test_gather_patches.py", "test_patch_embed.py")
 T_EMBED = (f"test_patch_embed.py::{FORMS}", "test_patch_embed.py")
 T_SCORES = ("test_cls_scores.py",)
@@ -79,6 +81,7 @@ T_ADD_FORMS, T_ADD_TYPES = (f"{ADDS}outputs_and_gradients_match_float64",), (f"{
 ADD_FAR = (f"{FAR}add_layer_norm",)
 T_LINEAR, T_MLP = ("test_linear.py::test_linear_matches_float64",), ("test_linear.py::test_mlp_matches_float64",)
 T_HALF = ("test_linear.py::test_gradients_of_float32_biases_are_sums_in_float32",)
+T_LARGE_HALF = ("test_linear.py::test_the_derivative_of_quick_gelu_at_large_float16_numbers",)
 T_ONCE = ("test_linear.py::test_the_result_is_rounded_once",)
 EIGHTS = "test_eight_bit.py::test_"
 T_ROWS = (f"{EIGHTS}rows_and_norms_are_rounded_to_the_nearest",)
@@ -92,6 +95,14 @@ T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_as_they_lie",), (f"{PIX}wei
 PIXELS_FAR = (f"{FAR}pixel_loss",)
 T_SHARDS, T_SUMS = ("test_sharding.py",), ("test_reductions.py",)
 T_FAKES = ("test_library.py::test_opcheck[gather_layer_norm]",)
+T_KEYS, T_COPIES, T_ROW_STRIDES = (
+    (f"test_{name}",)
+    for name in (
+        "dispatch.py::test_a_key_tells_calls_apart",
+        "dispatch.py::test_a_kept_plan_copies_what_its_kernel_cannot_read",
+        "launch.py::test_rows_at_equal_distances",
+    )
+)
 T_STRIDES = ("test_linear.py::test_strides_that_tensor_descriptors_cannot_have",)
 
 FAULTS = [
@@ -147,32 +158,33 @@ FAULTS = [
     Fault(NORM_BACK, "+ place.to(tl.int64) * x_l", "+ place * x_l", NORM_FAR),
     Fault(NORM_BACK, "x_row = layer.to(tl.int64) * x_k", "x_row = layer * x_k", NORM_FAR),
     # cosine_alignment_loss: signs, scales, weights, sets
-    Fault(LOSS, "loss = 2.0 - 2.0 * cosine", "loss = 1.0 - cosine", T_LOSS),
-    Fault(LOSS, "a = -2.0 * y_inv", "a = -1.0 * y_inv", T_LOSS),
-    Fault(LOSS, "cosine * y_inv * y_inv * factor", "cosine * y_inv * factor", T_LOSS),
-    Fault(LOSS, "norm > floor", "norm >= 0", T_SHORT),
+    Fault(LOSS_KERNEL, "loss = 2.0 - 2.0 * cosine", "loss = 1.0 - cosine", T_LOSS),
+    Fault(LOSS_KERNEL, "a = -2.0 * y_inv", "a = -1.0 * y_inv", T_LOSS),
+    Fault(LOSS_KERNEL, "cosine * y_inv * y_inv * factor", "cosine * y_inv * factor", T_LOSS),
+    Fault(LOSS_KERNEL, "norm > floor", "norm >= 0", T_SHORT),
     Fault(LOSS, "1e-4 if half else 1e-12", "1e-12", T_SHORT),
-    Fault(LOSS, "centred = tl.where(mask, x - mean[:, None], 0.0)", "centred = x - mean[:, None]", T_LOSS),
-    Fault(LOSS, "y = x * w + b", "y = x * w", T_LOSS),
+    Fault(LOSS_KERNEL, "centred = tl.where(mask, x - mean[:, None], 0.0)", "centred = x - mean[:, None]", T_LOSS),
+    Fault(LOSS_KERNEL, "y = x * w + b", "y = x * w", T_LOSS),
     Fault(LOSS, "valid = (target_ids >= 0).float()", "valid = torch.ones_like(target_ids).float()", T_LOSS, 1),
-    Fault(LOSS, "0 if shared else sets * rows", "0", T_LOSS),
-    Fault(LOSS, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
+    Fault(LOSS_OP, "0 if shared else sets * rows", "0", T_LOSS),
+    Fault(LOSS_KERNEL, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
     Fault(LOSS, "(count // row_weights.numel()))\n    # float16", "1)\n    # float16", T_LOSS),
-    Fault(LOSS, "total += loss * factor", "total = loss * factor", T_LOSS),
-    Fault(LOSS, "tl.abs(d) - 0.5 * beta", "tl.abs(d)", T_LOSS),
-    Fault(LOSS, "tl.where(d < 0, -1.0, 0.0)", "-1.0", T_EQUAL),
-    Fault(LOSS, "(factor / width)[:, None]", "factor[:, None]", T_LOSS),
-    Fault(LOSS, "- x * (share / width)[:, None]", "", T_LOSS),
-    Fault(LOSS, "partial_ptr + plane + place", "partial_ptr + place", T_LOSS),
-    Fault(LOSS, "or keeps_graph():", ":", T_TWICE),
-    Fault(LOSS, "if not IN_PLACE or factor != 1.0:", "if not IN_PLACE:", T_TWICE),
-    Fault(LOSS, "affine = affine * grad_loss", "affine = affine", T_LOSS),
-    Fault(LOSS, "grad_loss * row_weights", "grad_loss", T_LOSS),
-    Fault(LOSS, "mask=here, other=0).to(tl.int64)", "mask=here, other=0)", LOSS_FAR),
-    Fault(LOSS, "row_set.to(tl.int64) * x_r", "row_set * x_r", LOSS_FAR),
-    Fault(LOSS, "place.to(tl.int64) * x_m", "place * x_m", LOSS_FAR),
-    Fault(LOSS, "(row_set // masks).to(tl.int64) * t_b", "(row_set // masks) * t_b", LOSS_FAR),
-    Fault(LOSS, "layer = tl.program_id(1).to(tl.int64)", "layer = tl.program_id(1)", LOSS_FAR),
+    Fault(LOSS_KERNEL, "total += loss * factor", "total = loss * factor", T_LOSS),
+    Fault(LOSS_KERNEL, "tl.abs(d) - 0.5 * beta", "tl.abs(d)", T_LOSS),
+    Fault(LOSS_KERNEL, "tl.where(d < 0, -1.0, 0.0)", "-1.0", T_EQUAL),
+    Fault(LOSS_KERNEL, "(factor / width)[:, None]", "factor[:, None]", T_LOSS),
+    Fault(LOSS_KERNEL, "- x * (share / width)[:, None]", "", T_LOSS),
+    Fault(LOSS_KERNEL, "partial_ptr + plane + place", "partial_ptr + place", T_LOSS),
+    Fault(LOSS_OP, "or keeps_graph():", ":", T_TWICE),
+    Fault(LOSS_KERNEL, "if not IN_PLACE or factor != 1.0:", "if not IN_PLACE:", T_TWICE),
+    Fault(LOSS_OP, "else affine * grad_loss", "else affine", T_LOSS),
+    Fault(LOSS_KERNEL, "tl.where(d < 0, -1.0, d)))", "-1.0))", T_NAN_LOSS),
+    Fault(LOSS_OP, "grad_loss * row_weights", "grad_loss", T_LOSS),
+    Fault(LOSS_KERNEL, "mask=here, other=0).to(tl.int64)", "mask=here, other=0)", LOSS_FAR),
+    Fault(LOSS_KERNEL, "row_set.to(tl.int64) * x_r", "row_set * x_r", LOSS_FAR),
+    Fault(LOSS_KERNEL, "place.to(tl.int64) * x_m", "place * x_m", LOSS_FAR),
+    Fault(LOSS_KERNEL, "(row_set // masks).to(tl.int64) * t_b", "(row_set // masks) * t_b", LOSS_FAR),
+    Fault(LOSS_KERNEL, "layer = tl.program_id(1).to(tl.int64)", "layer = tl.program_id(1)", LOSS_FAR),
     # gather_patches and patch_embed: halos, channels, layouts
     Fault(PATCHES, "within % WINDOW - HALO_HEIGHT", "within % WINDOW", T_PATCHES),
     Fault(PATCHES, "tl.maximum(y, 0), height - 1)", "tl.maximum(y, 0), height)", T_PATCHES),
@@ -237,19 +249,20 @@ FAULTS = [
     Fault("reductions.py", "* width * PLANE", "* width", T_ADD),
     Fault("reductions.py", "c, d = tl.split(right)", "c, d = tl.split(left)", T_PIXELS, 0),
     # matmul, linear, mlp: tiles and the epilogue
-    Fault(MATMUL, "x = _activate(x, ACTIVATION)", "x = x", T_LINEAR),
-    Fault(MATMUL, "x += residual.to(tl.float32)", "x = residual.to(tl.float32)", T_LINEAR),
-    Fault(MATMUL, "x += tl.load(bias_ptr + column", "x -= tl.load(bias_ptr + column", T_LINEAR),
-    Fault(MATMUL, "x = x * tl.sigmoid(1.702 * x)", "x = x * tl.sigmoid(x)", T_LINEAR),
-    Fault(MATMUL, "1.702 * x * (1.0 - gate)", "x * (1.0 - gate)", T_MLP),
-    Fault(MATMUL, "0.3989422804014327 * x", "0.3989422804014327", T_MLP),
-    Fault(MATMUL, "within = deep < k - start", "within = deep < k", T_LINEAR),
-    Fault(MATMUL, "tl.where(here[:, None], x, 0.0), axis=0", "x, axis=0", T_MLP),
-    Fault(MATMUL, "first_column + PART, row_tile", "first_column, row_tile", T_ONCE, 0),
-    Fault(MATMUL, "swath * SWATH + inside % height", "swath * SWATH", T_LINEAR),
+    Fault(PRODUCT, "x = _activate(x, ACTIVATION)", "x = x", T_LINEAR),
+    Fault(PRODUCT, "x += residual.to(tl.float32)", "x = residual.to(tl.float32)", T_LINEAR),
+    Fault(PRODUCT, "x += tl.load(bias_ptr + column", "x -= tl.load(bias_ptr + column", T_LINEAR),
+    Fault(PRODUCT, "x = x * tl.sigmoid(1.702 * x)", "x = x * tl.sigmoid(x)", T_LINEAR),
+    Fault(PRODUCT, "1.702 * x * (1.0 - gate)", "x * (1.0 - gate)", T_MLP),
+    Fault(PRODUCT, "0.3989422804014327 * x", "0.3989422804014327", T_MLP),
+    Fault(PRODUCT, "within = deep < k - start", "within = deep < k", T_LINEAR),
+    Fault(PRODUCT, "tl.where(here[:, None], x, 0.0), axis=0", "x, axis=0", T_MLP),
+    Fault(PRODUCT, "first_column + PART, row_tile", "first_column, row_tile", T_ONCE, 0),
+    Fault(PRODUCT, "swath * SWATH + inside % height", "swath * SWATH", T_LINEAR),
     Fault(MATMUL, "k % tile[\"DEPTH\"] == 0", "True", T_LINEAR),
     Fault(MATMUL, "row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0", "True", T_STRIDES),
     Fault(LINEAR, "slope.sum(0, dtype=torch.float32)", "slope.sum(0)", T_HALF),
+    Fault(LINEAR, "scaled = reference.QUICK * before.float()", "scaled = reference.QUICK * before", T_LARGE_HALF),
     Fault(LINEAR, "slope.T @ rows", "flat.to(rows.dtype).T @ rows", T_LINEAR),
     Fault(MLP, "sums.sum(0)", "sums[0]", T_MLP),
     Fault(MLP, "flat.sum(0, dtype=torch.float32)", "narrow.sum(0)", T_HALF),
@@ -260,9 +273,9 @@ FAULTS = [
     Fault(EIGHT, "1e-12) / LARGEST", "0.0) / LARGEST", (f"{EIGHTS}zero_rows_stay_zero",)),
     Fault(EIGHT, "x = total.to(tl.float32)", "x = x", T_ROWS),
     Fault(EIGHT, "scale_ptr + row, scale", "scale_ptr + row, 1.0 / scale", T_ROWS),
-    Fault(MATMUL, "scale_place += m", "scale_place += 0", T_CHAIN),
-    Fault(MATMUL, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
-    Fault(MATMUL, "tl.where(valid[None, :], tl.abs(x), 0.0)", "tl.where(valid[None, :], x, 0.0)", T_GROUPS),
+    Fault(PRODUCT, "scale_place += m", "scale_place += 0", T_CHAIN),
+    Fault(PRODUCT, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
+    Fault(PRODUCT, "tl.where(valid[None, :], tl.abs(x), 0.0)", "tl.where(valid[None, :], x, 0.0)", T_GROUPS),
     # pixel_loss: places, statistics, colours
     Fault(PIXELS, "token // grid_width % grid_height * PATCH", "token // grid_width * PATCH", T_PIXELS),
     Fault(PIXELS, "colour = column % 3", "colour = column // PIXELS", T_PIXELS),
@@ -270,6 +283,8 @@ FAULTS = [
     Fault(PIXELS, "var_2)) / (PIXELS - 1)", "var_2)) / PIXELS", T_PIXELS),
     Fault(PIXELS, "(3 * PIXELS - 1)", "(3 * PIXELS)", T_PIXELS),
     Fault(PIXELS, "* (2.0 / (3 * PIXELS))", "* (1.0 / (3 * PIXELS))", T_PIXELS),
+    Fault(PIXELS, "1 / token_ids.numel() if mean else 1.0", "1.0", T_PIXELS),
+    Fault(PIXELS, "(0 if MEAN else row)", "row", T_PIXELS),
     Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXELS),
     Fault(PIXELS, "sample = (row // kept).to(tl.int64)", "sample = row // kept", PIXELS_FAR),
     Fault(PIXELS, "time.to(tl.int64) * stride_t", "time * stride_t", PIXELS_FAR),
@@ -286,6 +301,13 @@ FAULTS = [
     Fault("dispatch.py", "if again is not None and torch.is_grad_enabled()", "if False", T_TRANSFORMS),
     Fault("dispatch.py", 'frozenset({"sample_visible", "eight_bit"})', "frozenset()", ("test_inductor.py",)),
     Fault("masks.py", "mask.cumsum(1) - 1", "mask.cumsum(1)", ("test_masks.py",)),
+    Fault("dispatch.py", "x.is_contiguous() or x.stride()", "True", T_KEYS),
+    Fault("dispatch.py", "x.device, x.requires_grad\n", "x.device\n", T_KEYS),
+    Fault("dispatch.py", "self.name, torch.is_grad_enabled(),", "self.name,", T_KEYS),
+    Fault("dispatch.py", "tensors[place] = copy(tensors[place])", "pass", T_COPIES),
+    Fault("dispatch.py", "if plan.copies else launch(plan, *inputs)", "if False else launch(plan, *inputs)", T_COPIES),
+    Fault("launch.py", "outer != size * inner", "False", T_ROW_STRIDES),
+    Fault("launch.py", "if size != 1", "", T_ROW_STRIDES),
     Fault("launch.py", "if addresses & 15:", "if False:", ("test_launch.py",)),
     Fault("launch.py", "addresses |= x.data_ptr()", "addresses = x.data_ptr()", ("test_launch.py",)),
 ]  # fmt: skip

@@ -452,3 +452,10 @@ def test_one_column_under_a_norm_gets_no_gradient(device, distance):
     gain, shift = torch.full((1, 1), 1.3, device=device), torch.full((1, 1), 0.7, device=device)
     alignment_loss(x, torch.ones_like(x) / 3, distance, weight=gain, bias=shift, eps=1e-12, reduction="sum").backward()
     assert (x.grad == 0).all()
+
+
+def test_a_nan_reaches_the_gradient(device):
+    """The slope of smooth_l1 is a sign: of NaN it is neither 1 nor -1."""
+    x = torch.tensor([float("nan"), 2.0, -2.0], device=device).view(1, 1, 3).requires_grad_()
+    alignment_loss(x, torch.zeros_like(x), "smooth_l1", reduction="sum").backward()
+    assert x.grad.isnan().tolist() == [[[True, False, False]]]

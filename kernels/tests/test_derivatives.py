@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,8 @@ from umt_kernels import (
     gather_layer_norm,
     gather_patches,
     gather_rms_norm,
+    linear,
+    mlp,
     patch_embed,
     pixel_loss,
     sample_visible,
@@ -79,6 +82,14 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], list[T
             lambda x: alignment_loss(x, targets.to(x.dtype), "smooth_l1", target_ids=ids, beta=0.7, reduction="sum"),
             draw(device, (2, 2, 3, 6)),
         ),
+        "linear": (
+            lambda x, w, b, r: linear(x, w, b, activation="gelu", residual=r),
+            draw(device, (2, 3, 6), (5, 6), (5,), (2, 3, 5)),
+        ),
+        "mlp": (
+            lambda x, w1, b1, w2: mlp(x, w1, b1, w2, None, activation="quick_gelu", residual=x),
+            draw(device, (2, 3, 6), (5, 6), (5,), (6, 5)),
+        ),
         "patch_embed": (
             lambda w, b, p: patch_embed(clip, w, b, 4, token_ids=ids, position=p),
             draw(device, (5, 3, 1, 4, 4), (5,), (8, 5)),
@@ -87,6 +98,11 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], list[T
 
 
 OPS = list(cases(torch.device("cpu")))
+
+
+@pytest.fixture(autouse=True)
+def _matmul_by_the_kernel_where_it_can(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("umt_kernels.matmul"), "FORCED", "triton")
 
 
 def scalar(value: Tensor) -> Tensor:

@@ -67,6 +67,26 @@ def test_plans_do_not_grow_for_ever(monkeypatch, fresh_plans):
 
 
 @pytest.mark.parametrize(
+    ("shape", "strides", "found"),
+    [
+        ((2, 3, 4), (12, 4, 1), 4),
+        ((2, 3, 4), (30, 10, 1), 10),  # columns of a wider matrix
+        ((2, 3, 4), (36, 10, 1), None),  # rows of a longer one, too
+        ((2, 3, 4), (12, 1, 3), None),
+        ((2, 1, 4), (10, 99, 1), 10),  # the stride of a single row is any number
+        ((1, 3, 4), (99, 10, 1), 10),
+        ((3, 4), (0, 1), 0),
+        ((4,), (1,), 4),
+        ((4,), (2,), None),
+    ],
+)
+def test_rows_at_equal_distances(shape, strides, found):
+    x = torch.empty(100).as_strided(shape, strides)
+    assert launch.row_stride(x) == found
+    assert (launch.as_rows(x) is x) == (found is not None)
+
+
+@pytest.mark.parametrize(
     ("warps", "registers", "per_multiprocessor"), [(4, 64, 8), (4, 32, 16), (16, 64, 2), (1, 32, 32), (4, 255, 2)]
 )
 def test_programs_follow_the_device(warps, registers, per_multiprocessor):

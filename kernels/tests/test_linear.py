@@ -146,6 +146,13 @@ def test_gradients_of_float32_biases_are_sums_in_float32(device, needs_kernels):
     assert (bias.grad == 257).all()
 
 
+def test_the_derivative_of_quick_gelu_at_large_float16_numbers(device, needs_kernels):
+    """1.702 times 50,000 is beyond float16; the derivative there is 1."""
+    x = torch.full((1, 16), 50000.0, dtype=torch.float16, device=device, requires_grad=True)
+    linear(x, torch.eye(16, device=device).half(), activation="quick_gelu", backend="triton").sum().backward()
+    assert (x.grad == 1).all()
+
+
 @pytest.mark.parametrize("strided", ["x", "residual", "weight"])
 def test_strides_that_tensor_descriptors_cannot_have(device, backend, strided, assert_near):
     x, w = drawn(device, (70, 40), torch.float32), drawn(device, (50, 40), torch.float32)

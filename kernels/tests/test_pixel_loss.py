@@ -66,7 +66,11 @@ def test_values_and_gradients(device, assert_near, uint8, patch, tubelet, normal
     exact = 2 * (predictions.detach().double() - wanted) * upstream[..., None] / predictions.shape[2]
     assert grad.dtype == dtype
     assert_near(grad, exact)
-    assert_near(pixel_loss(predictions, clip, ids, patch, tubelet, **options, **given), errors.mean())
+    mean = pixel_loss(predictions, clip, ids, patch, tubelet, **options, **given)
+    assert_near(mean, errors.mean())
+    (grad,) = torch.autograd.grad(mean, predictions, torch.tensor(3.0, device=device))
+    exact = 2 * (predictions.detach().double() - wanted) * 3 / predictions.numel()
+    assert_near(grad, exact)
 
 
 def test_weighted_mean_is_over_the_whole_batch(device, assert_near):

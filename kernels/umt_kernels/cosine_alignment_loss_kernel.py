@@ -1,4 +1,4 @@
-"""The Triton kernels of `cosine_alignment_loss`: losses of rows with their gradients, sums, and the gradient's scale."""
+"""The Triton kernels of `alignment_loss`: losses and gradients of rows, their sums, and scaled gradients."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ if triton is not None:
                 elif KIND == 2:
                     near = tl.abs(d) < beta
                     each = tl.where(near, 0.5 * d * d / beta, tl.abs(d) - 0.5 * beta)
-                    dy = tl.where(near, d / beta, tl.where(d > 0, 1.0, -1.0))
+                    dy = tl.where(near, d / beta, tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d)))  # NaN stays
                 else:
                     each = d * d
                     dy = 2.0 * d

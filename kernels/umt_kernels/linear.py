@@ -84,8 +84,9 @@ def activation_backward(grad: Tensor, before: Tensor, activation: str | None) ->
         return grad.to(before.dtype)
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad.to(before.dtype), before)
-    gate = torch.sigmoid(reference.QUICK * before.float())
-    return (grad * (gate * (1 + reference.QUICK * before * (1 - gate)))).to(before.dtype)
+    scaled = reference.QUICK * before.float()  # beyond float16's range in float16
+    gate = torch.sigmoid(scaled)
+    return (grad * (gate * (1 + scaled * (1 - gate)))).to(before.dtype)
 
 
 def _prepare(

@@ -104,8 +104,7 @@ def prepare(
 
 
 def _describable(row: int | None, dtype: torch.dtype) -> bool:
-    """Whether TMA can move rows that are `row` elements apart: they must begin on 16-byte boundaries, and not all in one
-    place.
+    """Whether TMA can move rows that are `row` elements apart: they must begin on different 16-byte boundaries.
 
     Triton 3.5's interpreter counts elements.
     """
@@ -235,7 +234,8 @@ def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
         return wanted and possible
     if backend == "triton" and not possible:
         dtypes = ", ".join(str(x.dtype) for x in tensors if x is not None)
-        raise RuntimeError(f'backend = "triton" cannot run on these tensors ({dtypes}): it needs a GPU and triton')
+        needed = "it needs a GPU and triton, and runs neither under torch.func nor in forward mode"
+        raise RuntimeError(f'backend = "triton" cannot run on these tensors ({dtypes}): {needed}')
     return backend == "triton"
 
 
