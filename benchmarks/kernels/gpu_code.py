@@ -85,6 +85,12 @@ def _fresh_cache() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="umt-kernel-report-")
 
 
+def kernel_name(module: str, function: str) -> tuple[str, str]:
+    """The op that a kernel belongs to, and the kernel's name: the op's, with what goes before `kernel` in its own."""
+    op, stem = module.rpartition(".")[2].removesuffix("_kernel"), function.removesuffix("kernel").strip("_")
+    return op, f"{op}_{stem}" if stem else op
+
+
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Launch]]:
     """Inside, the ops take their Triton kernels on CPU tensors, and each launch compiles, is listed and does not run.
@@ -103,9 +109,7 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        op = self.fn.__module__.rpartition(".")[2].removesuffix("_kernel")
-        stem = self.fn.__name__.removesuffix("kernel").strip("_")
-        name = f"{op}_{stem}" if stem else op
+        op, name = kernel_name(self.fn.__module__, self.fn.__name__)
         meta, asm = compiled.metadata, compiled.asm
         launches.append(
             Launch(op, name, math.prod(grid), arguments, meta.num_warps, meta.shared, asm["cubin"], asm["ptx"])

@@ -230,7 +230,7 @@ def test_planar_uint8_frames_are_read_where_they_lie(device, needs_kernels, monk
     """A decoder's [B,T,3,H,W]: no copy into another order."""
     clip = torch.randint(0, 256, (1, 2, 3, 8, 8), dtype=torch.uint8, device=device)
     seen = []
-    monkeypatch.setattr(launch.Plan, "launch", lambda plan, *tensors: seen.append(tensors[0].data_ptr()))
+    monkeypatch.setattr(launch.Plan, "launch", lambda plan, tensors, outputs: seen.append(tensors[0].data_ptr()))
     gather_patches(clip[:, :, :, ::2], 4, layout="BTCHW")
     assert seen == [clip.data_ptr()]
 

@@ -175,11 +175,12 @@ def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, nu
     monkeypatch.setattr(tl, "log", lambda x: x * 0 + (1 + 2**-23))  # of a key of score 0 the last bit is then 1
     launch_it = launch.Plan.launch
 
-    def launch_with_room_behind(plan: launch.Plan, *tensors: Tensor) -> None:
-        room = torch.full((tensors[-1].numel() + 64,), 77, dtype=torch.int32, device=device)
-        launch_it(plan, *tensors[:-1], room)
-        assert (room[tensors[-1].numel() :] == 77).all()
-        tensors[-1].copy_(room[: tensors[-1].numel()].view_as(tensors[-1]))
+    def launch_with_room_behind(plan: launch.Plan, tensors: tuple, outputs: tuple[Tensor]) -> None:
+        (drawn,) = outputs
+        room = torch.full((drawn.numel() + 64,), 77, dtype=torch.int32, device=device)
+        launch_it(plan, tensors, (room,))
+        assert (room[drawn.numel() :] == 77).all()
+        drawn.copy_(room[: drawn.numel()].view_as(drawn))
 
     monkeypatch.setattr(launch.Plan, "launch", launch_with_room_behind)
     scores = torch.full((3, 9), score, device=device)

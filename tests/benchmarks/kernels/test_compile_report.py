@@ -124,8 +124,8 @@ def test_no_kernel_divides_in_64_bits(op):
 
 def kernels_of(module: str) -> set[str]:
     found = vars(importlib.import_module(module)).items()
-    names = [name for name, value in found if isinstance(value, triton.JITFunction) and name.endswith("_kernel")]
-    return {module.rpartition(".")[2] + name.removesuffix("_kernel") for name in names}
+    names = [name for name, value in found if isinstance(value, triton.JITFunction) and name.endswith("kernel")]
+    return {gpu_code.kernel_name(module, name)[1] for name in names}
 
 
 def test_every_kernel_has_cases():
@@ -134,7 +134,13 @@ def test_every_kernel_has_cases():
     for op in {case.op for case in launches.cases()}:
         package = "benchmarks.kernels" if op == "implicit_patch_embed" else "umt_kernels"
         kernels |= kernels_of(f"{package}.{op}")
-    for part in ("add_layer_norm_backward", "gather_layer_norm_backward", "reductions"):
+    for part in (
+        "add_layer_norm_backward",
+        "cosine_alignment_loss_kernel",
+        "gather_layer_norm_backward",
+        "matmul_kernel",
+        "reductions",
+    ):
         kernels |= kernels_of(f"umt_kernels.{part}")
     assert kernels == set(traffic.TRAFFIC)
     assert set(traffic.BULK) < kernels
@@ -160,7 +166,7 @@ def test_matrix_units_are_seen_and_asked_for(monkeypatch):
     found = {arch: compile_report.report(find_case("matmul", FIRST["matmul"]), arch)[0].tensor for arch in (80, 90)}
     assert {arch: next(iter(names)) for arch, names in found.items()} == {80: "HMMA", 90: "HGMMA"}
     x = torch.empty(4096)
-    monkeypatch.setattr(compile_report, "MATRIX_UNITS", {"test_compile_reportcopy"})
+    monkeypatch.setattr(compile_report, "MATRIX_UNITS", {"test_compile_report_copy"})
     row = compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, STEP=1, BLOCK=1024)
     assert "has no instruction of the matrix units" in row.failures()[0]
 
