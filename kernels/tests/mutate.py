@@ -92,6 +92,7 @@ T_GROUPS, T_CHAIN = (
 PIX = "test_pixel_loss.py::test_"
 T_PIXELS, T_COLOURS = (f"{PIX}values_and_gradients",), (f"{PIX}each_colour_has_its_own_scale_and_shift",)
 T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_as_they_lie",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
+T_PIXEL_SETS = (f"{PIX}several_masks_of_a_clip_and_ids_of_nothing",)
 PIXELS_FAR = (f"{FAR}pixel_loss",)
 T_SHARDS, T_SUMS = ("test_sharding.py",), ("test_reductions.py",)
 T_FAKES = ("test_library.py::test_opcheck[gather_layer_norm]",)
@@ -286,9 +287,13 @@ FAULTS = [
     Fault(PIXELS, "1 / token_ids.numel() if mean else 1.0", "1.0", T_PIXELS),
     Fault(PIXELS, "(0 if MEAN else row)", "row", T_PIXELS),
     Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXELS),
-    Fault(PIXELS, "sample = (row // kept).to(tl.int64)", "sample = row // kept", PIXELS_FAR),
+    Fault(PIXELS, "sample = (row_set // masks).to(tl.int64)", "sample = row_set // masks", PIXELS_FAR),
+    Fault(PIXELS, "row_set.to(tl.int64) * x_b", "row_set * x_b", PIXELS_FAR),
+    Fault(PIXELS, "sample = (row_set // masks)", "sample = row_set", T_PIXEL_SETS),
+    Fault(PIXELS, "written & (tl.zeros((BLOCK,), tl.int32) + token >= 0)", "written", T_PIXEL_SETS),
+    Fault(PIXELS, "element_ty), mask=written", "element_ty), mask=inside", T_PIXEL_SETS),
     Fault(PIXELS, "time.to(tl.int64) * stride_t", "time * stride_t", PIXELS_FAR),
-    Fault(PIXELS, "weights.sum()\n\n\ndef _on_shards", "weights.numel()\n\n\ndef _on_shards", T_PIXEL_MEAN),
+    Fault(PIXELS, "weights.sum()\n\n\ndef _weigh", "weights.numel()\n\n\ndef _weigh", T_PIXEL_MEAN),
     # DTensors
     Fault("sharding.py", "placements(axes[name], Partial())", "placements(axes[name], Replicate())", T_SHARDS),
     Fault("sharding.py", "if sets * whole != part * all_sets:", "if False:", T_SHARDS),

@@ -218,11 +218,38 @@ def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
             (r(2, 2, 3, 6), r(2, 2, 3, 6), None, w2, w2, r(2, 2, 3), 2, *settings, False, 1.0, True, False),
         ],
         "pixel_errors": [
-            (r(2, 3, 48, grad=True), clip, kept, 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0], mean)
+            (
+                r(2, 3, 48, grad=True),
+                clip,
+                kept,
+                4,
+                1,
+                "channel",
+                1e-6,
+                True,
+                [0.1, 0.2, 0.3],
+                [0.0, 0.5, 1.0],
+                mean,
+                mean,
+            )
             for mean in (False, True)
         ],
         "pixel_errors_backward": [
-            (r(2, 3, 48), clip, kept, r(*of), 4, 1, "channel", 1e-6, True, [0.1, 0.2, 0.3], [0.0, 0.5, 1.0], not of)
+            (
+                r(2, 3, 48),
+                clip,
+                kept,
+                r(*of),
+                4,
+                1,
+                "channel",
+                1e-6,
+                True,
+                [0.1, 0.2, 0.3],
+                [0.0, 0.5, 1.0],
+                False,
+                not of,
+            )
             for of in ((2, 3), ())
         ],
         "cosine_alignment_loss_backward": [

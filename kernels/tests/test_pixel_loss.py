@@ -19,11 +19,14 @@ def targets(
     """Token by token and pixel by pixel, float64."""
     pixels = (clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)).double() * scale + shift
     height, width = (side // patch for side in pixels.shape[2:4])
+    sets = len(ids) // len(clip)
     rows = []
     for sample, token in itertools.product(range(len(ids)), range(ids.shape[1])):
-        frame, rest = divmod(int(ids[sample, token]), height * width)
+        frame, rest = divmod(max(0, int(ids[sample, token])), height * width)
         top, left = rest // width * patch, rest % width * patch
-        cube = pixels[sample, frame * tubelet :, top : top + patch, left : left + patch][:tubelet].reshape(-1, 3)
+        cube = pixels[sample // sets, frame * tubelet :, top : top + patch, left : left + patch][:tubelet].reshape(
+            -1, 3
+        )
         if normalise == "token":
             cube = cube.reshape(-1, 1)
         if normalise != "none":
@@ -84,6 +87,28 @@ def test_weighted_mean_is_over_the_whole_batch(device, assert_near):
     assert torch.equal(predictions.grad.abs().amax(-1) > 0, weights > 0)
 
 
+@pytest.mark.parametrize("uint8", [False, True])
+@pytest.mark.parametrize("normalise", ["none", "channel", "token"])
+def test_several_masks_of_a_clip_and_ids_of_nothing(device, assert_near, uint8, normalise):
+    _, clip, _ = inputs(device, uint8, 4, 2, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(24, generator=generator)[:5] for _ in range(6)]).to(device)
+    ids[0, 1] = ids[3] = ids[5, 4] = -1
+    predictions = torch.randn(6, 5, 96, generator=generator).to(device).requires_grad_()
+    weights = torch.rand(6, 5, generator=generator).to(device)
+    options = {"normalise": normalise, "eps": EPS, "eps_in_root": True, "padded": True}
+    wanted = targets(clip, ids, 4, 2, normalise, True, 1 / 255 if uint8 else 1.0, 0.0)
+    there = (ids >= 0).double()
+    errors = (predictions.detach().double() - wanted).square().mean(-1) * there
+    rows = pixel_loss(predictions, clip, ids, 4, **options, reduction="none")
+    assert_near(rows.detach(), errors)
+    (grad,) = torch.autograd.grad(rows.sum(), predictions)
+    assert torch.equal((grad == 0).all(-1), ids < 0)  # written, not NaN
+    assert_near(pixel_loss(predictions, clip, ids, 4, **options).detach(), errors.sum() / there.sum())
+    weighted = pixel_loss(predictions, clip, ids, 4, **options, weights=weights).detach()
+    assert_near(weighted, (errors * weights).sum() / (there * weights).sum())
+
+
 def test_each_colour_has_its_own_scale_and_shift(device, assert_near):
     predictions, clip, ids = inputs(device, False, 4, 2, torch.float32)
     scale, shift = (0.5, 2.0, -1.0), (0.1, 0.2, 0.3)
@@ -130,6 +155,8 @@ def test_float64_is_differentiable(device):
         ({"predictions": torch.zeros(2, 5, 95)}, ValueError, "predictions have shape [2, 5, 95]; give [2, 5, 96]"),
         ({"token_ids": torch.full((2, 5), 24)}, ValueError, "token_ids[0, 0] = 24, but a clip has 24 tokens"),
         ({"clip": torch.zeros(2, 6, 8, 16, 3)}, ValueError, "give uint8 [B,T,H,W,3] or float [B,3,T,H,W]"),
+        ({"token_ids": torch.full((2, 5), -1)}, ValueError, "token_ids[0, 0] = -1"),
+        ({"token_ids": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, "or a multiple of that many rows"),
         ({"patch_size": 5}, ValueError, "H = 8, which is not a positive multiple of 5"),
         ({"normalise": "colour"}, ValueError, "normalise = 'colour'"),
         ({"reduction": "sum"}, ValueError, "reduction = 'sum'"),

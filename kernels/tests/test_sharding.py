@@ -108,6 +108,11 @@ def cases() -> dict[str, Case]:
             pixels | {"weights": drawn(4, 3).abs()},
             {"predictions": 0, "clip": 0, "token_ids": 0, "weights": 0},
         ),
+        "pixels of several sets": (
+            lambda **t: pixel_loss(**t, patch_size=4, tubelet_size=1, padded=True),
+            pixels | {"predictions": drawn(8, 3, 48), "token_ids": ids(8, 3, 8, padded=True)},
+            {"predictions": 0, "clip": 0, "token_ids": 0},
+        ),
         "linear": (lambda x, weight, bias: linear(x, weight, bias, activation="gelu"),
                    {"x": drawn(4, 5, 6), "weight": drawn(3, 6), "bias": drawn(3)}, {"x": 0}),
     }  # fmt: skip

@@ -35,9 +35,9 @@ Normalise = Literal["none", "channel", "token"]
 
 
 def pixel_loss(
-    predictions: Float[Tensor, "b m f"],
+    predictions: Float[Tensor, "r m f"],
     clip: Shaped[Tensor, "b ..."],
-    token_ids: Int[Tensor, "b m"],
+    token_ids: Int[Tensor, "r m"],
     patch_size: int,
     tubelet_size: int = 2,
     *,
@@ -46,7 +46,8 @@ def pixel_loss(
     eps_in_root: bool = False,
     scale: tuple[float, float, float] | None = None,
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    weights: Float[Tensor, "b m"] | None = None,
+    weights: Float[Tensor, "r m"] | None = None,
+    padded: bool = False,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Float[Tensor, ...]:
     """Mean squared error of `predictions` against the pixels of the tokens `token_ids` (VideoMAE, arXiv 2203.12602).
@@ -54,24 +55,26 @@ def pixel_loss(
     predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
     clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W]; a target pixel is `clip * scale + shift`, per colour. `scale`
                  None is 1/255 for uint8 and 1 for float.
+    token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
     normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
                  together (MAE, arXiv 2111.06377); none. The variance is unbiased.
     eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
     weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
-    reduction    mean over all rows, or none: the error of each row, [B,M].
+    padded       token_ids may be -1: such a row counts for nothing.
+    reduction    mean over all rows, or none: the error of each row, [R,M].
 
     Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
     TypeError for a dtype that does not.
     """
     key = _errors.key(
         (predictions, clip, token_ids, weights),
-        (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, reduction, *shift),
+        (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, padded, reduction, *shift),
     )
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None and is_distributed(predictions, clip, token_ids, weights):
         return _on_shards(
             predictions, clip, token_ids, weights, reduction, patch_size=patch_size, tubelet_size=tubelet_size,
-            normalise=normalise, eps=eps, eps_in_root=eps_in_root, scale=scale, shift=shift,
+            normalise=normalise, eps=eps, eps_in_root=eps_in_root, scale=scale, shift=shift, padded=padded,
         )  # fmt: skip
     if plan is None:
         check_eps(eps)
@@ -88,12 +91,14 @@ def pixel_loss(
             float(eps),
             bool(eps_in_root),
             *numbers,
-            weights is None and reduction == "mean",
+            bool(padded),
+            weights is None and reduction == "mean" and not padded,
         )
     else:
         settings = plan.inputs
     if sees_ids(token_ids):
-        check_id_values("token_ids", token_ids, _num_tokens(clip, *settings[:2]), "a clip has {} tokens")
+        tokens = _num_tokens(clip, *settings[:2])
+        check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
     clip = clip.detach() if clip.requires_grad else clip
     if plan is not None:
         errors = _errors.planned(plan, predictions, clip, token_ids)
@@ -101,24 +106,35 @@ def pixel_loss(
         errors = _errors(predictions, clip, token_ids, *settings, key=key)
     else:
         errors = reference.pixel_errors(predictions, clip, token_ids, *settings)
-    if weights is None:
+    if reduction == "none" or not (padded or weights is not None):
         return errors
-    weights = weights.detach().to(errors.dtype)
+    weights = _weigh(token_ids, weights, padded).to(errors.dtype)
     return (errors * weights).sum() / weights.sum()
 
 
+def _weigh(token_ids: Tensor, weights: Tensor | None, padded: bool) -> Tensor:
+    """Weight of each row in the mean: 0 where there is no token."""
+    if not padded:
+        assert weights is not None
+        return weights.detach()
+    there = (token_ids >= 0).float()
+    return there if weights is None else weights.detach() * there
+
+
 def _on_shards(
-    predictions: Tensor, clip: Tensor, token_ids: Tensor, weights: Tensor | None, reduction: str, **settings: Any
-) -> Tensor:
+    predictions: Tensor, clip: Tensor, token_ids: Tensor, weights: Tensor | None, reduction: str, *, padded: bool,
+    **settings: Any,
+) -> Tensor:  # fmt: skip
     """The errors of DTensors, and their mean by PyTorch's own operations."""
     axes: dict[str, Axes] = {"predictions": (0,), "clip": (0,), "token_ids": (0,)}
     tensors = {"predictions": predictions, "clip": clip, "token_ids": token_ids}
-    errors = on_shards(pixel_loss, axes, ((0,),), **tensors, **settings, reduction="none")
+    errors = on_shards(pixel_loss, axes, ((0,),), **tensors, **settings, padded=padded, reduction="none")
     if reduction == "none":
         return errors
-    if weights is None:
+    if weights is None and not padded:
         return errors.sum() / errors.numel()
-    return (errors * weights.detach()).sum() / weights.detach().sum()
+    weights = _weigh(token_ids, weights, padded)
+    return (errors * weights).sum() / weights.sum()
 
 
 def _check(
@@ -149,7 +165,7 @@ def _check(
     for name, size, step in (("T", frames, tubelet_size), ("H", height, patch_size), ("W", width, patch_size)):
         if step < 1 or size % step or size == 0:
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
-    check_ids("token_ids", token_ids, clip.shape[0])
+    check_ids("token_ids", token_ids, clip.shape[0], sets=True)
     wanted = [*token_ids.shape, 3 * tubelet_size * patch_size**2]
     if list(predictions.shape) != wanted:
         raise ValueError(f"predictions have shape {list(predictions.shape)}; give {wanted}")
@@ -178,6 +194,7 @@ def _prepare(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    padded: bool,
     mean: bool,
     backward: bool = False,
 ) -> Plan:
@@ -189,7 +206,7 @@ def _prepare(
         stride_b, stride_c, stride_t, stride_h, stride_w = clip.stride()
     grid_height, grid_width = height // patch_size, width // patch_size
     numbers = (
-        token_ids.shape[1], grid_height, grid_width, *predictions.stride()[:2],
+        token_ids.shape[1], len(token_ids) // max(1, len(clip)), grid_height, grid_width, *predictions.stride()[:2],
         stride_b, stride_t, stride_h, stride_w, stride_c, *scale, *shift, eps,
         1 / token_ids.numel() if mean else 1.0,
     )  # fmt: skip
@@ -197,6 +214,7 @@ def _prepare(
         "NORMALISE": normalise,
         "EPS_IN_ROOT": eps_in_root,
         "BACKWARD": backward,
+        "PADDED": padded,
         "MEAN": mean,
         "ALIGN": math.gcd(8, *predictions.stride()[:2]),
         "PATCH": patch_size,
@@ -219,9 +237,10 @@ def _launch(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    padded: bool,
     mean: bool,
 ) -> Tensor:
-    """Mean squared error of each row, float32 [B,M], or the mean of all."""
+    """Mean squared error of each row, float32 [R,M], or the mean of all."""
     (errors,) = plan.allocate(predictions.device)
     plan.launch((predictions, clip, token_ids), (errors, None))
     return errors.mean() if mean else errors
@@ -244,9 +263,10 @@ def _launch_gradient(
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    padded: bool,
     mean: bool,
 ) -> Tensor:
-    """Gradient for `predictions`, where the errors of rows have the gradients `factors` [B,M], or their mean `factors`.
+    """Gradient for `predictions`, where the errors of rows have the gradients `factors` [R,M], or their mean `factors`.
 
     The pixels are read again: that moves fewer bytes than keeping the differences would.
     """
@@ -269,7 +289,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_errors):
     predictions, clip, token_ids = ctx.saved_tensors
     grad = _gradient(predictions, clip, token_ids, grad_errors, *ctx.settings)
-    return grad, *(None,) * 10
+    return grad, *(None,) * 11
 
 
 def _differentiate_again(ctx, grad_errors):
@@ -278,7 +298,7 @@ def _differentiate_again(ctx, grad_errors):
     def run(predictions):
         return reference.pixel_errors(predictions, clip, token_ids, *ctx.settings)
 
-    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 10
+    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 11
 
 
 _gradient = KernelOp(
@@ -306,12 +326,13 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        x_ptr,  # predictions [B, M, F]
+        x_ptr,  # predictions [R, M, F]
         clip_ptr,
-        ids_ptr,  # [B, M]
-        row_ptr,  # [B, M]: errors, written; or their gradients, read, with MEAN that of their mean
-        dx_ptr,  # [B, M, F], contiguous
+        ids_ptr,  # [R, M]
+        row_ptr,  # [R, M]: errors, written; or their gradients, read, with MEAN that of their mean
+        dx_ptr,  # [R, M, F], contiguous
         kept,
+        masks,  # R / B
         grid_height,
         grid_width,
         x_b,
@@ -332,6 +353,7 @@ if triton is not None:
         NORMALISE: tl.constexpr,
         EPS_IN_ROOT: tl.constexpr,
         BACKWARD: tl.constexpr,
+        PADDED: tl.constexpr,
         MEAN: tl.constexpr,
         ALIGN: tl.constexpr,  # a row of predictions begins at a multiple of so many numbers
         PATCH: tl.constexpr,
@@ -340,14 +362,18 @@ if triton is not None:
     ):
         PIXELS: tl.constexpr = TUBELET * PATCH * PATCH
         row = tl.program_id(0)
-        sample = (row // kept).to(tl.int64)
+        row_set = row // kept
+        sample = (row_set // masks).to(tl.int64)
         token = tl.load(ids_ptr + row).to(tl.int32)
         frame = token // (grid_height * grid_width) * TUBELET
         top = token // grid_width % grid_height * PATCH
         left = token % grid_width * PATCH
 
         column = tl.arange(0, BLOCK)
-        inside = column < 3 * PIXELS
+        written = column < 3 * PIXELS
+        inside = written
+        if PADDED:
+            inside = written & (tl.zeros((BLOCK,), tl.int32) + token >= 0)
         colour = column % 3
         pixel = column // 3
         time = frame + pixel // (PATCH * PATCH)
@@ -383,12 +409,12 @@ if triton is not None:
             variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2)) / (PIXELS - 1)
             target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
         place = (row % kept).to(tl.int64)
-        start = tl.multiple_of(sample * x_b + place * x_m, ALIGN)
+        start = tl.multiple_of(row_set.to(tl.int64) * x_b + place * x_m, ALIGN)
         x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         difference = tl.where(inside, x - target, 0.0)
         if BACKWARD:
             factor = tl.load(row_ptr + (0 if MEAN else row)).to(tl.float32) * (2.0 / (3 * PIXELS)) * share
             to = row.to(tl.int64) * (3 * PIXELS) + column
-            tl.store(dx_ptr + to, (difference * factor).to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + to, (difference * factor).to(dx_ptr.dtype.element_ty), mask=written)
         else:
             tl.store(row_ptr + row, tl.sum(difference * difference) / (3 * PIXELS))

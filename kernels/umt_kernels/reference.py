@@ -271,7 +271,7 @@ def add_layer_norm(
 
 def pixel_targets(
     clip: Shaped[Tensor, "b ..."],
-    token_ids: Int[Tensor, "b m"],
+    token_ids: Int[Tensor, "r m"],
     patch_size: int,
     tubelet_size: int,
     normalise: str,
@@ -280,14 +280,17 @@ def pixel_targets(
     scale: Sequence[float],
     shift: Sequence[float],
     dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "b m f"]:
-    """Targets of `pixel_loss`: pixels in the order (time, row, column, colour), normalised per token."""
+) -> Float[Tensor, "r m f"]:
+    """Targets of `pixel_loss`: pixels in the order (time, row, column, colour), normalised per token.
+
+    Those of an id of -1 have no meaning.
+    """
     pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B, T, H, W, 3]
     cubes = pixels.unfold(1, tubelet_size, tubelet_size).unfold(2, patch_size, patch_size)
     cubes = cubes.unfold(3, patch_size, patch_size)  # a view [B, t, h, w, 3, u, p, p]
     height, width = cubes.shape[2:4]
-    ids = token_ids.long()
-    sample = torch.arange(len(clip), device=clip.device)[:, None]
+    ids = token_ids.long().clamp_min(0)
+    sample = torch.arange(len(ids), device=clip.device)[:, None] // max(1, len(ids) // max(1, len(clip)))
     rows = cubes[sample, ids // (height * width), ids // width % height, ids % width]  # [B, M, 3, u, p, p]
     channels = zip(rows.to(dtype).unbind(2), scale, shift, strict=True)
     rows = torch.stack([x * a + b for x, a, b in channels], dim=-1).flatten(2, 4)  # [B, M, u * p * p, 3]
@@ -301,9 +304,9 @@ def pixel_targets(
 
 @_outside_autocast
 def pixel_errors(
-    predictions: Float[Tensor, "b m f"],
+    predictions: Float[Tensor, "r m f"],
     clip: Shaped[Tensor, "b ..."],
-    token_ids: Int[Tensor, "b m"],
+    token_ids: Int[Tensor, "r m"],
     patch_size: int,
     tubelet_size: int,
     normalise: str,
@@ -311,13 +314,17 @@ def pixel_errors(
     eps_in_root: bool,
     scale: Sequence[float],
     shift: Sequence[float],
+    padded: bool = False,
     mean: bool = False,
 ) -> Tensor:
     wide = _wide(predictions)
     targets = pixel_targets(
         clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
     )
-    errors = (wide - targets).square().mean(-1)
+    difference = wide - targets
+    if padded:
+        difference = difference.masked_fill((token_ids < 0)[..., None], 0)
+    errors = difference.square().mean(-1)
     return errors.mean() if mean else errors
 
 
