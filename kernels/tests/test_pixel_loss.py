@@ -109,6 +109,14 @@ def test_several_masks_of_a_clip_and_ids_of_nothing(device, assert_near, uint8, 
     assert_near(weighted, (errors * weights).sum() / (there * weights).sum())
 
 
+@pytest.mark.parametrize("uint8", [False, True])
+def test_images_are_clips_of_one_frame(device, uint8):
+    predictions, clip, ids = inputs(device, uint8, 4, 1, torch.float32)
+    frame = clip[:, :1] if uint8 else clip[:, :, :1]
+    expected = pixel_loss(predictions, frame, ids % 8, 4, 1)
+    assert torch.equal(pixel_loss(predictions, frame.squeeze(1 if uint8 else 2), ids % 8, 4, 1), expected)
+
+
 def test_each_colour_has_its_own_scale_and_shift(device, assert_near):
     predictions, clip, ids = inputs(device, False, 4, 2, torch.float32)
     scale, shift = (0.5, 2.0, -1.0), (0.1, 0.2, 0.3)

@@ -53,8 +53,8 @@ def pixel_loss(
     """Mean squared error of `predictions` against the pixels of the tokens `token_ids` (VideoMAE, arXiv 2203.12602).
 
     predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
-    clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W]; a target pixel is `clip * scale + shift`, per colour. `scale`
-                 None is 1/255 for uint8 and 1 for float.
+    clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T. A target pixel is `clip * scale + shift`, per
+                 colour; `scale` None is 1/255 for uint8 and 1 for float.
     token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
     normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
                  together (MAE, arXiv 2111.06377); none. The variance is unbiased.
@@ -66,6 +66,8 @@ def pixel_loss(
     Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
     TypeError for a dtype that does not.
     """
+    if isinstance(clip, Tensor) and clip.dim() == 4:
+        clip = clip.unsqueeze(1 if clip.dtype == torch.uint8 else 2)
     key = _errors.key(
         (predictions, clip, token_ids, weights),
         (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, padded, reduction, *shift),
@@ -158,7 +160,7 @@ def _check(
     uint8 = clip.dtype == torch.uint8
     if not uint8:
         check_floats(clip=clip)
-    layout = "uint8 [B,T,H,W,3] or float [B,3,T,H,W]"
+    layout = "uint8 [B,T,H,W,3] or float [B,3,T,H,W], or images without T"
     if clip.dim() != 5 or clip.shape[4 if uint8 else 1] != 3:
         raise ValueError(f"clip is {clip.dtype} {list(clip.shape)}; give {layout}")
     frames, height, width = clip.shape[1:4] if uint8 else clip.shape[2:]
