@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+from umt_kernels import ids_to_mask
+
 
 def test_the_examples_run():
     text = (Path(__file__).parents[1] / "README.md").read_text()
@@ -25,4 +28,6 @@ def test_the_examples_run():
     }
     assert {name: tuple(names[name].shape) for name in shapes} == shapes
     assert names["predictions"].grad is not None
+    assert torch.equal(ids_to_mask(names["ragged_ids"], 64), names["seen"])
+    assert (names["ragged"][~names["there"]] == 0).all()
     assert names["encoder"].conv.weight.grad.abs().sum() > 0
