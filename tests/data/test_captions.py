@@ -55,7 +55,7 @@ def test_sources_of_every_form_and_their_numbers(tmp_path):
     )
     second = write_sqlite(tmp_path / "b.sqlite.db", [(0, "3.jpg", "three"), (1, "s3://bucket/4.jpg", "four")])
     third = tmp_path / "c.csv"
-    third.write_text("5.mp4,five, with a comma\n")
+    third.write_text('5.mp4,five, with a comma\n"6, a.mp4","six, too"\n')
     fourth = write_tar(
         tmp_path / "d-00.tar",
         {"6.mp4": b"v", "6.txt": b"six", "7.jpg": b"p", "7.json": b'{"caption": "seven"}', "8.txt": b"of nothing"},
@@ -68,11 +68,12 @@ def test_sources_of_every_form_and_their_numbers(tmp_path):
         ("3.jpg", "three"),
         ("s3://bucket/4.jpg", "four"),
         ("5.mp4", "five, with a comma"),
+        ("6, a.mp4", "six, too"),
         (f"{fourth}/6.mp4", "six"),
         (f"{fourth}/7.jpg", "seven"),
     ]
-    assert captions.idx.tolist() == [0, 1, 0, 1, 0, 0, 1]  # as published they collide across sources
-    assert read_training(sources, "distinct").idx.tolist() == list(range(7))
+    assert captions.idx.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]  # as published they collide across sources
+    assert read_training(sources, "distinct").idx.tolist() == list(range(8))
 
 
 def test_the_index_of_prepared_copies_carries_captions(tmp_path):
@@ -169,6 +170,7 @@ def test_questions_and_answers(tmp_path):
         ("a.db", b"this is not a database, however long it is made to be", "is not an SQLite file with a table"),
         ("empty.db", b"", "is not an SQLite file with a table"),
         ("a.json", b"[", "is not JSON"),
+        ("A.JSON", b"[", "is not JSON"),
         ("a.json", b"{}", "holds a dict, not a list"),
         ("a.json", b"[]", "lists nothing"),
         ("a.json", b'[{"caption": "x"}]', "entry 0 has no video or image"),

@@ -243,9 +243,12 @@ def test_evaluate_runs_each_job(trained, listed, tmp_path, capsys):
     said = json.loads((folder / "qa.json").read_text())["answers"]
     assert "7 of 8 questions answered from a list of 2" in out
     assert f"accuracy {100 * list(said.values()).count('star') / 8:.2f}" in out
-    (tmp_path / "mc.json").write_text('[{"video": "a.mp4", "caption": ["x"], "answer": 1}]')
-    with pytest.raises(SystemExit, match="entry 0: give a video, a list of captions and the place of the right one"):
-        run("multiple_choice", "retrieval", str(tmp_path / "mc.json"))
+    wrong = '[{"video": "a.mp4", "caption": ["x", "y"], "answer": %s}]'
+    asks = "entry 0: give a video, a list of captions and the place of the right one"
+    for content, says in ((wrong % 2, asks), (wrong % "true", asks), ("[]", r"mc\.json lists nothing")):
+        (tmp_path / "mc.json").write_text(content)
+        with pytest.raises(SystemExit, match=says):
+            run("multiple_choice", "retrieval", str(tmp_path / "mc.json"))
     with pytest.raises(SystemExit, match=r"give --data\.answers a JSON list"):
         run("qa", "qa", str(tmp_path / "qa.json"))
 

@@ -15,6 +15,7 @@ source two and a half times an epoch.
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
 import json
 import os
@@ -121,7 +122,7 @@ def read_annotations(source: Source, read_timeout: float = DataConfig.read_timeo
     """The entries of a source. Raises CaptionError naming the file and the entry, ManifestError for bad shards
     or a bad index."""
     suffix = posixpath.splitext(source.path)[1].lower()
-    if ".json" in posixpath.basename(source.path) and suffix != ".jsonl":
+    if ".json" in posixpath.basename(source.path).lower() and suffix != ".jsonl":
         found = list(_of_json(source, read_timeout))
     elif suffix in (".csv", ".tsv"):
         found = list(_of_lines(source, "\t" if suffix == ".tsv" else ",", read_timeout))
@@ -323,7 +324,7 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
                 raise CaptionError(f"{path} is not an SQLite file with a table `annos` (id, file name, caption)")
             for place, (number, name, caption) in enumerate(connection.execute("SELECT * FROM annos ORDER BY 1")):
                 if number != place:
-                    raise CaptionError(f"{path}, table annos: id {number} in place {place}; ids must run from 0 on")
+                    raise CaptionError(f"{path}, table annos: id {number!r} in place {place}; ids must run from 0 on")
                 if not isinstance(name, str) or not isinstance(caption, str):
                     raise CaptionError(f"{path}, table annos, id {number}: file name and caption must be text")
                 yield Annotation((join_root(source.root, name),), (caption,))
@@ -347,8 +348,11 @@ def _of_lines(source: Source, separator: str, read_timeout: float) -> Iterator[A
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             path, found, caption = line.strip().partition(separator)
+            if path.startswith('"'):  # a quoted path may hold the separator, and doubled quotes
+                path, *rest = next(csv.reader([line.strip()], delimiter=separator))
+                found, caption = separator if rest else "", separator.join(rest)
             if not found:
-                raise CaptionError(f"{source.path}, line {number}: no caption; give `path{separator!r}caption`")
+                raise CaptionError(f"{source.path}, line {number}: no caption; give `path{separator}caption`")
             yield Annotation((join_root(source.root, path.strip()),), (caption.strip().strip('"'),))
 
 

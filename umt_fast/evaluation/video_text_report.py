@@ -188,14 +188,16 @@ def read_choices(source: str) -> list[Choices]:
             isinstance(options, list)
             and all(isinstance(option, str) for option in options)
             and isinstance(entry.get("video"), str)
-            and isinstance(answer, int)
+            and type(answer) is int
             and 0 <= answer < len(options)
         ):
             raise CaptionError(
                 f"{parsed.path}, entry {place}: give a video, a list of captions and the place of the right one, from 0"
             )
         found.append(Choices(join_root(parsed.root, entry["video"]), tuple(options), answer))
-    if len({len(choices.captions) for choices in found}) != 1:
+    if not found:
+        raise CaptionError(f"{parsed.path} lists nothing")
+    if len({len(choices.captions) for choices in found}) > 1:
         raise CaptionError(f"{parsed.path}: every entry must have the same number of captions")
     return found
 
