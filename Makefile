@@ -31,15 +31,20 @@ demo-finetune: .venv/.run ## the second half of `make demo`: fine-tune from rand
 	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
 
 # From the stage-1 checkpoint and teacher of `make demo`, which it makes if there are none.
-demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, test retrieval; results in runs/demo-text
+DEMO_TEXT := --recipe tiny --data.videos runs/demo-text-videos/train.json --student.image-size 64 --compute.precision fp32
+demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, fine-tune and test retrieval; results in runs/demo-text*
 	ls runs/demo/checkpoints/*.pth runs/demo-teacher/teacher.safetensors >/dev/null 2>&1 || $(MAKE) demo-stage1 DATA=
-	rm -rf runs/demo-text runs/demo-text-retrieval
+	rm -rf runs/demo-text runs/demo-text-finetune runs/demo-text-retrieval
 	$(BIN)/python -m umt_fast.data.synthetic runs/demo-text-videos --captions
-	$(BIN)/python -m train.stage2 --recipe tiny --run.name demo-text --data.videos runs/demo-text-videos/train.json \
-		--init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --student.image-size 64 --teacher.image-size 64 \
+	$(BIN)/python -m train.stage2 $(DEMO_TEXT) --run.name demo-text --teacher.image-size 64 \
+		--init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" \
 		--teacher-weights runs/demo-teacher/teacher.safetensors --teacher.width 64 --teacher.heads 2
-	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --k 12 --data.workers 1 \
-		--checkpoint $$(ls runs/demo-text/checkpoints/*.pth | tail -1) --data.test runs/demo-text-videos/test.json
+	$(BIN)/python -m train.stage2 $(DEMO_TEXT) --run.name demo-text-finetune --job retrieval \
+		--init "$$(ls runs/demo-text/checkpoints/*.pth | tail -1)" \
+		--optim.epochs 20 --optim.lr 5e-4 --optim.min-lr 5e-6
+	$(BIN)/python -m train.evaluate --job retrieval --run.name demo-text-retrieval --data.workers 1 \
+		--checkpoint "$$(ls runs/demo-text-finetune/checkpoints/*.pth | tail -1)" \
+		--data.test runs/demo-text-videos/test.json --compute.precision fp32
 
 # One thread per process: the processes take all cores between them.
 test: lint ## install what is needed and run every check and test, in plain PyTorch
