@@ -17,6 +17,7 @@ from PIL import Image
 from umt_fast.config import DataConfig
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import open_video, probe, read_frames
+from umt_fast.data.decode.excerpt import cut_excerpt
 from umt_fast.data.decode.orientation import Orientation, from_matrix
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipDataset
@@ -24,6 +25,32 @@ from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.video import BadVideo, Video
 
 FFMPEG = shutil.which("ffmpeg")
+
+
+@pytest.mark.parametrize("before", [2, 12, 40])
+def test_a_transport_stream_over_the_end_of_its_clock(tmp_path, before):
+    """Its times have 33 bits, so they begin anew every 26.5 hours; the muxer adds 1.4 seconds."""
+    tick, path = Fraction(1, 90_000), tmp_path / "a.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"bf": "2"})
+        stream.width = stream.height = 32
+        stream.pix_fmt, stream.time_base = "yuv420p", tick
+        stream.codec_context.gop_size, stream.codec_context.time_base = 6, tick
+        for number in range(24):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 2**33 - 126_000 + (number - before) * 3750, tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(expected) == 24
+    assert all(map(np.array_equal, _all(path), expected))
+    for index in (0, 3, 13, 23):
+        (frame,) = read_frames(Video(str(path)), lambda count, index=index: [index])
+        assert np.array_equal(frame, expected[index])
+    excerpt = cut_excerpt(Video(str(path)), lambda timeline: [1, 20])
+    assert excerpt is not None
+    assert len(excerpt.frames) == 2
 
 
 def test_grey_of_16_bits_is_not_white(tmp_path):

@@ -336,9 +336,18 @@ class Reader:
         self.seeks = False
         yield from self._rewind()
 
+    @property
+    def before_start(self) -> int:
+        """A time to seek to from which every packet follows."""
+        start = min(self.keys[0], self.pts[0], 0)
+        if start < 0 and self.container.format.name in _CUT_ANYWHERE:
+            # A recording during which the clock of 33 bits began anew. Its demuxer seeks by times of decoding.
+            start -= round(1 / (self.stream.time_base or 1))
+        return start
+
     def _rewind(self) -> Iterator[av.VideoFrame]:
         """All frames of a stream with times, from the start."""
-        self.container.seek(min(self.keys[0], self.pts[0], 0), stream=self.stream)
+        self.container.seek(self.before_start, stream=self.stream)
         yield from decode(self.container, self.stream)
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:

@@ -77,7 +77,7 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
         waiting.setdefault(reader.key_of(time), set()).add(time)
     packets: dict[int, av.Packet] = {}
     while waiting:
-        start = min(waiting) if seek else min(reader.keys[0], reader.pts[0], 0)
+        start = min(waiting) if seek else reader.before_start
         reader.container.seek(start, stream=reader.stream)
         wanted: set[int] = set()
         first = start
