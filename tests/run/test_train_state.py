@@ -21,6 +21,7 @@ from umt_fast.run.launch import check_alike
 from umt_fast.run.lost_rank import RandomStates, save_if_lost
 from umt_fast.run.optim import build_optimizer
 from umt_fast.run.world import World
+from umt_fast.weights import WeightsError
 
 ALONE = World(0, 1, torch.device("cpu"))
 CONFIG = PretrainConfig()
@@ -236,3 +237,20 @@ def test_ranks_with_other_settings_refuse(monkeypatch):
     monkeypatch.setattr(World, "gather", lambda *_: gathered)
     with pytest.raises(ValueError, match=r"rank 1 was started with optim\.lr = 0\.5, rank 0 with 0\.00015"):
         check_alike(CONFIG, World(0, 2, torch.device("cpu")))
+
+
+def test_settings_that_hold_themselves_are_refused(tmp_path):
+    """The second one is small, but has 2^60 paths."""
+    circle: dict = {"step": 1}
+    circle["circle"] = circle
+    shared: object = {"x": 1}
+    listed: object = [1]
+    for _ in range(60):
+        shared, listed = {"a": shared, "b": shared}, [listed, listed]
+    whole = {"format": 2, "clips_seen": 4, "model": {}, "optimizer": {}, "rng": [], "config": {}, "schedule": {}}
+    for number, settings in enumerate((circle, shared, {"a": listed})):
+        for name in ("config", "schedule", "attention"):
+            path = checkpoint.checkpoint_path(tmp_path, number)
+            torch.save({**whole, name: settings}, path)
+            with pytest.raises(WeightsError, match=f"{name} does not hold settings"):
+                checkpoint.load_checkpoint(path)

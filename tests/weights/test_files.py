@@ -397,3 +397,11 @@ def test_a_clip_runs_with_its_own_activation_alone(tmp_path, capsys, name, confi
         else:
             with pytest.raises(WeightsError, match=f"set --teacher.activation {activation}"):
                 load_clip_teacher(ClipTeacher(own), weights)
+
+
+@pytest.mark.timeout(30)
+def test_a_dictionary_that_holds_itself_is_not_unwrapped_for_ever(tmp_path):
+    state = {"x": torch.zeros(2)}
+    state["model"] = state
+    torch.save(state, tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth").keys() == {"x"}

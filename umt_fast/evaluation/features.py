@@ -130,6 +130,9 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
         raise WeightsError(f"{source}: {depth} blocks of width {width}, and nothing says how many heads; give heads=")
     frames = ours.get("frames") or settings.get("num_frames")
     size = ours.get("image_size") or _named_size(settings.get("model")) or settings.get("input_size")
+    positions = ours.get("positions", "resized")
+    if positions not in ("resized", "direct"):
+        raise WeightsError(f"{source}: positions = {str(positions)[:100]!r}: must be resized or direct")
     hidden = state.get("blocks.0.mlp.fc1.weight")
     mlp_width = len(hidden) if hidden is not None and len(hidden) != MLP_RATIO * width else None
     table = state.get("pos_embed")
@@ -154,7 +157,7 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
         heads,
         classes,
         pool=pool,
-        positions=ours.get("positions", "resized"),
+        positions=positions,
         architecture="mae_st" if mae_st else "umt",
         mlp_width=mlp_width,
     )

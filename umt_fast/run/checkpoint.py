@@ -352,6 +352,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if bad is not None:
         raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
     try:
+        for name in ("config", "schedule", "attention"):
+            flatten(content.get(name, {}))
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} is not a checkpoint of a run: {name} does not hold settings: {error}") from None
+    try:
         return _upgrade(content) if content["format"] == 1 else content
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is not a checkpoint of a run: its settings lack {error}") from error
@@ -404,12 +409,26 @@ _FREE = ("run.stop_at", "run.resume", "run.name", "run.dir")
 """Settings that a resumed run may change without a note: the results do not depend on them."""
 
 
+_DEEPEST = 3
+"""Dots in the name of a setting."""
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; lists and tuples are alike."""
+    """Nested settings by their dotted names; lists and tuples are alike.
+
+    Raises ValueError for what is nested deeper than settings are: a file may hold a dictionary that holds itself.
+    """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
+            if name.count(".") >= _DEEPEST:
+                raise ValueError(f"{name} is nested too deep")
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            if any(isinstance(part, list | tuple | dict) for part in value):
+                raise ValueError(f"{name} is nested too deep")
+            flat[name] = tuple(value)
         else:
-            flat[prefix + key] = tuple(value) if isinstance(value, list) else value
+            flat[name] = value
     return flat

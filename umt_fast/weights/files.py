@@ -208,8 +208,9 @@ def _or_refuse(path: Path, read: Callable[[], T]) -> T:
 
 def _tensors_of(content: Any, path: Path) -> TensorDict:
     """The tensors by name, from under top keys in any nesting."""
-    while isinstance(content, dict):
-        inner = next((content[key] for key in _TOP_KEYS if isinstance(content.get(key), dict)), None)
+    for _ in range(_MOST_NESTED):  # a file may hold a dictionary that holds itself
+        top = content if isinstance(content, dict) else {}
+        inner = next((top[key] for key in _TOP_KEYS if isinstance(top.get(key), dict)), None)
         if inner is None:
             break
         content = inner
@@ -224,6 +225,7 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
     return found
 
 
+_MOST_NESTED = 16
 _TOP_KEYS = ("model", "state_dict", "module", "model_state")
 
 
