@@ -5,15 +5,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import pwd
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from umt_fast.data.index import VideoList
 from umt_fast.data.mapped_list import write_mapped
-from umt_fast.files import FolderInUse, escape, lock_folder, read_reasons, unescape, write_reasons, write_whole
+from umt_fast.errors import RunError
+from umt_fast.files import (
+    FolderInUse,
+    escape,
+    expand_home,
+    lock_folder,
+    read_reasons,
+    unescape,
+    write_reasons,
+    write_whole,
+)
+from umt_fast.run import attention_choice
 from umt_fast.run.log import RunLog
 from umt_fast.run.world import World
 from umt_fast.weights.files import save_safetensors
@@ -110,3 +123,18 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path, small_di
         write_mapped(VideoList.of_paths(f"{i}.mp4" for i in range(1000)), str(tmp_path / "a.videos"))
     assert [file.name for file in tmp_path.iterdir()] == ["index.jsonl"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    """As in a container that runs under a number of its own: choices are not kept, and `~` is an error of one line."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("UMT_FAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert expand_home("~a.pth") == Path("~a.pth")
+    with pytest.raises(RunError, match="no home folder is known"):
+        expand_home("~/a.pth")
+    monkeypatch.chdir(tmp_path)
+    attention_choice._remember("key", {"sdpa": 1.0})
+    assert attention_choice._read_cache() == {}
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from umt_fast.config import ConfigError, MaeStConfig, MaeStPretrainConfig, Video
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.guides import GuidedStream
 from umt_fast.data.index import VideoList
+from umt_fast.files import expand_home
 from umt_fast.models.pixels import MaeSt, MaskedAutoencoder, VideoMae
 from umt_fast.models.token_sampler import AdaMae
 from umt_fast.objectives.pixel_masks import PixelMasks
@@ -41,7 +42,7 @@ def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
     sizes, mask = config.model, config.mask
     shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
     needs = masking.find_rule(mask.rule).needs
-    if needs == "regions" and not Path(mask.regions).expanduser().is_dir():
+    if needs == "regions" and not expand_home(mask.regions).is_dir():
         raise ConfigError(f"mask.regions = {mask.regions}: no such folder")
     if needs == "motion" or needs == "regions":
         return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from umt_fast.data.index import VideoList
 from umt_fast.data.pairs import IntervalSampling, PairTransform
 from umt_fast.data.sampling import epoch_order
 from umt_fast.data.tokens import Tokenizer, clean_text, make_vocabulary
+from umt_fast.files import expand_home
 from umt_fast.run.world import World
 
 VOCABULARY = "vocab.txt"
@@ -92,7 +92,7 @@ def find_tokenizer(config: Stage2Config, lists: dict[str, CaptionList], world: W
     if config.vocabulary:
         return Tokenizer.read(config.vocabulary, closing)
     if config.init:
-        beside = (Path(config.init).expanduser().parent, Path(config.init).expanduser().parent.parent)
+        beside = (expand_home(config.init).parent, expand_home(config.init).parent.parent)
         for folder in beside:
             if (folder / VOCABULARY).exists():
                 return Tokenizer.read(folder / VOCABULARY, closing)

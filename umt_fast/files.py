@@ -55,6 +55,15 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with `~` replaced. Raises RunError where nothing says which folder that is, as for a user number of a
+    container that has neither HOME nor an entry in /etc/passwd. A name such as `~a.pth` stays as it is."""
+    expanded = os.path.expanduser(path)
+    if expanded.split(os.sep)[0] == "~":
+        raise RunError(f"{path}: no home folder is known for ~; set HOME, or give the whole path")
+    return Path(expanded)
+
+
 _FROM_THE_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 

@@ -234,6 +234,9 @@ def test_the_patterns_of_webdataset(tmp_path, monkeypatch):
         "s{0,1}.tar::s2.tar": "012",
     }.items():
         assert [video.member[0] for video in read_manifest(pattern)] == list(expected)
+    assert list(expand_shards("a{0,{1,2}}.tar")) == ["a0.tar", "a1.tar", "a2.tar"]  # as a shell does, each once
+    huge = f"a{{0..{'9' * 5000}}}.tar"
+    assert list(expand_shards(huge)) == [huge]
     assert list(expand_shards("{a,b}-{08..09}.tar")) == ["a-08.tar", "a-09.tar", "b-08.tar", "b-09.tar"]
     with pytest.raises(ManifestError, match="no shard matches"):
         read_manifest("t*.tar")

@@ -258,13 +258,3 @@ def test_features_in_a_zip_bomb_or_a_damaged_npz_are_refused(tmp_path):
     np.savez(path, **{**small, "rows": np.array([{}, {}], object)})
     with pytest.raises(FeaturesError, match=r"cannot read .*npz"):
         read_features(tmp_path)
-
-
-def test_two_extractions_into_one_folder(checkpoint, listing, tmp_path, capsys):
-    with lock_folder(tmp_path / "f"):
-        with pytest.raises(SystemExit) as stop:
-            features.main(command(checkpoint, listing, tmp_path / "f"))
-        assert not (tmp_path / "f" / "features.json").exists()
-    assert f"another process is using {tmp_path / 'f'}" in str(stop.value.code) + capsys.readouterr().err
-    features.main(command(checkpoint, listing, tmp_path / "f"))
-    assert len(read_features(tmp_path / "f").rows) == 5

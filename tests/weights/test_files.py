@@ -31,6 +31,7 @@ from umt_fast.weights import (
     read_model,
     read_weights,
 )
+from umt_fast.weights.files import find_not_finite
 
 CONFIG = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2)
 GELU = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2, activation="gelu")
@@ -405,3 +406,15 @@ def test_a_dictionary_that_holds_itself_is_not_unwrapped_for_ever(tmp_path):
     state["model"] = state
     torch.save(state, tmp_path / "a.pth")
     assert read_weights(tmp_path / "a.pth").keys() == {"x"}
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_weights_of_eight_bits_are_checked_as_others(value):
+    found = find_not_finite({"x": torch.full((3,), value).to(torch.float8_e4m3fn)})
+    assert found == (None if value == 1 else "x")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x.pth", "a\nb.pth"])
+def test_names_that_cannot_be_are_refused_in_one_line(name):
+    with pytest.raises(WeightsError, match="no weights at"):
+        read_weights(name)

@@ -21,6 +21,7 @@ from umt_fast.config.base import (
     check_at_least,
     check_share,
 )
+from umt_fast.files import expand_home
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        return Path(self.dir).expanduser() / self.name
+        return expand_home(self.dir) / self.name
 
     @property
     def checkpoints(self) -> Path:

@@ -23,7 +23,6 @@ import posixpath
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,6 +37,7 @@ from umt_fast.data.storage import read
 from umt_fast.data.tokens import clean_text
 from umt_fast.data.video import DEFAULT_LIMITS, Limits, Video, is_url
 from umt_fast.errors import RunError
+from umt_fast.files import expand_home
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -309,7 +309,7 @@ _LONGEST_ROW = 1 << 20
 
 
 def _of_sqlite(source: Source) -> Iterator[Annotation]:
-    path = Path(source.path).expanduser()
+    path = expand_home(source.path)
     if not path.is_file():
         raise CaptionError(f"no annotations at {source.path}: no such file")
     try:

@@ -21,6 +21,7 @@ from umt_fast.data.index import suffix_of
 from umt_fast.data.manifest import VIDEO_SUFFIXES
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.video import BadVideo, Video
+from umt_fast.files import expand_home
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -122,7 +123,7 @@ def find_mask(folder: str, video: Video) -> Path:
     name = Path(video.member or video.path).stem
     found = [
         path
-        for path in sorted(glob.glob(f"{glob.escape(str(Path(folder).expanduser() / name))}.*"))
+        for path in sorted(glob.glob(f"{glob.escape(str(expand_home(folder) / name))}.*"))
         if suffix_of(path) in VIDEO_SUFFIXES | IMAGE_SUFFIXES  # a caption or label may lie beside it
     ]
     if not found:

@@ -19,7 +19,7 @@ from umt_fast.data.manifest import read_manifest
 from umt_fast.data.storage import read
 from umt_fast.data.video import is_url
 from umt_fast.errors import RunError
-from umt_fast.files import read_small
+from umt_fast.files import expand_home, read_small
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -69,7 +69,7 @@ def read_labelled(
 def read_classes(path: str | Path) -> tuple[str, ...]:
     """The names in a class file, one a line, numbered from 0. Raises LabelError for a name that comes twice."""
     try:
-        lines = read_small(Path(path).expanduser()).decode("utf-8-sig", "surrogateescape").split("\n")
+        lines = read_small(expand_home(path)).decode("utf-8-sig", "surrogateescape").split("\n")
     except OSError as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"cannot read the class file {path}: {reason}") from None

@@ -146,14 +146,18 @@ def expand_shards(pattern: str) -> Iterator[str]:
     if len(parts) > 1 and all(suffix_of(part) == ".tar" for part in parts):
         for part in parts:
             yield from expand_shards(part)
-    elif braces := re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern):
+    elif braces := re.search(r"\{(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{}]*,[^{}]*))\}", pattern):
         low, high, names = braces.groups()
+        found: set[str] = set()  # braces within braces are expanded from within, which would give some twice
         for name in names.split(",") if names else (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)):
-            yield from expand_shards(pattern[: braces.start()] + name + pattern[braces.end() :])
+            for shard in expand_shards(pattern[: braces.start()] + name + pattern[braces.end() :]):
+                if shard not in found:
+                    found.add(shard)
+                    yield shard
     elif not is_url(pattern) and glob.has_magic(pattern) and not os.path.exists(pattern):
-        found = sorted(glob.glob(pattern))
-        if not found:
+        matching = sorted(glob.glob(pattern))
+        if not matching:
             raise ManifestError(f"no shard matches the pattern {pattern}")
-        yield from found
+        yield from matching
     else:
         yield pattern

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from umt_fast.config import DataConfig
 from umt_fast.data.video import Video, is_url
 from umt_fast.errors import RunError
-from umt_fast.files import check_regular
+from umt_fast.files import check_regular, expand_home
 
 T = TypeVar("T")
 
@@ -266,7 +266,7 @@ def _cache_folder(cache: str) -> Path:
 
     stored = conf.get(cache, {}).get("cache_storage", "TMP")
     folder = stored[-1] if isinstance(stored, list) else stored
-    folder = Path(_temporary_folder() if folder == "TMP" else folder).expanduser()
+    folder = expand_home(_temporary_folder() if folder == "TMP" else folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as WordPieceTokenizer
 from tokenizers import models, normalizers, pre_tokenizers
 
 from umt_fast.errors import RunError
-from umt_fast.files import read_small
+from umt_fast.files import expand_home, read_small
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -61,7 +61,7 @@ class Tokenizer:
     @classmethod
     def read(cls, path: str | Path, closing_sep: bool = False) -> Tokenizer:
         """From a vocab.txt, a word a line, or the folder that holds it. Raises BadVocabulary."""
-        path = Path(path).expanduser()
+        path = expand_home(path)
         path = path / "vocab.txt" if path.is_dir() else path
         try:
             words = read_small(path).decode().split("\n")

@@ -25,8 +25,9 @@ from umt_fast.data.labels import MOST_CLASSES
 from umt_fast.data.loader import ClipLoader
 from umt_fast.errors import RunError
 from umt_fast.evaluation.views import Views, view_stream
-from umt_fast.files import lock_folder, read_small, replacing, write_whole
+from umt_fast.files import expand_home, read_small, replacing, write_whole
 from umt_fast.models.encoder import VideoEncoder
+from umt_fast.run.folder import hold_folder
 from umt_fast.run.world import World
 from umt_fast.weights.files import save_safetensors
 from umt_fast.weights.torchscript import refuse_bomb
@@ -90,7 +91,7 @@ def extract(
     """Write the features of all videos to `folder`; the processes share out the shards, and none is made twice.
 
     `about` is stored in features.json and, like the settings and the list, must be the same when an extraction goes
-    on. Raises FeaturesError where it is not, FolderInUse while another extraction writes to the folder.
+    on. Raises FeaturesError where it is not, ConfigError while another extraction writes to the folder.
     """
     count = -(-len(videos) // settings.shard)
     facts = asdict(settings)
@@ -99,13 +100,13 @@ def extract(
     index = json.loads(json.dumps(index))
     with contextlib.ExitStack() as held:
         problem = None
-        if world.main:
-            try:
-                held.enter_context(lock_folder(folder))
+        try:
+            held.enter_context(hold_folder(folder, world, "--out"))
+            if world.main:
                 check_same(folder / INDEX, index)
                 write_whole(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
-            except (RunError, OSError) as error:
-                problem = error
+        except (RunError, OSError) as error:
+            problem = error
         if (problem := world.gather(problem)[0]) is not None:
             raise problem
         _write_missing(encoder, videos, labels, settings, config, world, folder, bf16, say)
@@ -226,7 +227,7 @@ def features_of(encoder: VideoEncoder, clips: Tensor, settings: Extraction, bf16
 
 def read_features(folder: str | Path) -> Features:
     """All features of a folder. Raises FeaturesError for one that is missing, damaged or not complete."""
-    folder = Path(folder).expanduser()
+    folder = expand_home(folder)
     index = _read_index(folder / INDEX)
     count, classes = index.get("shards"), index.get("classes") or []
     if type(count) is not int or not 0 < count <= _MOST_SHARDS:

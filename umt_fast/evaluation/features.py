@@ -225,7 +225,6 @@ def _extract(given: argparse.Namespace, world: World) -> None:
     from umt_fast.data.manifest import check_files, read_manifest
     from umt_fast.evaluation.extract import Extraction, FeaturesError, extract
     from umt_fast.evaluation.views import Views
-    from umt_fast.run.folder import hold_folder
     from umt_fast.run.hardware import resolve_precision
 
     encoder = load_encoder(
@@ -247,18 +246,17 @@ def _extract(given: argparse.Namespace, world: World) -> None:
     views = Views(sizes.frames, sizes.image_size, given.rule, given.rate, segments=given.segments, crops=given.crops)
     settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass, given.format)
     about = {"checkpoint": str(given.checkpoint), "classes": None if listed is None else list(listed.classes)}
-    with hold_folder(given.out, world, "--out"):
-        extract(
-            encoder,
-            videos,
-            None if listed is None else listed.labels.tolist(),
-            settings,
-            DataConfig(workers=given.workers),
-            world,
-            given.out,
-            about,
-            bf16=resolve_precision(given.precision, world.device),
-        )
+    extract(
+        encoder,
+        videos,
+        None if listed is None else listed.labels.tolist(),
+        settings,
+        DataConfig(workers=given.workers),
+        world,
+        given.out,
+        about,
+        bf16=resolve_precision(given.precision, world.device),
+    )
     if world.main:
         print(f"features of {len(videos)} videos{' without labels' if listed is None else ''} in {given.out}")
 

@@ -32,6 +32,7 @@ from umt_fast.data.video import BadVideo, is_url
 from umt_fast.errors import RunError
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.video_text import Loaded, digest_files, load_model
+from umt_fast.files import expand_home
 from umt_fast.models.text import Context, Pairing
 from umt_fast.models.video_text import VideoTextModel
 from umt_fast.weights.files import save_safetensors
@@ -250,7 +251,7 @@ def _run(options: argparse.Namespace) -> None:
     check_files(videos, options.videos)
     folder = options.index
     if folder is None:
-        place = Path(options.videos).expanduser()
+        place = expand_home(options.videos)
         if is_url(options.videos) or not place.exists():
             raise SearchError(f"give --index a folder: {options.videos} is not a local folder or list")
         folder = (place if place.is_dir() else place.parent) / ".umt-fast-search"

@@ -22,6 +22,7 @@ from umt_fast.data.index import VideoList
 from umt_fast.data.pairs import IntervalSampling, PairTransform
 from umt_fast.data.tokens import Tokenizer
 from umt_fast.evaluation.retrieval import Embedded, embed_texts
+from umt_fast.files import expand_home
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.weights import TensorDict, WeightsError, load_video_text, read_model, section_of, using_settings_of
 from umt_fast.weights.files import save_safetensors
@@ -64,7 +65,7 @@ def load_model(
 
     Raises WeightsError, BadVocabulary.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path)
     state, settings = read_model(path)
     with using_settings_of(path):
         config = infer_config(state, settings, str(path), frames, image_size)

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 from umt_fast.config import ConfigError, StudentConfig, TeacherConfig, VitConfig
+from umt_fast.errors import RunError
+from umt_fast.files import expand_home, replacing
 from umt_fast.models.attention import LIBRARIES, NAMES, Backend, attention, fault, load, self_attention
 
 REPEATS = 10
@@ -156,8 +157,9 @@ def _wait(device: torch.device) -> None:
 
 
 def cache_path() -> Path:
+    """Raises RunError where no home folder is known."""
     folder = os.environ.get("UMT_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "umt-fast"
-    return Path(folder).expanduser() / "attention.json"
+    return expand_home(folder) / "attention.json"
 
 
 def _key(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
@@ -176,7 +178,7 @@ def _read_cache() -> dict[str, dict[str, float]]:
     """Remembered milliseconds by backend, by key, less what is not ours or names a backend that is gone."""
     try:
         content = json.loads(cache_path().read_text())
-    except (OSError, ValueError, RecursionError):
+    except (RunError, OSError, ValueError, RecursionError):
         return {}
     return {key: times for key, times in content.items() if _usable(times)} if isinstance(content, dict) else {}
 
@@ -196,11 +198,8 @@ def _usable(times: Any) -> bool:
 
 def _remember(key: str, milliseconds: dict[str, float]) -> None:
     """Replace the file in one move: two runs at once lose at most a choice. A folder that cannot be written is left."""
-    path = cache_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump({**_read_cache(), key: milliseconds}, file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
+        with replacing(cache_path(), locked=False) as aside:
+            aside.write_text(json.dumps({**_read_cache(), key: milliseconds}, indent=1))
+    except (RunError, OSError):
         return

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from umt_fast.config import RunConfig
 from umt_fast.errors import RunError
-from umt_fast.files import check_regular, replacing
+from umt_fast.files import check_regular, expand_home, replacing
 from umt_fast.run.lost_rank import RandomStates
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
@@ -309,7 +309,7 @@ def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path |
             raise RunError(f"{folder} already holds {existing[-1].name}; choose another --run.name or remove it")
         return None, None
     if resume != "auto":
-        source = Path(resume).expanduser()
+        source = expand_home(resume)
         if existing and existing[-1].resolve() != source.resolve():
             raise RunError(f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW")
         return source, load_checkpoint(source)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from umt_fast import recipe
 from umt_fast.config import ConfigError
 from umt_fast.errors import RunError
+from umt_fast.files import expand_home
 from umt_fast.packages import explain_missing
 from umt_fast.run import world as processes
 from umt_fast.run.checkpoint import flatten
@@ -44,7 +45,7 @@ def read_settings(
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--gpu-memory", type=float)
     named, flags = first.parse_known_args(arguments)
-    path = Path(named.recipe).expanduser() if named.recipe.endswith(".toml") else recipes / f"{named.recipe}.toml"
+    path = expand_home(named.recipe) if named.recipe.endswith(".toml") else recipes / f"{named.recipe}.toml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in recipes.glob("*.toml")))
         raise ConfigError(f"no recipe {named.recipe}; there are {known}, or give the path of a .toml file")

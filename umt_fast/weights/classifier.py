@@ -7,14 +7,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umt_fast.config import VitConfig
-from umt_fast.files import read_small
+from umt_fast.files import expand_home, read_small
 from umt_fast.models.classifier import Classifier
 from umt_fast.models.positions import resize_positions
 from umt_fast.weights.files import TensorDict, WeightsError, find_not_finite
@@ -165,7 +164,7 @@ def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tenso
 def read_class_map(path: str, classes: int) -> list[int]:
     """The published JSON list of head rows. Raises WeightsError for anything else."""
     try:
-        rows = json.loads(read_small(Path(path).expanduser()).decode("utf-8-sig"))
+        rows = json.loads(read_small(expand_home(path)).decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"cannot read the class map {path}: {error}") from None
     if not isinstance(rows, list) or not all(type(row) is int for row in rows) or len(rows) != classes:

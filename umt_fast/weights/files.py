@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from umt_fast.config import Activation
 from umt_fast.errors import RunError
-from umt_fast.files import read_small, replacing
+from umt_fast.files import expand_home, read_small, replacing
 from umt_fast.weights.torchscript import is_torchscript, read_torchscript, refuse_bomb
 
 T = TypeVar("T")
@@ -66,10 +67,10 @@ def read_weights(source: str | Path) -> Weights:
         raise WeightsError(f"no teacher weights are named.\n{HOW_TO_GET_CLIP}")
     if "://" in str(source) or "::" in str(source):
         raise WeightsError(f"{source}: weights are read from files, folders and Hugging Face repos; download it first")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = expand_home(source)
+    if os.path.isdir(path):  # False for a name that is too long, where pathlib raises
         return _read_set(lambda name: path / name if (path / name).is_file() else None, f"{path}")
-    if path.is_file():
+    if os.path.isfile(path):
         return Weights(_read_file(path), path, _config_beside(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in _SUFFIXES:
         return _read_repo(str(source))
@@ -82,8 +83,8 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
     They are the `config` of a checkpoint of ours and, if it is a classifier, its class names under `classes`; the
     argument object of a published one; or the config.json of Hugging Face's VideoMAE.
     """
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix != ".safetensors" and not is_torchscript(path):
+    path = expand_home(source)
+    if os.path.isfile(path) and path.suffix != ".safetensors" and not is_torchscript(path):
         content = _load_content(path)
         settings = content.get("config", content.get("args")) if isinstance(content, dict) else None
         if isinstance(settings, argparse.Namespace):
@@ -151,8 +152,10 @@ def using_settings_of(source: str | Path) -> Iterator[None]:
 def find_not_finite(state: Mapping[str, Any]) -> str | None:
     """Name of the first tensor with a value that is not finite."""
     for name, value in state.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
-            return name
+        if isinstance(value, Tensor) and value.is_floating_point():
+            plain = value.float() if value.itemsize == 1 else value  # torch has no `isfinite` for 8 bits
+            if not bool(plain.isfinite().all()):
+                return name
     return None
 
 
@@ -218,8 +221,10 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
         raise WeightsError(f"{path} holds no tensors by name")
     found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     for key, value in found.items():
-        if value.layout != torch.strided or value.is_quantized or value.is_complex():
-            raise WeightsError(f"{path}: {key} is a sparse, quantized or complex tensor, which no model here has")
+        if value.is_nested or value.is_meta or value.layout != torch.strided or value.is_quantized:
+            raise WeightsError(f"{path}: {key} is a sparse, nested or quantized tensor, or one without values")
+        if value.is_complex():
+            raise WeightsError(f"{path}: {key} holds complex numbers, which no model here has")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a model made to fit it is huge
             raise WeightsError(f"{path}: {key} is {list(value.shape)}, but the file holds fewer values")
     return found

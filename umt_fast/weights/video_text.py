@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from umt_fast.files import expand_home
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel, bare_video_text
 from umt_fast.weights.files import TensorDict, WeightsError, read_weights
 from umt_fast.weights.keys import load_exactly, resample_positions, strip_wrappers
@@ -120,7 +121,7 @@ def load_bert(model: VideoTextModel, state_dict: Mapping[str, Any]) -> None:
 
 def bert_folder(source: str | Path) -> Path:
     """The folder of a Hugging Face BERT with its weights and vocabulary, fetched if `source` is a repo id."""
-    path = Path(source).expanduser()
+    path = expand_home(source)
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)):
