@@ -183,6 +183,21 @@ def test_mae(page, transformers):
     assert (hidden.sum(1) == 12).all()
 
 
+@pytest.mark.parametrize("normalise", ["none", "token"])
+def test_mae_loss_of_pixels(page, transformers, normalise):
+    config = transformers.ViTMAEConfig(
+        image_size=SIDE, patch_size=PATCH, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=HEADS,
+        intermediate_size=HIDDEN, decoder_hidden_size=WIDTH, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=HEADS, decoder_intermediate_size=HIDDEN, norm_pix_loss=normalise == "token",
+    )  # fmt: skip
+    _, normalised = clip()
+    image = normalised[:, 0].contiguous()
+    outputs = transformers.ViTMAEForPreTraining(config).double()(image)
+    hidden = outputs.mask.bool()
+    rows = outputs.logits[hidden].view(2, 12, 48)
+    assert abs(page["mae_loss_of_pixels"](rows, image, hidden, 12, normalise) - outputs.loss) < 1e-12
+
+
 def test_the_encoders_train_in_float32_with_the_kernels(page, device):
     """float64 above runs the reference; here the kernels do, where they can."""
     torch.manual_seed(0)
