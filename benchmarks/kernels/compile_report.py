@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import sys
 import warnings
 from collections import Counter
@@ -38,6 +39,9 @@ from benchmarks.kernels.traffic import BULK, MATRIX_UNITS, layout_bytes, traffic
 
 PROCESSES = 2
 """Each compiles on one core, and CI has two."""
+
+
+_WIDE_DIVISION = re.compile(r"\b(?:div|rem)\.[su]64\b")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Row:
     tensor: dict[str, int] | None
     """Instructions of the matrix units by name, of kernels that should have them."""
     barriers: int
+    wide_divisions: int
+    """In 64 bits, for which a GPU has no instruction: each costs dozens."""
     bulk: dict[str, tuple[int, int]]
     """For each bulk argument, the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int
@@ -112,6 +118,7 @@ def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None 
         stores={name: dict(counts) for name, counts in code.stores.items()},
         tensor=dict(code.tensor) if launch.kernel in MATRIX_UNITS else None,
         barriers=code.barriers,
+        wide_divisions=len(_WIDE_DIVISION.findall(launch.ptx)),
         bulk=widths,
         moved=moved,
         least=least,
