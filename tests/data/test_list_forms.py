@@ -418,3 +418,8 @@ def test_the_command_writes_a_mapped_list(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["--list", str(tmp_path / "list.csv"), str(tmp_path / "out")])
     assert "a name that ends in .videos" in capsys.readouterr().err
+
+
+def test_whole_numbers_of_json_may_have_a_point(tmp_path):
+    (tmp_path / "a.json").write_text('[{"path": "a.mp4", "label": 3.0}, {"path": "b.mp4", "label": null}]')
+    assert [video.label for video in read_manifest(str(tmp_path / "a.json"))] == [3, None]

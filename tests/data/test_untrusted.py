@@ -433,10 +433,14 @@ def test_what_a_data_set_holds_in_place_of_a_file_ends_in_one_error(tmp_path, na
         READERS[name](str(path))
 
 
-def test_a_virtual_table_is_not_read(tmp_path):
-    """It would run an extension of SQLite on what the file holds."""
+@pytest.mark.parametrize("words", ["CREATE VIRTUAL TABLE", "CREATE/*(*/VIRTUAL TABLE", "CREATE -- (\nVirtual TABLE"])
+def test_a_virtual_table_is_not_read(tmp_path, words):
+    """It would run an extension of SQLite on what the file holds. The schema of a file is text that anyone can edit."""
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
         connection.execute("CREATE VIRTUAL TABLE annos USING fts4(id, path, caption)")
+        connection.execute("PRAGMA writable_schema = ON")
+        change = "UPDATE sqlite_master SET sql = replace(sql, 'CREATE VIRTUAL TABLE', ?) WHERE name = 'annos'"
+        connection.execute(change, (words,))
         connection.commit()
     with pytest.raises(CaptionError, match="with a table `annos`"):
         read_annotations(Source(str(tmp_path / "a.db")))
@@ -615,6 +619,17 @@ def test_headers_in_many_pieces_are_refused(tmp_path, begin):
     (tmp_path / "s.tar").write_bytes(begin() + tar_of({"a.mp4": b"x"}))
     with pytest.raises(ManifestError, match="headers of more than"):
         read_manifest(str(tmp_path / "s.tar"))
+
+
+def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, film):
+    """A folder from someone else, in which to go on: `aside` in there would be emptied."""
+    (tmp_path / "mine" / "aside").mkdir(parents=True)
+    (tmp_path / "mine" / "aside" / "thesis.txt").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".prepare").symlink_to(tmp_path / "mine")
+    with pytest.raises(CannotPrepare, match="is a link"):
+        prepare(Settings(str(film.parent), str(tmp_path / "out"), FAST, workers=1))
+    assert (tmp_path / "mine" / "aside" / "thesis.txt").exists()
 
 
 def test_a_sparse_member_is_left_out(tmp_path, film):

@@ -319,8 +319,9 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
             connection.execute("PRAGMA trusted_schema = OFF")
             found = connection.execute("SELECT type, sql FROM sqlite_master WHERE name = 'annos'").fetchall()
-            # A view can compute without end, a virtual table runs an extension on what the file holds.
-            if len(found) != 1 or found[0][0] != "table" or "VIRTUAL" in str(found[0][1]).partition("(")[0].upper():
+            # A view can compute without end, a virtual table runs an extension on what the file holds. The word may
+            # stand behind a comment with a parenthesis.
+            if len(found) != 1 or found[0][0] != "table" or "VIRTUAL" in str(found[0][1]).upper():
                 raise CaptionError(f"{path} is not an SQLite file with a table `annos` (id, file name, caption)")
             for place, (number, name, caption) in enumerate(connection.execute("SELECT * FROM annos ORDER BY 1")):
                 if number != place:

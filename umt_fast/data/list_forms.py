@@ -230,6 +230,8 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
     With a total, the start is a frame; otherwise start and end are seconds.
     """
     row, label = dict(row), row.get("label")
+    if isinstance(label, float) and label.is_integer():  # as pandas writes a column that lacks a value somewhere
+        row["label"] = int(label)
     if isinstance(label, str):
         number = _LABEL.fullmatch(row.pop("label"))
         row |= {"label": int(number[1])} if number else {"class": label}

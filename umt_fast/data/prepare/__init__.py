@@ -126,6 +126,8 @@ def prepare(settings: Settings) -> Report:
         ):
             raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
         with lock_folder(out, _LOCK_PATIENCE):
+            if (out / STATE_NAME).is_symlink():  # in a folder from someone else; files are removed in there
+                raise CannotPrepare(f"{out / STATE_NAME} is a link; give a new folder")
             (out / STATE_NAME).mkdir(exist_ok=True)
             _keep_settings(out / STATE_NAME / "settings.json", settings, plan)
             return _Preparation(settings, plan).run()
