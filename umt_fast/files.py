@@ -1,4 +1,4 @@
-"""Folders and files that several processes, or a killed one, must not spoil."""
+"""Folders and files that several processes, or a killed one, must not damage."""
 
 from __future__ import annotations
 

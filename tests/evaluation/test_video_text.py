@@ -162,7 +162,7 @@ def test_questions_are_answered_over_a_list(trained, demo_videos):
     assert set(said) == {"0", "1", "2"}
     assert set(said.values()) <= set(answers)
     assert len(bad) == 1
-    with pytest.raises(CaptionError, match="2 questions have the id 0; their answers are told apart by it"):
+    with pytest.raises(CaptionError, match="2 questions have the id 0; an answer is found by its id"):
         video_text_report.answer_questions(loaded, questions[:1] * 2, answers, EmbedSettings(), DATA)
     right = 100 * sum(answer == "circle" for answer in said.values()) / 4
     assert video_text_report.question_accuracy(said, questions) == right

@@ -200,7 +200,7 @@ def test_a_folder_that_is_removed_meanwhile(trainer):
     child.send_signal(signal.SIGTERM)
     output += child.communicate(timeout=60)[0]
     assert child.returncode == EXIT_STOPPED, output
-    assert "is made anew" in output
+    assert "is made again" in output
     assert len(trainer.checkpoints("r")) == 1
 
 

@@ -237,7 +237,7 @@ def test_starts_from_a_pre_trained_encoder(config, tmp_path: Path):
     model = VideoClassifier(config.classifier)
     lines = finetune.load_init(model, change(config, "init", checkpoint=f"{tmp_path / 'student.pth'}"))
     assert torch.equal(model.blocks[1].attn.qkv.weight, student.encoder.blocks[1].attn.qkv.weight)
-    assert any("starts anew: head.weight" in line for line in lines)
+    assert any("gets new values: head.weight" in line for line in lines)
     wider = VideoStudent(StudentConfig(**{**SIZES, "width": 64}, align_layers=1, target_width=8))
     write_weights(tmp_path / "wider.pth", wider.state_dict())
     other = change(config, "init", checkpoint=f"{tmp_path / 'wider.pth'}")

@@ -179,5 +179,5 @@ def test_a_pretrained_file_is_fine_tuned_resumed_and_tested(config, kind, tmp_pa
 def test_files_of_another_architecture_are_refused(config, tmp_path):
     _, mae_st = of_architecture(config, "mae_st")
     write_weights(tmp_path / "init.pth", mae_st.state_dict())
-    with pytest.raises(WeightsError, match=r"not in the file, starts anew: blocks\.0\.attn\.q_bias"):
+    with pytest.raises(WeightsError, match=r"not in the file, gets new values: blocks\.0\.attn\.q_bias"):
         finetune.train(config, ALONE)

@@ -1,7 +1,7 @@
 """Which clips a run sees and in what order: the same for every decoder and any number of ranks and workers.
 
 A run visits videos one after another. Visit number v belongs to epoch v // n of a list of n videos, and each epoch has
-its own random order. A visit gives several clips of the same frames, cropped and flipped anew (the published
+its own random order. A visit gives several clips of the same frames, cropped and flipped again (the published
 num_sample). So clip number i of a run is always the same clip, and a run can resume at any clip.
 """
 

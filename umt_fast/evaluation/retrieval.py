@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from umt_fast.models.text import Context, Pairing, cut_padding
 from umt_fast.models.video_text import VideoTextModel, bare_video_text
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -127,7 +129,7 @@ def score(
 
     A video whose vector is zero could not be read: it has NOT_RANKED for every text, and counts as not found.
     """
-    parts = _gather(embedded.video, group)
+    parts = gather(embedded.video, group)
     video = torch.cat(parts)
     videos, texts = len(video), len(embedded.text)
     if k < 1:
@@ -142,9 +144,9 @@ def score(
     coarse[~read] = NOT_RANKED
     best_v2t = _best(coarse, k) & read[:, None]
     best_t2v = _best(coarse.T, k) & read
-    first = sum(len(part) for part in parts[: _rank(group)])
+    first = sum(len(part) for part in parts[: rank_and_size(group)[0]])
     own = slice(first, first + len(embedded.video))
-    pairs = torch.cat(_gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
+    pairs = torch.cat(gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
     v2t = torch.where(best_v2t, pairs, NOT_RANKED)
     t2v = torch.where(best_t2v, pairs.T, NOT_RANKED)
     return judge(coarse, v2t, t2v, texts_of_videos)
@@ -279,14 +281,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _gather(own: Tensor, group: Any) -> list[Tensor]:
+def rank_and_size(group: Any = None) -> tuple[int, int]:
+    """This process's rank and the number of processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def gather(own: T, group: Any = None) -> list[T]:
     """`own` of every rank, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    _, world_size = rank_and_size(group)
+    if world_size == 1:
         return [own]
-    every: list[Any] = [None] * dist.get_world_size(group)
+    every: list[Any] = [None] * world_size
     dist.all_gather_object(every, own, group=group)
     return every
-
-
-def _rank(group: Any) -> int:
-    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0

@@ -281,5 +281,5 @@ def _read(path: Path) -> tuple[Embedded, list[tuple[str, str]]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
             bad = [(str(name), str(reason)) for name, reason in json.loads((file.metadata() or {}).get("bad", "[]"))]
         return Embedded(**tensors), bad
-    except Exception as error:  # whatever a spoiled file makes its reader raise
+    except Exception as error:  # whatever a damaged file makes its reader raise
         raise WeightsError(f"cannot read the kept embeddings {path}; remove the file: {error}") from error

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from umt_fast.config import DataConfig
@@ -24,7 +23,7 @@ from umt_fast.data.tokens import clean_text
 from umt_fast.evaluation import retrieval
 from umt_fast.evaluation.found import Hit, draw_found
 from umt_fast.evaluation.qa import FirstToken, accuracy, rank_answers
-from umt_fast.evaluation.retrieval import Retrieval
+from umt_fast.evaluation.retrieval import Retrieval, gather, rank_and_size
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, digest_test, embed_set, keep_tensors
 from umt_fast.files import write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
@@ -58,15 +57,15 @@ def run_retrieval(
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
-    rank, world_size = _place()
+    rank, world_size = rank_and_size()
     key = digest_test(loaded, found, settings, data, k, found.texts_of_videos)
-    kept = _gather(_read_scores(folder / SCORES, key) if rank == 0 else None)[0]
+    kept = gather(_read_scores(folder / SCORES, key) if rank == 0 else None)[0]
     if kept is not None:
         (coarse, v2t, t2v), bad = kept
         result = retrieval.judge(coarse, v2t, t2v, found.texts_of_videos)
     else:
         embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
-        bad = [file for part in _gather(bad) for file in part]
+        bad = [file for part in gather(bad) for file in part]
         device = model.temp.device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             result = retrieval.score(model, embedded, found.texts_of_videos, k)
@@ -76,7 +75,7 @@ def run_retrieval(
 
 
 def _read_scores(path: Path, key: str) -> tuple[tuple[Tensor, Tensor, Tensor], list[tuple[str, str]]] | None:
-    """MATRICES and unreadable videos of an earlier test with this key; None for another test or a spoiled file."""
+    """MATRICES and unreadable videos of an earlier test with this key; None for another test or a damaged file."""
     from safetensors import safe_open
 
     try:
@@ -87,7 +86,7 @@ def _read_scores(path: Path, key: str) -> tuple[tuple[Tensor, Tensor, Tensor], l
             bad = [(str(name), str(reason)) for name, reason in json.loads(about["bad"])]
             coarse, v2t, t2v = (file.get_tensor(name) for name in MATRICES)
             return (coarse, v2t, t2v), bad
-    except Exception:  # whatever a spoiled file makes its reader raise: the scores are computed again
+    except Exception:  # whatever a damaged file makes its reader raise: the scores are computed again
         return None
 
 
@@ -223,8 +222,8 @@ def choose_options(
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 scores = retrieval.multiple_choice(model, batch.clip.to(device, non_blocking=True), ids, mask)
             chosen |= dict(zip(batch.rows, scores.argmax(1).tolist(), strict=True))
-    everything = {row: option for part in _gather(chosen) for row, option in part.items()}
-    return everything, [file for part in _gather(bad) for file in part]
+    everything = {row: option for part in gather(chosen) for row, option in part.items()}
+    return everything, [file for part in gather(bad) for file in part]
 
 
 def choice_accuracy(chosen: dict[int, int], questions: Sequence[Choices]) -> float:
@@ -234,7 +233,7 @@ def choice_accuracy(chosen: dict[int, int], questions: Sequence[Choices]) -> flo
 
 def _batches(loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data: DataConfig) -> Iterator[Batch]:
     """Clips of this rank's part of a list, in order; unreadable videos are left out."""
-    rank, world_size = _place()
+    rank, world_size = rank_and_size()
     rows = range(len(paths) * rank // world_size, len(paths) * (rank + 1) // world_size)
     if not rows:
         return
@@ -273,7 +272,7 @@ def answer_questions(
     numbers = Counter(question.number for question in questions)
     twice = next((number for number, count in numbers.items() if count > 1), None)
     if twice is not None:
-        raise CaptionError(f"{numbers[twice]} questions have the id {twice}; their answers are told apart by it")
+        raise CaptionError(f"{numbers[twice]} questions have the id {twice}; an answer is found by its id")
     device = model.vision_encoder.position.device
     listed = loaded.tokenizer([f"{answer} [SEP]" for answer in answers], max_answer_words)
     answer_ids, answer_mask = (x.to(device) for x in listed)
@@ -291,26 +290,11 @@ def answer_questions(
             ranked = rank_answers(model, clip, ids, mask, answer_ids, answer_mask, k, first_token)
         best = ranked.answers[:, 0].tolist()
         said |= {question.number: answers[place] for question, place in zip(asked, best, strict=True)}
-    everything = {number: answer for part in _gather(said) for number, answer in part.items()}
-    return everything, [file for part in _gather(bad) for file in part]
+    everything = {number: answer for part in gather(said) for number, answer in part.items()}
+    return everything, [file for part in gather(bad) for file in part]
 
 
 def question_accuracy(said: dict[str, str], questions: Sequence[Question]) -> float:
     """In percent; a question with several right answers counts the one that most people gave."""
     right = {question.number: max(question.answers, key=question.answers.count) for question in questions}
     return accuracy(said, right)
-
-
-def _place() -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _gather(own: Any) -> list[Any]:
-    _, world_size = _place()
-    if world_size == 1:
-        return [own]
-    every: list[Any] = [None] * world_size
-    dist.all_gather_object(every, own)
-    return every

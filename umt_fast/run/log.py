@@ -245,7 +245,7 @@ class RunLog:
         """Append to metrics.jsonl and TensorBoard, creating the folder again if it was removed meanwhile."""
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
-            self.say(f"{self.folder} was removed meanwhile; it is made anew")
+            self.say(f"{self.folder} was removed meanwhile; it is made again")
         self._append(self.metrics_path, json.dumps(line).encode() + b"\n")
         self._append(self._board.path, self._board.events(line))
 

@@ -35,17 +35,17 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """A line for each key that was not loaded, with the reason."""
-        lines = [f"not in the file, starts anew: {key}" for key in self.missing]
+        lines = [f"not in the file, gets new values: {key}" for key in self.missing]
         lines += [f"not in the model, left out: {key}" for key in self.unexpected]
         return lines + [
-            f"of another shape, starts anew: {key}, {list(file)} in the file, {list(model)} in the model"
+            f"of another shape, gets new values: {key}, {list(file)} in the file, {list(model)} in the model"
             for key, (file, model) in self.other_shape.items()
         ]
 
     def unforeseen(self) -> list[str]:
         """Lines of the keys that fine-tuning does not leave out by design.
 
-        By design the head, the norm before it and positions may start anew, and what follows the blocks of a
+        By design the head, the norm before it and positions may get new values, and what follows the blocks of a
         pre-trained model is left out. Everything else, a block of another width say, is a mistake.
         """
         ours = ("head.", "fc_norm.", "norm.", "pos_embed")
@@ -64,7 +64,7 @@ _AFTER_THE_ENCODER = (
     *("pos_embed_probs", "get_token_probs."),  # AdaMAE
     *("decoder_embed.", "decoder_blocks.", "decoder_norm.", "decoder_pred.", "decoder_cls_token", "decoder_pos_embed"),
 )
-"""How names of pre-training begin that a classifier has no use for; the last line is MAE-ST's."""
+"""Prefixes of names of pre-training that a classifier does not use; the last line is MAE-ST's."""
 
 
 def load_classifier(
@@ -105,7 +105,7 @@ def load_classifier(
     own = model.state_dict()
     fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     if (bad := find_not_finite(fits)) is not None:
-        raise WeightsError(f"these weights are no good: {bad} holds values that are not finite")
+        raise WeightsError(f"these weights cannot be used: {bad} holds values that are not finite")
     model.load_state_dict(fits, strict=False)
     return LoadReport(
         [key for key in own if key in fits],

@@ -241,5 +241,5 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Any], name: str) -
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise WeightsError(f"these weights do not fit the {name}: {shown}")
     if (bad := find_not_finite({key: state[key] for key in own})) is not None:
-        raise WeightsError(f"these weights are no good for the {name}: {bad} holds values that are not finite")
+        raise WeightsError(f"these weights cannot be used for the {name}: {bad} holds values that are not finite")
     module.load_state_dict(state)

@@ -79,7 +79,7 @@ class PixelsWork:
 
 
 def prepare(model: str, batch: int, device: torch.device) -> PixelsWork:
-    """Random weights from a fixed seed, and smooth random clips: pixels of pure noise could not be learnt."""
+    """Random weights from a fixed seed, and smooth random clips: pixels of pure noise could not be learned."""
     config = MODELS[model]
     torch.manual_seed(0)
     side = config.image_size // 16
