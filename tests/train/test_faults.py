@@ -236,6 +236,6 @@ def test_a_new_run_starts_from_weights(trainer):
 def test_a_home_folder_in_run_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = PretrainConfig()
-    assert pretrain.checkpoint.asdict(config)["run"]["dir"] == "runs"
+    assert config.run.dir == "runs"
     tilde = type(config.run)(dir="~/runs", name="a")
     assert tilde.folder == tmp_path / "runs" / "a"
