@@ -27,11 +27,12 @@ from umt_fast.files import write_whole
 from umt_fast.models.classifier import build_classifier
 from umt_fast.run import costs, hardware, launch, parallel
 from umt_fast.run.batches import open_batches
-from umt_fast.run.checkpoint import TrainState, find_own_checkpoint
+from umt_fast.run.checkpoint import find_own_checkpoint
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, say
 from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import EpochSchedule, MovingAverage, layer_decay_groups, set_learning_rate, update
 from umt_fast.run.stop import StopSignal
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:

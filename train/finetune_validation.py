@@ -18,8 +18,8 @@ from umt_fast.evaluation.views import Views
 from umt_fast.models.attention import load as load_attention
 from umt_fast.models.classifier import build_classifier
 from umt_fast.run import checkpoint, parallel
-from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.optim import EpochSchedule, MovingAverage
+from umt_fast.run.train_state import TrainState
 from umt_fast.weights import read_model
 
 BEST = "best.pth"

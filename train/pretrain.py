@@ -23,12 +23,13 @@ from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrai
 from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.run import hardware, launch, parallel
 from umt_fast.run.batches import open_batches
-from umt_fast.run.checkpoint import TrainState, find_own_checkpoint
+from umt_fast.run.checkpoint import find_own_checkpoint
 from umt_fast.run.cuda_graph import DDP_WARM_UPS, WARM_UPS, CapturedStep
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, say
 from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import Schedule, build_optimizer, set_learning_rate, update
 from umt_fast.run.stop import StopSignal
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:

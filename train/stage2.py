@@ -28,12 +28,13 @@ from umt_fast.data.captions import CaptionList
 from umt_fast.data.video import Limits
 from umt_fast.run import hardware, launch, parallel
 from umt_fast.run.batches import open_batches
-from umt_fast.run.checkpoint import TrainState, find_own_checkpoint
+from umt_fast.run.checkpoint import find_own_checkpoint
 from umt_fast.run.kind_clock import KindClock
 from umt_fast.run.log import LossBuffer, RunLog, say
 from umt_fast.run.lost_rank import save_if_lost
 from umt_fast.run.optim import build_optimizer, floored_cosine, set_learning_rate, update
 from umt_fast.run.stop import StopSignal
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:

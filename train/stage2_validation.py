@@ -18,7 +18,8 @@ from umt_fast.evaluation import video_text_report as report
 from umt_fast.evaluation.qa import PUBLISHED_K
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
-from umt_fast.run.checkpoint import TrainState, write_tensors
+from umt_fast.run.checkpoint import write_tensors
+from umt_fast.run.train_state import TrainState
 
 BEST = "best.pth"
 Bad = list[tuple[str, str]]

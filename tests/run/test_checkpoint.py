@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from umt_fast import StudentConfig, VideoStudent
-from umt_fast.run import checkpoint
+from umt_fast.run import checkpoint, train_state
 from umt_fast.weights import WeightsError, load_umt_student, umt_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -49,7 +49,7 @@ def test_round_trip(tmp_path):
     optimizer = torch.optim.AdamW(student.parameters())
     student(torch.randn(1, 3, 2, 32, 32), torch.tensor([[0, 3]])).normed().sum().backward()
     optimizer.step()
-    rng = checkpoint.get_rng_state(torch.device("cpu"))
+    rng = train_state.get_rng_state(torch.device("cpu"))
     drawn = torch.rand(5)
     state = {
         "model": umt_state_dict(student),
@@ -69,7 +69,7 @@ def test_round_trip(tmp_path):
     restored.load_state_dict(loaded["optimizer"])
     for mine, theirs in zip(restored.state.values(), optimizer.state.values(), strict=True):
         assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
-    checkpoint.set_rng_state(loaded["rng"][0], torch.device("cpu"))
+    train_state.set_rng_state(loaded["rng"][0], torch.device("cpu"))
     assert torch.equal(torch.rand(5), drawn)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step
 from umt_fast.config import LowPrecisionConfig, MaskConfig, OptimConfig, PretrainConfig
 from umt_fast.run import checkpoint
-from umt_fast.run.checkpoint import TrainState, find_checkpoint
+from umt_fast.run.checkpoint import find_checkpoint
 from umt_fast.run.optim import build_optimizer, set_learning_rate
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 FILE = Path(__file__).parents[1] / "golden" / "run" / "fe9cadc_clips_0000000012.pth"

@@ -13,8 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from umt_fast.errors import RunError
-from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.log import LossBuffer, RunLog, Throughput, read_metrics, say
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))

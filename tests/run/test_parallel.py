@@ -12,8 +12,8 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, al
 from umt_fast.config import OptimConfig, PretrainConfig
 from umt_fast.run import checkpoint, parallel
 from umt_fast.run import world as processes
-from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.optim import build_optimizer, clip_gradients, set_learning_rate
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 

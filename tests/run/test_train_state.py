@@ -15,11 +15,12 @@ from torch import nn
 from umt_fast.config import OptimConfig, PretrainConfig, RunConfig
 from umt_fast.errors import RunError
 from umt_fast.files import put_in_place
-from umt_fast.run import checkpoint
-from umt_fast.run.checkpoint import TrainState, find_checkpoint
+from umt_fast.run import checkpoint, train_state
+from umt_fast.run.checkpoint import find_checkpoint
 from umt_fast.run.launch import check_alike
 from umt_fast.run.lost_rank import RandomStates, save_if_lost
 from umt_fast.run.optim import build_optimizer
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
 
@@ -126,7 +127,7 @@ def test_a_save_is_due_by_the_clock(monkeypatch):
     by_steps, by_minutes = RunConfig(save_every=100, log_every=2), RunConfig(save_minutes=10, log_every=2)
     state.step = 2
     assert not state.save_due(by_minutes)
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: state.saved_at + 601)
+    monkeypatch.setattr(train_state.time, "monotonic", lambda: state.saved_at + 601)
     assert state.save_due(by_minutes)
     assert not state.save_due(by_steps)
     state.step = 3  # between two log lines

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from umt_fast.errors import RunError
 from umt_fast.files import append_whole, escape, read_reasons, write_reasons, write_whole
-from umt_fast.run.checkpoint import TrainState
 from umt_fast.run.hardware import peak_flops
+from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:

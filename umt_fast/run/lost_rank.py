@@ -18,7 +18,7 @@ from umt_fast.errors import RunError
 from umt_fast.run.world import World, shorten
 
 if TYPE_CHECKING:
-    from umt_fast.run.checkpoint import TrainState
+    from umt_fast.run.train_state import TrainState
 
 ARRIVAL_SECONDS = 2.0
 """How long the main rank waits for random states that a lost rank may have sent."""
