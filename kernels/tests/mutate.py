@@ -270,13 +270,14 @@ FAULTS = [
     Fault(MLP, "narrow.T @ hidden", "narrow.T @ before", T_MLP),
     # 8 bits: scales, groups, rounding
     Fault(EIGHT, "tl.floor(x + 0.5)", "tl.floor(x)", T_ROWS),
-    Fault(EIGHT, "tl.max(tl.abs(x), axis=1)", "tl.max(x, axis=1)", T_ROWS),
+    Fault("reductions.py", "tl.abs(x), float(", "x, float(", T_ROWS),
     Fault(EIGHT, "1e-12) / LARGEST", "0.0) / LARGEST", (f"{EIGHTS}zero_rows_stay_zero",)),
+    Fault("reductions.py", "x == x", "x < 1e38", ("test_eight_bit.py::test_a_row_with_a_nan_is_no_row_of_numbers",)),
     Fault(EIGHT, "x = total.to(tl.float32)", "x = x", T_ROWS),
     Fault(EIGHT, "scale_ptr + row, scale", "scale_ptr + row, 1.0 / scale", T_ROWS),
     Fault(PRODUCT, "scale_place += m", "scale_place += 0", T_CHAIN),
     Fault(PRODUCT, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
-    Fault(PRODUCT, "tl.where(valid[None, :], tl.abs(x), 0.0)", "tl.where(valid[None, :], x, 0.0)", T_GROUPS),
+    Fault(PRODUCT, "largest_magnitudes(tl.where(valid[None, :], x, 0.0))", "tl.max(x, axis=1)", T_GROUPS),
     # pixel_loss: places, statistics, colours
     Fault(PIXELS, "token // grid_width % grid_height * PATCH", "token // grid_width * PATCH", T_PIXELS),
     Fault(PIXELS, "colour = column % 3", "colour = column // PIXELS", T_PIXELS),

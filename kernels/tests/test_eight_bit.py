@@ -177,3 +177,18 @@ def test_errors_name_the_value_and_the_place(call, error, words):
         call(torch.ones(4, 8), torch.ones(6, 8))
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_row_with_a_nan_is_no_row_of_numbers(device, dtype):
+    """An int8 cannot be NaN, so the scale must show it; other rows are not touched."""
+    x = torch.ones(3, 24, device=device)
+    x[1, 5] = float("nan")
+    values, scale = quantize_rows(x, dtype)
+    rows = values.double() * scale.double()[:, None]
+    assert rows.isfinite().all(1).tolist() == [True, False, True]
+    assert not rows[1].isfinite().any()
+    weight = quantize_rows(torch.eye(24, device=device), dtype)
+    hidden = linear_8bit(EightBit(values, scale), weight, out_dtype=dtype)
+    out = linear_8bit(hidden, weight)
+    assert out.isfinite().all(1).tolist() == [True, False, True]

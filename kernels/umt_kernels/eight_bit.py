@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 if triton is not None:
     import triton.language as tl
 
+    from umt_kernels.reductions import largest_magnitudes
+
 
 class EightBit(NamedTuple):
     """values * scale, where a scale is of a row, or of 128 columns of a row."""
@@ -237,7 +239,7 @@ if triton is not None:
                 x = centred / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)[:, None]
                 w = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
                 x = x * w[None, :] + tl.load(b_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-12) / LARGEST
+            scale = tl.maximum(largest_magnitudes(x), 1e-12) / LARGEST
             x = x / scale[:, None]
             if INTEGER:
                 x = tl.floor(x + 0.5)

@@ -7,6 +7,8 @@ from umt_kernels.backend import triton
 if triton is not None:
     import triton.language as tl
 
+    from umt_kernels.reductions import largest_magnitudes
+
     @triton.jit
     def kernel(
         a_ptr,  # [m, k]; this and the next four are tensor descriptors with DESCRIPTORS
@@ -171,7 +173,7 @@ if triton is not None:
             total = tl.sum(tl.where(here[:, None], x, 0.0), axis=0)
             tl.store(sums_ptr + row_tile.to(tl.int64) * n + column, total, mask=valid)
         if out_scale_ptr is not None:
-            largest = tl.max(tl.where(valid[None, :], tl.abs(x), 0.0), axis=1)
+            largest = largest_magnitudes(tl.where(valid[None, :], x, 0.0))
             scale = tl.maximum(largest, 1e-12) / LARGEST
             group = (first_column // PART).to(tl.int64) * m
             tl.store(out_scale_ptr + group + row, scale, mask=here)

@@ -41,6 +41,11 @@ if triton is not None:
         return tl.split(tl.sum(tl.join(a, b), axis=AXIS))
 
     @triton.jit
+    def largest_magnitudes(x):
+        """The largest magnitude of each row; infinity where a NaN is, which tl.max alone passes over."""
+        return tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
+
+    @triton.jit
     def four_sums(a, b, c, d, AXIS: tl.constexpr):
         left, right = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=AXIS))
         a, b = tl.split(left)
