@@ -4,8 +4,8 @@ Two figures for each: the call, with gradients recorded, and its backward throug
 
 Triton's own launcher is replaced by a function that does nothing, so this is the price of checks, allocations, autograd
 and looking up the compiled kernel. In a CUDA graph none of it is paid. F.layer_norm with gradients is timed in turn
-with the ops, as a measure of how fast and how busy the machine is. patch_embed and the loss include the arithmetic of
-PyTorch's own operations (a matmul; two sums), which on a GPU are launches.
+with the ops, as a measure of how fast and how busy the machine is. patch_embed and pixel_loss include the arithmetic of
+PyTorch's own operations (a matmul; a mean), which on a GPU are launches.
 """
 
 from __future__ import annotations
