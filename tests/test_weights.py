@@ -273,7 +273,7 @@ def test_a_truncated_file_is_named(tower, tmp_path, save, left):
 def test_a_web_page_in_place_of_weights_is_named(tmp_path):
     path = tmp_path / "ViT-B-16.pt"
     path.write_text("<!DOCTYPE html><html>not found</html>")
-    with pytest.raises(WeightsError, match=r"cannot read weights from .*ViT-B-16\.pt"):
+    with pytest.raises(WeightsError, match=r"cannot read weights from .*ViT-B-16\.pt: it is not a file of weights$"):
         read_weights(path)
 
 

@@ -272,8 +272,13 @@ def test_a_part_in_seconds_or_frames():
     assert Part(first=2).bounds(timeline) == (2, 5)
     assert Part(first=1, count=2).bounds(timeline) == (1, 3)
     assert Part(first=3, count=9).bounds(timeline) == (3, 5)
-    for empty in (Part(start=0.9), Part(first=5), Part(start=0.3, end=0.35), Part(count=0)):
-        with pytest.raises(BadVideo, match="no frame of it lies in the part"):
+    for empty, named in (
+        (Part(start=0.9), "0.9 s to the end"),
+        (Part(first=5), "all frames from number 5 on"),
+        (Part(start=0.3, end=0.35), "0.3 s to 0.35 s"),
+        (Part(count=0), "0 frames from number 0 on"),
+    ):
+        with pytest.raises(BadVideo, match=rf"no frame of it lies in the part that the list names \({named}\)"):
             empty.bounds(timeline)
 
 

@@ -89,6 +89,14 @@ class Part:
     count: int | None = None
     """Frames; None: to the end."""
 
+    def __str__(self) -> str:
+        named = []
+        if self.start > 0 or self.end is not None:
+            named.append(f"{self.start:g} s to {'the end' if self.end is None else f'{self.end:g} s'}")
+        if self.first > 0 or self.count is not None:
+            named.append(f"{'all' if self.count is None else self.count} frames from number {self.first} on")
+        return ", ".join(named) or "all of it"
+
     def bounds(self, timeline: Timeline) -> tuple[int, int]:
         """Numbers of its first frame and of the one after its last. Raises BadVideo if it has no frame."""
         first, last = self.first, timeline.num_frames

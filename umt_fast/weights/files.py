@@ -272,6 +272,8 @@ def _reason(error: Exception, path: Path) -> str:
             f"it holds objects of {found[1]} besides tensors, which are not loaded here because that can run any code. "
             f'If you trust the file, save its tensors alone: python -c "{command}"'
         )
+    if "Weights only load failed" in str(error):
+        return "it is not a file of weights"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
