@@ -299,10 +299,10 @@ def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
 def test_an_unexpected_error_of_a_decoder_is_reported_too(videos, monkeypatch):
     open_video = loading.open_video
 
-    def fail(video, content, square_pixels):
+    def fail(video, *options):
         if video.path == videos[0]:
             raise AttributeError("no such thing")
-        return open_video(video, content, square_pixels)
+        return open_video(video, *options)
 
     monkeypatch.setattr(loading, "open_video", fail)
     batches = _batches(_stream(videos), batches=COUNT, batch_size=1)
