@@ -62,7 +62,7 @@ class Row:
     """Instructions of the matrix units by name, of kernels that should have them."""
     barriers: int
     wide_divisions: int
-    """In 64 bits, for which a GPU has no instruction: each costs dozens."""
+    """Divisions of 64-bit integers. A GPU has no instruction for them: each costs dozens of others."""
     bulk: dict[str, tuple[int, int]]
     """For each bulk argument, the narrowest load (0: none was found) and the widest that its layout allows."""
     moved: int

@@ -112,7 +112,7 @@ class Draw:
 
 
 WIDTHS = (3, 24, 65, 200)
-"""Of normalised rows. One column is normalised to 0, and its gradient is rounding alone, times 1 / sqrt(eps)."""
+"""Columns of normalised rows. One alone is left out: it becomes 0, and its gradient is rounding times 1 / sqrt(eps)."""
 ROOT = 5e17
 """Largest values of rows to normalise: float32 holds the sum of their squares. Beyond 1e19 the kernels
 give 0, as F.rms_norm does (F.layer_norm on a CPU: NaN)."""
@@ -430,7 +430,7 @@ def faults_in_draws(seed: int) -> list[str]:
 
 
 SEEDS = {"alignment_loss": (*range(6), 17, 84), "linear": (*range(6), 23)}
-"""Of those 17 and 23 were faults: a NaN that smooth_l1 hid, and a derivative of QuickGELU beyond float16's range."""
+"""Seeds 17 and 23 once found faults: a NaN that smooth_l1 hid, and a derivative of QuickGELU beyond float16's range."""
 
 
 @pytest.mark.parametrize("op", OPS)

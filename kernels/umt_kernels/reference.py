@@ -283,7 +283,7 @@ def pixel_targets(
 ) -> Float[Tensor, "r m f"]:
     """Targets of `pixel_loss`: pixels in the order (time, row, column, colour), normalised per token.
 
-    Those of an id of -1 have no meaning.
+    The targets of an id of -1 have no meaning.
     """
     pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B, T, H, W, 3]
     cubes = pixels.unfold(1, tubelet_size, tubelet_size).unfold(2, patch_size, patch_size)

@@ -280,7 +280,7 @@ def _temporary_folder() -> str:
 
 
 async def _blocks(system: Any, url: str, start: int, end: int | None) -> AsyncGenerator[bytes, None]:
-    """Blocks of an answer of an HTTP server, which may have no end."""
+    """The blocks of an HTTP server's answer. The answer may be endless."""
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
     if start or end is not None:
