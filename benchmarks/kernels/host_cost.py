@@ -4,8 +4,8 @@ Two figures for each: the call, with gradients recorded, and its backward throug
 
 Triton's own launcher is replaced by a function that does nothing, so this is the price of checks, allocations, autograd
 and looking up the compiled kernel. In a CUDA graph none of it is paid. F.layer_norm with gradients is timed in turn
-with the ops, as a measure of how fast and how busy the machine is. patch_embed and pixel_loss include the arithmetic of
-PyTorch's own operations (a matmul; a mean), which on a GPU are launches.
+with the ops, as a measure of how fast and how busy the machine is. patch_embed and pixel_loss include PyTorch's own
+operations (the weight's order and a matmul, also timed alone; a mean), which compute here and on a GPU are launches.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from umt_kernels import (
     quantize_rows,
     sample_visible,
 )
+from umt_kernels.gather_patches import weight_matrix
 
 YARDSTICK = "F.layer_norm"
 
@@ -76,7 +77,8 @@ def calls() -> dict[str, Callable[[], object]]:
     weight, bias = torch.rand(64, requires_grad=True), torch.rand(64, requires_grad=True)
     table, ids, scale = torch.rand(8, 64), torch.zeros(2, 5, dtype=torch.int64), torch.rand(2)
     clip = torch.zeros(2, 2, 32, 32, 3, dtype=torch.uint8)
-    conv = torch.rand(64, 3, 1, 16, 16, requires_grad=True)
+    conv, small_bias = torch.rand(8, 3, 1, 4, 4, requires_grad=True), torch.rand(8, requires_grad=True)
+    patches = torch.rand(2, 5, 48)
     q, k = torch.rand(4, 2, 16), torch.rand(4, 2, 5, 16)
     predictions = torch.rand(3, 2, 5, 64, requires_grad=True)
     targets = torch.rand(3, 2, 5, 64)
@@ -98,7 +100,8 @@ def calls() -> dict[str, Callable[[], object]]:
         "cls_scores": lambda: cls_scores(q, k),
         "sample_visible": lambda: sample_visible(scores, 4),
         "gather_patches": lambda: gather_patches(clip, 16, token_ids=ids),
-        "patch_embed": lambda: patch_embed(clip, conv, bias, 16, token_ids=ids),
+        "patch_embed": lambda: patch_embed(clip, conv, small_bias, 4, token_ids=ids),
+        "patch_embed, PyTorch's part": lambda: F.linear(patches, weight_matrix(conv, clip), small_bias),
         "linear": lambda: linear(x, up, up_bias, activation="gelu", backend="triton"),
         "mlp": lambda: mlp(x, up, up_bias, down, bias, residual=x, backend="triton"),
         "quantize_rows": lambda: quantize_rows(plain, torch.int8),

@@ -110,6 +110,35 @@ def test_bias_and_position_may_have_another_dtype(device, assert_near):
     assert (given["bias"].grad == 6).all()
 
 
+def test_a_second_call_of_the_same_shapes(device, assert_near):
+    """Its plan is kept, but ids, clip, weights and the normalisation are those of the call."""
+    given = case(device, "uint8")
+    run(given)
+    for change in (
+        {},
+        {"token_ids": given["token_ids"].flip(1)},
+        {"clip": 255 - given["clip"]},
+        {"std": (0.3, 0.2, 0.4)},
+    ):
+        changed = {**given, "weight": 2 * given["weight"], "bias": -given["bias"], **change}
+        std = changed.pop("std", None)
+        expected = convolved(**changed)
+        if std is not None:
+            changed["std"] = std
+            scale = torch.tensor(IMAGENET_STD, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+            plain = {**changed, "weight": changed["weight"].double() * scale.to(device).view(1, 3, 1, 1, 1)}
+            del plain["std"]
+            expected = convolved(**plain)
+        assert_near(run(changed), expected)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=r"token_ids\[0, 1\] = 12, but a clip has 12 tokens"):
+            run({**given, "token_ids": given["token_ids"].where(given["token_ids"] != 11, 12)})
+        few = {**given, "position": given["position"][:11].contiguous()}
+        run({**few, "token_ids": given["token_ids"].clamp_max(10)})
+        with pytest.raises(ValueError, match=r"token_ids\[0, 1\] = 11, but position has 11 rows"):
+            run(few)
+
+
 def test_empty_batch(device):
     given = case(device, "uint8")
     given.update(clip=given["clip"][:0], token_ids=given["token_ids"][:0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +67,29 @@ def _hashable(settings: tuple) -> tuple | None:
     return tuple(found)
 
 
+def call_key(op: str, tensors: Sequence[Tensor | None], settings: tuple) -> tuple | None:
+    """All about a call but the tensors' data, as the key of its plan. None where plans are not kept: inside
+    torch.compile, torch.func and forward mode, and for fake or distributed tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0 or backend.REFERENCE_ONLY:
+        return None
+    if not _SETTINGS.issuperset(map(type, settings)):
+        found = _hashable(settings)
+        if found is None:
+            return None
+        settings = found
+    parts: list[Any] = [op, torch.is_grad_enabled(), backend.INTERPRETED, settings]
+    for x in tensors:
+        if x is None:
+            parts.append(None)
+        elif type(x) in _PLAIN:
+            parts += x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, x.requires_grad
+        else:
+            return None
+    return tuple(parts)
+
+
 class KernelOp:
     """An op's kernels, called with little overhead in eager mode and as a custom op everywhere else.
 
@@ -104,6 +128,7 @@ class KernelOp:
         strided: dict[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         self.name, self.prepare, self.launch, self.visible = name, prepare, launch, visible
+        self.key: Callable[[Sequence[Tensor | None], tuple], tuple | None] = functools.partial(call_key, name)
         kinds = {name: str(kind) for name, kind in launch.__annotations__.items() if name not in ("plan", "return")}
         tensors = [name for name, kind in kinds.items() if "Tensor" in kind]
         assert tensors == list(kinds)[: len(tensors)]
@@ -117,28 +142,6 @@ class KernelOp:
             self.custom.register_autograd(backward, setup_context=self._save_for_custom(save))
             # Not `function.apply`, which first looks for torch.func: `runs_kernel` has done so.
             self.apply = super(torch.autograd.Function, self._function(save, backward, again)).apply  # type: ignore[misc]
-
-    def key(self, tensors: Sequence[Tensor | None], settings: tuple) -> tuple | None:
-        """All about the arguments but the tensors' data. None where plans are not kept: inside torch.compile,
-        torch.func and forward mode, and for fake or distributed tensors."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return None
-        if forward_ad._current_level >= 0 or backend.REFERENCE_ONLY:
-            return None
-        if not _SETTINGS.issuperset(map(type, settings)):
-            found = _hashable(settings)
-            if found is None:
-                return None
-            settings = found
-        parts: list[Any] = [self.name, torch.is_grad_enabled(), backend.INTERPRETED, settings]
-        for x in tensors:
-            if x is None:
-                parts.append(None)
-            elif type(x) in _PLAIN:
-                parts += x.shape, x.is_contiguous() or x.stride(), x.dtype, x.device, x.requires_grad
-            else:
-                return None
-        return tuple(parts)
 
     def __call__(self, *inputs: Any, key: tuple | None = None) -> Any:
         tensors = inputs[: self.num_tensors]

@@ -27,6 +27,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Layout = Literal["BTHWC", "BTCHW", "BCTHW", "BHWC", "BCHW"]
 
 _VIDEO = {"BHWC": "BTHWC", "BCHW": "BCTHW"}  # an image as a clip of one frame
+_WEIGHT_AXES = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4)}  # of a convolution's weight, in a clip's order
 MOST_CHANNELS = 16
 """Channels that the kernel normalises, each with constants of its own in the code; more run the reference."""
 
@@ -66,37 +67,61 @@ def gather_patches(
     key = _forward.key((clip, token_ids), (patch_size, tubelet_size, halo, mean, std, dtype, layout, padded))
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is not None:
-        settings: tuple[Any, ...] = plan.inputs
-        order, patch, tubelet = settings[:3]
-        clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
-    else:
-        if is_distributed(clip, token_ids):
-            axes: dict[str, Axes] = {"clip": (0,), "token_ids": (0,)}
-            return on_shards(
-                gather_patches, axes, ((0,),), clip=clip, patch_size=patch_size, tubelet_size=tubelet_size,
-                token_ids=token_ids, halo=halo, mean=mean, std=std, dtype=dtype, layout=layout, padded=padded,
-            )  # fmt: skip
-        check_tensors(clip=clip, token_ids=token_ids)
-        clip, order = as_video(clip, layout)
-        patch, tubelet, around = _sizes(clip, order, patch_size, tubelet_size, halo)
-        means, stds = _normalisation(clip, clip.shape[order.index("C")], mean, std)
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype = {dtype}; rows are floats")
-        if token_ids is not None:
-            check_ids("token_ids", token_ids, clip.shape[0], sets=True)
-        settings = (order, patch, tubelet, around, means or [], stds or [], dtype, padded)
+        return planned_patches(plan, clip, token_ids)
+    if is_distributed(clip, token_ids):
+        axes: dict[str, Axes] = {"clip": (0,), "token_ids": (0,)}
+        return on_shards(
+            gather_patches, axes, ((0,),), clip=clip, patch_size=patch_size, tubelet_size=tubelet_size,
+            token_ids=token_ids, halo=halo, mean=mean, std=std, dtype=dtype, layout=layout, padded=padded,
+        )  # fmt: skip
+    check_tensors(clip=clip, token_ids=token_ids)
+    return checked_patches(clip, patch_size, tubelet_size, token_ids, halo, mean, std, dtype, layout, padded, key)
+
+
+def planned_patches(plan: Plan, clip: Tensor, token_ids: Tensor | None) -> Tensor:
+    """The rows, by a plan that an earlier call like this one left."""
+    settings: tuple[Any, ...] = plan.inputs
+    order, patch, tubelet, *_, padded = settings
+    clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
     if token_ids is not None and sees_ids(token_ids):
-        tokens = _shape(clip, None, order, patch, tubelet, [0, 0])[1]
-        check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
-    if plan is None and not _runs_kernel(clip, dtype, means, patch, tubelet, around, token_ids):
+        _check_tokens(clip, token_ids, order, patch, tubelet, padded)
+    return _forward.planned(plan, clip.detach() if clip.requires_grad else clip, token_ids)
+
+
+def checked_patches(
+    clip: Tensor,
+    patch_size: int | tuple[int, int],
+    tubelet_size: int,
+    token_ids: Tensor | None,
+    halo: int | tuple[int, int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    dtype: torch.dtype,
+    layout: str | None,
+    padded: bool,
+    key: tuple | None,
+) -> Tensor:
+    """The rows of tensors on one device, once the arguments are checked. The plan is kept under `key`."""
+    clip, order = as_video(clip, layout)
+    patch, tubelet, around = _sizes(clip, order, patch_size, tubelet_size, halo)
+    means, stds = _normalisation(clip, clip.shape[order.index("C")], mean, std)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype = {dtype}; rows are floats")
+    if token_ids is not None:
+        check_ids("token_ids", token_ids, clip.shape[0], sets=True)
+        _check_tokens(clip, token_ids, order, patch, tubelet, padded)
+    if not _runs_kernel(clip, dtype, means, patch, tubelet, around, token_ids):
         return reference.gather_patches(
             clip.detach(), (patch[0], patch[1]), tubelet, token_ids, (around[0], around[1]), means, stds, dtype, order,
             padded,
         )  # fmt: skip
     clip = clip.detach() if clip.requires_grad else clip
-    if plan is not None:
-        return _forward.planned(plan, clip, token_ids)
-    return _forward(clip, token_ids, *settings, key=key)
+    return _forward(clip, token_ids, order, patch, tubelet, around, means or [], stds or [], dtype, padded, key=key)
+
+
+def _check_tokens(clip: Tensor, token_ids: Tensor, order: str, patch: list[int], tubelet: int, padded: bool) -> None:
+    tokens = _shape(clip, None, order, patch, tubelet, [0, 0])[1]
+    check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
 
 
 def _sizes(
@@ -108,7 +133,7 @@ def _sizes(
 ) -> tuple[list[int], int, list[int]]:
     """Patch, tubelet and halo as ints. Raises ValueError where they do not fit the clip."""
     (tubelet,) = check_ints(tubelet_size=tubelet_size)
-    patch, around = _pair("patch_size", patch_size), _pair("halo", halo)
+    patch, around = as_pair("patch_size", patch_size), as_pair("halo", halo)
     for axis, step in zip("THW", (tubelet, *patch), strict=True):
         size = clip.shape[layout.index(axis)]
         if step < 1 or size % step or size == 0:
@@ -123,10 +148,18 @@ def weight_matrix(
 ) -> Float[Tensor, "d f"]:
     """A Conv3d's or Conv2d's weight as the matrix [D, F] that goes with `gather_patches(clip, ..., layout=layout)`:
     rows @ matrix.T embeds."""
-    weight = weight[:, :, None] if weight.dim() == 4 else weight
-    video = default_layout(clip) if layout is None else _VIDEO.get(layout, layout)
-    order = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4), "BCTHW": (0, 1, 2, 3, 4)}[video]
-    return weight.permute(order).flatten(1)
+    return as_matrix(weight, default_layout(clip) if layout is None else _VIDEO.get(layout, layout))
+
+
+def as_matrix(weight: Tensor, order: str) -> Tensor:
+    """`weight_matrix` by the order of a video's axes."""
+    weight = weight if weight.dim() == 5 else weight.unsqueeze(2)
+    if order == "BCTHW":
+        return weight.flatten(1)
+    rows, channels, tubelet, height, width = weight.shape
+    return weight.permute(_WEIGHT_AXES[order]).reshape(
+        rows, channels * tubelet * height * width
+    )  # quicker than flatten
 
 
 def default_layout(clip: Tensor) -> str:
@@ -160,7 +193,7 @@ def as_video(clip: Tensor, layout: str | None) -> tuple[Tensor, str]:
     return (clip if layout == video else clip.unsqueeze(video.index("T"))), video
 
 
-def _pair(name: str, size: int | tuple[int, int]) -> list[int]:
+def as_pair(name: str, size: int | tuple[int, int]) -> list[int]:
     if isinstance(size, (tuple, list)):
         if len(size) != 2:
             raise ValueError(f"{name} = {size}; give one number, or (height, width)")

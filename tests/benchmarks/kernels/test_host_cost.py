@@ -17,6 +17,7 @@ LIMITS = {
     "cls_scores": 2,
     "sample_visible": 2.5,
     "gather_patches": 2.5,
+    "patch_embed": 7.5,
     "linear": 5,
     "mlp": 6.5,
     "quantize_rows": 2.5,
