@@ -1,12 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# A list file or folder of videos for `make demo`; empty: it makes its own.
+# A list file or folder of videos for `make demo`; if empty, the demo writes its own videos.
 DATA ?=
 
 
 .PHONY: demo demo-stage1 demo-finetune demo-text test test-kernels test-dali gate mutate soak fuzz lint doctor clean bench bench-gpu bench-kernels rehearse test-gpu
 
-# With DATA, stage 1 alone and a random teacher: the small one that is trained here knows nothing but moving shapes.
+# With DATA only stage 1 runs, with a random teacher: the demo's own teacher knows only moving shapes.
 demo: demo-stage1 ## pre-train a small student from video files and fine-tune it; results in runs/demo and runs/demo-finetune
 ifeq ($(DATA),)
 	$(MAKE) demo-finetune
@@ -25,12 +25,12 @@ else
 	$(BIN)/python -m train.pretrain --recipe tiny --run.name demo --data.train "$(DATA)"
 endif
 
-# From the stage-1 checkpoint of `make demo`.
+# Uses the stage-1 checkpoint of `make demo`.
 demo-finetune: .venv/.run ## the second half of `make demo`: fine-tune from random weights and from its encoder
 	rm -rf runs/demo-finetune
 	$(BIN)/python -m train.demo --init "$$(ls runs/demo/checkpoints/*.pth | tail -1)" --out runs/demo-finetune
 
-# From the stage-1 checkpoint and teacher of `make demo`, which it makes if there are none.
+# Uses the stage-1 checkpoint and teacher of `make demo`, and makes them first if they are missing.
 DEMO_TEXT := --recipe tiny --data.videos runs/demo-text-videos/train.json --student.image-size 64 --compute.precision fp32
 demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, fine-tune and test retrieval; results in runs/demo-text*
 	ls runs/demo/checkpoints/*.pth runs/demo-teacher/teacher.safetensors >/dev/null 2>&1 || $(MAKE) demo-stage1 DATA=
@@ -46,32 +46,32 @@ demo-text: .venv/.run ## train stage 2 on captioned videos of moving shapes, fin
 		--checkpoint "$$(ls runs/demo-text-finetune/checkpoints/*.pth | tail -1)" \
 		--data.test runs/demo-text-videos/test.json --compute.precision fp32
 
-# One thread per process: the processes take all cores between them.
+# One thread per process, since there is one process per core.
 test: lint ## install what is needed and run every check and test, in plain PyTorch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The golden tests with the Triton kernels in Triton's interpreter; then umt-kernels alone, with nothing but torch,
-# triton and what runs the tests, both ways.
+# The golden tests with the Triton kernels in Triton's interpreter. Then umt-kernels alone, in an environment with only
+# torch, triton and the test tools, in plain PyTorch and in the interpreter.
 test-kernels: .venv/.dev .venv-kernels/.done ## run the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_golden.py tests/models
 	.venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
 	TRITON_INTERPRET=1 .venv-kernels/bin/python -m pytest -c kernels/pyproject.toml kernels/tests
 
-# Decodes on the CPU; a GPU's tests are run by test-gpu, where PY has DALI.
+# Decodes on the CPU; test-gpu runs the GPU tests if PY has DALI.
 test-dali: .venv/.dali ## test the DALI loader against PyAV's
 	$(BIN)/python -m pytest tests/data/test_dali_loader.py tests/train/test_dali_run.py
 
 soak: .venv/.dev ## kill runs at random and compare with an undisturbed one; about 15 minutes
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.soak
 
-gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and read what came out; needs no GPU
+gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and check registers, spills and SASS; needs no GPU
 	$(BIN)/python -m benchmarks.kernels.compile_report --gate -q
 
 FUZZ_MINUTES ?= 20
 fuzz: .venv/.dev ## read damaged and hostile files of every kind for FUZZ_MINUTES (20)
 	nice $(BIN)/python tests/soak/fuzz.py --minutes $(FUZZ_MINUTES) --keep runs/fuzz
 
-mutate: .venv/.dev ## break the kernels in over 180 ways and see that their tests notice each; about 10 minutes
+mutate: .venv/.dev ## break the kernels in over 180 ways and check that a test fails for each; about 10 minutes
 	$(BIN)/python kernels/tests/mutate.py
 
 lint: .venv/.dev
@@ -83,7 +83,7 @@ lint: .venv/.dev
 doctor: .venv/.run ## what is installed, in use and missing
 	$(BIN)/python -m umt_fast.doctor
 
-clean: ## remove what the other targets made, runs included
+clean: ## remove everything that the other targets wrote, runs included
 	rm -rf .venv .venv-kernels runs build kernels/build *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/bin/python:
@@ -107,7 +107,7 @@ clean: ## remove what the other targets made, runs included
 	.venv-kernels/bin/python -m pip install -q -c constraints.txt -e 'kernels[test]'
 	touch $@
 
-# On a machine with a GPU. From a plain checkout, with a Python that has what is needed: make bench-gpu PY=python3
+# For a machine with a GPU. From a plain checkout, with a Python that has the dependencies: make bench-gpu PY=python3
 PY ?= .venv/bin/python
 ifneq ($(PY),.venv/bin/python)
 export PYTHONPATH := .:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -118,7 +118,7 @@ bench: .venv/.dev ## time the training step on this machine, rung by rung
 	$(BIN)/python -m benchmarks.step_time
 
 MINUTES ?= 9
-bench-gpu: $(ON_GPU) ## measure this GPU in MINUTES (9): smoke, best rungs, ladder, kernels, decoding; call again to go on
+bench-gpu: $(ON_GPU) ## measure this GPU in MINUTES (9): smoke, best rungs, ladder, kernels, decoding; call again to continue
 	$(PY) -m benchmarks.gpu_session --minutes $(MINUTES)
 
 rehearse: .venv/.dev ## the stages of bench-gpu on the CPU, with tiny models, in 3 minutes
