@@ -1,27 +1,34 @@
 """Every setting of every job, with its default and its checks. Nothing else in the project holds one.
 
 A run is one of the job classes: a recipe (TOML) on top of their defaults, and the command line on top of the recipe.
+A job is a composition of sections: `--SECTION.NAME` is the field NAME of a class in the module of its section, where
+`mask`, `optim`, `compute`, `run` and `data` have modules of their own names.
 """
 
-from umt_fast.config.base import (
-    MLP_RATIO,
-    Activation,
+from umt_fast.config.base import ConfigError
+from umt_fast.config.compute import (
     Attention,
-    ConfigError,
-    Decoder,
-    FrameRule,
-    GatherGradient,
-    Masking,
+    ComputeConfig,
+    LowPrecisionConfig,
     Parallel,
-    PixelMasking,
     Precision,
     Recompute,
-    Stage2Job,
     StudentPrecision,
     TeacherPrecision,
     TorchAttention,
 )
-from umt_fast.config.data import AugmentConfig, CaptionDataConfig, DataConfig, LabelledDataConfig, MixConfig
+from umt_fast.config.data import (
+    AugmentConfig,
+    CaptionDataConfig,
+    DataConfig,
+    Decoder,
+    FileDecoder,
+    FrameRule,
+    LabelledDataConfig,
+    LoaderDecoder,
+    MixConfig,
+)
+from umt_fast.config.finetune import InitConfig, TestConfig
 from umt_fast.config.jobs import (
     FinetuneConfig,
     MaeStPretrainConfig,
@@ -29,13 +36,16 @@ from umt_fast.config.jobs import (
     Stage2Config,
     VideoMaePretrainConfig,
 )
+from umt_fast.config.mask import MaskConfig, Masking, PixelMaskConfig, PixelMasking
 from umt_fast.config.models import (
     CLASSIFIERS,
     IMAGENET_STATISTICS,
     MAE_ST_STATISTICS,
+    MLP_RATIO,
     STUDENTS,
     TEACHERS,
     TEXTS,
+    Activation,
     ClassifierConfig,
     MaeStConfig,
     StudentConfig,
@@ -46,16 +56,6 @@ from umt_fast.config.models import (
     VitConfig,
     check_fit,
 )
-from umt_fast.config.sections import (
-    ComputeConfig,
-    FinetuneOptimConfig,
-    InitConfig,
-    JointConfig,
-    LowPrecisionConfig,
-    MaskConfig,
-    OptimConfig,
-    PixelMaskConfig,
-    RunConfig,
-    TestConfig,
-    VideoTextObjective,
-)
+from umt_fast.config.optim import FinetuneOptimConfig, OptimConfig
+from umt_fast.config.run import RunConfig
+from umt_fast.config.stage2 import GatherGradient, JointConfig, Stage2Job, VideoTextObjective

@@ -1,29 +1,11 @@
-"""What every settings class uses: choices of words, checks, the error."""
+"""What every settings class uses: checks, and the error."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from umt_fast.errors import RunError
-
-Masking = Literal["attention", "random", "tube", "mae_st", "frame"]
-PixelMasking = Literal["tube", "random", "frame", "mae_st", "adamae", "everest", "motion", "region", "flow", "text"]
-Precision = Literal["auto", "bf16", "fp32"]
-Decoder = Literal["auto", "dali", "pyav"]
-TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul", "heads"]
-Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
-Recompute = Literal["none", "selective", "full"]
-Parallel = Literal["ddp", "fsdp"]
-FrameRule = Literal["sparse", "dense", "strided", "segment"]
-TeacherPrecision = Literal["same", "int8", "fp8", "int8-triton", "fp8-triton"]
-"""8-bit matmuls of the teacher: torchao's, or umt_kernels' with norms and activations in the same passes."""
-StudentPrecision = Literal["same", "fp8"]
-GatherGradient = Literal["published", "true"]
-Stage2Job = Literal["pretrain", "retrieval", "qa"]
-Activation = Literal["quick_gelu", "gelu"]
-MLP_RATIO = 4
-"""Width of a hidden layer over the width of its block, in every model here."""
 
 
 class ConfigError(RunError, ValueError):

@@ -1,4 +1,4 @@
-"""Sections on data: lists, clips, augmentation, captions."""
+"""Sections `data`, `augment` and `mix`: lists, clips, augmentation, captions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from umt_fast.config.base import ConfigError, Decoder, FrameRule, check_at_least, check_share
+from umt_fast.config.base import ConfigError, check_at_least, check_share
+
+FileDecoder = Literal["pyav"]
+"""Decoders that open files one by one, in worker processes; `umt_fast.data.decode.OPENERS` has their functions."""
+LoaderDecoder = Literal["dali"]
+"""Decoders with a loader of their own; `umt_fast.data.open_loader` opens them."""
+Decoder = Literal["auto", FileDecoder, LoaderDecoder]
+FrameRule = Literal["sparse", "dense", "strided", "segment"]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.base import ConfigError, Stage2Job, check_divides
+from umt_fast.config.base import ConfigError, check_divides
+from umt_fast.config.compute import ComputeConfig, LowPrecisionConfig
 from umt_fast.config.data import AugmentConfig, CaptionDataConfig, DataConfig, LabelledDataConfig, MixConfig
+from umt_fast.config.finetune import InitConfig, TestConfig
+from umt_fast.config.mask import MaskConfig, PixelMaskConfig
 from umt_fast.config.models import (
     ClassifierConfig,
     MaeStConfig,
@@ -17,19 +20,9 @@ from umt_fast.config.models import (
     VideoTextConfig,
     check_fit,
 )
-from umt_fast.config.sections import (
-    ComputeConfig,
-    FinetuneOptimConfig,
-    InitConfig,
-    JointConfig,
-    LowPrecisionConfig,
-    MaskConfig,
-    OptimConfig,
-    PixelMaskConfig,
-    RunConfig,
-    TestConfig,
-    VideoTextObjective,
-)
+from umt_fast.config.optim import FinetuneOptimConfig, OptimConfig
+from umt_fast.config.run import RunConfig
+from umt_fast.config.stage2 import JointConfig, Stage2Job, VideoTextObjective
 
 
 def _check_steps(data: DataConfig, optim: OptimConfig, compute: ComputeConfig) -> None:

@@ -1,4 +1,4 @@
-"""Sizes of the models."""
+"""Sizes of the models: sections `student`, `teacher`, `classifier`, `text` and, for pixels, `model`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from umt_fast.config.base import MLP_RATIO, Activation, ConfigError, check_at_least, check_divides, check_share
+from umt_fast.config.base import ConfigError, check_at_least, check_divides, check_share
+
+Activation = Literal["quick_gelu", "gelu"]
+MLP_RATIO = 4
+"""Width of a hidden layer over the width of its block, in every model here."""
 
 
 def _aligned(owner: str, depth: int, layers: int, interval: float) -> tuple[int, ...]:

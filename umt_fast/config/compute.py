@@ -1,0 +1,67 @@
+"""Sections `compute`: how the models are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umt_fast.config.base import ConfigError
+
+Precision = Literal["auto", "bf16", "fp32"]
+TorchAttention = Literal["sdpa", "cudnn", "flash", "efficient", "math", "matmul", "heads"]
+Attention = Literal["auto", TorchAttention, "flash_attn_2", "flash_attn_3", "flash_attn_4", "xformers"]
+Recompute = Literal["none", "selective", "full"]
+Parallel = Literal["ddp", "fsdp"]
+TeacherPrecision = Literal["same", "int8", "fp8", "int8-triton", "fp8-triton"]
+"""8-bit matmuls of the teacher: torchao's, or umt_kernels' with norms and activations in the same passes."""
+StudentPrecision = Literal["same", "fp8"]
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the models are computed."""
+
+    precision: Precision = "auto"
+    """auto: bf16 autocast where the device computes in it, else float32."""
+    attention: Attention = "auto"
+    """auto measures the installed backends on the run's shapes, once, and remembers the fastest."""
+    compile: bool = False
+    """Run the models through torch.compile: minutes at the start for faster steps."""
+    recompute: Recompute = "none"
+    """Activations that the backward pass computes again: none; selective, all but the outputs of matmuls and
+    attention; full, whole blocks. Less memory for more time."""
+    cuda_graph: bool = False
+    """Record the whole step as one CUDA graph and replay it, so that the host launches nothing."""
+    parallel: Parallel = "ddp"
+    """Several processes: ddp copies the model to each; fsdp (FSDP2) shards weights, gradients and optimiser."""
+
+    def __post_init__(self) -> None:
+        if self.cuda_graph and self.recompute != "none" and not self.compile:
+            raise ConfigError(
+                "compute.recompute reads the random state, which a CUDA graph forbids; add --compute.compile"
+            )
+        for name in ("compile", "cuda_graph"):
+            if self.parallel == "fsdp" and getattr(self, name):
+                raise ConfigError(f"compute.parallel = fsdp does not work with compute.{name}; leave out either")
+
+
+@dataclass(frozen=True)
+class LowPrecisionConfig(ComputeConfig):
+    """ComputeConfig with the options of pre-training that change its numbers a little."""
+
+    teacher_precision: TeacherPrecision = "same"
+    """same as the run; int8 (Ampere and later) or fp8 (Ada, Hopper and later) through torchao; int8-triton or
+    fp8-triton by umt_kernels. The error is measured on clips of the run and printed at the start."""
+    least_teacher_cosine: float = 0.999
+    """Mean cosine with the exact targets below which such a teacher is refused."""
+    student_precision: StudentPrecision = "same"
+    """same as the run; fp8 (Ada, Hopper and later) trains the blocks' matmuls in float8 through torchao: an experiment.
+    The error is measured on clips of the run and printed at the start."""
+    least_student_cosine: float = 0.99
+    """Mean cosine with the exact predictions below which such a student is refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_precision", "student_precision"):
+            if getattr(self, name) != "same" and self.precision == "fp32":
+                raise ConfigError(f"compute.{name} is for runs in bf16; remove --compute.precision fp32")

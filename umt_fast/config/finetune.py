@@ -1,0 +1,46 @@
+"""Sections of fine-tuning alone: `init`, the weights it starts from, and `test`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from umt_fast.config.base import check_at_least
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The weights that fine-tuning starts from."""
+
+    checkpoint: str = ""
+    """A pre-trained or fine-tuned file, ours or a published one, a folder or a Hugging Face repo; empty: random
+    weights. Also `--init FILE`."""
+    strict: bool = True
+    """Refuse a file with other keys or shapes than fine-tuning expects; false: only report them."""
+    delete_head: bool = False
+    """Start with a new head where the file's would fit."""
+    class_map: str = ""
+    """JSON list with the file's row for each class, to cut a K710 head down to K600 or K700."""
+    scale: float = 0.001
+    """Factor of a new head's initial weights."""
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """The multi-view test, and validation."""
+
+    segments: int = 4
+    """Views in time."""
+    crops: int = 3
+    """Views along the frame's longer side."""
+    merge: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged over the views."""
+    clips_per_pass: int = 16
+    """Clips of a forward pass."""
+    every_epochs: int = 1
+    """Epochs between validations."""
+
+    __test__ = False  # pytest would collect it where it is imported
+
+    def __post_init__(self) -> None:
+        check_at_least(self, "test", segments=1, crops=1, clips_per_pass=1, every_epochs=1)
