@@ -1,11 +1,11 @@
-"""The second half of `make demo`: what is a stage-1 encoder good for where labels are few?
+"""The second half of `make demo`: does a stage-1 encoder help when labels are few?
 
     python -m train.demo --init runs/demo/checkpoints/x.pth --out runs/demo-finetune
 
 Writes synthetic videos, and compares the encoder with random weights in two ways: frozen, by a linear probe of its
 pooled features for the colour, shape and motion of the larger shape; and fine-tuned by the `tiny` recipe on the
 motions, with the same steps and seeds. Both learn from the labels of 64 videos at most and are tested on 128 others.
-Prints and keeps the top-1 of every probe and run, and leaves the confusion matrix of the best run.
+Prints the top-1 of every probe and run, and writes them to --out with the confusion matrix of the best run.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ STARTS = ("random weights", "stage-1 encoder")
 TASKS = {"motion": synthetic.MOTIONS, "shape": synthetic.SHAPES, "colour": synthetic.HUES}
 """Classes of the larger shape, in the order of `synthetic.describe`."""
 VIDEOS = 100
-"""Seed of the generator of the labelled videos; the held-out ones have twice that."""
+"""Seed of the generator of the labelled videos; the held-out videos have twice this seed."""
 
 
 def _parts(videos: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How many labelled and held-out videos there are, each with the seed of their generator."""
+    """Number and seed of the labelled videos, and of the held-out videos."""
     return (LABELLED, videos), (HELD_OUT, 2 * videos)
 
 
 def write_lists(folder: Path, videos: int) -> tuple[Path, Path]:
-    """Lists of videos labelled by their motion, to train on and to test on; both have every motion equally often."""
+    """Write the training list and the test list, labelled by motion; each has every motion equally often."""
     lists = []
     for name, (count, seed) in zip(("train", "test"), _parts(videos), strict=True):
         listing = synthetic.write_videos(folder / name, count, seed)
@@ -70,7 +70,7 @@ def write_lists(folder: Path, videos: int) -> tuple[Path, Path]:
 
 
 def settings(init: str, side: int, seed: int, lists: tuple[Path, Path], out: Path) -> FinetuneConfig:
-    """The recipe `tiny` on clips `side` pixels wide, in a folder named by its start and seed."""
+    """The recipe `tiny` on clips `side` pixels wide, in a folder named after starting weights and seed."""
     recipe = load_recipe(FinetuneConfig, finetune.RECIPES / "tiny.toml")
     name = f"{'stage1' if init else 'random'}-{seed}"
     return dataclasses.replace(
@@ -85,7 +85,7 @@ def settings(init: str, side: int, seed: int, lists: tuple[Path, Path], out: Pat
 
 @torch.no_grad()
 def pooled_features(encoders: list[VideoEncoder], listing: Path) -> list[Float[Tensor, "n d"]]:
-    """Pooled features of a list's videos by each encoder; a video is decoded once, one view in its middle."""
+    """Pooled features of one middle view of each video, per encoder; a video is decoded once for all encoders."""
     sizes, videos, size = encoders[0].config, read_labelled(str(listing)).videos, 16
     stream = view_stream(videos, Views(sizes.frames, sizes.image_size), DataConfig(workers=0))
     features: list[list[Tensor]] = [[] for _ in encoders]
@@ -97,9 +97,9 @@ def pooled_features(encoders: list[VideoEncoder], listing: Path) -> list[Float[T
 
 
 def probe_frozen(init: str, videos: int, lists: tuple[Path, Path]) -> dict[str, dict[str, list[float]]]:
-    """Top-1 in percent on the held-out videos of linear probes of frozen encoders, by task and start.
+    """Top-1, in percent on the held-out videos, of linear probes of frozen encoders, by task and starting weights.
 
-    A seed draws the random weights, and which three quarters of the labelled videos the probes of both starts see.
+    Each seed draws random weights, and the three quarters of the labelled videos that both of its probes train on.
     """
     state, settings = read_model(init)
     encoders = [encoder_of(state, settings, init).eval()]
@@ -123,7 +123,7 @@ def probe_frozen(init: str, videos: int, lists: tuple[Path, Path]) -> dict[str, 
 
 
 def compare(init: str, lists: tuple[Path, Path], out: Path) -> dict[str, list[float]]:
-    """Top-1 in percent on the held-out videos of each fine-tuning run on the motions, by its start."""
+    """Top-1, in percent on the held-out videos, of each fine-tuning run on the motions, by starting weights."""
     side = int(read_model(init)[1]["student"]["image_size"])
     processes = world.start("auto")
     found: dict[str, list[float]] = {}
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def show(title: str, found: dict[str, list[float]], classes: int) -> None:
-    """Print the top-1 of each seed, and their mean, of both starts."""
+    """Print the top-1 of each seed and their mean, for both starting weights."""
     say(f"{title}; chance is {100 / classes:.0f}%")
     for name, values in found.items():
         shown = "  ".join(f"{value:5.1f}" for value in values)

@@ -2,9 +2,9 @@
 
     python -m train.demo_teacher --out runs/demo/teacher.safetensors
 
-No CLIP weights come with this repository, and a random teacher teaches nothing. This one learns from single frames what
-their generator knows: the kind, place, size, turn and colour of the shapes. It never sees two frames of a video, nor
-the name of a motion. Its file has OpenAI's key names and is read like any CLIP: --teacher-weights FILE.
+No CLIP weights come with this repository, and a random teacher teaches nothing. This teacher learns from single frames
+to predict kind, position, size, rotation and colour of the shapes. It never sees two frames of a video or the name of a
+motion. Its file has OpenAI's key names and is read like any CLIP: --teacher-weights FILE.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ACTORS = 2
 NUMBERS = 7
 """Numbers that describe a shape, beside its kind: x, y, radius, cosine and sine of the phase and of the hue."""
 _SPREAD = (0.2, 0.2, 0.06, 0.7, 0.7, 0.7, 0.7)
-"""About their standard deviations, by which errors are divided."""
+"""Approximate standard deviations of these numbers; errors are divided by them."""
 
 
 class Block(nn.Module):
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class FrameModel(nn.Module):
-    """CLIP's image ViT (arXiv 2103.00020) as it is trained; `ClipTeacher` computes the same, frozen."""
+    """CLIP's image ViT (arXiv 2103.00020), trainable; `ClipTeacher` computes the same with frozen weights."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class FrameModel(nn.Module):
 
 
 def render(seed: int, count: int, side: int) -> tuple[UInt8[np.ndarray, "n s s 3"], Float32[np.ndarray, "n a f"]]:
-    """Frames, and the facts of their shapes: kind, then the numbers."""
+    """Frames, and for each of their shapes its kind and the `NUMBERS` that describe it."""
     frames, facts = np.empty((count, side, side, 3), np.uint8), np.empty((count, ACTORS, 1 + NUMBERS), np.float32)
     for number in range(count):
         frames[number], shapes = synthetic.render_frame(np.random.default_rng((seed, number)), side)
@@ -99,7 +99,7 @@ def render(seed: int, count: int, side: int) -> tuple[UInt8[np.ndarray, "n s s 3
 def batches(
     frames: UInt8[Tensor, "n s s 3"], facts: Float[Tensor, "n a f"], size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised frames and their facts, without end, in a new order after every pass."""
+    """Endless batches of normalised frames and their facts, shuffled anew for every pass."""
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in IMAGENET_STATISTICS)
     while True:
@@ -108,8 +108,8 @@ def batches(
 
 
 class Answers(nn.Module):
-    """What the tokens are asked: each patch which shapes lie on it, and of which kind, where from its middle, how
-    large, turned and coloured they are; the class token the same of the whole frame."""
+    """Heads that predict the shapes: each patch token which shapes cover its patch, and their kind, offset from its
+    centre, radius, rotation and hue; the class token the same for the whole frame."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()

@@ -4,8 +4,8 @@
     python -m train.evaluate --checkpoint runs/k400_b16/best.pth --data.test val.csv
     torchrun --nproc-per-node 8 -m train.evaluate --checkpoint published.pth --data.test val.csv
 
-The checkpoint is one of ours or a published one. Its settings say how clips are sampled and how many views there are;
-the flags below override them. Leaves test.json, predictions.npz and pictures in the run's folder.
+The checkpoint is one of ours or a published one. Its settings give the sampling of clips and the number of views;
+the flags below override them. Writes test.json, predictions.npz and pictures into the run's folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DATA_SETS: dict[str, FrameRule] = {
     "HMDB51": "dense",
     **{f"Kinetics-{classes}": "strided" for classes in (400, 600, 700, 710)},  # VideoMAE's names
 }
-"""Frame rules of the published data sets; the others are sparse."""
+"""Frame rules by the published name of the data set; all other data sets are `sparse`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class EvaluateConfig:
 
 
 def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDict, list[str] | None]:
-    """The flags on top of the checkpoint's settings, its tensors, and its class names if it has them."""
+    """Returns the config (flags override the checkpoint's settings), the checkpoint's tensors, and its class names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", default="")
     named, _ = first.parse_known_args(arguments)
@@ -163,7 +163,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
 
 
 def progress(done: int, total: int) -> None:
-    """A line for each tenth of this rank's share."""
+    """Print a line after each tenth of this rank's batches."""
     if done == total or done * 10 // total > (done - 1) * 10 // total:
         say(f"{done} of {total} batches")
 

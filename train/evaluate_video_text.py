@@ -3,7 +3,7 @@
     python -m train.evaluate --job retrieval --checkpoint stage2.pth --data.test msrvtt_1k.json=/data --frames 4
     torchrun --nproc-per-node 8 -m train.evaluate --job qa --checkpoint qa.pth --data.test q.json --data.answers a.json
 
-Leaves the figures (JSON), the scores or answers, and for retrieval a page of pictures in the run's folder.
+Writes the figures (JSON), the scores or answers, and for retrieval a page of pictures into the run's folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, section_of
 
 KEPT = frozenset(("max_words", "max_answer_words", "join_captions", "max_seconds", "antialias"))
-"""Settings of the data that a test shares with the training, unless it is given others."""
+"""Data settings that a test takes from the checkpoint, unless a flag sets them."""
 VideoTextTestJob = Literal["retrieval", "multiple_choice", "qa"]
 
 
@@ -49,7 +49,7 @@ class TestDataConfig(DataConfig):
     join_captions: bool = False
     """All captions of an entry are one text (DiDeMo, ActivityNet)."""
     max_seconds: float | None = None
-    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+    """Read only this many seconds from the beginning of a video (DiDeMo: 30)."""
     antialias: bool = False
 
     def __post_init__(self) -> None:
@@ -67,13 +67,13 @@ class VideoTextTestConfig:
     checkpoint: str = ""
     """A stage-2 or fine-tuned file, ours or a published one."""
     vocabulary: str = ""
-    """vocab.txt or BERT folder; empty: that of the run's folder."""
+    """vocab.txt or BERT folder; empty: the vocab.txt of the run that wrote the checkpoint."""
     frames: int | None = None
     """Frames of a clip; None: as in training. Published: 4 for zero-shot, 12 after fine-tuning."""
     k: int = PUBLISHED_K
     """Candidates that the fusion layers score."""
     first_token: FirstToken = "twice"
-    """Questions: the published score counts the likelihood of an answer's first word twice; once is the right one."""
+    """Questions: the published score counts the likelihood of an answer's first word twice; `once` is correct."""
     batch_size: int = 8
     """Videos at once."""
     data: TestDataConfig = field(default_factory=TestDataConfig)
@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_settings(arguments: list[str]) -> VideoTextTestConfig:
-    """The flags on top of what the checkpoint was trained with."""
+    """The settings of the flags; their defaults are the data settings of the checkpoint."""
     checkpoint = next((arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag == "--checkpoint"), "")
     default = VideoTextTestConfig()
     if checkpoint:

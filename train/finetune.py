@@ -45,7 +45,7 @@ FIXED = ("classifier", "data.crops_per_clip", "data.rule", "augment", "mix", "ru
 
 
 class Job(NamedTuple):
-    """What the loop works with."""
+    """The objects that the loop uses."""
 
     state: TrainState
     model: nn.Module
@@ -59,11 +59,11 @@ class Job(NamedTuple):
     last: int
     """The step to stop after."""
     max_bad: float
-    """Unreadable videos above which the run stops."""
+    """The run stops when more videos than this cannot be read."""
 
 
 def train(config: FinetuneConfig, world: World) -> bool:
-    """Run, or go on with, a fine-tuning run. Returns False if a signal stopped it before its last step."""
+    """Start or resume a fine-tuning run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, schedule, log, run, optim = job.state, job.model, job.schedule, job.log, config.run, config.optim
     losses, start, validation, step_clips = LossBuffer(), state.step, job.validation, optim.step_clips(world.size)
@@ -131,7 +131,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
 
 
 def prepare(config: FinetuneConfig, world: World) -> Job:
-    """Data, model, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
+    """Build data, model, optimiser and log of a run, and restore its last checkpoint if it has one."""
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
     config, lists = read_lists(config)
     listed, step_clips = lists.train, optim.step_clips(world.size)
@@ -176,7 +176,7 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
 def describe(
     config: FinetuneConfig, world: World, bf16: bool, videos: int, schedule: EpochSchedule, model: nn.Module
 ) -> str:
-    """The lines at the top of a run: what is computed, with what, on what."""
+    """First lines of the log: device and backends, model, data and schedule."""
     optim, sizes = config.optim, config.classifier
     parameters = sum(parameter.numel() for parameter in model.parameters())
     decoder = "pyav" if config.augment.mode == "published" else config.data.decoder
@@ -192,7 +192,7 @@ def describe(
 
 
 def short_flags(arguments: list[str]) -> list[str]:
-    """`--init FILE` as --init.checkpoint, and `--a.b true` or `false` as the flags --a.b and --a.no-b."""
+    """Replace `--init FILE` by --init.checkpoint, and `--a.b true` or `false` by the flags --a.b and --a.no-b."""
     flags: list[str] = []
     for argument in arguments:
         argument = re.sub(r"^--init(?==|$)", "--init.checkpoint", argument)

@@ -22,7 +22,7 @@ class Lists(NamedTuple):
 
 
 def read_lists(config: FinetuneConfig) -> tuple[FinetuneConfig, Lists]:
-    """The lists, and the config with the number of classes that they have.
+    """Read the lists; the returned config has their number of classes.
 
     All labels are checked here, before any video is opened. Raises LabelError and ManifestError.
     """
@@ -49,7 +49,7 @@ def read_lists(config: FinetuneConfig) -> tuple[FinetuneConfig, Lists]:
 
 
 def make_stream(config: FinetuneConfig, listed: LabelledVideos) -> ClipStream:
-    """The clips that the run sees, augmented as `augment.mode` says; what is left for the device is the objective's."""
+    """The run's clips with the part of the augmentation that runs in the workers; the objective does the rest."""
     data, sizes = config.data, config.classifier
     sampling = TrainSampling(sizes.frames, data.rule, data.rate, data.fps)
     shape = (listed.videos, data, sizes.frames, sizes.image_size, config.run.seed, sampling)

@@ -1,4 +1,4 @@
-"""Model and objective of a fine-tuning run: the weights it starts from, what makes it faster, its loss."""
+"""Model and objective of a fine-tuning run: starting weights, acceleration, loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
-    """Load the weights that the run starts from. Returns lines that say what was loaded and what was not.
+    """Load the starting weights. Returns log lines that list what was loaded and what was not.
 
     Raises WeightsError for a file that does not fit, unless init.strict is off.
     """
@@ -51,7 +51,7 @@ def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
 def accelerate(
     model: Classifier, config: FinetuneConfig, world: World, bf16: bool, stored: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Give the model the run's attention, recomputation and compilation. Returns as `run.compute.accelerate`."""
+    """Set attention, recomputation and compilation of the model. Returns the same as `run.compute.accelerate`."""
     use = Use.within(config.classifier, config.optim.batch_size, config.classifier.tokens)
     return accelerate_model(model, config.compute, {"classifier": use}, world, bf16, stored)
 
@@ -59,7 +59,7 @@ def accelerate(
 def make_objective(
     config: FinetuneConfig, model: nn.Module, listed: LabelledVideos, device: torch.device, bf16: bool
 ) -> Callable[[Batch], Tensor]:
-    """batch -> loss. What is drawn for it depends on its visits alone, so that a resumed run draws the same."""
+    """Returns batch -> loss. Its random choices depend on seed and visits alone, so a resumed run repeats them."""
     labels, classes = torch.from_numpy(listed.labels), config.classifier.num_classes
     crops, seed = config.data.crops_per_clip, config.run.seed
     augment = config.augment

@@ -1,4 +1,4 @@
-"""Validation of a fine-tuning run, its best checkpoint, and the multi-view test of that one at the end."""
+"""Validation of a fine-tuning run, its best checkpoint, and the multi-view test of this checkpoint at the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BEST = "best.pth"
 class Validation:
     """Tests the weights of a run on its validation list after every `test.every_epochs` epochs and the last step.
 
-    The best ones by top-1, or without a list the last ones, are kept in best.pth, which is tested at the end.
+    best.pth keeps the weights with the best top-1 (without a validation list: the last weights); `test` reads it.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Validation:
         schedule: EpochSchedule,
         bf16: bool,
     ) -> None:
-        """`average` is tested in place of the model, if there is one."""
+        """If `average` is given, it is tested in place of the model."""
         self._config, self._state, self._lists, self._average, self._bf16 = config, state, lists, average, bf16
         self._every, self._total = schedule.epoch_steps * config.test.every_epochs, schedule.total_steps
         self._best = config.run.folder / BEST
@@ -73,7 +73,7 @@ class Validation:
             self._save_best(model, scores.top1)
 
     def test(self, say: Callable[[str], None]) -> None:
-        """The multi-view test of the best weights, if there is a test list. Leaves its report in the folder `test`."""
+        """Test the best weights on all views, if there is a test list, and write the report into the folder `test`."""
         config, listed = self._config, self._lists.test
         if listed is None:
             return
@@ -94,10 +94,10 @@ class Validation:
         )
 
     def _weights(self) -> nn.Module:
-        """The model that is tested. Every rank calls it.
+        """The model to test. Every rank must call this.
 
-        A model that FSDP has sharded is copied whole: the ranks test different numbers of clips, and could not gather
-        its shards at each of them.
+        Returns a whole copy of a model that FSDP has sharded: the ranks test different numbers of clips, so they
+        cannot gather shards together for each clip.
         """
         if self._average is not None:
             return self._average.module
@@ -118,7 +118,7 @@ class Validation:
     def _save_best(self, model: nn.Module, top1: float | None) -> None:
         """Write best.pth: weights, settings and class names; `load_encoder` and `train.evaluate` read it.
 
-        Raises OSError, on every rank, for a disk that is full.
+        Raises OSError on every rank if the disk is full.
         """
         state, problem = self._state, None
         weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}

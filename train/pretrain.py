@@ -5,7 +5,7 @@ reconstruction of pixels (VideoMAE, VideoMAE V2, AdaMAE, MAE-ST). The recipe's `
     torchrun --nproc-per-node 8 -m train.pretrain --recipe videomae_b16_k400 --data.train list.csv
 
 --recipe names a file of train/recipes/pretrain or a TOML file of your own (default umt_b16_k710); every setting of
-it can be overridden below. --dry-run says what a step costs and which batch fits [--gpu-memory GIB], and ends.
+it can be overridden below. --dry-run prints the cost of a step and the batch that fits [--gpu-memory GIB], and exits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, Any] = {
     "alignment": pretrain_alignment,
     **dict.fromkeys(("videomae", "adamae", "mae_st"), pretrain_pixels),
 }
-"""What the loop does not know: model, loss, costs and pictures of each objective."""
+"""The module with model, loss, costs and pictures of each objective."""
 SETTINGS = {
     "alignment": PretrainConfig,
     "videomae": VideoMaePretrainConfig,
@@ -51,7 +51,7 @@ SETTINGS = {
 
 
 class Job(NamedTuple):
-    """What the loop works with."""
+    """The objects that the loop uses."""
 
     state: TrainState
     model: nn.Module
@@ -61,21 +61,21 @@ class Job(NamedTuple):
     to_device: Callable[[Batch], Tensor]
     """batch -> the clips that the objective gets."""
     objective: Callable[[Tensor], Any]
-    """clips -> what the objective found, with its `loss`."""
+    """clips -> an object with the `loss` and what `draw` needs."""
     log: RunLog
     last: int
     """The step to stop after."""
     epoch_clips: int
     max_bad: float
-    """Unreadable videos above which the run stops."""
+    """The run stops when more videos than this cannot be read."""
     loss_label: str
-    """What the loss is, beside its curve."""
+    """Legend of the loss curve."""
     draw: Callable[[Batch, Any, Path], None]
-    """Leaves pictures of a batch, and of what the objective found in it, in a folder."""
+    """(batch, output of the objective, folder): writes pictures of both."""
 
 
 def train(config: Any, world: World) -> bool:
-    """Run, or go on with, a pre-training run. Returns False if a signal stopped it before its last step."""
+    """Start or resume a pre-training run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
     losses, start, out, step_clips = LossBuffer(), state.step, None, optim.step_clips(world.size)
@@ -123,7 +123,7 @@ def train(config: Any, world: World) -> bool:
                 else:
                     with parallel.reduce_if(model, i == optim.accumulate - 1):
                         out = forward_backward(clip)
-                values.append({"loss": out.loss.clone()})  # a captured step writes over its own
+                values.append({"loss": out.loss.clone()})  # the next captured step overwrites out.loss
             norm = norm.clone() if captured is not None else update(state.model, state.optimizer, optim.clip_grad)
             losses.add(step, values, norm, batches)
             state.advance(step_clips)
@@ -150,8 +150,8 @@ def train(config: Any, world: World) -> bool:
 
 
 def prepare(config: Any, world: World) -> Job:
-    """Data, models, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
-    import av  # noqa: F401, a run reads videos; say so before anything else where PyAV is missing
+    """Build data, models, optimiser and log of a run, and restore its last checkpoint if it has one."""
+    import av  # noqa: F401, a run reads videos: if PyAV is missing, fail before anything else
 
     from umt_fast.data.loader import first_clips
 
@@ -201,7 +201,7 @@ def prepare(config: Any, world: World) -> Job:
 
 
 def describe(config: Any, world: World, bf16: bool, videos: int, schedule: Schedule, models: str) -> str:
-    """The lines at the top of a run: what is computed, with what, on what."""
+    """First lines of the log: device and backends, models, data and schedule."""
     optim = config.optim
     return "\n".join(
         (

@@ -32,7 +32,7 @@ def make_stream(config: PretrainConfig, videos: VideoList) -> ClipStream:
 
 
 class Objective:
-    """Student and teacher of a run, and what the loop asks of them."""
+    """Student and teacher of a run, with the methods that the loop calls."""
 
     no_decay = ()
     loss_label = "loss: mean of 2 - 2 cos"
@@ -45,13 +45,13 @@ class Objective:
         self.blocks: nn.ModuleList = self.model.encoder.blocks
 
     def load_initial(self) -> None:
-        """The student's weights of `init`, if it is given. Raises WeightsError."""
+        """Load the student's weights from `init`, if it is set. Raises WeightsError."""
         if self.config.init:
             weights.load_umt_student(self.model, read_weights(self.config.init))
 
     @property
     def flops(self) -> int:
-        """Operations of one forward and backward pass on one process."""
+        """FLOP of one forward and backward pass on one process."""
         student, mask = self.config.student, self.config.mask
         seen = masking.count_seen(mask.rule, student.token_frames, student.patches, mask.ratio)
         clips = self.config.optim.batch_size
@@ -71,7 +71,7 @@ class Objective:
     def accelerate(
         self, bf16: bool, sample: Callable[[], Tensor], stored: Mapping[str, str]
     ) -> tuple[dict[str, str], list[str]]:
-        """Give the models the run's attention, precision and compilation: the choices, and lines that say them."""
+        """Set attention, precision and compilation of the models. Returns the chosen backends and log lines."""
         return accelerate(self.config, self.world, self.model, self.teacher, bf16, sample, stored)
 
     def to_device(self, batch: Batch) -> Tensor:
@@ -97,7 +97,7 @@ class Objective:
         return step
 
     def draw(self, batch: Batch, out: umt_fast.Alignment, folder: Path) -> None:
-        """A clip, the teacher's attention on it, and what the student saw: `visible.png`."""
+        """Write `visible.png`: a clip, the teacher's attention on it, and the patches that the student saw."""
         from umt_fast.run.pictures import draw_visible
 
         title = f"{Path(batch.paths[0]).name}: {out.visible[0].numel()} of {out.scores[0].numel()} tokens visible"
@@ -125,5 +125,5 @@ def build_teacher(sizes: TeacherConfig, source: str, seed: int) -> umt_fast.Clip
 
 
 def plan(config: PretrainConfig, gpu_memory: float | None) -> str:
-    """What a step costs, in words, and which batch fits."""
+    """Text of --dry-run: the cost of a step, and the batch that fits."""
     return costs.plan(config, config.compute.precision != "fp32", gpu_memory)

@@ -38,7 +38,7 @@ FIXED = (
 
 
 def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
-    """The run's clips, with a fourth channel where the masking rule looks at motion or regions. Raises ConfigError."""
+    """The run's clips, with a fourth channel if the masking rule needs motion or regions. Raises ConfigError."""
     sizes, mask = config.model, config.mask
     shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
     needs = masking.find_rule(mask.rule).needs
@@ -50,7 +50,7 @@ def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
 
 
 class Objective:
-    """The autoencoder of a run, and what the loop asks of it."""
+    """The autoencoder of a run, with the methods that the loop calls."""
 
     loss_label = "loss: mean squared error of pixels"
 
@@ -65,7 +65,7 @@ class Objective:
         self.no_decay = () if config.objective == "mae_st" else ("mask_token",)
 
     def load_initial(self) -> None:
-        """The autoencoder's weights of `init`, if it is given. Raises WeightsError."""
+        """Load the autoencoder's weights from `init`, if it is set. Raises WeightsError."""
         if self.config.init:
             load_autoencoder(self.model, read_model(self.config.init)[0])
 
@@ -76,7 +76,7 @@ class Objective:
 
     @property
     def flops(self) -> int:
-        """Operations of one forward and backward pass on one process."""
+        """FLOP of one forward and backward pass on one process."""
         every = isinstance(self.sizes, MaeStConfig)
         length = self.sizes.tokens if every else self.visible + self.decoded
         scored = self.decoded - (self.masks.overlap or 0)
@@ -95,7 +95,7 @@ class Objective:
     def accelerate(
         self, bf16: bool, _sample: Callable[[], Tensor], stored: Mapping[str, str]
     ) -> tuple[dict[str, str], list[str]]:
-        """Give the model the run's attention, recomputation and compilation: the choices, and lines that say them."""
+        """Set attention, recomputation and compilation of the model. Returns the chosen backends and log lines."""
         sizes, clips, length = self.sizes, self.config.optim.batch_size, self.visible + self.decoded
         extra = int(isinstance(sizes, MaeStConfig) and sizes.class_token)
         if isinstance(sizes, MaeStConfig):
@@ -109,7 +109,7 @@ class Objective:
         return accelerate_model(self.model, self.config.compute, uses, self.world, bf16, stored)
 
     def to_device(self, batch: Batch) -> Tensor:
-        """The batch's clips, uint8 [B,T,H,W,3], or 4 channels with a guide of the masking rule."""
+        """The batch's clips, uint8 [B,T,H,W,3], or with a fourth channel, the guide of the masking rule."""
         if self.config.mask.rule == "text":
             self.masks.captions = batch.captions
             if "" in self.masks.captions:
@@ -145,7 +145,7 @@ class Objective:
         return patch_embed(clip, conv.weight, conv.bias, self.sizes.patch_size)
 
     def draw(self, batch: Batch, out: Reconstruction, folder: Path) -> None:
-        """A clip, what the encoder saw of it, and what the decoder made of it: `visible.png`."""
+        """Write `visible.png`: a clip, its visible patches, and the decoder's reconstruction."""
         from umt_fast.run.pictures import draw_reconstruction
 
         clip, tokens = batch.clip[:1, ..., :3].cpu(), self.sizes.tokens
@@ -168,7 +168,7 @@ def build_model(config: PixelsConfig) -> MaskedAutoencoder:
 
 
 def plan(config: PixelsConfig, _gpu_memory: float | None) -> str:
-    """What a step costs, in words. The memory of activations is not estimated."""
+    """Text of --dry-run: the cost of a step. The memory of activations is not estimated."""
     with torch.device("meta"):
         built = Objective(config, World(0, 1, torch.device("meta")))
     parameters = sum(parameter.numel() for parameter in built.model.parameters())

@@ -49,11 +49,11 @@ FIXED = (
 
 
 class Job(NamedTuple):
-    """What the loop works with."""
+    """The objects that the loop uses."""
 
     state: TrainState
     model: nn.Module
-    """As its processes train it: bare or in DDP's wrapper."""
+    """The model as its processes train it: bare or in DDP's wrapper."""
     alternation: Alternation
     loaders: dict[str, Loader]
     objective: Objective
@@ -65,11 +65,11 @@ class Job(NamedTuple):
     last: int
     """The step to stop after."""
     max_bad: float
-    """Unreadable files above which the run stops."""
+    """The run stops when more files than this cannot be read."""
 
 
 def train(config: Stage2Config, world: World) -> bool:
-    """Run, or go on with, a run. Returns False if a signal stopped it before its last step."""
+    """Start or resume a stage-2 run. Returns False if a signal stopped it before its last step."""
     job = prepare(config, world)
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
     losses, start, validation, step_clips = LossBuffer(), state.step, job.validation, optim.step_clips(world.size)
@@ -144,7 +144,7 @@ def train(config: Stage2Config, world: World) -> bool:
 
 
 def prepare(config: Stage2Config, world: World) -> Job:
-    """Data, model, optimiser and log of a run, as they were when its last checkpoint was saved, if it has one."""
+    """Build data, model, optimiser and log of a run, and restore its last checkpoint if it has one."""
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
     lists, questions = read_lists(config)
     for listed in lists.values():
@@ -203,7 +203,7 @@ def prepare(config: Stage2Config, world: World) -> Job:
 def describe(
     config: Stage2Config, world: World, bf16: bool, lists: dict[str, CaptionList], total: int, model: nn.Module
 ) -> str:
-    """The lines at the top of a run: what is computed, with what, on what."""
+    """First lines of the log: device and backends, model, data and schedule."""
     optim, vision, text = config.optim, config.student, config.text
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     counts = " and ".join(f"{len(found)} {kind}s" for kind, found in lists.items())

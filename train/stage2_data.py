@@ -1,4 +1,4 @@
-"""Data of a stage-2 run: its lists, its vocabulary, its clips, and the order in which pictures and videos alternate."""
+"""Data of a stage-2 run: lists, vocabulary, clips, and the order of its batches of pictures and of videos."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = "vocab.txt"
 
 
 class Alternation:
-    """The kind of every step's batch, image or video. Each epoch shuffles as many of each kind as its list fills."""
+    """The kind of each step's batch, image or video. An epoch shuffles all full batches of both lists."""
 
     def __init__(self, batches: dict[str, int], seed: int) -> None:
         self.batches = {kind: count for kind, count in batches.items() if count}
@@ -49,7 +49,7 @@ class Alternation:
 
 
 def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Question]]:
-    """What the run visits, by kind in the published order; for questions a row of the list is one question."""
+    """The run's lists by kind, in the published order; for question answering a row is one question."""
     data = config.data
     if config.job == "pretrain":
         sources = {"image": data.images, "video": data.videos}
@@ -84,7 +84,7 @@ def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Quest
 
 
 def find_tokenizer(config: Stage2Config, lists: dict[str, CaptionList], world: World) -> Tokenizer:
-    """The run's own vocabulary if it has one, else that of the BERT or checkpoint it starts from, else a new one."""
+    """The run's vocabulary if it has one, else that of its starting weights, else a new one from the captions."""
     closing, known = config.data.closing_sep, config.run.folder / VOCABULARY
     before = world.gather(known if known.exists() else None)[0]
     if before is not None:
@@ -103,7 +103,7 @@ def find_tokenizer(config: Stage2Config, lists: dict[str, CaptionList], world: W
 
 
 def make_stream(config: Stage2Config, kind: str, videos: VideoList) -> ClipStream:
-    """The clips of a list in training. Pictures are decoded by Pillow in the workers, whatever decodes the videos."""
+    """Training clips of a list. Pillow decodes pictures in the workers, with any `data.decoder`."""
     data, frames, side = config.data, 1 if kind == "image" else config.student.frames, config.student.image_size
     return ClipStream(
         videos,

@@ -1,4 +1,4 @@
-"""Model of a stage-2 run: its sizes, the weights it starts from, and what makes it faster."""
+"""Model of a stage-2 run: sizes, starting weights, acceleration."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from umt_fast.run.world import World
 
 
 def fit_text(text: TextConfig, tokenizer: Tokenizer) -> TextConfig:
-    """The text encoder for a vocabulary."""
+    """The settings of the text encoder with the size and the special ids of a vocabulary."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_id", "cls_id", "sep_id", "mask_id")}
     return dataclasses.replace(text, vocab_size=len(tokenizer.vocabulary), **ids)
 
 
 def build_model(config: Stage2Config, started: bool) -> tuple[VideoTextModel | VideoQaModel, list[str]]:
-    """The model with the weights it starts from, and lines that say which. A resumed run reads none of them."""
+    """The model with its starting weights, and log lines about them. A resumed run (`started`) loads none."""
     model = VideoQaModel(config.video_text) if config.job == "qa" else VideoTextModel(config.video_text)
     if started:
         return model, []
@@ -54,7 +54,7 @@ def build_model(config: Stage2Config, started: bool) -> tuple[VideoTextModel | V
 
 
 def freeze_unused(model: VideoTextModel | VideoQaModel, objective: VideoTextObjective) -> list[str]:
-    """Freeze the parameters that a loss with weight 0 leaves without a gradient, which DDP would wait for.
+    """Freeze the parameters that get no gradient because a loss has weight 0: DDP would wait for their gradients.
 
     Returns their names. AdamW never moves a parameter without a gradient, so no result depends on this.
     """
@@ -90,7 +90,7 @@ def _or_random(source: str) -> str:
 def accelerate(
     config: Stage2Config, world: World, model: VideoTextModel | VideoQaModel, bf16: bool, stored: dict[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Give the model the run's attention, recomputation and compilation. Returns as `run.compute.accelerate`."""
+    """Set attention, recomputation and compilation of the model. Returns the same as `run.compute.accelerate`."""
     vision, compute, clips = config.student, config.compute, config.optim.batch_size
     refuse_unsupported(compute, world)
     visible = masking.count_visible(vision.patches, config.objective.video_mask_ratio)

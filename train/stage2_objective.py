@@ -1,4 +1,4 @@
-"""Losses of a stage-2 run: a batch of clips with captions, or with questions, to what is minimised."""
+"""Losses of a stage-2 run on a batch of clips with captions or with questions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Work(NamedTuple):
-    """What a step makes of a batch."""
+    """Losses and arithmetic of one batch."""
 
     losses: dict[str, Tensor]
-    """By name; `loss` is the one to minimise."""
+    """Losses by name; `loss` is the one to minimise."""
     flops: int
-    """Operations of its forward and backward pass."""
+    """FLOP of the forward and backward pass."""
 
 
 Objective = Callable[[str, "Batch"], Work]
@@ -44,10 +44,10 @@ def make_objective(
     bf16: bool,
     say: Callable[[str], None],
 ) -> Objective:
-    """A batch of clips or pictures with captions -> the losses of `video_text_step` and, as `loss`, their sum.
+    """Returns (kind, batch with captions) -> the losses of `video_text_step` and, as `loss`, their weighted sum.
 
-    A batch in which all samples match each other has no negatives; it is trained on the other losses, and `say`
-    reports the first one.
+    A batch in which all samples match each other has no negatives: it trains without VTM, and `say` reports the first
+    such batch.
     """
     data, device, sizes = config.data, next(model.parameters()).device, config.video_text
     reported: list[str] = []
@@ -56,7 +56,7 @@ def make_objective(
         texts = [video.caption or "" for video in batch.videos]
         rows = batch.rows
         if data.replaced_captions == "published" and kind == "video":
-            # A broken video's place is taken by another one, but its own caption stays; in retrieval its number too.
+            # As published: a broken video is replaced, but its caption stays, and in retrieval its row number too.
             asked = [next(streams[kind].attempts(video.visit))[0] for video in batch.videos]
             videos = lists[kind].videos
             texts = [
@@ -77,7 +77,7 @@ def make_objective(
             out = video_text_step(model, clip, ids, mask, idx, objective=chosen)
         losses = {"loss": out.total, "uta": out.uta, "vtc": out.vtc, "vtm": out.vtm, "mlm": out.mlm}
         if chosen is not config.objective:
-            # DDP waits for a gradient of every parameter, those of the match head included
+            # DDP waits for the gradients of all parameters, also of the unused match head
             losses["loss"] = out.total + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         lengths = mask.sum(1)
         size = (len(clip), clip.shape[1], int(lengths.max()), int(lengths.sum()))
@@ -89,7 +89,7 @@ def make_objective(
 def make_answering(
     config: Stage2Config, model: nn.Module, tokenizer: Tokenizer, questions: list[Question], bf16: bool
 ) -> Objective:
-    """A batch of questions about clips -> the likelihood of their answers, weighted by the votes for each."""
+    """Returns (kind, batch of questions) -> the negative log likelihood of the answers, weighted by their votes."""
     data, device, sizes = config.data, next(model.parameters()).device, config.video_text
 
     def objective(_kind: str, batch: Batch) -> Work:

@@ -24,20 +24,20 @@ from umt_fast.run.train_state import TrainState
 BEST = "best.pth"
 Bad = list[tuple[str, str]]
 Test = Callable[[Loaded], tuple[float, str, dict[str, Any], Bad]]
-"""A model -> its score, which chooses the best, a line for the log, all figures, and the videos that are unreadable."""
+"""Model -> the score that selects the best checkpoint, a line of the log, all figures, and the unreadable videos."""
 
 
 class Validation:
-    """Tests the model of a run after every epoch, on `data.validation`, without a trace in its random numbers.
+    """Tests the model of a run on `data.validation` after every epoch, without changing the run's random state.
 
-    A fine-tuning keeps the weights of the best epoch in best.pth: by the mean of the six recalls, or by accuracy, as
-    published. Pre-training only reports, since its last checkpoint is its result.
+    best.pth keeps the weights of a fine-tuning's best epoch by the mean of the six recalls, or by accuracy, as
+    published. Pre-training only reports: its result is the last checkpoint.
     """
 
     def __init__(
         self, config: Stage2Config, state: TrainState, tokenizer: Tokenizer, epoch_steps: int, total: int, bf16: bool
     ) -> None:
-        """Reads the list, so that one which cannot be used ends the run before its first step."""
+        """Reads the list at once, so that an unusable list ends the run before its first step."""
         self._config, self._state, self._tokenizer = config, state, tokenizer
         self._epoch_steps, self._total = epoch_steps, total
         data = config.data

@@ -1,4 +1,4 @@
-"""Unmasked Teacher video pre-training (arXiv 2303.16058), made fast and exact."""
+"""Unmasked Teacher (arXiv 2303.16058): training and use of video foundation models, fast and exact."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is: `python -m umt_fast.doctor` works with a part missing."""
+    """Import public names on first use, so that `python -m umt_fast.doctor` works when a dependency is missing."""
     if name in ("checkpoint", "weights"):
         return importlib.import_module(f"umt_fast.{name}")
     if name in _HOME:

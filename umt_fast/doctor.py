@@ -1,4 +1,4 @@
-"""What this machine has for training, and what is missing: `python -m umt_fast.doctor`."""
+"""Report of what is installed, in use and missing on this machine: `python -m umt_fast.doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from umt_fast.run.hardware import in_use, resolve_precision
 
 
 def attention_backends(device: torch.device) -> list[str]:
-    """The backends that run on `device` with a head of 64, in the precision that `auto` chooses, with gradients."""
+    """Names of the backends that work on `device` with heads of 64 and gradients, in the precision `auto` chooses."""
     dtype = torch.bfloat16 if resolve_precision("auto", device) else torch.float32
     usable = []
     for name in NAMES:

@@ -1,5 +1,5 @@
-"""The base of every error that the user of a program can repair."""
+"""The base class of every error that a user can repair."""
 
 
 class RunError(Exception):
-    """An error whose message names the value, the place and the fix; the programs print it without a traceback."""
+    """An error whose message names value, place and fix; the command line prints it without a traceback."""

@@ -1,4 +1,4 @@
-"""Folders and files that several processes, or a killed one, must not damage."""
+"""Folders and files that survive several writers and killed processes undamaged."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class FolderInUse(RunError):
 LOCK_NAMES = (".lock", ".lock.owner")
 _NO_FLOCK = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 _SECOND_ATTEMPT = 0.2
-"""Seconds; the first attempt only removes the file of an owner that is dead."""
+"""Seconds to wait for the lock file at least: the first attempt only removes the file of a dead owner."""
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Make `folder` and lock it against other processes. The lock ends with the process that holds it.
 
-    On a file system without `flock` a file `.lock.owner` with the process number takes its place, and a note says so:
-    another machine cannot see whether that process still runs. Raises FolderInUse if another process keeps the lock
-    for `patience` seconds.
+    On a file system without `flock`, the file `.lock.owner` with the process number is the lock. A note is printed,
+    because another machine cannot see whether that process still runs. Raises FolderInUse if another process keeps
+    the lock for `patience` seconds.
     """
     from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -56,8 +56,8 @@ def lock_folder(folder: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 def expand_home(path: str | Path) -> Path:
-    """A path with `~` replaced. Raises RunError where nothing says which folder that is, as for a user number of a
-    container that has neither HOME nor an entry in /etc/passwd. A name such as `~a.pth` stays as it is."""
+    """`path` with a leading `~` replaced; a name such as `~a.pth` stays as it is. Raises RunError if the home folder
+    is unknown: a container's user may have neither HOME nor an entry in /etc/passwd."""
     expanded = os.path.expanduser(path)
     if expanded.split(os.sep)[0] == "~":
         raise RunError(f"{path}: no home folder is known for ~; set HOME, or give the whole path")
@@ -68,7 +68,7 @@ _FROM_THE_SHELL = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for what is not a regular file: a pipe in a data set would hang its reader, a device never ends.
+    """Raise OSError if `path` is not a regular file: reading a pipe can hang, reading a device may never end.
 
     Pipes of the shell, `<(...)`, are allowed.
     """
@@ -80,7 +80,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def read_small(path: str | Path, most: int = 64 << 20) -> bytes:
-    """Content of a regular file of at most `most` bytes, which is one of names or settings. Raises OSError."""
+    """Content of a regular file of names or settings. Raises OSError if it has more than `most` bytes."""
     check_regular(path)
     with open(path, "rb") as file:
         content = file.read(most + 1)
@@ -90,14 +90,14 @@ def read_small(path: str | Path, most: int = 64 << 20) -> bytes:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Rename a file that is complete to its name, so that it is there after a power cut or not at all."""
+    """Sync `aside` and rename it to `path`: after a power cut, `path` is either complete or absent."""
     with open(aside, "rb") as file:
         os.fsync(file.fileno())
     os.replace(aside, path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some network file systems sync files but not folders; the file is there all the same
+    except OSError as error:  # some network file systems cannot sync folders; the file itself was synced above
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS, errno.EBADF):
             raise
     finally:
@@ -106,10 +106,11 @@ def put_in_place(aside: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, locked: bool = True) -> Iterator[Path]:
-    """The name of a file to write, which is renamed to `path` when it is complete and removed if writing fails.
+    """Yield a temporary name to write to; it is renamed to `path` on success and removed on failure.
 
-    So the old content or the new is there at any moment, whole. `locked`: no other process writes to the folder, so the
-    name may be that of what a killed process left. Raises OSError that names `path`.
+    At any moment `path` has the whole old content or the whole new content. `locked` says that no other process writes
+    to the folder, so the temporary name can be fixed and a killed process leaves one file at most. Raises OSError that
+    names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{'new' if locked else os.getpid()}")
@@ -125,7 +126,7 @@ def replacing(path: Path, locked: bool = True) -> Iterator[Path]:
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Append to a file, which is made with its folder if need be, all of `content` or nothing. Raises OSError."""
+    """Append all of `content` to a file, or nothing. Makes the file and its folder if needed. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         before = file.tell()
@@ -138,7 +139,7 @@ def append_whole(path: Path, content: bytes) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that at any moment the old content or the new is there, whole. Raises OSError."""
+    """Replace the content of a file; a reader sees the whole old or the whole new content. Raises OSError."""
     with replacing(path) as aside:
         aside.write_bytes(content)
 
@@ -166,8 +167,7 @@ def unescape(text: str) -> str:
 
 
 def write_reasons(reasons: Iterable[tuple[str, str]]) -> bytes:
-    """A line for each file: its name and what is wrong with it, both escaped, a tab between them. A name that is not
-    text keeps its bytes."""
+    """One line per file: escaped name, tab, escaped reason. A name that is not valid UTF-8 keeps its bytes."""
     lines = (f"{escape(name)}\t{escape(' '.join(reason.split()))}\n" for name, reason in reasons)
     return "".join(lines).encode("utf-8", "surrogateescape")
 

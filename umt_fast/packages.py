@@ -55,7 +55,7 @@ PACKAGES = (
 
 
 def explain_missing(error: ModuleNotFoundError) -> str | None:
-    """One line on a module that could not be imported: what needs it and how to install it. None: not one of these."""
+    """One line that says what needs the missing module and how to install it; None if it is not in `PACKAGES`."""
     for package in PACKAGES:
         if package.module == error.name:
             return f"{package.purpose} needs {package.distribution}, which is missing: {package.install}"

@@ -1,6 +1,6 @@
-"""Recipe -> flags -> settings: a TOML recipe becomes flags that stand before those of the command line.
+"""Recipe -> flags -> settings: the flags of a TOML recipe, followed by those of the command line, which override them.
 
-One call of tyro reads both, so types, choices and suggestions are the same in a recipe and on the command line.
+One call of tyro parses both, so types, choices and suggestions are the same in a recipe and on the command line.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ RENAMED = {
 """Settings of version 0.1 by their old names, which work until version 0.3."""
 
 LARGEST_RECIPE = 1 << 20
-"""Bytes; more is not a recipe."""
+"""Bytes; a larger file is refused."""
 
 
 def load_recipe(kind: type[T], path: Path) -> T:
-    """The settings, an instance of `kind`, in a TOML recipe.
+    """Read a TOML recipe as an instance of `kind`.
 
-    Its tables are the sections; `preset = NAME` starts a section from a named size. Raises ConfigError naming the
-    file, the line and the key.
+    Tables are sections; `preset = NAME` starts a section from a named size. Raises ConfigError with file, line and
+    key.
     """
     return parse(kind, path, [])
 
 
 def parse(kind: type[T], path: Path, flags: Sequence[str], prog: str = "", description: str = "") -> T:
-    """The settings in a recipe with the command line's `flags` on top.
+    """Read a recipe as an instance of `kind`; the command line's `flags` override it.
 
-    Raises ConfigError for a mistake in the recipe. A mistake in the flags is printed and ends the program with status
-    2, as is usual; --help prints the settings with the recipe's values and ends it with status 0.
+    Raises ConfigError for a mistake in the recipe. A mistake in the flags is printed and exits with status 2; --help
+    prints the settings with the recipe's values and exits with status 0.
     """
     import tyro
 
@@ -68,13 +68,13 @@ def parse(kind: type[T], path: Path, flags: Sequence[str], prog: str = "", descr
     flags = _current_names(list(_expand_presets(flags)))
     with contextlib.suppress(SystemExit), _captured():
         return tyro.cli(kind, args=[*of_recipe, *flags])
-    # Is the mistake in the recipe or in the flags? Asked only here, so that settings without one cost one call.
+    # Find out whether the mistake is in the recipe or in the flags. Correct settings need only the one call above.
     default = _read_alone(kind, path, text, of_recipe)
     return tyro.cli(kind, args=flags, default=default, prog=prog or None, description=description or None)
 
 
 def read_key(path: Path, key: str) -> Any:
-    """One value of a recipe that stands outside its tables; None if it is not there. Raises ConfigError."""
+    """Value of a top-level key of a recipe; None if it is missing. Raises ConfigError."""
     try:
         return tomllib.loads(_read(path)).get(key)
     except ConfigError:
@@ -153,7 +153,7 @@ def _expand_presets(flags: Sequence[str]) -> Iterator[str]:
 
 
 def _current_names(flags: list[str]) -> list[str]:
-    """Flags with old names replaced, each with a note, which the first process prints."""
+    """Replace old names in `flags`, in place; the first process prints a note for each."""
     for index, flag in enumerate(flags):
         found = re.fullmatch(r"--(\w+)\.(no[-_])?([\w-]+)(=.*)?", flag, re.DOTALL)
         if found is None:
@@ -169,7 +169,7 @@ def _current_names(flags: list[str]) -> list[str]:
 
 
 def _read_alone(kind: type[T], path: Path, text: str, flags: list[str]) -> T:
-    """The settings of the recipe without the command line. Raises ConfigError for a mistake in it."""
+    """Parse the recipe without the command line. Raises ConfigError for a mistake in the recipe."""
     import tyro
 
     try:
@@ -192,12 +192,12 @@ def _captured() -> Iterator[io.StringIO]:
 
 
 def _bare(line: str) -> str:
-    """A line of a message without the box that is drawn around it."""
+    """A line of tyro's message without the box around it."""
     return line.strip(" │|─-╭╮╰╯+")
 
 
 def _line(text: str, section: str, key: str) -> str:
-    """`, line N` of the place where a recipe sets `key` in `section`, or begins the section; else nothing."""
+    """`, line N` where the recipe sets `key` in `section` (without `key`: where the section begins); else empty."""
     now = ""
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):

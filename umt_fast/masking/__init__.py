@@ -4,9 +4,9 @@ A visible set is an integer tensor `[B, G, n]`: n ascending ids in each of G gro
 in time order. A rule either draws per frame of tokens (G = frames, ids are patches of that frame) or over the whole
 clip (G = 1). The number of visible tokens is fixed, so every shape of a step is static.
 
-A new rule is a function and a row of `RULES`, and its name in `umt_fast.config.Masking` or `PixelMasking`. A row turns
-scores into a visible set. What makes scores of flow, motion, text features and regions is in `umt_fast.masking.guided`;
-the draws of the published codes from a NumPy seed are in `umt_fast.masking.published`.
+A new rule is a function from scores to a visible set, a row of `RULES`, and its name in `umt_fast.config.Masking` or
+`PixelMasking`. `umt_fast.masking.guided` computes scores from flow, motion, text features and regions;
+`umt_fast.masking.published` repeats the draws of the published codes from a NumPy seed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Rule:
 
     needs: Literal["nothing", "scores", "sampler", "tokens", "motion", "regions", "flow", "text"]
     """scores: the teacher's attention to each patch, so the draw waits for the teacher; sampler: AdaMAE's network;
-    tokens: embedded patches; motion, regions: the guide channel of `umt_fast.data.guides`; flow, text: what a function
-    of the user finds in the clip."""
+    tokens: embedded patches; motion, regions: the guide channel of `umt_fast.data.guides`; flow, text: the result of
+    the user's function `mask.source`."""
     counts: Literal["per frame", "per clip"]
     """Unit in which the number of visible tokens is fixed and rounded."""
     count: Callable[[int, float], int]
     """(tokens, hidden share) -> visible tokens. The published codes round differently."""
     draw: Callable[[Float[Tensor, "b t p"], int, torch.Generator | None], Int[Tensor, "b g n"]]
-    """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get ones as scores; others
-    what `guided` makes of their input."""
+    """(scores, visible tokens of a group, generator) -> visible set. Rules that need nothing get scores of 1, others
+    the scores that `guided` computes from their input."""
 
 
 def _draw_attention(scores: Tensor, num_visible: int, generator: torch.Generator | None) -> Tensor:
@@ -86,26 +86,26 @@ RULES: dict[Masking | PixelMasking, Rule] = {
     "tube": Rule("nothing", "per frame", count_visible, _draw_tube),
     # As random, with one token less where the share is not exact (MAE-ST, arXiv 2205.09113).
     "mae_st": Rule("nothing", "per clip", _count_rounded_down, _draw_random),
-    # Whole frames of tokens are hidden; of the others tokens are left out at random until the count is exact.
+    # Whole frames of tokens are hidden, and random tokens of the other frames until the count is exact.
     "frame": Rule("nothing", "per clip", count_visible, _draw_frames),
     # In proportion to the probabilities of a learned network (AdaMAE, arXiv 2211.09120).
     "adamae": Rule("sampler", "per clip", _count_rounded_down, _draw_random),
-    # Some of the tokens that differ most from the frame before; the others of them are decoded (EVEREST, arXiv
-    # 2211.10636).
+    # Of the tokens that differ most from the previous frame, a random part is visible and the rest is decoded (EVEREST,
+    # arXiv 2211.10636).
     "everest": Rule("tokens", "per clip", _count_rounded_down, draw_marked),
-    # What moves most is hidden (MGM, ICCV 2023; after the paper, which has no public code).
+    # The patches that move most are hidden (MGM, ICCV 2023; after the paper, which has no public code).
     "motion": Rule("motion", "per frame", count_visible, lowest),
     # Regions are shown in a given order until enough is visible (MARLIN, arXiv 2211.06627).
     "region": Rule("regions", "per clip", _count_rounded_down, draw_marked),
     # A map of the middle frame is carried along by optical flow (MGMAE, arXiv 2308.10794).
     "flow": Rule("flow", "per frame", _count_rounded_down, _show_highest),
-    # What is most like the caption is hidden (text-guided masking; after the paper, which has no public code).
+    # The patches most similar to the caption are hidden (text-guided masking; after the paper, without public code).
     "text": Rule("text", "per frame", count_visible, lowest),
 }
 
 
 def find_rule(name: Masking | PixelMasking) -> Rule:
-    """The rule called `name`. Raises ValueError with the names there are."""
+    """The rule called `name`. Raises ValueError that lists the names."""
     if name not in RULES:
         raise ValueError(f"no masking rule {name!r}; choose one of {', '.join(RULES)}")
     return RULES[name]
@@ -135,7 +135,7 @@ def draw_blind(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b g n"] | None:
-    """The visible sets of a rule that needs no scores; None for a rule that waits for some."""
+    """The visible sets of a rule that needs no scores; None for any other rule."""
     if find_rule(rule).needs != "nothing":
         return None
     return draw_scored(rule, torch.ones(batch, frames, patches, device=device), ratio, generator)
@@ -161,14 +161,14 @@ def token_ids(visible: Int[Tensor, "b g n"], tokens: int) -> Int[Tensor, "b m"]:
 
 
 def hidden_ids(visible: Int[Tensor, "b n"], tokens: int) -> Int[Tensor, "b m"]:
-    """The other ids of each row, ascending. Every row must hold its ids once."""
+    """The ids that are not in each row, ascending. A row must not repeat an id."""
     shown = torch.zeros(len(visible), tokens, dtype=torch.bool, device=visible.device).scatter_(1, visible, True)
-    # A stable sort puts the hidden ids first, in order, and waits for nothing on the host, which nonzero would.
+    # A stable sort puts the hidden ids first, in order. Unlike nonzero, it does not make the host wait.
     return shown.sort(dim=1, stable=True).indices[:, : tokens - visible.shape[1]]
 
 
 def check_visible(visible: Tensor, batch: int, frames: int, patches: int) -> None:
-    """Raise unless `visible` is a visible set of such a clip. Values are looked at on the CPU only."""
+    """Raise TypeError or ValueError unless `visible` is a visible set. Values are checked for CPU tensors only."""
     if visible.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"visible has dtype {visible.dtype}; give int32 or int64 ids, not a mask")
     if visible.dim() != 3 or visible.shape[0] != batch or visible.shape[1] not in (1, frames):

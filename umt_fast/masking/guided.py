@@ -1,4 +1,4 @@
-"""Masking rules that look at the clip: each turns a score or a map into visible ids `[B, G, n]`, ascending.
+"""Masking rules that depend on the clip: functions from scores or maps to ascending visible ids `[B, G, n]`.
 
 Rules without public code follow their papers and say so.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def highest(scores: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b t n"]:
-    """The `num_visible` patches of each frame with the highest scores. Raises ValueError for more than there are."""
+    """The `num_visible` patches of each frame with the highest scores. Raises ValueError unless 1 <= n <= P."""
     if not 1 <= num_visible <= scores.shape[-1]:
         raise ValueError(f"num_visible = {num_visible}, but a frame has {scores.shape[-1]} patches")
     return scores.topk(num_visible, dim=-1).indices.sort(dim=-1).values
@@ -26,8 +26,8 @@ def highest(scores: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b 
 def lowest(
     scores: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b t n"]:
-    """The `num_visible` patches of each frame with the lowest scores, equal ones in random order: in a frame without
-    motion no place must be preferred. Raises ValueError for more than there are."""
+    """The `num_visible` patches of each frame with the lowest scores. Equal scores are ordered at random, so that a
+    frame without motion prefers no place. Raises ValueError unless 1 <= n <= P."""
     order = torch.rand(scores.shape, device=scores.device, generator=generator).argsort(-1)
     ranks = scores.gather(-1, order).argsort(dim=-1, stable=True)
     if not 1 <= num_visible <= scores.shape[-1]:
@@ -42,11 +42,12 @@ def redundancy_removing(
     candidate_ratio: float = 0.7,
     ratio: float = 0.9,
 ) -> tuple[Int[Tensor, "b 1 v"], Int[Tensor, "b m"]]:
-    """EVEREST (arXiv 2211.10636): only tokens that differ from the frame before are seen or decoded.
+    """EVEREST (arXiv 2211.10636): only tokens that differ from the previous frame are visible or decoded.
 
     tokens  embedded patches without positions.
     noise   uniform, one value for each of the c = int((1 - candidate_ratio) n) candidates.
-    Returns the visible ids and the ids to decode, both ascending. Their union are the c most different tokens.
+    Returns the visible ids and the ids to decode, both ascending; together they are the c most different tokens.
+    Raises ValueError for noise of another shape.
     """
     _batch, count, _ = tokens.shape
     by_frame = tokens.detach().float().unflatten(1, (frames, -1))
@@ -62,7 +63,7 @@ def redundancy_removing(
 
 
 def gaussian_map(centres: Int[Tensor, "b k"], height: int, width: int, patch_size: int) -> Float[Tensor, "b 1 hp wp"]:
-    """MGMAE's start (arXiv 2308.10794): bumps of one patch's width at the patches `centres`, the highest being 1."""
+    """MGMAE's initial map (arXiv 2308.10794): Gaussian bumps, one patch wide, at the patches `centres`; maximum 1."""
     rows = torch.arange(height * patch_size, device=centres.device)
     columns = torch.arange(width * patch_size, device=centres.device)
     y = centres // width * patch_size + patch_size // 2
@@ -93,11 +94,11 @@ def flow_scores(
 ) -> Float[Tensor, "b t p"]:
     """Scores of MGMAE (arXiv 2308.10794): a map of the middle frame, carried to the others by optical flow.
 
-    start  map of frame `frames // 2`, as `gaussian_map` gives it.
-    flows  by (a, b): flow in pixels, x first, that the flow model gives for frames a and b. Asked for are (f + 1, f)
-           before the middle, although the map is warped backwards, as published, and (f, f - 1) after it.
+    start  map of frame `frames // 2`, from `gaussian_map`.
+    flows  flow in pixels, x first, by its pair of frames: (f + 1, f) before the middle frame, although the map is
+           warped backwards there, as published, and (f, f - 1) after it.
 
-    Where a warped map is exactly 0 the start's value stands. The visible patches are the `highest` of each frame.
+    Where a warped map is exactly 0, the value of `start` is used. Use `highest` to select the visible patches.
     """
     middle = frames // 2
     maps = {middle: start}
@@ -119,12 +120,12 @@ def _carried(start: Tensor, before: Tensor, flow: Tensor) -> Tensor:
 def regions_shown(
     regions: Int[Tensor, "b t h w"], order: Sequence[int], patch_size: int, least_share: float = 0.1
 ) -> Bool[Tensor, "b t p"]:
-    """The patches that MARLIN shows before it trims them to a fixed number.
+    """The patches that MARLIN (arXiv 2211.06627) shows, before `draw_marked` reduces them to a fixed number.
 
-    regions  a label per pixel of the first frame of every tubelet, as a parsing map or mask video gives it.
-    order    labels from the first to be shown on; MARLIN: background, skin, then the parts of the face at random.
+    regions  a label per pixel of the first frame of every tubelet, from a parsing map or mask video.
+    order    labels in the order in which they are shown; MARLIN: background, skin, then parts of the face at random.
 
-    A frame without any of the labels is visible as a whole.
+    A frame without any of the labels is shown whole.
     """
     batch, frames, height, width = regions.shape
     patches = (height // patch_size) * (width // patch_size)
@@ -139,7 +140,7 @@ def regions_shown(
 def draw_marked(
     marks: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b 1 n"]:
-    """Over the clip, `num_visible` tokens at random, those marked 1 before those marked 0."""
+    """Draw `num_visible` random tokens of the clip; tokens marked 1 are drawn before tokens marked 0."""
     noise = torch.rand(marks.flatten(1).shape, device=marks.device, generator=generator)
     first = (noise + marks.flatten(1)).topk(num_visible, dim=1).indices
     return first.sort(dim=1).values[:, None]

@@ -1,7 +1,7 @@
 """Masks drawn from a NumPy generator exactly as the published codes draw them. True means hidden or not decoded.
 
-`numpy.random.RandomState(seed)` gives the stream of `numpy.random.seed(seed)`, which those codes use. Training draws
-on the device instead, by the same laws (`umt_fast.masking`).
+`numpy.random.RandomState(seed)` repeats the numbers of `numpy.random.seed(seed)`, which those codes use. Training draws
+on the device instead, from the same distributions (`umt_fast.masking`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
 PHASES = 4
-"""Shifts of the running cell."""
+"""Number of shifts of the running cell."""
 
 
 def tube_mask(frames: int, patches: int, ratio: float, rng: np.random.RandomState) -> Bool[np.ndarray, " n"]:
@@ -59,7 +59,7 @@ def running_cell_mask(
 
 @functools.lru_cache(maxsize=8)
 def _decoded_by_phase(frames: int, height: int, width: int, ratio: float, device: torch.device) -> Int[Tensor, "4 m"]:
-    """Ids that each phase decodes. Kept: a step that is recorded as a CUDA graph must not copy from the host."""
+    """Ids that each phase decodes, cached: a step that is recorded as a CUDA graph must not copy from the host."""
     table = running_cell_table(frames, height, width, ratio)
     return (~table).nonzero()[:, 1].view(PHASES, -1).to(device)
 
@@ -73,6 +73,6 @@ def draw_running_cells(
     device: torch.device,
     generator: torch.Generator | None = None,
 ) -> Int[Tensor, "b m"]:
-    """Ascending ids of the tokens to decode, a phase per clip, drawn on `device`. Every phase decodes equally many."""
+    """Ascending ids of the tokens to decode. The phase of each clip is drawn on `device`; all decode equally many."""
     ids = _decoded_by_phase(frames, height, width, ratio, device)
     return ids[torch.randint(PHASES, (batch,), device=device, generator=generator)]

@@ -1,1 +1,1 @@
-"""The student and the teacher."""
+"""The models: video ViT and its heads, CLIP teacher, text encoder, pixel autoencoders, and their parts."""

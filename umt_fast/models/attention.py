@@ -1,13 +1,13 @@
-"""The one attention function of both models, over every library that has one.
+"""The attention function of all models, with many backends.
 
-    sdpa                                   torch's own pick; what a model has until `choose` gives it another
+    sdpa                                   torch's own choice of kernel; the default of every model
     cudnn, flash, efficient, math          torch's kernels, each by name
     matmul                                 two matmuls around a softmax: much memory, but fast on CPUs
     heads                                  the same for as many heads at a time as fit a cache: the fastest on CPUs
-    flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only when they are asked for
+    flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only on request
 
-Which is fastest depends on the GPU, the shapes and the versions, so `umt_fast.run.attention_choice` measures.
-A backend is looked up before a model is compiled: inside a graph there is nothing left to decide.
+The fastest backend depends on GPU, shapes and versions, so `umt_fast.run.attention_choice` measures them. The backend
+is fixed before a model is compiled, so that the compiled graph has no branches.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Backend:
 
     name: str
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """q [b,l,h,d], k and v [b,s,h,d] -> [b,l,h,d]; the last stride is 1, the others may be anything."""
+    """q [b,l,h,d], k and v [b,s,h,d] -> [b,l,h,d]; the last stride must be 1, the others are arbitrary."""
     attend_packed: Callable[[Tensor], Tensor]
-    """qkv [b,l,3,h,d] -> [b,l,h,d]; libraries that write the gradient of qkv in one piece do it here."""
+    """qkv [b,l,3,h,d] -> [b,l,h,d]; some libraries have a packed function that writes the gradient of qkv at once."""
 
 
 def attention(
@@ -48,10 +48,10 @@ def attention(
     mask: Bool[Tensor, "b 1 q s"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "b l h d"]:
-    """softmax(q k^T / sqrt(d)) v, every query over every key, or over those that `mask` has True for.
+    """softmax(q k^T / sqrt(d)) v. `mask` is True where a query may attend to a key; None: everywhere.
 
-    `dropout` is the share of the softmax that is set to 0, the rest scaled to make up. Not every library knows masks
-    and dropout, and texts, which need them, are short: such a call goes to torch's own pick, or to `matmul`.
+    `dropout` is the share of the softmax that is set to 0; the rest is scaled up. Not every library supports masks and
+    dropout. Only texts need them, and texts are short, so such a call goes to `sdpa`, or to `matmul` if that is chosen.
     """
     if mask is None and dropout == 0:
         return backend.attend(q, k, v)
@@ -59,7 +59,7 @@ def attention(
 
 
 def self_attention(qkv: Float[Tensor, "b l 3 h d"], backend: Backend) -> Float[Tensor, "b l h d"]:
-    """Attention of one packed tensor of q, k and v, which are not copied apart first."""
+    """Attention of one packed tensor of q, k and v, which need not be copied into three tensors."""
     return backend.attend_packed(qkv)
 
 
@@ -79,8 +79,8 @@ def _matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout
 class _Heads(torch.autograd.Function):
     """`_matmul` on [heads,l,d] in groups of heads whose scores fit a CPU's cache.
 
-    The scores of all heads together are fresh memory of hundreds of megabytes in every layer, written and read again
-    several times; here that holds for the probabilities alone, which the backward pass needs.
+    `_matmul` writes and reads the scores of all heads, hundreds of megabytes of fresh memory per layer, several times.
+    Here only the probabilities, which the backward pass needs, take that memory.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class _Heads(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         parts = (x.split(ctx.group) for x in (q, k, v, grad, *grads))
         for p, one_q, one_k, one_v, one_grad, dq, dk, dv in zip(kept, *parts, strict=True):
-            dv.copy_(torch.bmm(p.transpose(1, 2), one_grad))  # `@` would copy what is transposed
+            dv.copy_(torch.bmm(p.transpose(1, 2), one_grad))  # `@` would copy the transposed operand
             scores = torch._softmax_backward_data(torch.bmm(one_grad, one_v.transpose(1, 2)), p, -1, p.dtype)
             dq.copy_(torch.bmm(scores, one_k))
             dk.copy_(torch.bmm(scores.transpose(1, 2), one_q))
@@ -111,7 +111,7 @@ class _Heads(torch.autograd.Function):
 
 
 _CACHED_BYTES = 8 << 20
-"""Scores at a time. Measured on an EPYC, 1568 tokens in bf16: one head at a time (4.9 MB) is the fastest."""
+"""Bytes of scores at a time. On an EPYC, 1568 tokens in bf16, one head at a time (4.9 MB) was the fastest."""
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _unpacked(attend: Callable[[Tensor, Tensor, Tensor], Tensor], qkv: Tensor) -
 
 
 def _first(call: Callable[..., Any], *tensors: Tensor) -> Tensor:
-    """The output alone: some versions of a library return the log-sum-exp with it, some do not."""
+    """The output without the log-sum-exp that some versions of the libraries also return."""
     out = call(*tensors)
     return out[0] if isinstance(out, tuple) else out
 
@@ -159,7 +159,7 @@ TORCH_KERNELS = {
 
 @dataclass(frozen=True)
 class Library:
-    """A package with its own attention function. All of them take [b,l,h,d]."""
+    """A package with an attention function on [b,l,h,d]."""
 
     module: str
     function: str
@@ -188,7 +188,7 @@ LIBRARIES = {
 }
 
 MANY = 10_000
-"""Far more trials than a process makes."""
+"""A limit on recompilations that no process reaches."""
 
 OWN = {"sdpa": SDPA, "matmul": MATMUL, "heads": HEADS}
 
@@ -196,7 +196,8 @@ NAMES = (*OWN, *TORCH_KERNELS, *LIBRARIES)
 
 
 def load(name: str) -> Backend:
-    """The backend called `name`. Raises ImportError, with the command that installs it, for a missing library."""
+    """The backend called `name`. Raises ValueError for an unknown name, and ImportError with the install command for a
+    missing library."""
     if name in OWN:
         return OWN[name]
     if name in TORCH_KERNELS:
@@ -216,16 +217,16 @@ def load(name: str) -> Backend:
 def fault(
     backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, gradients: bool, compiled: bool = False
 ) -> str | None:
-    """Why `backend` cannot be used there, found by a small trial; None if it can.
+    """Reason why `backend` does not work with this device, dtype and head, found by a small trial; None if it works.
 
-    `compiled` asks whether torch.compile traces it without a graph break, which some libraries cause.
+    `compiled` also tests that torch.compile traces it without a graph break.
     """
     q, k, v = torch.ones(3, 1, 8, 1, head_dim, device=device, dtype=dtype).unbind()
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend)
 
-    # Every trial compiles `attend` again, and torch.compile gives a function up after a few times.
+    # Every trial compiles `attend` again, and torch.compile gives up on a function after a few recompilations.
     many = torch._dynamo.config.patch(recompile_limit=MANY) if compiled else contextlib.nullcontext()
     try:
         with torch.set_grad_enabled(gradients), many:
@@ -234,5 +235,5 @@ def fault(
             if gradients:
                 out.sum().backward()
         return None if out.isfinite().all() else "its output is not finite"
-    except Exception as error:  # whatever a library raises, it is not usable here
+    except Exception as error:  # libraries raise errors of any class when they do not support the case
         return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -23,10 +23,10 @@ _BASE_FRAMES = 8
 
 
 def classifier_positions(config: VitConfig) -> Float[Tensor, "n d"]:
-    """The fixed table of the published fine-tuning code: that of 8 x 14 x 14 tokens, resized to the model's.
+    """Sinusoid table of the published fine-tuning code: made for 8 x 14 x 14 tokens and resized to the model's.
 
-    Patches of 14 pixels start from 8 x 16 x 16. Space first (bicubic), then time (linear), both without
-    antialiasing. It equals the direct formula of pre-training, `sinusoid_positions`, for the base size alone.
+    Models with patches of 14 pixels start from 8 x 16 x 16 tokens. Space is resized first (bicubic), then time
+    (linear), without antialiasing. Only at the base size does it equal `sinusoid_positions`, the table of pre-training.
     """
     side = 224 // 14 if config.patch_size == 14 else 224 // 16
     table = sinusoid_positions(_BASE_FRAMES * side**2, config.width)
@@ -36,8 +36,8 @@ def classifier_positions(config: VitConfig) -> Float[Tensor, "n d"]:
 class VideoClassifier(VideoTransformer):
     """UMT's fine-tuned ViT (arXiv 2303.16058, section 4.2): all tokens, pooled, one linear classifier.
 
-    Parameter names are the published ones. Positions get no gradient: `pos_embed` is a parameter, and in the state
-    dict, only where the published code makes it one: if it is learnable, or the clip has other than 8 x 14 x 14 tokens.
+    Parameter names are the published ones. Positions get no gradient. As in the published code, `pos_embed` is in the
+    state dict only if positions are learnable or the clip does not have the base size of 8 x 14 x 14 tokens.
     """
 
     pos_embed: Tensor
@@ -83,7 +83,7 @@ Classifier = VideoClassifier | MaeStClassifier
 
 
 def build_classifier(config: ClassifierConfig, init_scale: float = INIT_SCALE) -> Classifier:
-    """The model that `config.architecture` names. MAE-ST's head has a scale of its own in place of `init_scale`."""
+    """The model that `config.architecture` names. MAE-ST's head ignores `init_scale`: it has its own initial scale."""
     if config.architecture == "umt":
         return VideoClassifier(config, init_scale)
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(VitConfig)}

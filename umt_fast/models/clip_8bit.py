@@ -1,7 +1,7 @@
-"""A block of the teacher that multiplies in int8 or float8 with this project's kernels.
+"""A block of the teacher whose matmuls run in int8 or float8 with the kernels of umt_kernels.
 
-No pass is spent on rounding but one, over the attention's output: the norms write 8-bit rows with a scale each, the
-MLP's first product writes the hidden layer in 8 bits, with a scale for every 128 columns of a row.
+The norms write 8-bit rows with one scale per row. The first matmul of the MLP writes the hidden layer in 8 bits, with a
+scale for every 128 columns of a row. Only the attention's output needs a pass of its own for rounding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Linear8(nn.Module):
 
 
 class EightBitBlock(Block):
-    """`Block` from the weights of one. The last keeps its queries, keys and values: they make the scores."""
+    """An 8-bit copy of a `Block`. The last block keeps exact queries, keys and values: the scores depend on them."""
 
     def __init__(self, block: Block, dtype: torch.dtype, last: bool) -> None:
         nn.Module.__init__(self)
@@ -90,7 +90,7 @@ class EightBitBlock(Block):
 
 
 def convert_blocks(teacher: ClipTeacher, dtype: torch.dtype) -> None:
-    """Put an `EightBitBlock` in the place of every block. `dtype` is int8 or float8_e4m3fn."""
+    """Replace every block by an `EightBitBlock`. `dtype` is int8 or float8_e4m3fn."""
     blocks = teacher.transformer.resblocks
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)

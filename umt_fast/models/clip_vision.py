@@ -1,7 +1,7 @@
-"""The teacher: a frozen CLIP image ViT whose last block is finished only where the student looks.
+"""The teacher: a frozen CLIP image ViT whose last block is computed in full only for the visible tokens.
 
-`encode` runs all blocks but the last, and of the last the keys, the values and the class token's query: that gives
-the scores. `targets` then finishes the last block for the visible tokens alone.
+`encode` runs all blocks but the last, and computes keys, values and the class token's query of the last block, which
+give the scores. `targets` then finishes the last block for the visible tokens.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ QUICK = 1.702
 
 
 Normed = Tensor | EightBit
-"""What a block's attention reads: normalised rows, in 8 bits in a quantised block."""
+"""Input of a block's attention: normalised rows; EightBit in a quantised block."""
 
 
 class Projection(nn.Module):
-    """Holder of the patch weights, inflated in time; CLIP has no bias here."""
+    """Holds the weights of the patch embedding, inflated in time. CLIP's patch embedding has no bias."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return k, v
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        # Quantised weights do not know autocast: the input comes in the dtype that they stand for.
+        # Autocast does not cast for quantised weights, so the input is cast to the dtype that they report.
         x = x.to(self.in_proj_weight.dtype)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         return self.out_proj(self_attention(qkv, self.backend).flatten(2))
@@ -75,8 +75,8 @@ class Mlp(nn.Module):
         self.c_proj = nn.Linear(MLP_RATIO * width, width)
 
     def forward(self, x: Float[Tensor, "r l d"]) -> Float[Tensor, "r l d"]:
-        """QuickGELU x sigmoid(1.702 x) is silu(1.702 x) / 1.702, and the matmul divides: the hidden layer, four times
-        as wide, is passed over twice instead of three times. In place, as nobody differentiates it.
+        """QuickGELU, x sigmoid(1.702 x), equals silu(1.702 x) / 1.702. The matmul does the division, so the wide hidden
+        layer is read and written twice instead of three times. In place, since a frozen model needs no gradient.
         """
         hidden = self.c_fc(x.to(self.c_fc.weight.dtype))
         weight, bias = self.c_proj.weight, self.c_proj.bias
@@ -85,14 +85,14 @@ class Mlp(nn.Module):
             plain = type(weight) is nn.Parameter
             return F.linear(hidden, weight, bias.to(weight.dtype)) if plain else self.c_proj(hidden)
         hidden = F.silu(hidden.mul_(QUICK), inplace=True)
-        if type(weight) is not nn.Parameter:  # torchao's matmul has no factor; torch.compile fuses this one
+        if type(weight) is not nn.Parameter:  # torchao's matmul takes no factor; torch.compile fuses this product
             return self.c_proj(hidden.mul_(1 / QUICK))
         rows = torch.addmm(bias.to(weight.dtype), hidden.flatten(0, -2), weight.T, alpha=1 / QUICK)
         return rows.unflatten(0, x.shape[:-1])
 
 
 class Block(nn.Module):
-    """Pre-norm block. The sum of its last branch belongs to the next norm, which computes both in one pass."""
+    """Pre-norm block. It returns residual and MLP branch unadded: the next norm adds them in the same pass."""
 
     def __init__(self, width: int, heads: int, activation: Activation) -> None:
         super().__init__()
@@ -102,11 +102,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, activation)
 
     def enter(self, x: Float[Tensor, "r l d"], branch: Float[Tensor, "r l d"] | None = None) -> tuple[Tensor, Normed]:
-        """x + branch, this block's input, and what its attention reads."""
+        """This block's input, x + branch, and its norm, which the attention reads."""
         return (x, self.ln_1(x)) if branch is None else add_norm(x, branch, self.ln_1)
 
     def forward(self, x: Float[Tensor, "r l d"], normed: Normed) -> tuple[Tensor, Tensor]:
-        """The residual and the branch whose sum is this block's output, from what `enter` gives."""
+        """Takes the outputs of `enter`; returns residual and branch, whose sum is this block's output."""
         assert isinstance(normed, Tensor)
         x, normed = add_norm(x, self.attn(normed), self.ln_2)
         return x, self.mlp(normed)
@@ -134,7 +134,7 @@ def add_norm(
     norm: nn.LayerNorm,
     row_ids: Int[Tensor, "r n"] | None = None,
 ) -> tuple[Float[Tensor, "r n d"], Float[Tensor, "r n d"]]:
-    """The new residual x + branch (of the rows `row_ids`), and its norm, in the dtype of the branch: a matmul's."""
+    """The new residual x + branch (of the rows `row_ids`), and its norm, both in the dtype of the branch."""
     return add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, row_ids=row_ids, out_dtype=branch.dtype)
 
 
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
 @dataclass
 class TeacherState:
-    """A clip half-way through the teacher. r = B * T frames of tokens, l = 1 + P rows each."""
+    """Intermediate results of the teacher. r = B * T frames of tokens, each of l = 1 + P rows."""
 
     scores: Float[Tensor, "b t p"]
     """Attention of the class token to each patch in the last block, averaged over heads."""
@@ -161,13 +161,13 @@ class TeacherState:
 
 
 class ClipTeacher(nn.Module):
-    """CLIP's image ViT (arXiv 2103.00020) on every frame apart; parameter names are those of OpenAI's checkpoints.
+    """CLIP's image ViT (arXiv 2103.00020) on each frame; parameter names are those of OpenAI's checkpoints.
 
-    A clip whose side is not the teacher's own is resized bicubically by the patch embedding itself: the resize is
-    linear and repeats with the patches, so both are one convolution with a wider kernel (18 x 18 with stride 16 for
-    CLIP-L/14 at 196 px on 224 px clips).
+    If the clip's side is not the teacher's, the patch embedding includes the bicubic resize: the resize is linear and
+    repeats with the patches, so both are one convolution with a wider kernel (18 x 18 with stride 16 for CLIP-L/14 at
+    196 px on 224 px clips).
 
-    A new teacher is random; `umt_fast.checkpoint.load_clip_teacher` gives it weights.
+    A new teacher has random weights; `umt_fast.weights.load_clip_teacher` loads a checkpoint.
     """
 
     patch_weight: Tensor
@@ -229,8 +229,8 @@ class ClipTeacher(nn.Module):
         blocks[-1].attn.backend = last
 
     def store_matmul_weights(self, dtype: torch.dtype) -> None:
-        """Hold what matmuls read in autocast's dtype. The frozen weights are rounded once, not every step; the
-        results stay bit for bit what they are."""
+        """Store the weights of all matmuls in autocast's dtype, so that they are rounded once and not in every step.
+        The results are bit for bit the same."""
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         layers = [layer for block in blocks for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)]
         held: list[Tensor] = [x for block in blocks for x in (block.attn.in_proj_weight, block.attn.in_proj_bias)]
@@ -241,7 +241,7 @@ class ClipTeacher(nn.Module):
 
     @torch.no_grad()
     def encode(self, clip: Shaped[Tensor, "b ..."]) -> TeacherState:
-        """Scores of every patch, and what `targets` needs to finish.
+        """Scores of every patch, and the intermediate results that `targets` needs.
 
         clip is uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]; raises ValueError for another size.
         """
@@ -252,7 +252,7 @@ class ClipTeacher(nn.Module):
         frames = x.shape[1] // patches
         x = rearrange(x, "b (t p) d -> (b t) p d", p=patches)  # every frame is an image of its own
         cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        # Embeddings are in the matmuls' dtype. The residual stream keeps it, as the published teacher's under autocast.
+        # The residual stream has the dtype of the matmuls, as in the published teacher under autocast.
         x = self.ln_pre(torch.cat((cls, x), dim=1) + self.positional_embedding).to(x.dtype)
         blocks = [block for block in self.transformer.resblocks if isinstance(block, Block)]
         aligned = []
@@ -280,7 +280,7 @@ class ClipTeacher(nn.Module):
         within_frames = visible.shape[1] == frames
         if within_frames:
             wanted = rearrange(visible, "(b s) t n -> (b t) (s n)", b=batch)
-        else:  # counts differ from frame to frame: finish every patch, choose at the end
+        else:  # the number of visible patches differs between frames: finish every patch, select at the end
             wanted = torch.arange(patches, device=visible.device).expand(batch * frames, -1)
         row_ids = wanted + 1  # row 0 is the class token
         norm = self.ln_post

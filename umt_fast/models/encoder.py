@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 Pool = Literal["tokens", "mean", "first"]
-"""Where the last norm stands: on the tokens, whose mean is pooled (pre-training); on their mean (fine-tuning); on the
-tokens, of which the first is pooled (fine-tuning with `--use_cls`)."""
+"""Pooling. tokens: mean of the normed tokens (pre-training); mean: norm of the mean token (fine-tuning); first: the
+first token, normed (fine-tuning with `--use_cls`)."""
 
 
 class VideoEncoder(VideoTransformer):
-    """Patch embedding, blocks, the last norm and positions: what pre-training and fine-tuning have in common."""
+    """Patch embedding, positions, blocks and last norm: the parts that pre-training and fine-tuning share."""
 
     position: Tensor
 
@@ -32,8 +32,8 @@ class VideoEncoder(VideoTransformer):
         position: Float[Tensor, "n d"] | None = None,
         mlp_width: int | None = None,
     ) -> None:
-        """`position`: the table of the config's tokens; None: the sinusoids of pre-training. `mlp_width`: the width
-        inside the MLPs; None: 4 x width."""
+        """`position`: table of the config's tokens; None: the sinusoids of pre-training. `mlp_width`: width of the
+        MLPs' hidden layer; None: 4 x width."""
         super().__init__(config, hidden=mlp_width)
         self.config = config
         self.pool = pool
@@ -58,7 +58,7 @@ class VideoEncoder(VideoTransformer):
         return self.pool_tokens(self.hidden(clip)[0])
 
     def pool_tokens(self, hidden: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-        """The vector of a block's outputs."""
+        """Pool a block's outputs to one vector per clip, as `pool` says."""
         if self.pool == "mean":
             return self.norm(hidden.mean(1))
         return self.norm(hidden[:, 0]) if self.pool == "first" else self.norm(hidden).mean(1)

@@ -1,4 +1,4 @@
-"""Heads on the video ViT, and the models that they make with it."""
+"""Alignment heads, and the student: the video ViT with these heads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 
 class NormedTransformer(VideoTransformer):
-    """The video ViT with a final LayerNorm, under its published name; the caller of `hidden_states`
-    applies the norm."""
+    """The video ViT with a final LayerNorm under its published name. `hidden_states` does not apply the norm."""
 
     def __init__(self, config: VitConfig, drop_path: float, hidden: int | None = None) -> None:
         super().__init__(config, drop_path, hidden)
@@ -28,7 +27,7 @@ class NormedTransformer(VideoTransformer):
 
 
 class AlignmentHead(nn.Module):
-    """Linear into the teacher's output space, and the LayerNorm that the loss applies to it."""
+    """Linear layer into the teacher's output space, and its LayerNorm, which the loss applies."""
 
     def __init__(self, width: int, target_width: int, eps: float = LAYER_NORM_EPS) -> None:
         super().__init__()
@@ -56,7 +55,7 @@ def predict_aligned(
     position: Float[Tensor, "n d"],
     token_ids: Int[Tensor, "b m"],
 ) -> Predictions:
-    """One head for each aligned block's outputs, which the encoder's `norm` and their tokens' positions come before."""
+    """Predictions from the aligned blocks' outputs: the encoder's `norm`, plus the tokens' positions, one head each."""
     features = [
         gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=position, position_ids=token_ids)
         for x in hidden
@@ -109,7 +108,7 @@ class VideoStudent(nn.Module):
 
 
 def bare_student(student: nn.Module) -> VideoStudent:
-    """The student inside DDP and torch.compile."""
+    """The student without the wrappers of DDP and torch.compile. Raises TypeError."""
     while not isinstance(student, VideoStudent):
         for name in ("module", "_orig_mod"):
             if isinstance(inner := getattr(student, name, None), nn.Module):

@@ -62,9 +62,9 @@ class MaskedAutoencoder(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Blocks over visible and mask tokens; norm and head follow for the tokens that the loss looks at.
+    """Blocks over visible and mask tokens; norm and head run only for the tokens in the loss.
 
-    What the last block makes of visible tokens is looked at by nothing, so there they are keys and values alone.
+    Nothing reads the last block's outputs at visible tokens, so there they are only keys and values.
     """
 
     def __init__(self, config: VideoMaeConfig) -> None:
@@ -80,7 +80,7 @@ class PixelDecoder(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n e"], last: int, scored: Int[Tensor, "b s"] | None = None
     ) -> Float[Tensor, "b s f"]:
-        """Pixels of the `last` tokens, or of those of them whose places are `scored`."""
+        """Pixels of the `last` tokens; if `scored` is given, only at these indices among them."""
         for block in self.blocks[:-1]:
             x = self.run_block(block, x)
         x = self.run_block(functools.partial(self.blocks[-1], last=last), x)
@@ -92,7 +92,7 @@ class PixelDecoder(nn.Module):
 class VideoMae(MaskedAutoencoder):
     """VideoMAE (arXiv 2203.12602) and, with a decoder mask, VideoMAE V2 (arXiv 2303.16727).
 
-    Parameter names and initialisation are the published ones. Positions are fixed and in no checkpoint.
+    Parameter names and initialisation are the published ones. Positions are fixed and not in the checkpoint.
     """
 
     position: Tensor
@@ -121,7 +121,7 @@ class VideoMae(MaskedAutoencoder):
     def decoder_input(
         self, encoded: Float[Tensor, "b n d"], visible: Int[Tensor, "b n"], decoded: Int[Tensor, "b m"]
     ) -> Float[Tensor, "b n+m e"]:
-        """Visible tokens, then a mask token for each of `decoded`, every one with the position of its id."""
+        """Visible tokens, then a mask token for each id of `decoded`, each plus the position of its id."""
         x = self.encoder_to_decoder(encoded)
         x = x + self.decoder_position[visible].to(x.dtype)
         masks = self.mask_token.to(x.dtype) + self.decoder_position[decoded].to(x.dtype)
@@ -139,14 +139,14 @@ class VideoMae(MaskedAutoencoder):
         clip     uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W].
         visible  ids of the tokens that the encoder sees; decoded: ids of the tokens that the decoder predicts. They
                  may overlap, as in VideoMAE V2.
-        scored   places within `decoded` that the head is computed for; None: all.
+        scored   indices into `decoded` to predict; None: all of it.
         """
         x = self.decoder_input(self.encode(clip, visible), visible, decoded)
         return self.decoder(x, decoded.shape[1], scored)
 
 
 class MaeStEncoder(MaskedAutoencoder):
-    """The encoder of MAE-ST (arXiv 2205.09113) under its published flat parameter names, with learned positions."""
+    """The encoder of MAE-ST (arXiv 2205.09113), with learned positions, under its published parameter names."""
 
     def __init__(self, config: MaeStConfig, drop_path: float = 0.0) -> None:
         """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first."""

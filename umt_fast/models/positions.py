@@ -1,4 +1,4 @@
-"""Fixed positions, and the resize that a patch embedding can take in."""
+"""Fixed positions and their resizing, and the bicubic resize that a patch embedding can include."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ def sinusoid_positions(tokens: int, width: int) -> Float[Tensor, "tokens width"]
 def resize_positions(
     table: Float[Tensor, "m d"], frames: int, new_frames: int, new_grid: int, *, time_first: bool = False
 ) -> Float[Tensor, "n d"]:
-    """A table of `frames` square grids as one of `new_frames` grids of `new_grid`: bicubic in space, linear in time.
+    """Resize a table of `frames` square grids to `new_frames` grids of side `new_grid`.
 
-    The order changes the rounding only. Raises ValueError where the rows are not `frames` square grids.
+    The resize is bicubic in space and linear in time.
+ `time_first` changes only the rounding. Raises ValueError if the rows are not `frames` square grids.
     """
     grid = math.isqrt(len(table) // frames)
     if frames * grid**2 != len(table):
@@ -62,14 +63,14 @@ def video_positions(
 
 
 def bicubic_window(source: int, target: int) -> tuple[Float[Tensor, "target window"], int]:
-    """The piece of a bicubic resize that makes one patch: `target` pixels out of `source` and a halo on each side.
+    """One-dimensional bicubic resize of one patch: from `source` pixels, and a halo on each side, to `target` pixels.
 
-    Resizing by target / source repeats itself every `source` pixels, so each patch of the resized frame is this
-    matrix times one window of the frame, borders replicated. Returns the float64 matrix, of `source + 2 halo`
-    columns, and the halo. The weights are read off `torch.nn.functional.interpolate(mode="bicubic",
-    align_corners=False)`, the resize of the published code.
+    A resize by target / source repeats every `source` pixels, so each patch of the resized frame is this matrix times
+    one window of the frame with replicated borders. Returns the float64 matrix, of `source + 2 halo` columns, and the
+    halo. The weights are those of `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`, the resize
+    of the published code.
     """
-    repeats = 5  # the middle one is far from both borders: the taps reach at most two pixels out
+    repeats = 5  # the middle patch does not see the borders: the kernel reaches at most two pixels out
     impulses = torch.eye(repeats * source, dtype=torch.float64)[:, None, :, None]
     size = (repeats * target, 1)
     response = F.interpolate(impulses, size=size, mode="bicubic", align_corners=False)[:, 0, :, 0]

@@ -1,4 +1,4 @@
-"""What a student's block keeps for the backward pass, and what it computes again (activation checkpointing)."""
+"""Activation checkpointing: which activations a block keeps for the backward pass, and which it computes again."""
 
 from __future__ import annotations
 

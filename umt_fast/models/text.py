@@ -1,7 +1,7 @@
-"""BERT whose upper layers also look at a video (UMT, arXiv 2303.16058, section 3.2): names are those of its files.
+"""BERT whose upper layers cross-attend to a video (UMT, arXiv 2303.16058, section 3.2), under its published names.
 
-The lower layers read a text alone, the fusion layers cross-attend to the tokens of a video. Keys and values of a video
-are projected once, however many texts are paired with it.
+The lower layers read the text alone; the fusion layers also attend to the tokens of a video. Keys and values of a video
+are projected once, for any number of texts.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class TextTooLong(RunError, ValueError):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which rows of a batch of texts look at which of the given videos (or other states).
+    """Pairs of texts and videos (or other states): which video each row of a batch of texts attends to.
 
-    The rows come in consecutive segments. A segment `(ids, texts)` pairs `texts` neighbouring rows with each
-    video of `ids`, or with each of all videos in their order if `ids` is None.
+    The rows form consecutive segments. A segment `(ids, texts)` pairs `texts` neighbouring rows with each video of
+    `ids`, in this order; None: with each of all videos.
     """
 
     segments: tuple[tuple[Int[Tensor, " v"] | None, int], ...] = ((None, 1),)
 
     def rows(self, videos: int) -> int:
-        """How many rows of text fit `videos` videos."""
+        """Number of rows of text that this pairing needs for `videos` videos."""
         return sum((videos if ids is None else len(ids)) * texts for ids, texts in self.segments)
 
     def attend(
@@ -55,10 +55,10 @@ class Pairing:
         mask: Bool[Tensor, "v 1 1 m"] | None,
         dropout: float,
     ) -> Float[Tensor, "r l h e"]:
-        """Every row of q over the keys of its video. Texts of one video are one longer row of queries."""
+        """Attention of each row of q over the keys of its video. Texts of one video are joined to one longer row."""
         length, begin, outputs = q.shape[1], 0, []
         for ids, texts in self.segments:
-            # Plain indexing: its backward sums equal ids in a fixed order, that of index_select does not on a GPU.
+            # Not index_select: on a GPU its backward sums repeated ids in an order that changes from run to run.
             keys, values, seen = (k, v, mask) if ids is None else (k[ids], v[ids], None if mask is None else mask[ids])
             end = begin + len(keys) * texts
             queries = q[begin:end].reshape(len(keys), texts * length, *q.shape[2:])
@@ -78,7 +78,7 @@ class Context:
     """Tokens of videos, or hidden states of questions."""
     pairing: Pairing = ONE_TO_ONE
     mask: Bool[Tensor, "v 1 1 m"] | None = None
-    """True where a state may be looked at; None: everywhere."""
+    """True where a state may be attended to; None: everywhere."""
 
 
 class Embeddings(nn.Module):
@@ -137,12 +137,12 @@ class TextAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "r l h"], mask: Bool[Tensor, "r 1 q l"] | None = None, context: Context | None = None
     ) -> Float[Tensor, "r l h"]:
-        """`mask` is of self-attention, True where a token may be looked at; with a context it is not used."""
+        """`mask` is for self-attention only: True where a token may be attended to. A context has its own mask."""
         dropout = self.dropout if self.training else 0.0
         source = x if context is None else context.states
         key = self.self.key
-        # A key's bias adds the same to all scores of a query, so its gradient is 0. What rounding makes of that is
-        # noise, which AdamW would scale up to steps of the whole learning rate.
+        # A key's bias adds the same to all scores of a query, so its gradient is 0. Rounding errors in it would be
+        # noise, which AdamW would scale up to full-sized steps.
         bias = key.bias.detach() + 0 * key.bias
         keys = F.linear(source, key.weight, bias)
         q, k, v = (self._heads(y) for y in (self.self.query(x), keys, self.self.value(source)))
@@ -190,7 +190,7 @@ class Layers(nn.Module):
 class Bert(nn.Module):
     """BERT without pooler, cross-attending from layer `fusion_layer` on to states of `source_width`.
 
-    `text` is the layers below that, `fuse` those from it on. Padding is masked in self-attention in all layers.
+    `text` runs the layers below `fusion_layer`, `fuse` the others. Self-attention masks padding in all layers.
     """
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
@@ -202,7 +202,7 @@ class Bert(nn.Module):
         self.apply(_init_weights)
 
     def set_attention(self, backend: Backend) -> None:
-        """Use `backend` for cross-attention; calls with a mask or dropout go to torch (`attention` says why)."""
+        """Use `backend` where neither a mask nor dropout is needed, as in cross-attention (see `attention`)."""
         for module in self.modules():
             if isinstance(module, TextAttention):
                 module.backend = backend
@@ -217,13 +217,13 @@ class Bert(nn.Module):
         return x
 
     def text(self, input_ids: Int[Tensor, "r l"], mask: Bool[Tensor, "r 1 q l"] | None) -> Float[Tensor, "r l h"]:
-        """Hidden states of texts by themselves."""
+        """Hidden states of texts below the fusion layers."""
         return self._run(self.encoder.layer[: self.config.fusion_layer], self.embeddings(input_ids), mask, None)
 
     def fuse(
         self, hidden: Float[Tensor, "r l h"], mask: Bool[Tensor, "r 1 q l"] | None, context: Context
     ) -> Float[Tensor, "r l h"]:
-        """Hidden states of texts after looking at their videos."""
+        """Hidden states of texts after the fusion layers. Raises ValueError if the pairing has other rows."""
         rows = context.pairing.rows(len(context.states))
         if rows != len(hidden):
             raise ValueError(f"{len(hidden)} texts do not fit a pairing of {rows} rows")
@@ -244,7 +244,7 @@ class Transform(nn.Module):
 
 
 class Predictions(nn.Module):
-    """BERT's masked-language head; its matrix is the word embeddings, which the caller passes."""
+    """BERT's masked-language head. The caller passes the word embeddings, which are its output matrix."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class LanguageHead(nn.Module):
 
 
 class BertWithHead(nn.Module):
-    """A BERT and its language head, under the names of their files: `bert.*` and `cls.predictions.*`."""
+    """A BERT with its language head, under the published names `bert.*` and `cls.predictions.*`."""
 
     def __init__(self, config: TextConfig, source_width: int) -> None:
         super().__init__()
@@ -301,8 +301,7 @@ def causal_mask(attention_mask: Int[Tensor, "r l"]) -> Bool[Tensor, "r 1 l l"]:
 def cut_padding(
     input_ids: Int[Tensor, "r l"], attention_mask: Int[Tensor, "r l"]
 ) -> tuple[Int[Tensor, "r m"], Int[Tensor, "r m"]]:
-    """Both tensors without the columns that contain only padding. A mask on a GPU is left as it is: reading it would
-    make the host wait."""
+    """Cut both tensors to the longest text, unless they are on a GPU: reading them would make the host wait."""
     if attention_mask.device.type != "cpu":
         return input_ids, attention_mask
     used = attention_mask.any(dim=0).nonzero()

@@ -52,7 +52,7 @@ class _SamplerBlock(nn.Module):
 
 
 class Sampled(NamedTuple):
-    """What AdaMae predicts, how likely each token was to be seen, and the draw."""
+    """Predictions of AdaMae, the probability of each token to be visible, and the draw."""
 
     predictions: Float[Tensor, "b s f"]
     """Pixels of the tokens `hidden`."""
@@ -70,7 +70,7 @@ class SamplingTransformer(NormedTransformer):
         self.get_token_probs = nn.Sequential(_SamplerBlock(config.width, dropout), nn.Linear(config.width, 1))
 
     def probabilities(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b n"]:
-        """Chance of each token to be drawn first; a clip's sum to 1."""
+        """Probability of each token to be drawn first; they sum to 1 over a clip."""
         scores = self.get_token_probs(embedded + self.pos_embed_probs.to(embedded.dtype))
         return F.softmax(scores[..., 0].float().nan_to_num(), dim=-1)
 

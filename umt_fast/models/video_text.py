@@ -1,6 +1,6 @@
 """The models of stage 2 (UMT, arXiv 2303.16058, section 3.2): video and text, and question answering.
 
-Parameters are named and ordered as in the published files; `umt_fast.weights` reads and writes those.
+Parameters are named and ordered as in the published files, which `umt_fast.weights` reads and writes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Seen:
     tokens: Float[Tensor, "b m d"]
     """The visible tokens after the last norm, to which texts attend."""
     pooled: Float[Tensor, "b f d"]
-    """Mean of the visible tokens, normed again: of each frame, or f = 1 of all visible tokens where some are hidden."""
+    """Mean of the tokens of each frame, normed again. With hidden tokens f = 1: the mean of all visible tokens."""
     predictions: Predictions | None = None
     """Predictions of the teacher's outputs at the visible tokens."""
 
@@ -100,7 +100,7 @@ class _VideoAndText(nn.Module):
     clip_teacher: ClipTeacher | None
 
     def set_attention(self, vision: Backend, text: Backend) -> None:
-        """Backends of the video encoder and of cross-attention; before torch.compile, which bakes them in."""
+        """Set the backends of video encoder and cross-attention. Call this before torch.compile."""
         self.vision_encoder.encoder.set_attention(vision)
         for module in self.modules():
             if isinstance(module, Bert):
@@ -114,22 +114,22 @@ class _VideoAndText(nn.Module):
                 module.set_recompute(text)
 
     def compile_text(self, **options: Any) -> None:
-        """Compile every text layer by itself, for texts of any number and length; options are torch.compile's."""
+        """Compile each text layer for any number and length of texts; `options` are torch.compile's."""
         for module in self.modules():
             if isinstance(module, Bert):
                 for layer in module.encoder.layer:
                     layer.compile(dynamic=True, **options)
 
     def forward(self, step: Callable[[nn.Module], T]) -> T:
-        """`step(self)`: what a wrapper (DDP) must see as one call of the model goes through here."""
+        """`step(self)`, so that a wrapper such as DDP sees a whole training step as one call of the model."""
         return step(self)
 
 
 class VideoTextModel(_VideoAndText):
     """Video encoder, text encoder, their projections, the match head and the temperature.
 
-    With a teacher it is the model of pre-training; without, that of retrieval, which has no alignment heads and, unless
-    asked for, no language head. A new teacher is random; `umt_fast.weights.load_clip_teacher` gives it weights.
+    With a teacher this is the pre-training model. Without one it is the retrieval model, which has no alignment heads
+    and by default no language head. A new teacher is random; `umt_fast.weights.load_clip_teacher` loads a checkpoint.
     """
 
     def __init__(self, config: VideoTextConfig) -> None:
@@ -165,16 +165,16 @@ class VideoTextModel(_VideoAndText):
     def match(
         self, hidden: Float[Tensor, "r l h"], attention_mask: Int[Tensor, "r l"], context: Context
     ) -> Float[Tensor, "r 2"]:
-        """Logits of (no match, match) for pairs of texts, as `embed_text` gives them, and videos."""
+        """Logits of (no match, match) for pairs of video and text; `hidden` comes from `embed_text`."""
         fused = self.bert.fuse(hidden, padding_mask(attention_mask), context)
         return self.itm_head(fused[:, 0]).float()
 
 
 class VideoQaModel(_VideoAndText):
-    """Video encoder, a question encoder that looks at the video, and a decoder of the answer that looks at both.
+    """Video encoder, question encoder that attends to the video, and answer decoder that attends to the question.
 
-    The decoder has as many layers as the text encoder has fusion layers. Its keys and values come from the question's
-    states but, as published, expect the width of the video: both must be equal.
+    The decoder has as many layers as the text encoder has fusion layers. As published, its cross-attention reads the
+    question's states but expects the width of the video, so both widths must be equal. Raises ConfigError if not.
     """
 
     def __init__(self, config: VideoTextConfig) -> None:
@@ -191,25 +191,25 @@ class VideoQaModel(_VideoAndText):
     def encode(
         self, clip: Shaped[Tensor, "b ..."], question_ids: Int[Tensor, "b l"], question_mask: Int[Tensor, "b l"]
     ) -> Float[Tensor, "b l h"]:
-        """States of the questions after looking at their videos."""
+        """States of the questions after the fusion layers."""
         tokens = self.vision_encoder(clip).tokens
         return self.text_encoder(question_ids, padding_mask(question_mask), Context(tokens))
 
     def decode(
         self, answer_ids: Int[Tensor, "r l"], answer_mask: Int[Tensor, "r l"], context: Context
     ) -> Float[Tensor, "r l w"]:
-        """Logits of the word after each word of the answers."""
+        """Logits of the next word at each word of the answers."""
         hidden = self.text_decoder.bert(answer_ids, causal_mask(answer_mask), context)
         return self.text_decoder.logits(hidden)
 
 
 def decoder_config(text: TextConfig) -> TextConfig:
-    """The answer decoder: as many layers as there are fusion layers, all of them with cross-attention."""
+    """Settings of the answer decoder: as many layers as `text` has fusion layers, all with cross-attention."""
     return replace(text, depth=text.depth - text.fusion_layer, fusion_layer=0)
 
 
 def bare_video_text(model: nn.Module) -> VideoTextModel | VideoQaModel:
-    """The model inside DDP and torch.compile."""
+    """The model without the wrappers of DDP and torch.compile. Raises TypeError."""
     while not isinstance(model, VideoTextModel | VideoQaModel):
         for name in ("module", "_orig_mod"):
             if isinstance(inner := getattr(model, name, None), nn.Module):

@@ -1,4 +1,4 @@
-"""The video ViT: hidden states of chosen layers for given tokens. Norms, heads and positions are its users'."""
+"""The video ViT: hidden states of chosen layers for given tokens. Callers add positions, last norm and heads."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b m d"], last: int | None = None) -> Float[Tensor, "b n d"]:
-        """Outputs of the `last` rows, of all if None; every row is a key."""
+        """Outputs at the `last` rows (None: all rows); every row is a key."""
         if last is not None:
             return self._attend_last(x, last)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if type(self.qkv) is nn.Linear:
             qkv = F.linear(x, self.qkv.weight, bias)
-        else:  # in float8 the layer multiplies by itself
+        else:  # a float8 layer has its own matmul
             qkv = self.qkv(x)
             qkv = qkv + bias.to(qkv.dtype)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class SeparateAttention(nn.Module):
-    """Self-attention whose q, k and v are layers of their own, as in MAE-ST's checkpoints; still one matmul."""
+    """Self-attention with separate q, k and v layers, as in MAE-ST's checkpoints; still computed by one matmul."""
 
     def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `hidden` is the width inside its MLP, by default 4 x width."""
+    """Pre-norm transformer block. `hidden` is the width of the MLP's hidden layer, by default 4 x width."""
 
     def __init__(
         self, width: int, heads: int, drop_path: float, hidden: int | None = None, attention: nn.Module | None = None
@@ -102,7 +102,7 @@ class Block(nn.Module):
         return (torch.rand(len(x), device=x.device) < keep).float() / keep
 
     def forward(self, x: Float[Tensor, "b m d"], last: int | None = None) -> Float[Tensor, "b n d"]:
-        """The block's outputs at the `last` rows, at all if None."""
+        """The block's outputs at the `last` rows (None: all rows)."""
         norm = self.norm2
         if last is None:
             branch = self.attn(self.norm1(x))
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Holder of the Conv3d's parameters under their published name; `patch_embed` runs them as a GEMM."""
+    """Holds the Conv3d's parameters under their published name; `patch_embed` computes it as a matmul."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class VideoTransformer(nn.Module):
 
     def __init__(self, config: VitConfig, drop_path: float = 0.0, hidden: int | None = None) -> None:
         """`drop_path` is the stochastic depth of the last block; it grows linearly from 0 at the first. `hidden` is the
-        width inside the blocks' MLPs, by default 4 x width."""
+        width of the MLPs' hidden layer, by default 4 x width."""
         super().__init__()
         self.image_size = config.image_size
         self.patch_size = config.patch_size
@@ -151,7 +151,7 @@ class VideoTransformer(nn.Module):
 
         clip       uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W], any T that the tubelet divides.
         position   table of the clip's N tokens in (t, h, w) order, added to the embeddings.
-        token_ids  tokens that enter the blocks; None: all. Rows M i to M (i + 1) of r = M * B are sets of clip i.
+        token_ids  tokens that enter the blocks; None: all. Of r = M * B rows, M i to M (i + 1) - 1 belong to clip i.
 
         Raises ValueError for a clip of another size, a table of another length, r that is not a multiple of B, or a
         block that does not exist.

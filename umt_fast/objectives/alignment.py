@@ -53,19 +53,19 @@ def alignment_step(
     masks_per_clip: int = 1,
     rule: Masking = "attention",
 ) -> Alignment:
-    """Forward pass of stage 1 (UMT, arXiv 2303.16058, section 3.1). `out.loss.backward()` is the rest.
+    """Forward pass of stage 1 (UMT, arXiv 2303.16058, section 3.1); then call `out.loss.backward()`.
 
     clip         uint8 [B,T,H,W,3], or float [B,3,T,H,W] already normalised.
-    num_visible  patches drawn per frame (tokens per clip if `rule` counts so); not looked at when `visible` is given.
-    visible      the visible set, instead of a draw: [B,T,n] ids within a frame or [B,1,n] within the clip. It must
-                 not hold an id twice; it is sorted.
-    generator    source of the draw, on the clip's device; None uses the default one.
-    masks_per_clip  visible sets per clip, M: one pass of the teacher serves M * B samples of the student, those of
-                 a clip next to each other. A given `visible` then has M * B rows.
+    num_visible  patches drawn per frame (tokens per clip for rules that count per clip); ignored if `visible` is given.
+    visible      visible set to use instead of a draw: [B,T,n] ids within a frame or [B,1,n] within the clip, each at
+                 most once, in any order.
+    generator    source of the draw, on the clip's device; None: torch's default generator.
+    masks_per_clip  visible sets per clip, M: the student gets M * B samples, and the M samples of a clip are
+                 neighbours. A given `visible` then has M * B rows.
     rule         the masking rule that draws from the scores, by its name in `umt_fast.masking.RULES`.
 
-    `student` is a VideoStudent, bare or wrapped (DDP, torch.compile). Nothing is read back to the host. Raises
-    ValueError for models that do not fit each other, or a clip or a visible set that does not fit them.
+    `student` is a VideoStudent, bare or wrapped (DDP, torch.compile). The step does not synchronise with the host.
+    Raises ValueError if student, teacher, clip and visible set do not fit each other.
     """
     check_fit(bare_student(student).config, teacher.config)
     with torch.no_grad():

@@ -27,8 +27,8 @@ def answering_loss(
 ) -> Float[Tensor, ""]:
     """Weighted negative log-likelihood of the answers, summed over words and answers, per question.
 
-    The n answers stand question by question, `answers_per_question` of each; an answer's weight is its share of the
-    votes. `model` is a VideoQaModel, bare or wrapped. Raises ValueError if the numbers do not fit.
+    The n answers are grouped by question, `answers_per_question[i]` for question i; an answer's weight is its share of
+    the votes. `model` is a VideoQaModel, bare or wrapped. Raises ValueError if the counts do not add up to n.
     """
     if int(answers_per_question.sum()) != len(answer_ids) or len(weights) != len(answer_ids):
         raise ValueError(

@@ -23,7 +23,7 @@ def mix(
     mixing: MixConfig,
     rng: np.random.RandomState,
 ) -> tuple[Float[Tensor, "b c t h w"], Float[Tensor, "b k"]]:
-    """Mixed clips and their targets; clip i is mixed with clip B - 1 - i. The input stays as it is.
+    """Mixup and cutmix: clip i is mixed with clip B - 1 - i. Returns mixed clips and targets; the input is unchanged.
 
     Numbers are drawn from `rng` in the published order. Raises ValueError for an odd number of clips.
     """
@@ -75,7 +75,7 @@ def _mix_each(
 
 
 def _draw_cut(clips: Tensor, share: float, rng: np.random.RandomState) -> tuple[slice, slice, float]:
-    """Rows and columns of a rectangle that takes 1 - share of the frame, and what it leaves once it is clipped."""
+    """Rows and columns of a rectangle of 1 - share of the frame, clipped at its border, and the share outside it."""
     height, width = clips.shape[-2:]
     side = math.sqrt(1 - share)
     down, across = int(height * side), int(width * side)

@@ -1,4 +1,4 @@
-"""Video-text contrast over the batches of all ranks. Its memory does not grow with the square of the global batch."""
+"""Video-text contrast over the batches of all ranks, without a matrix of all similarities."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 MOST_SIMILARITIES = 1 << 24
-"""Similarities held at once, 64 MiB of float32: a part of this rank's rows, each with all columns."""
+"""Similarities held at once, 64 MiB of float32: a chunk of this rank's rows, with all columns."""
 
 
 def unit_mean(projected: Float[Tensor, "b f e"]) -> Float[Tensor, "b e"]:
     """Mean over the frames of their normalised vectors, itself not normalised. A text is one frame.
 
-    The mean over frames of cos(frame, text) is this mean times the normalised text: frames need not be kept apart.
+    The mean over frames of cos(frame, text) equals this mean times the normalised text.
     """
     return F.normalize(projected.float(), dim=-1).mean(dim=1)
 
@@ -36,13 +36,14 @@ def contrastive_loss(
 ) -> Float[Tensor, ""]:
     """Cross-entropy of each video over all texts and of each text over all videos, averaged (VTC).
 
-    video, text  from `unit_mean`; similarity is their product over the temperature. The batches of all ranks of
-                 `group` (the default group; one process without one) are contrasted, which must be of one size.
-    idx          samples with equal numbers are equally right answers for each other.
+    video, text  from `unit_mean`; similarity is their product divided by the temperature. The loss is over the batches
+                 of all ranks of `group` (None: the default group, or this process alone), which must have equal sizes.
+    idx          samples with equal numbers match each other.
     gradient     published: a rank keeps its own slice of its own gradient, so that after averaging over ranks the
-                 encoders get 1 / ranks of the true gradient; true: all of it. The temperature gets all either way.
+                 encoders get 1 / ranks of the true gradient; true: the true gradient. The temperature always gets the
+                 true gradient.
 
-    Loss and gradient are computed together in float32, in chunks of rows: each rank looks at its own rows and its own
+    Loss and gradient are computed together in float32, in chunks of rows. Each rank computes its own rows and its own
     columns of the matrix of similarities.
     """
     if not len(video) == len(text) == len(idx):
@@ -61,7 +62,7 @@ class _Contrast(torch.autograd.Function):
         every = (_gather(video, group), _gather(text, group))
         all_idx = _gather(idx, group)
         count, scale = len(all_idx), 1 / temperature.float()
-        # Of this rank's videos over all texts, and of its texts over all videos.
+        # Norms of this rank's videos over all texts, and of its texts over all videos.
         norms = [_log_norms(mine, others, scale) for mine, others in zip(own, every[::-1], strict=True)]
         all_norms = [_gather(norm, group) for norm in norms]
         gradients, positives = [], []
@@ -72,7 +73,7 @@ class _Contrast(torch.autograd.Function):
             )
             gradients.append(grad / count)
             positives.append(positive)
-        # sum over all pairs of dL/dS * S, from the rows of this rank
+        # this rank's part of the sum over all pairs of dL/dS * S
         slope = (gradients[0] * video).sum()
         totals = torch.stack((norms[0].sum() + norms[1].sum() - 2 * positives[0], slope))
         if _ranks(group) > 1:
@@ -108,9 +109,9 @@ def _gradient(
     other_idx: Tensor,
     sum_positives: bool,
 ) -> tuple[Float[Tensor, "b e"], Float[Tensor, ""]]:
-    """Gradient of count * loss for `mine`, and the sum of their mean similarities to what they match.
+    """Gradient of count * loss for `mine`, and the sum of their mean similarities to their matches.
 
-    The loss depends on S[i, j] through both norms, that of row i and that of column j, and through the targets.
+    The loss depends on S[i, j] through the norm of row i, the norm of column j and the targets.
     """
     chunks, parts = _chunks(len(mine), len(others)), []
     positives = torch.zeros((), device=mine.device)

@@ -1,4 +1,4 @@
-"""The tokens that a step on pixels shows and decodes: a run's masking rule, given what it needs."""
+"""The masking rule of a run on pixels: it draws the visible tokens and the tokens to decode."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Sets(NamedTuple):
 
     visible: Int[Tensor, "b n"]
     decoded: Int[Tensor, "b m"] | None
-    """None: all hidden ones."""
+    """None: all hidden tokens."""
     overlap: int | None
-    """How many of `decoded` are visible, where that is the same for every clip."""
+    """Number of `decoded` tokens that are visible too, if it is the same for every clip; else None."""
 
 
 class PixelMasks:
     """Draws the sets of `mask.rule` for clips of a model of `sizes`.
 
-    Raises ConfigError for a share that leaves nothing or everything visible, and for a `mask.source` that is not there.
+    Raises ConfigError if no token or every token would be visible, or if `mask.source` cannot be imported.
     """
 
     def __init__(self, sizes: VideoMaeConfig | MaeStConfig, mask: PixelMaskConfig) -> None:
@@ -65,7 +65,7 @@ class PixelMasks:
 
     @property
     def overlap(self) -> int | None:
-        """How many visible tokens are decoded too: the same number in every clip, or None where it differs."""
+        """Number of visible tokens that are decoded too; None if it differs from clip to clip."""
         mask, frames = self.mask, self.sizes.token_frames
         if mask.decoder_ratio is None:
             return 0
@@ -107,7 +107,7 @@ class PixelMasks:
             assert guide is not None
             order = numbers_on(clip.device, *mask.order)
             first = guide[:, :: sizes.tubelet_size].int()
-            nearest = (first[..., None] - order).abs().argmin(-1)  # a mask video that was compressed is not exact
+            nearest = (first[..., None] - order).abs().argmin(-1)  # compression changes the values of a mask video
             fixed = len(order) - mask.shuffled
             chance = torch.rand(len(clip), mask.shuffled, device=clip.device).argsort(1)
             places = torch.arange(fixed, device=clip.device).expand(len(clip), -1)
@@ -137,13 +137,13 @@ class PixelMasks:
         if not isinstance(found, Tensor) or tuple(found.shape) != shape or not found.is_floating_point():
             got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ConfigError(f"mask.source = {self.mask.source} returned {got}; return a float tensor {list(shape)}")
-        if found.device.type == "cpu" and not bool(found.isfinite().all()):  # on a GPU, the step would wait
+        if found.device.type == "cpu" and not bool(found.isfinite().all()):  # on a GPU this would stall the step
             raise ConfigError(f"mask.source = {self.mask.source} returned values that are not finite")
         return found.detach()
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function `module:name`. Raises ConfigError."""
+    """Import the function `module:name`. Raises ConfigError."""
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)

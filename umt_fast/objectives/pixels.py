@@ -35,7 +35,7 @@ class Reconstruction:
 
 @functools.lru_cache(maxsize=32)
 def numbers_on(device: torch.device, *numbers: int) -> Int[Tensor, " n"]:
-    """A tensor of constants. Kept: a step that is recorded as a CUDA graph must not copy from the host."""
+    """A tensor of constants, cached: a step that is recorded as a CUDA graph must not copy from the host."""
     return torch.tensor(numbers, device=device)
 
 
@@ -51,9 +51,10 @@ def videomae_step(
 
     clip     uint8 [B,T,H,W,3], or float [B,3,T,H,W] normalised with ImageNet's mean and standard deviation.
     visible  ids of the tokens that the encoder sees; the loss is over hidden tokens only.
-    decoded  ids of the tokens that the decoder predicts; None: all hidden ones.
-    overlap  how many of `decoded` are visible, if that is the same for every clip: they are decoded but not scored, so
-             the head leaves them out. None: they may differ, and get weight 0 in the mean over the batch.
+    decoded  ids of the tokens that the decoder predicts; None: all hidden tokens. Visible ones among them do not count
+             in the loss.
+    overlap  number of visible tokens in each row of `decoded`: the head then leaves them out. None: unknown, or not the
+             same for every clip; visible tokens then get weight 0 in the mean over the batch.
 
     `model` is a VideoMae, bare or wrapped (DDP, torch.compile).
     """
@@ -149,11 +150,11 @@ def adamae_step(
     visible: Int[Tensor, "b v"] | None = None,
     generator: torch.Generator | None = None,
 ) -> AdaptiveReconstruction:
-    """Forward pass of AdaMAE (arXiv 2211.09120): tokens drawn from a learned distribution, which learns from the error.
+    """Forward pass of AdaMAE (arXiv 2211.09120): visible tokens are drawn from a learned distribution.
 
-    The sampler's loss is minus the mean of log p * error over hidden tokens, errors held fixed, so that a token that
-    was hidden and hard to predict becomes likelier to be seen. A given `visible` is used in place of a draw. `model` is
-    an AdaMae, bare or wrapped (DDP).
+    The sampler's loss is minus the mean of log p * error over hidden tokens, with the errors held constant. It raises
+    the probability of tokens that are hard to predict. A given `visible` replaces the draw. `model` is an AdaMae, bare
+    or wrapped (DDP).
     """
     predictions, p, visible, hidden = model(clip, num_visible, visible, generator)
     errors = _videomae_loss(config, predictions, clip, hidden, reduction="none")
@@ -170,10 +171,10 @@ def restore(
     clip: UInt8[Tensor, "b t h w 3"],
     out: Reconstruction,
 ) -> UInt8[Tensor, "b t h w 3"]:
-    """The clip with its scored tokens replaced by their predictions, and tokens that are neither visible nor scored, as
-    VideoMAE V2 and EVEREST leave some, by grey. MAE-ST shows its target frames alone.
+    """The clip with scored tokens replaced by their predictions, and tokens that are neither visible nor scored by grey
+    (VideoMAE V2 and EVEREST leave some). For MAE-ST only the target frames.
 
-    Normalised predictions get back the mean and variance of the patch that they stand for, as published pictures do.
+    Normalised predictions get back the mean and variance of their patch, as in the published pictures.
     """
     tubelet = config.tubelet_size
     over: int | tuple[int, int] = 2

@@ -2,8 +2,8 @@
 
 UTA  the visible video tokens aligned with the teacher's, as in stage 1
 VTC  contrast of the pooled video with the text over the batches of all ranks
-VTM  does the text match the video? three pairs a sample, two of them with a drawn negative
-MLM  hidden words filled in from the rest of the text and the video
+VTM  classifies pairs of video and text as match or not: three pairs per sample, two of them with a drawn negative
+MLM  predicts hidden words from the rest of the text and the video
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
 
 TEMPERATURES = (0.001, 0.5)
-"""The temperature is clamped to these at the start of every step, as published."""
+"""The temperature is clamped to this range at the start of every step, as published."""
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 PUBLISHED = VideoTextObjective()
 
 
 class NoNegatives(RunError, ValueError):
-    """A batch in which a sample has nothing that does not match it."""
+    """A batch in which every sample matches every other, so that VTM has no negatives."""
 
 
 @dataclass
 class Draws:
-    """Random choices of a step. `video_text_step` draws those that it is not given: the words first, then in order."""
+    """Random choices of a step. `video_text_step` draws the missing ones: first the words, then in this order."""
 
     visible: Int[Tensor, "b t n"] | None = None
     """Ascending ids of the visible patches of each frame. None in the result of a model without a teacher."""
     negative_videos: Int[Tensor, " b"] | None = None
-    """For each text a video of the batch that it does not match."""
+    """For each text, the index in the batch of a video that does not match it."""
     negative_texts: Int[Tensor, " b"] | None = None
-    """For each video a text of the batch that it does not match."""
+    """For each video, the index in the batch of a text that does not match it."""
     mlm_input_ids: Int[Tensor, "b l"] | None = None
     """The texts with words hidden."""
     mlm_labels: Int[Tensor, "b l"] | None = None
@@ -56,7 +56,7 @@ class Draws:
 
 @dataclass
 class VideoText:
-    """The losses of a step; those that the model or a weight of 0 leaves out are 0."""
+    """The losses of a step; a loss with weight 0, or without its head in the model, is 0."""
 
     uta: Float[Tensor, ""]
     vtc: Float[Tensor, ""]
@@ -77,19 +77,19 @@ def video_text_step(
     objective: VideoTextObjective = PUBLISHED,
     generator: torch.Generator | None = None,
 ) -> VideoText:
-    """Forward pass of stage 2. `out.total.backward()` is the rest.
+    """Forward pass of stage 2 (UMT, arXiv 2303.16058, section 3.2); then call `out.total.backward()`.
 
     clip            uint8 [B,T,H,W,3], or float [B,3,T,H,W] already normalised; T = 1 is an image.
-    input_ids       the texts, padded; attention_mask is 1 at their tokens, 0 at the padding. On the CPU, padding that
-                    no text of the batch needs is cut off first, which changes no result.
+    input_ids       the texts, padded; attention_mask is 1 at their tokens, 0 at the padding. Tensors on the CPU are
+                    first cut to the longest text of the batch, which changes no result.
     idx             samples with equal numbers match each other: not negatives in VTM, positives in VTC.
     generator       source of the visible set and the negatives, on the clip's device; words are drawn by the CPU's
                     default generator.
 
-    `model` is a VideoTextModel, bare or wrapped (DDP). Fine-tuning is the same step by a model without teacher and
-    language head: UTA and MLM are 0, and videos are pooled frame by frame. Where a process group is initialised, VTC
-    is over the batches of all ranks, which must be of one size. Raises ValueError for tensors that do not fit, and
-    for a batch in which a sample has no negative.
+    `model` is a VideoTextModel, bare or wrapped (DDP). In fine-tuning it has no teacher and no language head: UTA and
+    MLM are 0, and videos are pooled frame by frame. If a process group is initialised, VTC is over the batches of all
+    ranks, which must have equal sizes. Raises ValueError for tensors that do not fit each other, and NoNegatives for a
+    batch in which all samples match.
     """
     own = bare_video_text(model)
     if not isinstance(own, VideoTextModel):
@@ -121,7 +121,7 @@ def _step(
         model.temp.clamp_(*TEMPERATURES)
     uta, seen = _align(model, clip, draws, objective, generator)
 
-    # One pass for the texts and, behind them, the same texts with words hidden.
+    # The texts, and the same texts with hidden words behind them, go through the lower layers in one pass.
     device, batch, length = clip.device, len(clip), input_ids.shape[1]
     words, labels = draws.mlm_input_ids, draws.mlm_labels
     fills = words is not None and labels is not None and model.config.has_language_head and objective.mlm > 0
@@ -165,7 +165,7 @@ def _align(
     objective: VideoTextObjective,
     generator: torch.Generator | None,
 ) -> tuple[Float[Tensor, ""], Seen]:
-    """UTA and the video encoder's outputs: of the visible tokens, or without a teacher of all, and then UTA is 0."""
+    """UTA and the video encoder's outputs at the visible tokens; without a teacher 0 and the outputs of all tokens."""
     if model.clip_teacher is None or objective.uta == 0:
         return torch.zeros((), device=clip.device), model.vision_encoder(clip)
     targets, draws.visible = _targets(model, clip, draws.visible, objective, generator)
@@ -185,8 +185,8 @@ def _fuse(
     negatives: tuple[Int[Tensor, " b"], Int[Tensor, " b"]] | None,
     hidden: Float[Tensor, "b l h"] | None,
 ) -> tuple[Float[Tensor, "p h"] | None, Float[Tensor, "b l h"] | None]:
-    """The fusion layers on the pairs of VTM and of MLM, in one call. Returns the first states of VTM's 3B pairs, and
-    those of the `hidden` texts of MLM.
+    """The fusion layers on the pairs of VTM and of MLM, in one call. Returns the first state of each of VTM's 3B pairs,
+    and all states of MLM's `hidden` texts.
 
     (video, text), (video, negative text) and (video, text with words hidden) share the keys and values of the video;
     (negative video, text) picks its own.
@@ -200,7 +200,7 @@ def _fuse(
     if not rows:
         return None, None
     own = len(rows)
-    fused_in = torch.stack(rows, dim=1).flatten(0, 1)  # the texts of one video stand next to each other
+    fused_in = torch.stack(rows, dim=1).flatten(0, 1)  # the texts of one video are neighbours
     fused_mask = torch.stack(masks, dim=1).flatten(0, 1) if masks else None
     segments: list[tuple[Tensor | None, int]] = [(None, own)]
     if negatives is not None:
@@ -223,7 +223,7 @@ def _targets(
     objective: VideoTextObjective,
     generator: torch.Generator | None,
 ) -> tuple[Float[Tensor, "k b m c"], Int[Tensor, "b t n"]]:
-    """The teacher's outputs at the visible patches, which are drawn from its attention if they are not given."""
+    """The teacher's outputs at the visible patches, and these patches, drawn from its attention unless given."""
     teacher = model.clip_teacher
     assert teacher is not None
     state = teacher.encode(clip)
@@ -242,8 +242,8 @@ def draw_negatives(
 ) -> Int[Tensor, " a"]:
     """For each row one column that does not match it, in proportion to the softmax of the row (hard negatives).
 
-    The published code takes the softmax first and sets matches to 0 after it; a row whose softmax is all on the match
-    then stops the run. Here matches are left out before, which is the same law, and such a row draws among the rest.
+    The published code sets matches to 0 after the softmax, and fails when a row's whole softmax is on its match. Here
+    matches are left out before the softmax: the distribution is the same, and such a row still draws.
     """
     weights = negative_weights(similarity, idx)
     return torch.multinomial(weights.nan_to_num(1.0), 1, generator=generator)[:, 0]
@@ -256,7 +256,7 @@ def negative_weights(similarity: Float[Tensor, "a b"], idx: Int[Tensor, " b"]) -
 
 
 def check_negatives(idx: Int[Tensor, " b"]) -> None:
-    """Raise NoNegatives if all samples have one number: none has a negative. Looks at tensors on the CPU only."""
+    """Raise NoNegatives if all samples have the same number. Values are checked for tensors on the CPU only."""
     if len(idx) < 2:
         raise NoNegatives("a batch of one sample has no negatives: VTM needs at least 2 with different idx")
     if idx.device.type == "cpu" and bool((idx == idx[0]).all()):
@@ -269,10 +269,10 @@ def check_negatives(idx: Int[Tensor, " b"]) -> None:
 def mask_words(
     input_ids: Int[Tensor, "b l"], config: TextConfig, probability: float
 ) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
-    """Texts with words hidden, and the labels: BERT's rule (arXiv 1810.04805, 3.1) at `probability`, as published.
+    """Texts with hidden words, and the labels: BERT's rule (arXiv 1810.04805, 3.1) at `probability`, as published.
 
-    All tokens but padding and [CLS] may be chosen. Of the chosen, 80% become [MASK], half of the others any word of
-    the vocabulary, the rest stay. All draws are made on the CPU.
+    Every token but padding and [CLS] may be chosen. 80% of the chosen tokens become [MASK], 10% a random word, and 10%
+    stay. All draws are made on the CPU.
     """
     limit = max(config.pad_id, config.cls_id, config.mask_id)
     if limit >= config.vocab_size:
@@ -298,8 +298,8 @@ def apply_words(
 
 
 def _fill_in(model: VideoTextModel, hidden: Float[Tensor, "b l h"], labels: Int[Tensor, "b l"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the hidden words. Only their tokens go through the head; 0 if there is none."""
-    places = (labels.flatten() != IGNORED).nonzero()[:, 0]  # on the CPU if the labels are: nothing waits for the GPU
+    """Cross-entropy of the hidden words; 0 if there are none. Only their tokens go through the head."""
+    places = (labels.flatten() != IGNORED).nonzero()[:, 0]  # does not wait for the GPU if the labels are on the CPU
     wanted = labels.flatten()[places].long().to(hidden.device, non_blocking=True)
     assert isinstance(model.text_encoder, BertWithHead)
     logits = model.text_encoder.logits(hidden.flatten(0, 1)[places.to(hidden.device, non_blocking=True)])
@@ -307,8 +307,7 @@ def _fill_in(model: VideoTextModel, hidden: Float[Tensor, "b l h"], labels: Int[
 
 
 def _used_length(input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, pad_id: int) -> int:
-    """Columns up to the last one that is more than padding in some text. All of them for tensors on a GPU: reading
-    those would make the host wait."""
+    """Length of the longest text. For tensors on a GPU the full width: reading them would make the host wait."""
     if input_ids.device.type != "cpu" or attention_mask.device.type != "cpu":
         return input_ids.shape[1]
     used = (attention_mask != 0) | (input_ids != pad_id)
