@@ -1,6 +1,6 @@
-"""Every setting of every job, with its default and its checks. Nothing else in the project holds one.
+"""Every setting of every job, with its default and its checks.
 
-A run is one of the job classes: a recipe (TOML) on top of their defaults, and the command line on top of the recipe.
+A run's settings are an instance of a job class: its defaults, overridden by a recipe (TOML), then by the command line.
 A job is a composition of sections: `--SECTION.NAME` is the field NAME of a class in the module of its section, where
 `mask`, `optim`, `compute`, `run` and `data` have modules of their own names.
 """

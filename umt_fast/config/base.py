@@ -1,4 +1,4 @@
-"""What every settings class uses: checks, and the error."""
+"""Checks and the error class that all settings classes use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from umt_fast.errors import RunError
 
 
 class ConfigError(RunError, ValueError):
-    """A setting with a value that cannot be used."""
+    """A setting has an invalid value."""
 
 
 def check_divides(owner: str, name: str, value: int, by_name: str, by: int) -> None:

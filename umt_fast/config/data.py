@@ -21,23 +21,23 @@ class AugmentConfig:
     """Training augmentation of labelled clips: RandAugment, random resized crop, flip, erasing. Defaults are UMT's."""
 
     mode: Literal["published", "fast", "none"] = "published"
-    """published: draw by draw as the published code, by Pillow on whole frames. fast: crop first, the rest on the
-    device. none: crop and flip alone."""
+    """published: the draws of the published code, by Pillow on whole frames. fast: crop first, then the rest on the
+    device. none: crop and flip only."""
     operations: int = 4
     """RandAugment operations drawn for a clip (arXiv 1909.13719); 0: none."""
     magnitude: float = 7.0
-    """Mean level of an operation, of 10."""
+    """Mean level of an operation, from 0 to 10."""
     magnitude_std: float = 0.5
     chance: float = 0.5
     """Chance that a drawn operation is applied."""
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the frame's area that the crop has."""
+    """Smallest and largest area of the crop, as a share of the frame's area."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333)
-    """Smallest and largest width by height of the crop."""
+    """Smallest and largest aspect ratio of the crop, width / height."""
     flip: float = 0.5
     """Chance of a horizontal flip; 0 where left and right matter, as in Something-Something."""
     erase: float = 0.25
-    """Chance that a rectangle of the clip becomes noise (arXiv 1708.04896)."""
+    """Chance that a rectangle of the clip is replaced by noise (arXiv 1708.04896)."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "augment", operations=0)
@@ -54,16 +54,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How the clips of a batch are mixed, and their targets smoothed; the defaults are UMT's."""
+    """Mixing of the clips of a batch, and smoothing of their targets; the defaults are UMT's."""
 
     mixup: float = 0.8
-    """Alpha of the Beta distribution that mixup's share is drawn from (arXiv 1710.09412); 0: no mixup."""
+    """Alpha of the Beta distribution of mixup's share (arXiv 1710.09412); 0: no mixup."""
     cutmix: float = 1.0
     """The same for cutmix (arXiv 1905.04899)."""
     probability: float = 1.0
-    """Chance that a batch, or with `elem` a clip, is mixed at all."""
+    """Chance that a batch (with mode `elem`: a clip) is mixed."""
     switch: float = 0.5
-    """Chance of cutmix where both are on."""
+    """Chance of cutmix instead of mixup, if both are on."""
     mode: Literal["batch", "elem"] = "batch"
     """One share for the whole batch, or one for each clip."""
     smoothing: float = 0.1
@@ -90,14 +90,14 @@ class DataConfig:
     decoder: Decoder = "auto"
     """auto: DALI where it is installed and the GPU has decoding engines (NVDEC), else PyAV."""
     workers: int = 4
-    """Processes per rank that read and decode, and threads of DALI on the CPU; 0: the training process does it."""
+    """Processes per rank that read and decode, and threads of DALI on the CPU; 0: decode in the training process."""
     prefetch: int = 2
     """Batches each worker keeps ready."""
     pipelines: int = 0
-    """DALI pipelines per rank, each with a group of videos at work ahead of the step; 0: one per NVDEC of the GPU."""
+    """DALI pipelines per rank, each of which decodes a group of videos ahead of the step; 0: one per NVDEC."""
     pipeline_visits: int = 0
-    """Videos that a pipeline decodes at once, at their full size in memory; 0: all of a batch, which is then handed
-    over without a copy."""
+    """Videos that a pipeline decodes at once, at full size in GPU memory; 0: a whole batch, which is then passed on
+    without a copy."""
     crops_per_clip: int = 1
     """Clips cut from one decoded video: the same frames, cropped and flipped again (UMT's num_sample). A batch still
     holds `optim.batch_size` clips."""
@@ -106,26 +106,27 @@ class DataConfig:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     crop_area: tuple[float, float] | None = None
-    """Random resized crops of such a share of the frame, sides in a ratio of 3/4 to 4/3; None: multi-scale crops."""
+    """Smallest and largest area share of random resized crops, with aspect ratios 3/4 to 4/3; None: multi-scale
+    crops."""
     frame_step: int | None = None
-    """Clips of consecutive frames, every so many of the video's; None: one frame from each equal part of the video."""
+    """A clip is every frame_step-th frame from a random frame on; None: one frame from each equal part of the video."""
     frame_rate: float | None = None
-    """Frames a second of a clip, from a random moment on, whatever the video's own rate; None: see `frame_step`."""
+    """Frames per second of a clip, from a random time on, for videos of any rate; None: see `frame_step`."""
     clip_seconds: float | None = None
-    """Seconds that a clip's frames are spread over evenly, from a random moment on (MAE-ST); None: see `frame_step`."""
+    """Duration of a clip, whose frames are spread evenly from a random time on (MAE-ST); None: see `frame_step`."""
     square_pixels: bool = False
     """Widen frames with non-square pixels as players do; by default they are read as they are stored, as UMT does."""
     max_bad_fraction: float = 0.1
-    """Share of the list that may turn out unreadable before the run stops."""
+    """The run stops when a larger share of the list than this is unreadable."""
     read_timeout: float = 60.0
-    """Seconds within which a video must have come from a URL, all attempts together; then it counts as unreadable."""
+    """Seconds for fetching a video from a URL, all attempts together; a slower video counts as unreadable."""
     max_bytes: int = 256 << 20
-    """Largest video or list that is read from a URL, bytes; each worker holds up to 8 at a time. A larger one counts as
-    unreadable."""
+    """Largest video or list that is read from a URL, bytes; each worker holds up to 8 at a time. A larger video counts
+    as unreadable."""
     max_pixels: int = 1 << 25
-    """Largest frame, width times height in pixels: 8K by default. A video with a larger one counts as unreadable."""
+    """Largest frame, width times height in pixels: 8K by default. A video with larger frames counts as unreadable."""
     time_limit: float = 120.0
-    """Seconds that the decoding of one video may take while training; then it counts as unreadable."""
+    """Seconds for decoding one video while training; a slower video counts as unreadable."""
     stall_timeout: float = 300.0
     """Seconds that a worker may read one video before it is killed and the video is left out."""
 
@@ -154,20 +155,20 @@ class LabelledDataConfig(DataConfig):
     """Labelled videos for training, validation and test. `crop_scales` is stage 1's; see `augment.crop_area`."""
 
     validation: str = ""
-    """List that chooses the best checkpoint, after every epoch; empty: the last one is the best."""
+    """List that is tested after every epoch to select the best checkpoint; empty: the last checkpoint is the best."""
     test: str = ""
     """List for the multi-view test at the end; empty: none."""
     classes: str = ""
-    """File of class names, one a line, in order of their numbers; empty: numbers, or the list's names, sorted."""
+    """File of class names, one a line; line i names class i. Empty: labels are numbers, or names in sorted order."""
     count_classes: bool = False
-    """Take the number of classes from the training list (or the class file) in place of classifier.num_classes."""
+    """Take the number of classes from the training list (or the class file) instead of classifier.num_classes."""
     rule: FrameRule = "sparse"
-    """Frames of a clip: sparse, over the whole video; dense, at a fixed rate; strided, the same with VideoMAE's test
-    views; segment, as Something-Something."""
+    """Frames of a clip. sparse: over the whole video; dense: at a fixed rate; strided: dense, with VideoMAE's test
+    views; segment: one frame from each part, as for Something-Something."""
     rate: float = 4.0
-    """Frames of the video per frame of a dense or strided clip."""
+    """A dense or strided clip has every rate-th frame of the video."""
     fps: float | None = None
-    """Frames per second of such a clip, in place of `rate`."""
+    """Frames per second of a dense or strided clip, instead of `rate`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,14 +189,15 @@ class CaptionDataConfig(DataConfig):
     validation_job: Literal["retrieval", "multiple_choice"] = "retrieval"
     """Content of the validation list; in question answering it always holds questions."""
     answers: str = ""
-    """Questions: a JSON list of the answers that validation chooses from."""
+    """Question answering: a JSON list of the answers that validation chooses from."""
     identity: Literal["published", "distinct"] = "published"
-    """published: rows of different lists with one place count as the same sample, and in retrieval files of different
-    folders with one name; distinct: they do not."""
+    """published: rows with the same row number in different lists count as the same sample, and in retrieval files
+    with the same name in different folders; distinct: they do not."""
     replaced_captions: Literal["published", "replacement"] = "published"
-    """Caption of a video that takes a broken one's place: published, the broken one's; or its own."""
+    """Caption of a video that replaces a broken one. published: the caption of the broken video; replacement: its
+    own."""
     last_frames: bool = False
-    """Draw from whole intervals; the published code never draws the last frame of one."""
+    """Draw from whole intervals; the published code never draws the last frame of an interval."""
     antialias: bool = False
     """Antialias when frames are made smaller; the published code does not."""
     closing_sep: bool = False
@@ -208,7 +210,7 @@ class CaptionDataConfig(DataConfig):
     same_caption: bool = False
     """Entries with equal captions match each other, as in retrieval on Something-Something V2."""
     max_seconds: float | None = None
-    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+    """Read only this many seconds from the beginning of a video (DiDeMo: 30)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

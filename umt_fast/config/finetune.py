@@ -1,4 +1,4 @@
-"""Sections of fine-tuning alone: `init`, the weights it starts from, and `test`."""
+"""Sections of fine-tuning alone: `init`, its starting weights, and `test`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class InitConfig:
     """A pre-trained or fine-tuned file, ours or a published one, a folder or a Hugging Face repo; empty: random
     weights. Also `--init FILE`."""
     strict: bool = True
-    """Refuse a file with other keys or shapes than fine-tuning expects; false: only report them."""
+    """Refuse a file with unexpected keys or shapes; false: only report them."""
     delete_head: bool = False
-    """Start with a new head where the file's would fit."""
+    """Start with a new head even if the file's head fits."""
     class_map: str = ""
-    """JSON list with the file's row for each class, to cut a K710 head down to K600 or K700."""
+    """JSON list with the row of the file's head for each class, to reduce a K710 head to K600 or K700."""
     scale: float = 0.001
     """Factor of a new head's initial weights."""
 
@@ -30,13 +30,13 @@ class TestConfig:
     """The multi-view test, and validation."""
 
     segments: int = 4
-    """Views in time."""
+    """Number of views in time."""
     crops: int = 3
-    """Views along the frame's longer side."""
+    """Number of views along the frame's longer side."""
     merge: Literal["probabilities", "logits"] = "probabilities"
-    """What is averaged over the views."""
+    """Quantity that is averaged over the views."""
     clips_per_pass: int = 16
-    """Clips of a forward pass."""
+    """Clips per forward pass."""
     every_epochs: int = 1
     """Epochs between validations."""
 

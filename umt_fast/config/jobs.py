@@ -41,8 +41,8 @@ class PretrainConfig:
     teacher_weights: str = ""
     """OpenAI's .pt, UMT's .pth, a .safetensors file, a Hugging Face CLIP folder or repo id; or `random`."""
     init: str = ""
-    """Weights that the student starts from, such as a checkpoint of another run; frames and image size may differ.
-    Empty: drawn at random."""
+    """The student's starting weights, such as a checkpoint of another run; frames and image size may differ. Empty:
+    random weights."""
     mask: MaskConfig = field(default_factory=MaskConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -54,7 +54,7 @@ class PretrainConfig:
         check_fit(self.student, self.teacher)
         _check_steps(self.data, self.optim, self.compute)
         if self.compute.cuda_graph and self.compute.recompute == "full" and self.student.drop_path > 0:
-            # torch.compile then draws from generators of its own, which the graph does not know.
+            # torch.compile then uses its own random generators, which the graph does not register.
             raise ConfigError(
                 "compute.recompute = full draws the dropped paths again, which a CUDA graph forbids; use "
                 "--compute.recompute selective or --student.drop-path 0"
@@ -91,18 +91,18 @@ class Stage2Config:
 
     job: Stage2Job = "pretrain"
     init: str = ""
-    """Where to start: for pre-training a stage-1 checkpoint or a stage-2 one, else a stage-2 one."""
+    """Starting weights: a stage-2 checkpoint; for pre-training also a stage-1 checkpoint."""
     bert: str = "bert-base-uncased"
     """Hugging Face folder or repo id of the text encoder and its vocabulary; or `random`."""
     vocabulary: str = ""
-    """A vocab.txt; empty: that of the BERT or of the checkpoint's run."""
+    """A vocab.txt; empty: the vocabulary of the checkpoint's run, or of the BERT."""
     teacher_weights: str = ""
     """As for stage 1; or `random`."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """Only pre-training has one."""
+    """Used in pre-training only."""
     text: TextConfig = field(default_factory=TextConfig)
-    """Sizes; the vocabulary's size comes from the vocabulary, and is the most that a new one may have."""
+    """Sizes. `vocab_size` is the limit for a new vocabulary; the actual size comes from the vocabulary."""
     joint: JointConfig = field(default_factory=JointConfig)
     objective: VideoTextObjective = field(default_factory=VideoTextObjective)
     data: CaptionDataConfig = field(default_factory=CaptionDataConfig)
@@ -143,7 +143,7 @@ class Stage2Config:
 @dataclass(frozen=True)
 class _PixelsConfig:
     init: str = ""
-    """Weights that the model starts from; empty: drawn at random."""
+    """Starting weights of the model; empty: random weights."""
     mask: PixelMaskConfig = field(default_factory=PixelMaskConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(frame_step=4, flip=0.0))
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -162,7 +162,7 @@ class _PixelsConfig:
 
 @dataclass(frozen=True)
 class VideoMaePretrainConfig(_PixelsConfig):
-    """VideoMAE and VideoMAE V2: pixels of hidden tokens; `adamae` draws the visible ones by a learned network."""
+    """VideoMAE, VideoMAE V2 and AdaMAE: pixels of hidden tokens; in AdaMAE a learned network draws the visible ones."""
 
     objective: Literal["videomae", "adamae"] = "videomae"
     model: VideoMaeConfig = field(default_factory=VideoMaeConfig)

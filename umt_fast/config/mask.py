@@ -14,7 +14,7 @@ AnyMasking = Literal["tube", "random", "frame", "mae_st"]
 TeacherMasking = Literal["attention"]
 """Rules that draw by a teacher's scores: stage 1."""
 ClipMasking = Literal["adamae", "everest", "motion", "region", "flow", "text"]
-"""Rules that look at the clip: objectives on pixels."""
+"""Rules for objectives on pixels; some depend on the clip."""
 Masking = Literal[TeacherMasking, AnyMasking]
 PixelMasking = Literal[AnyMasking, ClipMasking]
 
@@ -39,25 +39,25 @@ class PixelMaskConfig:
     """Which tokens the encoder sees, and which the model's decoder (a network) predicts."""
 
     rule: PixelMasking = "tube"
-    """tube, random, frame and mae_st need nothing; everest and adamae look at the patches; motion needs videos with
-    motion vectors, region `regions` and `order`, flow and text `source`."""
+    """tube, random, frame and mae_st need nothing; everest and adamae depend on the patches; motion needs videos with
+    motion vectors; region needs `regions` and `order`; flow and text need `source`."""
     ratio: float = 0.9
     """Share of the patches that the encoder does not see."""
     decoder_ratio: float | None = None
-    """Share of the patches that the decoder leaves out by a running cell (VideoMAE V2): 0.25, 0.5 or 0.75. None: it
-    predicts all hidden patches."""
+    """Share of the patches that the running cell of VideoMAE V2 excludes from the decoder: 0.25, 0.5 or 0.75. None:
+    the decoder predicts all hidden patches."""
     candidate_ratio: float = 0.7
-    """everest: share of the patches that are too much like the frame before to be seen or decoded."""
+    """everest: share of the patches, most similar to the previous frame, that are neither visible nor decoded."""
     regions: str = ""
-    """region: folder of mask videos, which have the names of the videos."""
+    """region: folder of mask videos, named like the videos."""
     order: tuple[int, ...] = ()
-    """region: grey values of the mask videos, from the first to be shown on."""
+    """region: grey values of the mask videos, in the order in which their regions are shown."""
     shuffled: int = 0
-    """region: how many of the last ones of `order` are shuffled for every clip (MARLIN: all parts of the face)."""
+    """region: number of values at the end of `order` to shuffle for every clip (MARLIN: the parts of the face)."""
     least_share: float = 0.1
-    """region: share of a frame up to which further regions are shown."""
+    """region: regions are shown, one after the other, until this share of a frame is visible."""
     source: str = ""
-    """flow and text: a function, as `module:name`, that finds optical flow, or similarity to the caption, in clips."""
+    """flow and text: `module:name` of a function that computes optical flow or similarity to the caption."""
 
     def __post_init__(self) -> None:
         check_share("mask.ratio", self.ratio, below_one=True)

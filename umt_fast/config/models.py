@@ -61,7 +61,7 @@ class VitConfig:
 
     @property
     def token_frames(self) -> int:
-        """Frames of tokens of a clip."""
+        """Frames of tokens in a clip: frames / tubelet_size."""
         return self.frames // self.tubelet_size
 
     @property
@@ -72,16 +72,16 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class StudentConfig(VitConfig):
-    """The video ViT that is trained to give the teacher's features."""
+    """The video ViT that learns to predict the teacher's features."""
 
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
     align_layers: int = 6
-    """How many of the last blocks are aligned with the teacher."""
+    """Number of blocks that are aligned with the teacher, counted from the last."""
     target_width: int = 512
     """Width of the teacher's output."""
     align_interval: float = 1.0
-    """Blocks from one aligned block to the next, counted back from the last (clip_student_return_interval)."""
+    """Distance between aligned blocks, counted back from the last block (UMT's clip_student_return_interval)."""
 
     _section = "student"
 
@@ -98,7 +98,7 @@ class StudentConfig(VitConfig):
 
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 MAE_ST_STATISTICS = ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225))
-"""Mean and standard deviation that pixels in [0, 1] are normalised with, per colour."""
+"""Mean and standard deviation per colour for normalising pixels in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,12 @@ class ClassifierConfig(VitConfig):
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
     pool: Literal["mean", "first"] = "mean"
-    """What the head sees: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
+    """Input of the head: the mean of all tokens, or the clip's first token (the published `--use_cls`)."""
     learnable_positions: bool = False
-    """Random positions in place of the sinusoid table. They get no gradient either, as published."""
+    """Random positions instead of the sinusoid table. As published, they get no gradient either."""
     positions: Literal["resized", "direct"] = "resized"
-    """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: the table of the model's
-    own number of tokens (VideoMAE)."""
+    """resized: the sinusoid table of 8 x 14 x 14 tokens, resized to the model's (UMT); direct: a sinusoid table for the
+    model's number of tokens (VideoMAE)."""
     architecture: Literal["umt", "mae_st"] = "umt"
     """umt: UMT's and VideoMAE's ViT; mae_st: MAE-ST's, with a class token, learned positions and the encoder's norm."""
     mlp_width: int | None = None
@@ -141,7 +141,7 @@ class ClassifierConfig(VitConfig):
 
     @property
     def pixel_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-        """Mean and standard deviation per colour of the pixels that the model was made for."""
+        """Mean and standard deviation per colour that the model expects its pixels to be normalised with."""
         return MAE_ST_STATISTICS if self.architecture == "mae_st" else IMAGENET_STATISTICS
 
 
@@ -155,11 +155,11 @@ class VideoMaeConfig(VitConfig):
     decoder_depth: int = 4
     decoder_heads: int = 6
     mlp_width: int | None = None
-    """Width inside the encoder's MLPs; None: 4 x width. The decoder's is in the same ratio, rounded down."""
+    """Hidden width of the encoder's MLPs; None: 4 x width. The decoder has the same ratio, rounded down."""
     drop_path: float = 0.0
     """Stochastic depth of the encoder's last block; it grows linearly from 0 at the first."""
     normalise_targets: bool = True
-    """Targets of each token have mean 0 and variance 1 per colour; else they are pixels in [0, 1]."""
+    """Normalise the targets of each token to mean 0 and variance 1 per colour; otherwise they are pixels in [0, 1]."""
 
     _section = "videomae"
 
@@ -189,13 +189,13 @@ class MaeStConfig(VitConfig):
     decoder_depth: int = 4
     decoder_heads: int = 16
     target_frames: int = 8
-    """Frames of the clip that are predicted, spread evenly with both ends included."""
+    """Frames of the clip that are predicted, spread evenly from the first to the last."""
     class_token: bool = True
     separable_positions: bool = True
-    """Learned positions as a sum of one table over space and one over time; else one table of all tokens."""
+    """Learned positions are the sum of a table over space and a table over time; otherwise one table of all tokens."""
     qkv_bias: bool = True
     normalise_targets: bool = True
-    """Targets of each token have mean 0 and variance 1 over all values; else they are normalised pixels."""
+    """Normalise the targets of each token to mean 0 and variance 1; otherwise they are normalised pixels."""
 
     _section = "mae_st"
 
@@ -209,7 +209,7 @@ class MaeStConfig(VitConfig):
 
     @property
     def target_frame_ids(self) -> list[int]:
-        """Frames of a clip that are predicted: evenly spread from the first to the last, rounded down."""
+        """Indices of the frames that are predicted: evenly spread from the first to the last, rounded down."""
         if self.target_frames == 1:
             return [0]
         return [(self.frames - 1) * i // (self.target_frames - 1) for i in range(self.target_frames)]
@@ -233,11 +233,11 @@ class TeacherConfig:
     target_width: int = 512
     """Width of the output."""
     align_layers: int = 6
-    """How many of the last blocks give targets."""
+    """Number of blocks that give targets, counted from the last."""
     align_interval: float = 1.0
-    """Blocks from one of these to the next, counted back from the last (stage 2's clip_return_interval)."""
+    """Distance between these blocks, counted back from the last block (stage 2's clip_return_interval)."""
     activation: Activation = "quick_gelu"
-    """quick_gelu: OpenAI's CLIPs; gelu: most of open_clip's. The weights' own config is checked against it."""
+    """quick_gelu: OpenAI's CLIP; gelu: most open_clip models. It is checked against the config beside the weights."""
 
     def __post_init__(self) -> None:
         check_divides("teacher", "image_size", self.image_size, "patch_size", self.patch_size)
@@ -258,17 +258,17 @@ class TeacherConfig:
 
     @property
     def clip_size(self) -> int:
-        """Side of the clip that comes in, pixels."""
+        """Side of the input clip, pixels."""
         return self.image_size if self.input_size is None else self.input_size
 
     @property
     def clip_patch_size(self) -> int:
-        """Side of a patch on the clip that comes in, pixels."""
+        """Side of a patch on the input clip, pixels."""
         return self.clip_size // self.grid
 
 
 def check_fit(student: StudentConfig, teacher: TeacherConfig) -> None:
-    """Raise ConfigError unless the teacher gives targets for what the student predicts."""
+    """Raise ConfigError unless the teacher's targets fit the student's predictions."""
     pairs = {
         "the clip's side": (student.image_size, teacher.clip_size),
         "patches along a side": (student.grid, teacher.grid),
@@ -289,7 +289,7 @@ class TextConfig:
     depth: int = 12
     heads: int = 12
     fusion_layer: int = 9
-    """First layer that also looks at the video."""
+    """First layer that cross-attends to the video."""
     vocab_size: int = 30522
     max_positions: int = 512
     mlp_width: int = 3072
@@ -310,18 +310,18 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VideoTextConfig:
-    """The model of stage 2: a video encoder, its teacher, a text encoder and the space where both meet."""
+    """The model of stage 2: video encoder, teacher, text encoder, and the joint space of video and text."""
 
     vision: StudentConfig = field(default_factory=StudentConfig)
-    """`frames` is the number of a video; an image is a clip of one frame."""
+    """`frames` is for videos; an image is a clip of one frame."""
     teacher: TeacherConfig | None = field(default_factory=TeacherConfig)
     """None: no alignment, so no mask either, as in fine-tuning."""
     text: TextConfig = field(default_factory=TextConfig)
     joint_width: int = 512
     temperature: float = 0.07
-    """What similarities are divided by, at the start; it is learned."""
+    """Initial temperature, the learned divisor of similarities."""
     language_head: bool | None = None
-    """Whether the text encoder can fill in masked words. None: if there is a teacher, as in the published files."""
+    """Whether the text encoder has a head for masked words. None: with a teacher only, as in the published files."""
     align_eps: float = 1e-5
     """Epsilon of the alignment heads' LayerNorm: 1e-5 as published for stage 2, where stage 1 has 1e-6."""
     position_frames: int | None = None
@@ -360,7 +360,7 @@ CLASSIFIERS = {
 TEACHERS = {
     "clip_b16": TeacherConfig(),
     "clip_l14": _CLIP_L14,
-    # LAION's and DFN's, 16 x 16 patches: the student has patches of 14 pixels, or clips of 256 with input_size = 256.
+    # LAION's and DFN's, 16 x 16 patches: the student needs patches of 14 pixels, or clips of 256 and input_size = 256.
     "open_clip_h14": TeacherConfig(patch_size=14, width=1280, depth=32, heads=16, target_width=1024, activation="gelu"),
     "clip_l14_336": _CLIP_L14,  # another model's weights, its positions resampled to the same 14 x 14 grid
 }

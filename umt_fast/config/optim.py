@@ -22,13 +22,14 @@ class OptimConfig:
     min_lr: float = 1e-5
     """Learning rate at the end, scaled in the same way."""
     repeat_peak: bool = True
-    """Whether the warm-up's last step has the peak rate, like the first after it (UMT, VideoMAE), or not (MAE-ST)."""
+    """Whether both the last step of the warm-up and the first step after it have the peak rate (UMT, VideoMAE); false:
+    only the latter (MAE-ST)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
     """Not applied to biases and 1-D parameters."""
     clip_grad: float | None = None
-    """Largest gradient norm; None does not clip."""
+    """Largest gradient norm; None: no clipping."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "optim", epochs=1, batch_size=1, accumulate=1, warmup_epochs=0, lr=0, min_lr=0, eps=0)
@@ -47,16 +48,16 @@ class FinetuneOptimConfig(OptimConfig):
     epochs: int = 5
     warmup_epochs: float = 1
     batch_size: int = 32
-    """Clips per process and forward pass; data.crops_per_clip of them are of one video."""
+    """Clips per process and forward pass; each video gives data.crops_per_clip of them."""
     lr: float = 2e-5
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
-    """Learning rate of the first step, for 256 clips per step like the others."""
+    """Learning rate of the first step, for 256 clips per step like `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 0.75
-    """Factor of the learning rate from one block to the one before; 1: none."""
+    """Factor of the learning rate from each block to the previous one; 1: equal rates."""
     ema_decay: float = 0.0
-    """Decay of a moving average of the weights, which validation and test then use; 0: none."""
+    """Decay of a moving average of the weights, which validation and test then use; 0: no moving average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,21 +20,21 @@ class RunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10
-    """Steps between log lines. Nothing is read from the device in between."""
+    """Steps between log lines. In between, the host does not read from the device."""
     save_every: int = 1000
-    """Steps between checkpoints; one is always saved at the end and on a signal."""
+    """Steps between checkpoints. A checkpoint is also saved at the end and on a signal."""
     save_minutes: float | None = None
-    """Minutes after which one is saved too, looked at when a line is logged; None: by steps alone."""
+    """Minutes after which a checkpoint is saved too, checked at each log line; None: by steps only."""
     keep: int = 3
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     resume: str = "auto"
-    """auto: go on from this run's last checkpoint if it has one; never; or a checkpoint's path."""
+    """auto: resume from this run's last checkpoint if it has one; never: start anew; or a checkpoint's path."""
     stop_at: int | None = None
-    """Save and stop after this step; the schedule stays that of the whole run."""
+    """Save and stop after this step; the schedule is still that of the whole run."""
     start_timeout: float = 1800.0
-    """Seconds that the processes wait for each other until the first step."""
+    """Seconds that the ranks wait for each other until the first step."""
     step_timeout: float = 600.0
-    """Seconds that they wait for each other from then on; then the run ends and names the one that was waited for."""
+    """Seconds that the ranks wait for each other after the first step; then the run ends and names the missing rank."""
 
     def __post_init__(self) -> None:
         check_at_least(
@@ -61,5 +61,5 @@ class RunConfig:
         return self.folder / "checkpoints"
 
     def last_step(self, total: int) -> int:
-        """The step to stop after, of a schedule of `total` steps."""
+        """The step to stop after: `stop_at`, but at most `total`, the steps of the schedule."""
         return total if self.stop_at is None else min(self.stop_at, total)

@@ -1,4 +1,4 @@
-"""Sections of stage 2 alone: `objective`, its losses, and `joint`, the space where video and text meet."""
+"""Sections of stage 2 alone: `objective`, its losses, and `joint`, the joint space of video and text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ GatherGradient = Literal["published", "true"]
 
 @dataclass(frozen=True)
 class VideoTextObjective:
-    """What a step of stage 2 minimises. Defaults are those of the published pre-training."""
+    """Losses of a step of stage 2. Defaults are those of the published pre-training."""
 
     uta: float = 1.0
-    """Weight of the alignment with the teacher; 0 leaves it, the teacher and the mask out."""
+    """Weight of the alignment with the teacher; 0 leaves out alignment, teacher and mask."""
     vtc: float = 1.0
     """Weight of the contrast."""
     vtm: float = 1.0
@@ -27,12 +27,12 @@ class VideoTextObjective:
     """Share of a video's patches that are hidden."""
     image_mask_ratio: float = 0.5
     mlm_probability: float = 0.5
-    """Share of the words that are to be predicted."""
+    """Share of the words that are hidden and predicted."""
     negatives: Literal["hard", "uniform"] = "hard"
-    """Negatives of the matching. hard: those that the contrast takes for matches are drawn more often, as published;
-    uniform: every sample of the batch that does not match is as likely."""
+    """Negatives of the matching. hard: drawn by the softmax of the contrast, as published; uniform: every sample of
+    the batch that does not match is equally likely."""
     gather_gradient: GatherGradient = "published"
-    """published: VTC gives the encoders 1 / ranks of its gradient, as the published gather does; true: all of it."""
+    """published: the encoders get 1 / ranks of VTC's gradient, as with the published gather; true: all of it."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "objective", uta=0, vtc=0, vtm=0, mlm=0)
@@ -44,11 +44,11 @@ class VideoTextObjective:
 
 @dataclass(frozen=True)
 class JointConfig:
-    """The space in which video and text meet, and how stage 2 differs from stage 1 in the video encoder."""
+    """The joint space of video and text, and the settings of stage 2's video encoder that differ from stage 1."""
 
     width: int = 512
     temperature: float = 0.07
-    """What similarities are divided by, at the start; it is learned."""
+    """Initial temperature, the learned divisor of similarities."""
     align_eps: float = 1e-5
     """Epsilon of the alignment heads' LayerNorm: 1e-5 as published for stage 2, where stage 1 has 1e-6."""
     position_frames: int | None = None
