@@ -81,8 +81,10 @@ class Reader:
         self.timeline = facts.timeline
         self.read_bytes = read
         self._limit = current_limit()
-        sizes = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
-        self.bounds = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64))) + packets.first
+        self.bounds = np.empty(facts.frames + 1, np.int64)
+        self.bounds[0] = packets.first
+        self.bounds[1:] = np.frombuffer(read(packets.sizes, packets.sizes + 4 * facts.frames), ">u4")
+        np.add.accumulate(self.bounds, out=self.bounds)
         self.motion = motion
         self.decoder = _open_decoder(facts.codec, packets.setup, max_pixels, None if motion is None else EXPORT)
 
