@@ -15,7 +15,6 @@ from umt_fast.config import ConfigError, MaeStConfig, MaeStPretrainConfig, Video
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.guides import GuidedStream
 from umt_fast.data.index import VideoList
-from umt_fast.files import expand_home
 from umt_fast.models.pixels import MaeSt, MaskedAutoencoder, VideoMae
 from umt_fast.models.token_sampler import AdaMae
 from umt_fast.objectives.pixel_masks import PixelMasks
@@ -38,12 +37,10 @@ FIXED = (
 
 
 def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
-    """The run's clips, with a fourth channel if the masking rule needs motion or regions. Raises ConfigError."""
+    """The run's clips, with a fourth channel if the masking rule needs one. Raises ConfigError."""
     sizes, mask = config.model, config.mask
     shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
     needs = masking.find_rule(mask.rule).needs
-    if needs == "regions" and not expand_home(mask.regions).is_dir():
-        raise ConfigError(f"mask.regions = {mask.regions}: no such folder")
     if needs == "motion" or needs == "regions":
         return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
     return ClipStream(*shape)
@@ -110,11 +107,13 @@ class Objective:
 
     def to_device(self, batch: Batch) -> Tensor:
         """The batch's clips, uint8 [B,T,H,W,3], or with a fourth channel, the guide of the masking rule."""
-        if self.config.mask.rule == "text":
+        if masking.find_rule(self.config.mask.rule).needs == "captions":
             self.masks.captions = batch.captions
             if "" in self.masks.captions:
                 row = batch.rows[self.masks.captions.index("") // self.config.data.crops_per_clip]
-                raise ConfigError(f"mask.rule = text needs captions: row {row + 1} of the list has none")
+                raise ConfigError(
+                    f"mask.rule = {self.config.mask.rule} needs captions: row {row + 1} of the list has none"
+                )
         return batch.clip.to(self.world.device, non_blocking=True)
 
     def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], Reconstruction]:

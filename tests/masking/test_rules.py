@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from umt_fast import masking
+from umt_fast.config import Masking, PixelMasking
 
 CPU = torch.device("cpu")
 
@@ -156,3 +159,25 @@ def test_frame_hides_whole_frames():
     assert trimmed.shape == (4, 1, 157)
     assert all(len(row.unique()) == 1 for row in trimmed[:, 0] // 196)
     assert len(trimmed[:, 0].remainder(196).unique(dim=0)) == 4
+
+
+def test_the_names_of_the_settings_are_those_of_the_table():
+    stage1, pixels = set(get_args(Masking)), set(get_args(PixelMasking))
+    assert stage1 | pixels == set(masking.RULES)
+    assert stage1 == {name for name, rule in masking.RULES.items() if rule.needs in ("nothing", "teacher")}
+    assert pixels == {name for name, rule in masking.RULES.items() if rule.needs != "teacher"}
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in masking.RULES.items() if rule.choose is None])
+def test_a_rule_of_the_models_step_does_not_draw_from_scores(rule):
+    with pytest.raises(ValueError, match="the step of its model chooses"):
+        masking.draw_scored(rule, torch.ones(1, 2, 4), 0.5)
+
+
+@pytest.mark.parametrize("rule", [name for name, rule in masking.RULES.items() if rule.choose is not None])
+def test_every_rule_draws_what_it_counts(rule):
+    scores = torch.rand(3, 4, 16, generator=generator()).round() + 0.5
+    visible = masking.draw_scored(rule, scores, 0.7, generator())
+    masking.check_visible(visible, 3, 4, 16)
+    assert visible.shape[1] * visible.shape[2] == masking.count_seen(rule, 4, 16, 0.7)
+    assert (visible[..., 1:] > visible[..., :-1]).all()

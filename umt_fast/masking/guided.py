@@ -5,6 +5,7 @@ Rules without public code follow their papers and say so.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+
+@functools.lru_cache(maxsize=32)
+def numbers_on(device: torch.device, *numbers: int) -> Int[Tensor, " n"]:
+    """A tensor of constants, cached: a step that is recorded as a CUDA graph must not copy from the host."""
+    return torch.tensor(numbers, device=device)
 
 
 def highest(scores: Float[Tensor, "b t p"], num_visible: int) -> Int[Tensor, "b t n"]:

@@ -62,7 +62,7 @@ def alignment_step(
     generator    source of the draw, on the clip's device; None: torch's default generator.
     masks_per_clip  visible sets per clip, M: the student gets M * B samples, and the M samples of a clip are
                  neighbours. A given `visible` then has M * B rows.
-    rule         the masking rule that draws from the scores, by its name in `umt_fast.masking.RULES`.
+    rule         the masking rule that draws from the scores, by its name in `umt_fast.masking.rules.RULES`.
 
     `student` is a VideoStudent, bare or wrapped (DDP, torch.compile). The step does not synchronise with the host.
     Raises ValueError if student, teacher, clip and visible set do not fit each other.

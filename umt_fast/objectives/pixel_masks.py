@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from umt_fast import masking
 from umt_fast.config import ConfigError, MaeStConfig, PixelMaskConfig, VideoMaeConfig
-from umt_fast.data.guides import MOTION_SCALE
 from umt_fast.masking import guided
 from umt_fast.masking.published import draw_running_cells
-from umt_fast.objectives.pixels import numbers_on
+from umt_fast.masking.source import Source
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -49,9 +47,9 @@ class PixelMasks:
                 f"mask.rule = everest decodes {self.num_decoded} tokens of {sizes.token_frames} frames, which it "
                 "compares: give at least 2 frames of tokens, and a mask.ratio further above mask.candidate_ratio"
             )
-        self.source = load_function(mask.source) if mask.source else None
+        self.source = Source(mask.source) if mask.source else None
         self.captions: Sequence[str] = ()
-        """Captions of the clips that `draw` gets next, for the rule `text`."""
+        """Captions of the clips that `draw` gets next, for a rule that needs them."""
 
     @property
     def num_decoded(self) -> int:
@@ -95,60 +93,5 @@ class PixelMasks:
         return Sets(visible, draw_running_cells(len(clip), *grid, mask.decoder_ratio, clip.device), self.overlap)
 
     def _scores(self, clip: Tensor, guide: Tensor | None) -> Float[Tensor, "b t p"]:
-        mask, sizes = self.mask, self.sizes
-        shape = (len(clip), sizes.token_frames, sizes.patches)
-        needs = masking.find_rule(mask.rule).needs
-        if needs == "motion":
-            assert guide is not None
-            side = sizes.patch_size
-            by_frame = guide[:, :, ::side, ::side].flatten(2).float() / MOTION_SCALE  # a value per patch
-            return by_frame.unflatten(1, (sizes.token_frames, -1)).mean(2)
-        if needs == "regions":
-            assert guide is not None
-            order = numbers_on(clip.device, *mask.order)
-            first = guide[:, :: sizes.tubelet_size].int()
-            nearest = (first[..., None] - order).abs().argmin(-1)  # compression changes the values of a mask video
-            fixed = len(order) - mask.shuffled
-            chance = torch.rand(len(clip), mask.shuffled, device=clip.device).argsort(1)
-            places = torch.arange(fixed, device=clip.device).expand(len(clip), -1)
-            ranks = torch.cat((places, fixed + chance), 1).gather(1, nearest.flatten(1)).view_as(nearest)
-            shown = guided.regions_shown(ranks, range(len(order)), sizes.patch_size, mask.least_share)
-            return shown.float()
-        if needs == "flow":
-            return self._flow_scores(clip)
-        if needs == "text":
-            assert self.source is not None
-            return self._checked(self.source(clip, list(self.captions)), shape)
-        return torch.ones(shape, device=clip.device)
-
-    def _flow_scores(self, clip: Tensor) -> Float[Tensor, "b t p"]:
-        """MGMAE: bumps at random patches of the middle frame, carried to the others by the flow."""
-        sizes, batch, frames = self.sizes, len(clip), self.sizes.frames
-        assert self.source is not None
-        shape = (batch, frames - 1, 2, sizes.image_size, sizes.image_size)
-        flow = self._checked(self.source(clip), shape)
-        between = {pair: flow[:, min(pair)] for f in range(1, frames) for pair in ((f, f - 1),)}
-        count = sizes.patches - int(self.mask.ratio * sizes.patches)
-        centres = torch.rand(batch, sizes.patches, device=clip.device).topk(count).indices
-        start = guided.gaussian_map(centres, sizes.grid, sizes.grid, sizes.patch_size)
-        return guided.flow_scores(start, between, frames, sizes.patch_size, sizes.tubelet_size)
-
-    def _checked(self, found: Any, shape: tuple[int, ...]) -> Tensor:
-        if not isinstance(found, Tensor) or tuple(found.shape) != shape or not found.is_floating_point():
-            got = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ConfigError(f"mask.source = {self.mask.source} returned {got}; return a float tensor {list(shape)}")
-        if found.device.type == "cpu" and not bool(found.isfinite().all()):  # on a GPU this would stall the step
-            raise ConfigError(f"mask.source = {self.mask.source} returned values that are not finite")
-        return found.detach()
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """Import the function `module:name`. Raises ConfigError."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"mask.source = {name}: {error}") from None
-    if not callable(found):
-        raise ConfigError(f"mask.source = {name} is not a function")
-    return found
+        clips = masking.Clips(clip, guide, self.captions, self.source, self.sizes, self.mask)
+        return masking.find_rule(self.mask.rule).scores(clips)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +11,7 @@ from umt_kernels import IMAGENET_MEAN, IMAGENET_STD, pixel_loss
 
 from umt_fast.config import MaeStConfig, VideoMaeConfig
 from umt_fast.masking import hidden_ids
+from umt_fast.masking.guided import numbers_on
 from umt_fast.models.pixels import MAE_ST_MEAN, MAE_ST_STD
 
 if TYPE_CHECKING:
@@ -31,12 +31,6 @@ class Reconstruction:
     """Ids of the tokens that were predicted."""
     visible: Int[Tensor, "b v"]
     """Ids of the tokens that the encoder saw, ascending."""
-
-
-@functools.lru_cache(maxsize=32)
-def numbers_on(device: torch.device, *numbers: int) -> Int[Tensor, " n"]:
-    """A tensor of constants, cached: a step that is recorded as a CUDA graph must not copy from the host."""
-    return torch.tensor(numbers, device=device)
 
 
 def videomae_step(

@@ -98,9 +98,8 @@ def accelerate(
     dtype = torch.bfloat16 if bf16 else torch.float32
     student_config, mask, masks = config.student, config.mask, config.mask.masks_per_clip
     frames, patches = student_config.token_frames, student_config.patches
-    seen = masking.count_seen(mask.rule, frames, patches, mask.ratio)
-    per_clip = masking.find_rule(mask.rule).counts == "per clip"
-    finished = patches if per_clip else masks * masking.count_visible(patches, mask.ratio)
+    seen, rule = masking.count_seen(mask.rule, frames, patches, mask.ratio), masking.find_rule(mask.rule)
+    finished = masks * rule.num_visible(frames, patches, mask.ratio) if rule.counts == "per frame" else patches
     clips = config.optim.batch_size
     uses = attention_choice.uses(student_config, config.teacher, clips, masks * clips, seen, finished)
     chosen, said = choose_attention(config.compute, uses, world, dtype, stored)
