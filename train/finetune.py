@@ -179,7 +179,7 @@ def describe(
     """First lines of the log: device and backends, model, data and schedule."""
     optim, sizes = config.optim, config.classifier
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    decoder = "pyav" if config.augment.mode == "published" else config.data.decoder
+    decoder = config.data.file_decoder if config.augment.mode == "published" else config.data.decoder
     return "\n".join(
         (
             hardware.describe(world.device, bf16, decoder),

@@ -36,7 +36,8 @@ from benchmarks.input_pipeline.files import Files, make_copies, make_originals, 
 from benchmarks.step_time.jobs.pretrain import MODELS
 from umt_fast.data import synthetic
 from umt_fast.data.dali_loader import DaliSupport
-from umt_fast.data.decode import choose_decoder, has_dali, nvdec
+from umt_fast.data.decode import nvdec
+from umt_fast.data.decode.choice import choose_decoder, has_dali
 from umt_fast.data.decode.container import look_up
 from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError

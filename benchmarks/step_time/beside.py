@@ -19,7 +19,7 @@ from benchmarks.step_time.phases import wait_for
 from umt_fast.config import DataConfig, StudentConfig
 from umt_fast.data import open_loader
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.decode import choose_decoder
+from umt_fast.data.decode.choice import choose_decoder
 from umt_fast.data.index import VideoList
 from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError

@@ -30,7 +30,8 @@ from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Crop, View
 from umt_fast.data.dali_loader import BatchPlan, BatchPlanDataset, DaliLoader, DaliSupport
-from umt_fast.data.decode import choose_decoder, nvdec, probe
+from umt_fast.data.decode import nvdec, probe
+from umt_fast.data.decode.choice import choose_decoder
 from umt_fast.data.decode.container import Storage
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest, to_rgb
 from umt_fast.data.index import VideoList, describe
@@ -570,7 +571,7 @@ def test_formats_that_dali_decodes_on_a_gpu():
 def test_the_choice_without_a_gpu():
     assert choose_decoder("auto", CPU).text == "pyav"
     choice = choose_decoder("dali", CPU)
-    assert choice.dali
+    assert choice.name == "dali"
     assert choice.engines is None
     assert "dali on the CPU" in choice.text
 

@@ -57,21 +57,21 @@ def test_a_killed_worker_is_replaced_and_the_clips_stay_the_same(demo_videos):
 
 
 def test_workers_that_are_killed_again_and_again_end_the_run(demo_videos, monkeypatch):
-    monkeypatch.setattr(loader, "decode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(loader, "make_clips", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with open_loader(demo_videos) as batches, pytest.raises(WorkerDied, match="3 times at the same batch"):
         next(batches)
     assert len(said) == 2
 
 
 def test_a_stalled_video_is_named_and_left_out(demo_videos, monkeypatch):
-    real = loader.decode
+    real = loader.make_clips
 
     def stall(stream, video, *rest, **options):
         if "003_" in video.name:
             time.sleep(600)
         real(stream, video, *rest, **options)
 
-    monkeypatch.setattr(loader, "decode", stall)
+    monkeypatch.setattr(loader, "make_clips", stall)
     with open_loader(demo_videos, batches=4, stall_timeout=1) as batches:
         got = list(batches)
     assert len(got) == 4
@@ -86,7 +86,7 @@ def test_workers_end_with_their_parent(demo_videos):
         "import sys, time; sys.path[:0] = sys.argv[2:]; from umt_fast.config import DataConfig\n"
         "from umt_fast.data import loader; from umt_fast.data.clips import ClipStream\n"
         "from umt_fast.data.manifest import read_manifest\n"
-        "loader.decode = lambda *a, **k: time.sleep(600)\n"  # a worker that hangs
+        "loader.make_clips = lambda *a, **k: time.sleep(600)\n"  # a worker that hangs
         "stream = ClipStream(read_manifest(sys.argv[1]), DataConfig(workers=2), 2, 32, seed=0)\n"
         "batches = loader.ClipLoader(stream, start=0, batches=6, batch_size=2)\n"
         "print(*(worker.pid for worker in batches._batches._items._workers), flush=True); time.sleep(600)"

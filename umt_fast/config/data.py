@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from umt_fast.config.base import ConfigError, check_at_least, check_share
 
 FileDecoder = Literal["pyav"]
-"""Decoders that open files one by one, in worker processes; `umt_fast.data.decode.OPENERS` has their functions."""
+"""Decoders of files: each is a module of this name in `umt_fast.data.decode`, and worker processes use it."""
 LoaderDecoder = Literal["dali"]
 """Decoders with a loader of their own; `umt_fast.data.open_loader` opens them."""
 Decoder = Literal["auto", FileDecoder, LoaderDecoder]
@@ -148,6 +148,13 @@ class DataConfig:
                 raise ConfigError(f"data.crop_area = {self.crop_area}: give the least and the largest share, above 0")
         if not self.crop_scales:
             raise ConfigError("data.crop_scales is empty: give at least one share of the short side")
+        if self.decoder not in get_args(Decoder):
+            raise ConfigError(f"data.decoder = {self.decoder!r}: give {', '.join(get_args(Decoder))}")
+
+    @property
+    def file_decoder(self) -> FileDecoder:
+        """The decoder of files: `decoder` where it is one, else PyAV, which decodes what DALI does not."""
+        return cast(FileDecoder, self.decoder) if self.decoder in get_args(FileDecoder) else "pyav"
 
 
 @dataclass(frozen=True)

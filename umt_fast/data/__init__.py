@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from umt_fast.data.decode import choose_decoder
+from umt_fast.config import FileDecoder
+from umt_fast.data.decode.choice import choose_decoder
 
 if TYPE_CHECKING:
     from umt_fast.data.clips import ClipStream
@@ -17,16 +18,19 @@ __all__ = ["open_loader"]
 
 
 def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
-    """The loader of the decoder that `stream.config.decoder` chooses; the options are those of `workers.WorkerBatches`.
+    """The loader of the decoder that `stream.config.decoder` chooses; of files for a stream that needs whole frames.
 
-    A stream that makes more than views of frames is decoded by PyAV.
+    The options are those of `workers.WorkerBatches`; worker processes, prefetched batches and time limits are in
+    `stream.config`, the run's section `data`.
     """
-    choice = choose_decoder("pyav" if stream.needs_pyav else stream.config.decoder, device)
+    choice = choose_decoder(stream.file_decoder if stream.needs_frames else stream.config.decoder, device)
     pinned = device.type == "cuda"
-    if not choice.dali:
+    if choice.name in get_args(FileDecoder):
         from umt_fast.data.loader import ClipLoader  # it imports PyAV; doctor reports where that is missing
 
         return ClipLoader(stream, pin_memory=pinned, say=say, **options)
-    from umt_fast.data.dali_loader import DaliLoader
+    if choice.name == "dali":
+        from umt_fast.data.dali_loader import DaliLoader
 
-    return DaliLoader(stream, device, choice.engines, say=say, pin_memory=pinned, **options)
+        return DaliLoader(stream, device, choice.engines, say=say, pin_memory=pinned, **options)
+    raise AssertionError(f"no loader of decoder {choice.name}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from umt_fast.config import DataConfig
+from umt_fast.config import DataConfig, FileDecoder
 from umt_fast.data.crops import Clip, Crop, View, draw_area_view, draw_view
 from umt_fast.data.index import VideoList
 from umt_fast.data.sampling import (
@@ -96,12 +96,13 @@ class ClipStream:
     def __post_init__(self) -> None:
         self.videos.limits = Limits.of(self.config)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.file_decoder: FileDecoder = self.config.file_decoder
         # Asked once: a check against a protocol takes 1% of the time in which a clip is decoded.
         self._cuts_views = self.transform if isinstance(self.transform, ViewTransform) else None
 
     @property
-    def needs_pyav(self) -> bool:
-        """Whether its clips are more than views of frames, which is all that other decoders make."""
+    def needs_frames(self) -> bool:
+        """Whether its clips need whole frames, as `file_decoder` gives them; decoders with a loader only cut views."""
         return self.transform is not None and self._cuts_views is None
 
     @property

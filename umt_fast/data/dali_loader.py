@@ -25,11 +25,12 @@ from torch.utils.data import Dataset
 from umt_fast.data.batch import Batch, VisitedVideo
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.decode import IMAGE_SUFFIXES, nvdec
-from umt_fast.data.decode.container import Storage, fetch, look_up
+from umt_fast.data.decode.container import Storage, look_up
 from umt_fast.data.decode.dali import DecodeFailed, DecodingPipeline, VisitRequest
 from umt_fast.data.decode.excerpt import cut_excerpt
+from umt_fast.data.decode.ffmpeg import fetch
 from umt_fast.data.index import suffix_of
-from umt_fast.data.loader import ClipDataset, Loader, decode, fetch_ahead, nothing_readable, read_visit
+from umt_fast.data.loader import ClipDataset, Loader, fetch_ahead, make_clips, nothing_readable, read_visit
 from umt_fast.data.shared_memory import empty_for_parent
 from umt_fast.data.video import Video
 from umt_fast.data.workers import WorkerBatches
@@ -183,7 +184,7 @@ class BatchPlanDataset(Dataset[BatchPlan]):
 
     def _decode(self, place: int, reason: str, video: Video, rng: Generator, content: bytes | None) -> DecodedVisit:
         clips = np.empty(self.stream.clips_shape, np.uint8)
-        decode(self.stream, video, rng, content, clips)
+        make_clips(self.stream, video, rng, content, clips)
         return DecodedVisit(place, reason, clips)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from umt_fast.config import ConfigError
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.crops import Clip, Crop, View
 from umt_fast.data.decode import IMAGE_SUFFIXES, read_frames
@@ -39,7 +40,7 @@ class GuidedStream(ClipStream):
     motion   length of the motion vectors, one value per patch of `grid` x `grid` (`umt_fast.data.motion`). The decoder
              hands them out with the frames.
     regions  grey values of the file of `folder` that has the video's name, whatever its suffix: a video of as many
-             frames, or one picture. Its frames may be smaller.
+             frames, or one picture. Its frames may be smaller. Raises ConfigError if there is no such folder.
     """
 
     guide: Guide = "motion"
@@ -48,14 +49,17 @@ class GuidedStream(ClipStream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guide == "regions" and not expand_home(self.folder).is_dir():
+            raise ConfigError(f"mask.regions = {self.folder}: no such folder")
         self._visit: tuple[Video, list[int]] | None = None
         if self.guide == "motion":
             from umt_fast.data.decode.motion_vectors import MotionMaps  # imports PyAV
 
             self.motion = MotionMaps()
+            self.file_decoder = "pyav"  # it exports motion vectors
 
     @property
-    def needs_pyav(self) -> bool:
+    def needs_frames(self) -> bool:
         return True
 
     @property
@@ -71,12 +75,12 @@ class GuidedStream(ClipStream):
 
     def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> Sequence[Clip]:
         assert self._visit is not None
-        draw = self._motion if self.guide == "motion" else self._regions
-        guide = draw(*self._visit, width, height)
+        video, indices = self._visit
+        guide = self._motion(indices) if self.guide == "motion" else self._regions(video, indices, width, height)
         views = self.draw_views(width, height, rng)
         return [_GuidedClip(view, clip, guide) for view, clip in zip(views, out, strict=True)]
 
-    def _motion(self, _video: Video, indices: list[int], _width: int, _height: int) -> Callable[[View], np.ndarray]:
+    def _motion(self, indices: list[int]) -> Callable[[View], np.ndarray]:
         from umt_fast.data.motion import pool  # imports PyAV
 
         assert self.motion is not None

@@ -75,10 +75,10 @@ def read_visit(
     return None, bad
 
 
-def decode(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> Any:
+def make_clips(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> Any:
     """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Returns what the stream says of it. Raises BadVideo."""
     clips: Sequence[Clip] = ()
-    with open_video(video, content, stream.config.square_pixels, stream.motion) as reader:
+    with open_video(video, content, stream.config.square_pixels, stream.motion, stream.file_decoder) as reader:
         indices = stream.choose_frames(video, reader.timeline, rng)
         for places, frame in read_places(reader, indices):
             if not clips:
@@ -110,7 +110,7 @@ def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes]
 
 
 class ClipDataset(Dataset[Batch]):
-    """Batches of a stream by the numbers of their visits, decoded by PyAV."""
+    """Batches of a stream by the numbers of their visits, decoded file by file."""
 
     def __init__(self, stream: ClipStream, pool: BufferPool | None = None) -> None:
         """`pool`: buffers that workers write to; None: fresh memory."""
@@ -126,7 +126,7 @@ class ClipDataset(Dataset[Batch]):
         videos: list[VisitedVideo] = []
         bad: list[tuple[str, str]] = []
         for visit, content in zip(visits, fetch_ahead(stream, visits), strict=True):
-            read = functools.partial(decode, stream, out=clips[len(videos)])
+            read = functools.partial(make_clips, stream, out=clips[len(videos)])
             video, failed = read_visit(stream, visit, content, read)
             bad += failed
             if video is not None:
@@ -166,7 +166,10 @@ class Loader(Iterator[Batch]):
 
 
 class ClipLoader(Loader):
-    """Batches decoded by PyAV; the options are those of `WorkerBatches`."""
+    """Batches of clips that `stream.config.workers` processes decode, file by file.
+
+    The options are those of `WorkerBatches`; workers, prefetched batches and time limits are in `stream.config`.
+    """
 
     def __init__(self, stream: ClipStream, *, batch_size: int, **options: Any) -> None:
         config = stream.config

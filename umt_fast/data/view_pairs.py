@@ -81,7 +81,7 @@ class PairStream(ClipStream):
     pairing: Pairing = field(default_factory=Pairing)
 
     @property
-    def needs_pyav(self) -> bool:
+    def needs_frames(self) -> bool:
         return True
 
     @property

@@ -37,7 +37,7 @@ def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
     """Device, decoder and kernels of a run on `device`. Raises MissingDali."""
     from umt_kernels.backend import kernels_on
 
-    from umt_fast.data.decode import choose_decoder
+    from umt_fast.data.decode.choice import choose_decoder
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return {"device": name, "decoder": choose_decoder(decoder, device).text, "kernels": kernels_on(device)}

@@ -278,9 +278,9 @@ def test_only_wanted_frames_are_converted(sample, monkeypatch):
     converted = []
     to_rgb = container.RgbConverter.__call__
 
-    def convert(converter, frame):
+    def convert(converter, frame, index):
         converted.append(frame.pts)
-        return to_rgb(converter, frame)
+        return to_rgb(converter, frame, index)
 
     monkeypatch.setattr(container.RgbConverter, "__call__", convert)
     _read(sample("h264.mp4").path, [50, 3, 50, 20])

@@ -6,13 +6,21 @@ import contextlib
 import ctypes
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from umt_fast.data import decode as decoder
-from umt_fast.data.decode import MissingDali, choose_decoder, nvdec
+from umt_fast import data
+from umt_fast.config import ConfigError, DataConfig, FileDecoder
+from umt_fast.config import data as config_data
+from umt_fast.data.clips import ClipStream
+from umt_fast.data.decode import choice as decoder
+from umt_fast.data.decode import nvdec, opener_of, pyav
+from umt_fast.data.decode.choice import MissingDali, choose_decoder
+from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -39,7 +47,7 @@ def machine(monkeypatch):
 def test_auto_takes_dali_where_it_and_an_engine_are(machine):
     machine(True, H200)
     choice = choose_decoder("auto", GPU)
-    assert (choice.dali, choice.engines) == (True, H200)
+    assert (choice.name, choice.engines) == ("dali", H200)
     assert choice.text == "dali on 7 NVDEC (h264, hevc, vp9; the rest pyav)"
 
 
@@ -55,20 +63,20 @@ def test_auto_takes_dali_where_it_and_an_engine_are(machine):
 def test_auto_takes_pyav_else_and_says_why(machine, dali, engines, device, text):
     machine(dali, engines)
     choice = choose_decoder("auto", device)
-    assert not choice.dali
+    assert choice.name == "pyav"
     assert choice.text.startswith(text)
 
 
 def test_dali_on_the_cpu_is_for_who_asks(machine):
     machine(True, "no GPU")
     choice = choose_decoder("dali", CPU)
-    assert (choice.dali, choice.engines) == (True, None)
+    assert (choice.name, choice.engines) == ("dali", None)
     assert choice.text.startswith("dali on the CPU (no GPU)")
 
 
 def test_pyav_asks_for_nothing(machine):
     machine(True, H200)
-    assert choose_decoder("pyav", GPU) == decoder.Choice(False, None, "pyav")
+    assert choose_decoder("pyav", GPU) == decoder.Choice("pyav", "pyav")
 
 
 def test_dali_that_is_missing(machine):
@@ -78,9 +86,34 @@ def test_dali_that_is_missing(machine):
     assert issubclass(MissingDali, RunError)
 
 
+def test_a_decoder_of_files_that_the_flag_names_opens_them(monkeypatch, demo_videos):
+    """In the workers' data set and through `open_loader`, which must not give a name it does not know to DALI."""
+    given = types.ModuleType("umt_fast.data.decode.other")
+    given.opened = lambda video, *rest: opened.append(video.name) or pyav.opened(video, *rest)
+    opened: list[str] = []
+    monkeypatch.setitem(sys.modules, given.__name__, given)
+    for module in (config_data, decoder, data):
+        monkeypatch.setattr(module, "FileDecoder", Literal["pyav", "other"])
+    monkeypatch.setattr(config_data, "Decoder", Literal["auto", "pyav", "other", "dali"])
+    stream = ClipStream(read_manifest(str(demo_videos)), DataConfig(decoder="other", workers=0), 2, 32, seed=0)
+    with data.open_loader(stream, CPU, start=0, batches=1, batch_size=2) as loader:
+        batch = next(loader)
+    assert opened == batch.paths
+
+
+def test_a_decoder_that_does_not_exist_is_named():
+    with pytest.raises(ConfigError, match=r"data\.decoder = 'nvdec': give auto, pyav, dali"):
+        DataConfig(decoder="nvdec")
+    with pytest.raises(AssertionError, match="nothing chooses"):
+        choose_decoder("nvdec", GPU)
+    for name in get_args(FileDecoder):
+        assert callable(opener_of(name))
+
+
 @pytest.mark.parametrize("blocked", ["nvidia", "nvidia.dali"])
 def test_dali_is_looked_for_without_being_imported(blocked):
-    code = "import sys; from umt_fast.data import decode as decoder, loader; decoder.has_dali()\n"
+    code = "import sys; from umt_fast.data import loader; from umt_fast.data.decode import choice as decoder\n"
+    code += "decoder.has_dali()\n"
     code += (
         "import umt_fast.doctor as d; d.report(); assert not [m for m in sys.modules if m.startswith('nvidia.dali')]\n"
     )

@@ -1,24 +1,25 @@
-"""The front door of decoding: frames of any video by index, and which decoder a run uses."""
+"""The front door of decoding: frames of any video by index.
+
+`umt_fast.data.decode.choice` says which decoder a run uses. A decoder of files is a module of its name here, with a
+function `opened` as in `pyav`; pictures and folders of them are read by `stills`, whatever the decoder.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import importlib.util
+import importlib
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
-from umt_fast.config import Decoder
-from umt_fast.data.decode import nvdec
+from umt_fast.config import FileDecoder
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.video import Facts, Video
-from umt_fast.errors import RunError
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
 """Suffixes of picture files, which count as videos of one frame."""
-INSTALL = "pip install 'umt-fast[dali]' (for CUDA 12: pip install nvidia-dali-cuda120)"
 
 
 class Reader(Protocol):
@@ -41,44 +41,56 @@ class Reader(Protocol):
         ...
 
 
+Opener = Callable[[Video, "bytes | None", bool, "MotionMaps | None"], contextlib.AbstractContextManager[Reader]]
+"""(video, content, square_pixels, motion), as of `open_video` -> a reader."""
+
+
 @contextlib.contextmanager
 def open_video(
-    video: Video, content: bytes | None = None, square_pixels: bool = False, motion: MotionMaps | None = None
+    video: Video,
+    content: bytes | None = None,
+    square_pixels: bool = False,
+    motion: MotionMaps | None = None,
+    decoder: FileDecoder = "pyav",
 ) -> Iterator[Reader]:
     """Open a video, a picture or a folder of frames, to read frames by index.
 
     `content`: the file's bytes, where the caller has them. `square_pixels`: scale frames with other pixels to the width
     at which players show them; a copy of `prepare` stays as it was made. `motion`: where to put the motion vectors of
-    the frames that are read.
+    the frames that are read. `decoder`: what opens files other than pictures.
 
     Only what is needed is decoded: from the key frame before each wanted frame to that frame.
 
     Raises BadVideo for a file that is missing, empty, truncated, not a video, does not decode at a wanted frame, or
     is not the one that the index describes.
     """
+    reading: contextlib.AbstractContextManager[Reader]
     if posixpath.splitext(video.member or video.path)[1].lower() in IMAGE_SUFFIXES:
         from umt_fast.data.decode import stills  # needs Pillow
 
-        with stills.opened(video, content) as still:
-            yield still
-        return
-    from umt_fast.data.decode import by_index, container  # they import PyAV, which only decoding needs
-
-    reading: contextlib.AbstractContextManager[Reader]
-    if by_index.can_read(video):
-        reading = by_index.opened(video, content, motion)
-    elif content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
+        reading = stills.opened(video, content)
+    elif video.facts is None and content is None and not video.remote and _is_folder(video):
         from umt_fast.data.decode import stills
 
         reading = stills.opened_folder(video, content)
     else:
-        reading = container.opened(video, content, square_pixels, motion)
+        reading = opener_of(decoder)(video, content, square_pixels, motion)
     try:
         with reading as reader:
             yield reader
     finally:
         if motion is not None:
             gc.collect(0)  # frames whose side data was read refer to it, and it to them
+
+
+def _is_folder(video: Video) -> bool:
+    return video.offset is None and os.path.isdir(video.path)
+
+
+@functools.cache
+def opener_of(decoder: FileDecoder) -> Opener:
+    """The function of a decoder of files; its module is imported when it is first used."""
+    return importlib.import_module(f"{__name__}.{decoder}").opened
 
 
 def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[int], UInt8[np.ndarray, "h w 3"]]]:
@@ -107,44 +119,3 @@ def probe(video: Video, content: bytes | None = None) -> Facts:
     from umt_fast.data.decode import container
 
     return container.probe(video, content)
-
-
-class MissingDali(RunError):
-    """DALI was asked for and is not installed."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A decoder, and why."""
-
-    dali: bool
-    engines: dict[str, nvdec.Limits] | None
-    """What NVDEC supports; None on the CPU."""
-    text: str
-    """For the lines at the start of a run."""
-
-
-def choose_decoder(wanted: Decoder, device: torch.device) -> Choice:
-    """`auto` is DALI where it is installed and the device has NVDEC. Raises MissingDali."""
-    if wanted == "pyav":
-        return Choice(False, None, "pyav")
-    installed = has_dali()
-    if not installed and wanted == "dali":
-        raise MissingDali(f"--data.decoder dali, but DALI is not installed: {INSTALL}")
-    try:
-        engines = nvdec.limits(device)
-    except nvdec.NoEngine as error:
-        if wanted == "dali":
-            return Choice(True, None, f"dali on the CPU ({error}): VP8, VP9 and MJPEG; the rest pyav")
-        return Choice(False, None, "pyav" if device.type == "cpu" else f"pyav ({error})")
-    count = nvdec.count_engines(engines)
-    if not installed:
-        return Choice(False, None, f"pyav (the GPU has {count} NVDEC, but DALI is not installed: {INSTALL})")
-    return Choice(True, engines, f"dali on {count} NVDEC ({', '.join(engines)}; the rest pyav)")
-
-
-def has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except (ImportError, ValueError):  # no package `nvidia`; blocked in sys.modules
-        return False

@@ -14,9 +14,9 @@ from dataclasses import replace
 import av
 import numpy as np
 
-from umt_fast.data.decode.container import as_bad_video, fetch
 from umt_fast.data.decode.container import opened as in_container
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.ffmpeg import as_bad_video, fetch
 from umt_fast.data.decode.motion_vectors import EXPORT, MotionMaps
 from umt_fast.data.decode.orientation import orientation_of
 from umt_fast.data.decode.rgb import RgbConverter
@@ -90,7 +90,7 @@ class Reader:
 
     def read(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The frames at ascending `indices`, one by one, as uint8 RGB [H,W,3]."""
-        to_rgb = RgbConverter(indexed=True)
+        to_rgb = RgbConverter(indexed=True, motion=self.motion)
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
         fed = 0  # the decoder has the packets before this frame, from their key frame on
@@ -103,9 +103,7 @@ class Reader:
                 if frame is None:
                     raise BadVideo(f"frame {index} of {self.facts.frames} does not decode")
                 fed = index + 1
-                if self.motion is not None:
-                    self.motion.add(index, frame, to_rgb.orientation(frame))
-                yield index, to_rgb(frame)
+                yield index, to_rgb(frame, index)
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
         """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""

@@ -6,32 +6,30 @@ import bisect
 import contextlib
 import functools
 import gc
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import av
 import numpy as np
-from av.stream import Disposition
 
 from umt_fast.data.decode.demux import decode, demux
+from umt_fast.data.decode.ffmpeg import (
+    as_bad_video,
+    find_video_stream,
+    open_container,
+    opened_container,
+    pixel_aspect,
+)
 from umt_fast.data.decode.motion_vectors import EXPORT, MotionMaps
 from umt_fast.data.decode.orientation import UPRIGHT
 from umt_fast.data.decode.rgb import RgbConverter
 from umt_fast.data.decode.truncation import read_tail, refuse_cut_off, refuse_early_end
 from umt_fast.data.sampling import Timeline
-from umt_fast.data.storage import CannotReach, file_size, read_video
 from umt_fast.data.video import BadVideo, Facts, Video
 
 _CUT_ANYWHERE = ("mpegts", "mpeg")
 """Containers that recorders cut at any packet."""
-CONTAINERS = (
-    # Not the formats that name other files to open: playlists (hls, dash, concat), SDP and scripts.
-    "3gp asf av1 avi dv dvd flv gif gxf h261 h263 h264 hevc ivf m4v matroska mjpeg mov mpeg mpegts mpegvideo mpjpeg "
-    "mxf nut obu ogg rm swf vc1 vob wtv y4m yuv4mpegpipe aac ac3 aiff amr caf flac mp3 wav"
-).replace(" ", ",")
-"""FFmpeg's names of allowed formats. Audio formats are included so that the error can say "no video"."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +56,11 @@ def probe(video: Video, content: bytes | None = None) -> Facts:
 
 def look_up(video: Video, content: bytes | None = None) -> Storage:
     """Read the header; no packet is listed. Raises BadVideo as `decode.open_video`."""
-    with _container(video, content) as container:
-        context = find_film(container).codec_context
+    with opened_container(video, content) as container:
+        context = find_video_stream(container).codec_context
         pixels = context.format.name if context.format else ""
         codec = context.codec.canonical_name
-        aspect = pixel_aspect(find_film(container))
+        aspect = pixel_aspect(find_video_stream(container))
         return Storage(codec, pixels, int(context.colorspace), context.width, context.height, aspect)
 
 
@@ -80,110 +78,18 @@ def opened(
     video: Video, content: bytes | None, square_pixels: bool = False, motion: MotionMaps | None = None
 ) -> Iterator[Reader]:
     """A reader of any file that FFmpeg can demultiplex. Raises BadVideo."""
-    with _container(video, content) as container:
+    with opened_container(video, content) as container:
         with as_bad_video():
-            reader = Reader(container, video.facts, lambda: _open(video, content), square_pixels, motion)
+            reader = Reader(container, video.facts, lambda: open_container(video, content), square_pixels, motion)
             if video.facts is None:
                 refuse_cut_off(container.format.name, lambda count: read_tail(video, content, count))
         try:
             yield reader
         finally:
             if reader.to_rgb.read_side_data:
-                # The first frame and its side data refer to each other; they would wait for some later collection
+                # The first frame and its side data refer to each other, so only a collection frees their memory.
                 del reader.to_rgb
                 gc.collect(0)
-
-
-@contextlib.contextmanager
-def _container(video: Video, content: bytes | None) -> Iterator[av.container.InputContainer]:
-    content, _ = fetch(video, content)
-    with as_bad_video():
-        container = _open(video, content)
-    with container:
-        context = find_film(container).codec_context
-        if context.width * context.height > video.limits.max_pixels:
-            raise BadVideo(
-                f"frames of {context.width} x {context.height}, more than --data.max-pixels {video.limits.max_pixels}"
-            )
-        yield container
-
-
-def find_film(container: av.container.InputContainer) -> av.VideoStream:
-    """The video stream that FFmpeg considers the best, but never a cover picture. Raises BadVideo if there is none."""
-    films = [
-        stream
-        for stream in container.streams.video
-        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
-    ]
-    if not films:
-        only_covers = bool(container.streams.video)
-        raise BadVideo("no video but a cover picture" if only_covers else "no video stream that can be decoded")
-    best = container.streams.best("video")
-    if best in films:
-        return best
-    return max(films, key=lambda film: (bool(film.disposition & Disposition.default), film.frames, -film.index))
-
-
-def pixel_aspect(stream: av.VideoStream) -> Fraction:
-    """Width of a pixel by its height, 1 where the file does not say."""
-    return stream.sample_aspect_ratio or Fraction(1)
-
-
-def fetch(video: Video, content: bytes | None) -> tuple[bytes | None, int]:
-    """The video's bytes, if it is remote or they are given, and their number. Raises BadVideo if the index says
-    another."""
-    if video.refused:
-        raise BadVideo(video.refused)
-    try:
-        if content is None and video.remote:
-            content = read_video(video)
-        size = file_size(video) if content is None else len(content)
-    except (OSError, ValueError, CannotReach) as error:  # ValueError: not a possible file name
-        raise BadVideo(getattr(error, "strerror", None) or str(error)) from None
-    if size == 0:
-        raise BadVideo("empty file")
-    if video.size is not None and size != video.size:
-        raise BadVideo(f"{size} bytes, but the index says {video.size}: it has changed since")
-    return content, size
-
-
-class as_bad_video(contextlib.ContextDecorator):
-    """Turn errors of FFmpeg and the system into BadVideo.
-
-    A class: the generator of a contextmanager costs a microsecond, and every clip needs several.
-    """
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        # IndexError: PyAV's own, where a damaged file grows a stream while it is read
-        if not isinstance(error, (av.error.FFmpegError, OSError, ValueError, IndexError)):
-            return
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, av.error.ArgumentError):  # how decoders and demuxers answer to the limits set in `_open`
-            reason = "not a video format that is read here, or frames larger than --data.max-pixels"
-        raise BadVideo(f"not readable as video: {reason}") from error
-
-
-def _open(video: Video, content: bytes | None) -> av.container.InputContainer:
-    # What a file says is not trusted: which other files FFmpeg opens for it, nor the memory for its frames.
-    options = {"format_whitelist": CONTAINERS, "max_pixels": str(video.limits.max_pixels)}
-    options["protocol_whitelist"] = "file,subfile" if content is None else "none"
-    if content is not None:
-        return _limited(av.open(io.BytesIO(content), "r", options=options), options)
-    path = "file:" + video.path  # otherwise FFmpeg reads what precedes a colon in a name as a protocol
-    if video.offset is not None:
-        path = f"subfile,,start,{video.offset},end,{video.offset + (video.size or 0)},,:{path}"
-    return _limited(av.open(path, "r", options=options), options)
-
-
-def _limited(container: av.container.InputContainer, options: dict[str, str]) -> av.container.InputContainer:
-    """The container, its decoders limited too: frames may grow behind the header."""
-    for stream in container.streams.video:
-        if stream.codec_context is not None:
-            stream.codec_context.options = {"max_pixels": options["max_pixels"]}
-    return container
 
 
 class Reader:
@@ -201,12 +107,13 @@ class Reader:
         self.indexed = facts
         self.reopen = reopen
         self.seeks = True
-        self.stream = find_film(container)
+        self.stream = find_video_stream(container)
         # One worker process is one thread: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
         self.motion = motion
         self._export_motion(self.stream)
-        self.to_rgb = RgbConverter(facts is not None, pixel_aspect(self.stream) if square_pixels else Fraction(1))
+        aspect = pixel_aspect(self.stream) if square_pixels else Fraction(1)
+        self.to_rgb = RgbConverter(facts is not None, aspect, motion)
         if facts is None:
             self._list_packets()
         else:
@@ -258,11 +165,6 @@ class Reader:
     def _export_motion(self, stream: av.VideoStream) -> None:
         if self.motion is not None:
             stream.codec_context.options = {**stream.codec_context.options, **EXPORT}
-
-    def _convert(self, index: int, frame: av.VideoFrame) -> tuple[int, np.ndarray]:
-        if self.motion is not None:
-            self.motion.add(index, frame, self.to_rgb.orientation(frame))
-        return index, self.to_rgb(frame)
 
     def _rate(self) -> float:
         return float(self.stream.average_rate or 0)
@@ -320,7 +222,7 @@ class Reader:
             else:
                 break
             if last == wanted and not frame.is_corrupt:
-                yield self._convert(index, frame)
+                yield index, self.to_rgb(frame, index)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame at time `key` on; from the start, once, if a seek lands after it."""
@@ -364,7 +266,7 @@ class Reader:
         wanted = set(indices)
         for index, frame in enumerate(self._decode_all()):
             if index in wanted and not frame.is_corrupt:
-                yield self._convert(index, frame)
+                yield index, self.to_rgb(frame, index)
             if index >= indices[-1]:
                 break
 

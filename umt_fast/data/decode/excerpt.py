@@ -12,8 +12,9 @@ from fractions import Fraction
 import av
 
 from umt_fast.data.decode.bitstream import read_formats
-from umt_fast.data.decode.container import Reader, as_bad_video, opened
+from umt_fast.data.decode.container import Reader, opened
 from umt_fast.data.decode.demux import demux
+from umt_fast.data.decode.ffmpeg import as_bad_video
 from umt_fast.data.sampling import Timeline
 from umt_fast.data.video import BadVideo, Video
 

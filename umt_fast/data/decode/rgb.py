@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import av
 import numpy as np
 
+from umt_fast.data.decode.motion_vectors import MotionMaps
 from umt_fast.data.decode.orientation import UPRIGHT, Orientation, orientation_of
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ class RgbConverter:
     facts in an index have no mirrored pictures, so their rotation is enough.
     """
 
-    def __init__(self, indexed: bool, aspect: Fraction = Fraction(1)) -> None:
-        """`aspect`: of a pixel, to which frames are widened."""
+    def __init__(self, indexed: bool, aspect: Fraction = Fraction(1), motion: MotionMaps | None = None) -> None:
+        """`aspect`: of a pixel, to which frames are widened. `motion`: where to put the frames' motion vectors."""
         self._reformatter = av.video.reformatter.VideoReformatter()
         self._orientation: Orientation | None = None
         self._indexed = indexed
         self._aspect = None if aspect == 1 else aspect
+        self._motion = motion
         self.read_side_data = False
 
     def orientation(self, frame: av.VideoFrame) -> Orientation:
@@ -38,8 +40,11 @@ class RgbConverter:
             self._orientation = orientation_of(frame) if self.read_side_data else UPRIGHT
         return self._orientation
 
-    def __call__(self, frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+    def __call__(self, frame: av.VideoFrame, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Frame number `index` of the video."""
         orientation = self._orientation or self.orientation(frame)
+        if self._motion is not None:
+            self._motion.add(index, frame, orientation)
         upright = orientation is UPRIGHT
         turned = frame if upright else orientation.rotate(frame)
         width = None if self._aspect is None else max(round(frame.width * self._aspect), 1)
