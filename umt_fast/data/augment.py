@@ -1,7 +1,7 @@
 """Training augmentation of a labelled clip: RandAugment, random resized crop, flip, erasing (UMT's fine-tuning).
 
-This is the published pipeline, repeated draw by draw: RandAugment by Pillow on whole frames, then the crop. The fast
-one is in `fast_augment`.
+This is the published pipeline with the same random draws: RandAugment by Pillow on whole frames, then the crop.
+`fast_augment` has a faster one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Float32, UInt8
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
-"""Mean and standard deviation per channel that pixels in [0, 1] are normalised with."""
+"""Mean and standard deviation per channel, for pixels in [0, 1]."""
 FILL = 128
-"""Grey value that geometric operations show beyond the frame."""
+"""Grey value of the area outside the frame after geometric operations."""
 _HIGHEST = 10.0
-"""Levels run from 0 to this."""
+"""Highest level of an operation; the lowest is 0."""
 
 OPERATIONS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd"),
@@ -42,11 +42,11 @@ _ENHANCERS = {name: getattr(ImageEnhance, name) for name in ("Color", "Contrast"
 class Operation(NamedTuple):
     name: str
     value: float
-    """Degrees, bits, a threshold, a share: what the operation takes. 0 for one that takes nothing."""
+    """Argument of the operation: degrees, bits, a threshold or a share; 0 if it has none."""
 
 
 def draw_operations(settings: AugmentConfig, draws: Draws) -> list[Operation]:
-    """The operations of one clip. Every number is drawn as the published code does, used or not."""
+    """Draw the operations of one clip. All draws of the published code are made, also the unused ones."""
     if settings.operations == 0:
         return []
     chosen = draws.numpy.choice(len(OPERATIONS), settings.operations)
@@ -54,7 +54,7 @@ def draw_operations(settings: AugmentConfig, draws: Draws) -> list[Operation]:
 
 
 def draw_operation(name: str, settings: AugmentConfig, draws: Draws) -> Operation | None:
-    """Its argument, or None where it is skipped."""
+    """Draw the argument of an operation; None if it is skipped."""
     if settings.chance < 1 and draws.python.random() > settings.chance:
         return None
     level = settings.magnitude
@@ -65,7 +65,7 @@ def draw_operation(name: str, settings: AugmentConfig, draws: Draws) -> Operatio
     if name == "Rotate":
         return Operation(name, sign * share * 30)
     if name == "Posterize":
-        return Operation(name, max(4 - int(share * 4), 1))  # at level 10 the published one keeps none
+        return Operation(name, max(4 - int(share * 4), 1))  # the published code keeps no bit at level 10
     if name == "Solarize":
         return Operation(name, 256 - int(share * 256))
     if name == "SolarizeAdd":
@@ -80,7 +80,7 @@ def draw_operation(name: str, settings: AugmentConfig, draws: Draws) -> Operatio
 
 
 def apply_to_image(image: Image.Image, operation: Operation) -> Image.Image:
-    """One RandAugment operation by PIL, bicubic where it moves pixels."""
+    """Apply one RandAugment operation by Pillow; geometric operations are bicubic."""
     name, value = operation
     if name in _ENHANCERS:
         return _ENHANCERS[name](image).enhance(value)
@@ -105,7 +105,7 @@ def apply_to_image(image: Image.Image, operation: Operation) -> Image.Image:
 
 
 def inverse_affine(operation: Operation, width: int, height: int) -> tuple[float, float, float, float, float, float]:
-    """Two rows that take a place of the output to one of the input, pixels from the top left corner."""
+    """Affine matrix (two rows) from output to input coordinates, in pixels from the top left corner."""
     name, value = operation
     if name == "ShearX":
         return 1, value, 0, 0, 1, 0
@@ -121,12 +121,12 @@ def inverse_affine(operation: Operation, width: int, height: int) -> tuple[float
 
 
 def draw_crop(height: int, width: int, settings: AugmentConfig, draws: Draws) -> Box:
-    """A box of random area and aspect (arXiv 1409.4842); after ten that do not fit, a central one."""
+    """A crop of random area and aspect ratio (arXiv 1409.4842); after ten crops that do not fit, a central one."""
     low, high = settings.crop_aspect
     for _ in range(10):
         area = draws.python.uniform(*settings.crop_area) * height * width
         aspect = math.exp(draws.python.uniform(math.log(low), math.log(high)))
-        draws.numpy.uniform()  # the published code draws whether to swap the sides, and never does
+        draws.numpy.uniform()  # the published code draws this number and does not use it
         across, down = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < across <= width and 0 < down <= height:
             top = draws.python.randint(0, height - down)
@@ -140,7 +140,7 @@ def draw_crop(height: int, width: int, settings: AugmentConfig, draws: Draws) ->
 
 
 def draw_erased(height: int, width: int, settings: AugmentConfig, draws: Draws) -> Box | None:
-    """The rectangle of a clip that becomes noise, if one does."""
+    """Draw the rectangle of a clip to replace by noise, or None."""
     if settings.erase == 0 or draws.python.random() > settings.erase:
         return None
     for _ in range(100):
@@ -169,9 +169,9 @@ def augment_published(
     draws: Draws,
     statistics: Statistics = IMAGENET_STATISTICS,
 ) -> Float[Tensor, "3 t side side"]:
-    """One training clip of whole frames, draw by draw as published: RandAugment, crop, flip, erasing.
+    """One training clip from whole frames, with the published draws: RandAugment, crop, flip, erasing.
 
-    The result is normalised float32. Call it again with the same draws for another sample of the same frames.
+    Returns normalised float32. A second call with the same `draws` object gives another clip of the same frames.
     """
     operations = draw_operations(settings, draws)
     frames = augment_frames(frames, operations)
@@ -200,7 +200,7 @@ def augment_frames(frames: UInt8[np.ndarray, "t h w 3"], operations: list[Operat
 
 
 def erase(clip: Float[Tensor, "3 t h w"], box: Box, draws: Draws) -> None:
-    """Noise in place, drawn frame after frame."""
+    """Fill `box` with noise, in place; it is drawn frame after frame."""
     rows, columns = slice(box.top, box.top + box.height), slice(box.left, box.left + box.width)
     for time in range(clip.shape[1]):
         noise = torch.empty(3, box.height, box.width).normal_(generator=draws.torch)
@@ -209,14 +209,14 @@ def erase(clip: Float[Tensor, "3 t h w"], box: Box, draws: Draws) -> None:
 
 @dataclass(frozen=True)
 class TrainSampling:
-    """Frames of a training clip by one of the rules of fine-tuning; the sampling of a `ClipStream`."""
+    """Frame sampling of a `ClipStream` by one of the rules of fine-tuning."""
 
     frames: int
     rule: FrameRule = "sparse"
     rate: float = 1
-    """Frames of the video per frame of a `dense` clip."""
+    """A `dense` clip has every rate-th frame of the video."""
     fps: float | None = None
-    """Frames of a `dense` clip per second, in place of `rate`."""
+    """Frames per second of a `dense` clip, instead of `rate`."""
 
     def __call__(self, timeline: Timeline, rng: np.random.Generator) -> list[int]:
         rate = self.rate if self.fps is None else timeline.fps / self.fps
@@ -248,7 +248,7 @@ class PublishedAugment:
         out: Float32[np.ndarray, "r 3 t side side"],
         rng: np.random.Generator,
     ) -> None:
-        """Raises BadVideo where the frames differ in size."""
+        """Raises BadVideo if the frames differ in size."""
         if len({frame.shape for frame in frames}) > 1:
             raise BadVideo("its frames change in size, which the published augmentation cannot crop alike")
         draws = Draws.seeded(int(rng.integers(2**32)))

@@ -1,4 +1,4 @@
-"""A batch of clips, and how a worker sends it."""
+"""A batch of clips, and its pickling in a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_LABEL = -1
 
 @dataclass(frozen=True)
 class VisitedVideo:
-    """The video that a visit read, and what the list says of it."""
+    """The video that a visit read, and its row of the list."""
 
     visit: int
     row: int
@@ -29,19 +29,19 @@ class VisitedVideo:
     label: int | None
     caption: str | None
     drawn: Any = None
-    """What the stream says of its choices, such as `view_pairs.DrawnPair`s."""
+    """The stream's record of its random choices, such as `view_pairs.DrawnPair`s."""
 
 
 @dataclass
 class Batch:
-    """The clips of some visits, those of one visit next to each other."""
+    """The clips of several visits; clips of one visit are neighbours."""
 
     clip: Shaped[Tensor, b * shape]
-    """uint8 [B,T,H,W,3], or what the stream's transform makes."""
+    """uint8 [B,T,H,W,3], or the output of the stream's transform."""
     videos: list[VisitedVideo]
     """One for each visit."""
     bad: list[tuple[str, str]]
-    """Videos that could not be read while making the batch, and why."""
+    """Path and reason of each video that could not be read while making the batch."""
     lease: Lease | None = None
     """The buffer that holds `clip`, in a worker."""
 
@@ -76,7 +76,7 @@ class Batch:
         return len(self.clip) // max(len(self.videos), 1)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        """A worker sends the lease in place of the clips."""
+        """Pickles the lease of the shared buffer instead of the clips."""
         if self.lease is None:
             return Batch, (self.clip, self.videos, self.bad)
         clip = self.clip.numpy()

@@ -8,8 +8,8 @@ A source is one of
     shards, an index   what `umt_fast.data.manifest` reads; captions are the .txt members or "caption" in the .json
                        members of a shard, or the captions of the index
 
-written as `SOURCE`, or `SOURCE=ROOT` with the folder that relative paths start from, and `*2.5` behind it to visit the
-source two and a half times an epoch.
+written as `SOURCE`, or as `SOURCE=ROOT` to let relative paths start from ROOT. A suffix `*2.5` visits the source two
+and a half times per epoch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Identity = Literal["published", "distinct"]
 
 
 class CaptionError(RunError, ValueError):
-    """A list of captions that cannot be used."""
+    """A list of captions, questions or answers is invalid."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Annotation:
     """One entry of a list."""
 
     paths: tuple[str, ...]
-    """Mostly one; several where videos share a caption."""
+    """One path; several if videos share a caption."""
     captions: tuple[str, ...]
     row: dict[str, Any] | None = None
-    """What else is known of the video, as in an index."""
+    """Other facts about the video, as in a row of an index."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Source:
 
 @dataclass(frozen=True)
 class CaptionList:
-    """The videos that training visits: the rows of `videos` carry the captions."""
+    """The videos of a training list; each row of `videos` has its caption."""
 
     videos: VideoList
     idx: Int[np.ndarray, " n"]
-    """Rows with equal numbers match each other: not negatives of each other, and positives in the contrast."""
+    """Rows with equal numbers match each other: they are positives in the contrast and no negatives."""
     starts: tuple[tuple[str, int], ...] = ()
     """Each source as it is written in the settings, and its first row."""
 
@@ -97,16 +97,17 @@ class CaptionList:
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Videos and texts to find for each other."""
+    """The videos and texts of a retrieval test."""
 
     videos: VideoList
     texts: list[str]
-    """Cleaned."""
+    """Texts after `clean_text`."""
     texts_of_videos: list[list[int]]
+    """Indices of the texts that match each video."""
 
 
 def check_files(videos: Sequence[Video], starts: Iterable[tuple[str, int]]) -> None:
-    """Raise ManifestError for a source of which none of the first files is there. `starts`: as in CaptionList."""
+    """Raise ManifestError if none of the first files of a source exists. `starts`: as in CaptionList."""
     for (text, first), (_, end) in itertools.pairwise((*starts, ("", len(videos)))):
         source = Source.parse(text)
         listed = [videos[row] for row in range(first, min(end, first + manifest.FIRST_LINES))]
@@ -143,11 +144,12 @@ def read_training(
     read_timeout: float = DataConfig.read_timeout,
     same_caption: bool = False,
 ) -> CaptionList:
-    """The list of a pre-training run: one row for each entry, with one caption.
+    """The list of a pre-training run: one row per entry, with one caption.
 
-    identity      published: a row's number is its place within its own source, so rows of different sources count as
-                  the same sample; distinct: no two rows are the same.
-    same_caption  neither: rows with equal raw captions match each other.
+    identity      published: a row's number is its index within its source, so rows of different sources with the same
+                  index match each other; distinct: every entry has its own number.
+    same_caption  overrides `identity`: rows with equal raw captions match each other.
+    Raises CaptionError.
     """
     rows: list[dict[str, Any]] = []
     numbers: list[np.ndarray] = []
@@ -173,9 +175,9 @@ def read_training(
 def read_videos(
     source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout, limits: Limits = DEFAULT_LIMITS
 ) -> VideoList:
-    """What `read_manifest` reads, or a list of captions (.json, SQLite), whose videos then carry them.
+    """Read a source of `read_manifest`, or a list with captions (.json, SQLite).
 
-    A file with several captions is there once for each. Raises ManifestError or CaptionError.
+    A file with several captions gives one video per caption. Raises ManifestError or CaptionError.
     """
     if is_url(source) or posixpath.splitext(source)[1].lower() not in (".json", ".db", ".sqlite", ".sqlite3"):
         return read_manifest(source, prefix, read_timeout, limits)
@@ -193,12 +195,12 @@ def read_retrieval_training(
     read_timeout: float = DataConfig.read_timeout,
     identity: Identity = "published",
 ) -> CaptionList:
-    """The list of a retrieval fine-tuning: a row for each file and caption.
+    """The list of a retrieval fine-tuning: one row per file and caption.
 
-    join          captions of an entry become one text (paragraph retrieval: DiDeMo, ActivityNet).
-    same_caption  rows with equal raw captions match each other (Something-Something V2).
-    identity      otherwise; published: rows whose files have one base name match each other, whatever their folder;
-                  distinct: rows of one file do.
+    join          the captions of an entry become one text (paragraph retrieval: DiDeMo, ActivityNet).
+    same_caption  rows with equal raw captions match each other (Something-Something V2); overrides `identity`.
+    identity      published: rows whose files have the same base name match each other, in any folder; distinct: rows of
+                  the same file match each other.
     """
     rows: list[dict[str, Any]] = []
     keys, starts = [], []
@@ -215,13 +217,13 @@ def read_retrieval_training(
 
 
 def number_keys(keys: Iterable[str]) -> Int[np.ndarray, " n"]:
-    """The same number for equal keys, in order of first appearance."""
+    """A number for each key: equal keys get equal numbers, in order of first appearance."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 def read_retrieval(source: str, join: bool = False, read_timeout: float = DataConfig.read_timeout) -> RetrievalSet:
-    """The videos and texts of a test. A caption with several files, or a file with several captions, stays one."""
+    """The videos and texts of a test: one video per file, one text per caption. Raises CaptionError."""
     rows: list[dict[str, Any]] = []
     texts: list[str] = []
     right: list[list[int]] = []
@@ -319,8 +321,8 @@ def _of_sqlite(source: Source) -> Iterator[Annotation]:
                 connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
             connection.execute("PRAGMA trusted_schema = OFF")
             found = connection.execute("SELECT type, sql FROM sqlite_master WHERE name = 'annos'").fetchall()
-            # A view can compute without end, a virtual table runs an extension on what the file holds. The word may
-            # stand behind a comment with a parenthesis.
+            # A view can compute forever, and a virtual table runs an extension on untrusted data. The word VIRTUAL may
+            # follow a comment, so it is searched for in the whole statement.
             if len(found) != 1 or found[0][0] != "table" or "VIRTUAL" in str(found[0][1]).upper():
                 raise CaptionError(f"{path} is not an SQLite file with a table `annos` (id, file name, caption)")
             for place, (number, name, caption) in enumerate(connection.execute("SELECT * FROM annos ORDER BY 1")):

@@ -1,8 +1,8 @@
-"""Which clips a run sees and in what order: the same for every decoder and any number of ranks and workers.
+"""The clips of a run and their order, which do not depend on the decoder or the number of ranks and workers.
 
-A run visits videos one after another. Visit number v belongs to epoch v // n of a list of n videos, and each epoch has
-its own random order. A visit gives several clips of the same frames, cropped and flipped again (the published
-num_sample). So clip number i of a run is always the same clip, and a run can resume at any clip.
+A run visits one video after another. With a list of n videos, visit v belongs to epoch v // n, and each epoch has its
+own random order. A visit gives several clips of the same frames, each cropped and flipped anew (the published
+num_sample). Therefore clip i of a run is always the same clip, and a run can resume at any clip.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from umt_fast.data.decode.motion_vectors import MotionMaps
 
 REPLACEMENTS = 20
-"""How many other videos are tried in place of an unreadable one."""
+"""Number of other videos to try when a video is unreadable."""
 
 
 class ClipTransform(Protocol):
@@ -43,7 +43,7 @@ class ClipTransform(Protocol):
 
     @property
     def clips(self) -> int:
-        """How many clips it makes of one visit."""
+        """Number of clips per visit."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,24 +54,24 @@ class ClipTransform(Protocol):
         """Dtype of the clips, e.g. `np.dtype(np.float32)`."""
 
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
-        """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order the frame sampling asked for;
-        they may differ in size, and a frame asked for twice is the same array, so it must not be written to."""
+        """Write the clips to `out`, `[clips, *shape]`. `frames` are RGB, in the order of the frame sampling. They may
+        differ in size. A frame that is sampled twice is the same array twice, so frames must not be written to."""
 
 
 @runtime_checkable
 class ViewTransform(ClipTransform, Protocol):
-    """A transform that cuts one view out of all frames and resizes it; DALI can decode and cut for it."""
+    """A transform that crops all frames to one view and resizes it; DALI can do the decoding and cropping."""
 
     def draw_view(self, width: int, height: int, rng: np.random.Generator) -> View:
-        """The part of frames of this size that the clip shows."""
+        """Draw the crop of frames of this size."""
 
     def resize(self, parts: UInt8[Tensor, "t h w 3"], flip: bool) -> UInt8[Tensor, "t s s 3"]:
-        """The clip of a view that was cut out of its frames already, on any device."""
+        """Make the clip from cropped frames, on any device."""
 
 
 @dataclass
 class ClipStream:
-    """Every choice made for a visit is a function of (seed, v) alone."""
+    """The clips of a run. Every random choice for visit v is a function of (seed, v) alone."""
 
     videos: VideoList
     config: DataConfig
@@ -81,17 +81,17 @@ class ClipStream:
     """Height and width of a clip, pixels."""
     seed: int
     sampling: FrameSampling | None = None
-    """Which frames a visit decodes; None: as `config` says, by default one from each of `frames` equal parts (TSN)."""
+    """Frame sampling of a visit; None: by `config`, by default one frame from each of `frames` equal parts (TSN)."""
     transform: ClipTransform | None = None
-    """Makes the clips; None: `config.crops_per_clip` multi-scale crops with flips, uint8 [T,side,side,3]."""
+    """Makes the clips; None: `config.crops_per_clip` crops with flips, uint8 [T,side,side,3]."""
     shuffle: bool = True
-    """False: every epoch follows the list, as an evaluation does."""
+    """False: every epoch follows the order of the list, as in an evaluation."""
     replace: bool = True
-    """Whether another video takes the place of an unreadable one. False: its clips are missing from the batch."""
+    """Whether another video replaces an unreadable one. False: its clips are missing from the batch."""
     motion: MotionMaps | None = field(default=None, init=False)
-    """Where decoders put the motion vectors of the visit's frames, in a stream that uses them."""
+    """Decoders store the motion vectors of the visit's frames here; None: the stream does not use them."""
     drawn: Any = field(default=None, init=False)
-    """What was drawn for the visit that was just made, where a stream hands that out; it comes with the batch."""
+    """Record of the random choices for the last visit, in streams that publish them; `Batch.videos` has it."""
 
     def __post_init__(self) -> None:
         self.videos.limits = Limits.of(self.config)
@@ -120,7 +120,7 @@ class ClipStream:
         return np.dtype(np.uint8) if self.transform is None else self.transform.dtype
 
     def attempts(self, visit: int) -> Iterator[tuple[int, np.random.Generator]]:
-        """The video's row in the list and the visit's random generator; then the replacements, each with its own."""
+        """Row of the visit's video and its random generator; then the same for each replacement to try."""
         epoch, place = divmod(visit, len(self.videos))
         first = index = int(self._epoch_order(epoch)[place]) if self.shuffle else place
         for attempt in range(1 + (REPLACEMENTS if self.replace else 0)):
@@ -130,8 +130,8 @@ class ClipStream:
             yield index, rng
 
     def choose_frames(self, video: Video, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
-        """Indices of a visit's frames, within the part of the video that the list names. Raises BadVideo if that has
-        no frame."""
+        """Indices of a visit's frames, within the part of the video that the list names. Raises BadVideo if this part
+        has no frame."""
         if video.part is None:
             return self.draw_frames(timeline, rng)
         first, last = video.part.bounds(timeline)
@@ -159,7 +159,7 @@ class ClipStream:
         return [draw_view(width, height, self.side, scales, flip, rng) for _ in range(self.config.crops_per_clip)]
 
     def begin_clips(self, width: int, height: int, rng: np.random.Generator, out: np.ndarray) -> Sequence[Clip]:
-        """The visit's clips, which will be written to `out` [R,T,H,W,3]; they get frames of this size one by one."""
+        """The visit's clips: the caller adds the frames, of this size, one by one; `finish` writes to `out` [R,...]."""
         if self.transform is not None:
             return [_TransformedClips(self.transform, rng, out)]
         return [Crop(view, clip) for view, clip in zip(self.draw_views(width, height, rng), out, strict=True)]

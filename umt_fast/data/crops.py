@@ -15,7 +15,7 @@ from umt_fast.data.video import BadVideo
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-# The 13 corners, in quarters of the slack (x, y): corners and centre, edge middles, quarter points.
+# Top left corners of the 13 crops, in quarters of the free space (x, y): corners and centre, edges, quarter points.
 POSITIONS = (
     *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),
     *((0, 2), (4, 2), (2, 4), (2, 0)),
@@ -25,7 +25,7 @@ POSITIONS = (
 
 @dataclass(frozen=True)
 class View:
-    """The part of a video that a clip shows, in pixels of the frame, and whether it is mirrored."""
+    """Crop of a clip, in pixels of the frame, and whether it is mirrored."""
 
     x: int
     y: int
@@ -39,8 +39,8 @@ def draw_view(
 ) -> View:
     """Draw a crop as TSN and UMT do (arXiv 1608.00859, section 3.2).
 
-    Sides are the short side of the frame times each scale, one within 3 px of `side` becoming `side`; width and
-    height are drawn together from those whose ranks differ by at most one. A crop never leaves the frame.
+    Possible sides are the short side of the frame times each scale; a side within 3 px of `side` becomes `side`. Width
+    and height are drawn as a pair of sides whose ranks differ by at most one. A crop never leaves the frame.
     """
     pairs = _crop_sizes(min(frame_width, frame_height), side, scales)
     width, height = pairs[rng.integers(len(pairs))]
@@ -54,9 +54,9 @@ def draw_view(
 def draw_area_view(
     frame_width: int, frame_height: int, area: tuple[float, float], flip: float, rng: np.random.Generator
 ) -> View:
-    """Draw a random resized crop (arXiv 1409.4842): a share of the frame's area and a ratio of sides in 3/4..4/3.
+    """Draw a random resized crop (arXiv 1409.4842): area in `area` times the frame's, aspect ratio in 3/4..4/3.
 
-    After ten draws that do not fit, the largest centred crop of an allowed ratio.
+    After ten draws that do not fit, returns the largest centred crop of an allowed ratio.
     """
     low, high = 3 / 4, 4 / 3
     for _ in range(10):
@@ -75,7 +75,7 @@ def draw_area_view(
 
 @functools.lru_cache(maxsize=256)
 def _crop_sizes(base: int, side: int, scales: tuple[float, ...]) -> list[tuple[int, int]]:
-    """Widths and heights to draw from."""
+    """The (width, height) pairs to draw from."""
     sizes = [int(base * scale) for scale in scales]
     sizes = [side if abs(size - side) < 3 else size for size in sizes]
     return [(w, h) for i, h in enumerate(sizes) for j, w in enumerate(sizes) if abs(i - j) <= 1]
@@ -85,18 +85,18 @@ class Clip(Protocol):
     """A clip being made."""
 
     def add(self, places: list[int], frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A frame and its places in the clip. Raises BadVideo if the clip cannot use it."""
+        """Add a frame at its positions in the clip. Raises BadVideo if the clip cannot use it."""
         ...
 
     def finish(self) -> None:
-        """Write the clip; all frames are there."""
+        """Write the clip, once all frames are added."""
         ...
 
 
 class Crop:
-    """One clip being made: its view is cut out of each frame as it is decoded, and resized once all frames are there.
+    """One clip being made: each frame is cropped when it is decoded, and all crops are resized at the end.
 
-    That is faster than resizing frame by frame, and than keeping the frames: they would not fit a core's cache.
+    This is faster than resizing frame by frame, and than keeping whole frames, which do not fit a core's cache.
     """
 
     def __init__(self, view: View, out: UInt8[np.ndarray, "t side side 3"]) -> None:
@@ -105,10 +105,10 @@ class Crop:
         self.out = out
         self._parts = np.empty((len(out), view.height, view.width, 3), np.uint8)
         self._odd: list[tuple[int, np.ndarray]] = []
-        """Parts of another size, with their places."""
+        """Crops of another size, with their positions."""
 
     def add(self, places: list[int], frame: UInt8[np.ndarray, "h w 3"]) -> None:
-        """A frame and its places in the clip. Raises BadVideo if the view lies outside the frame."""
+        """Add a frame at its positions in the clip. Raises BadVideo if the view lies outside the frame."""
         view = self.view
         part = frame[view.y : view.y + view.height, view.x : view.x + view.width]
         for place in places:
@@ -122,7 +122,7 @@ class Crop:
     def finish(self) -> None:
         """Write the clip, resized bilinearly with antialiasing.
 
-        torch's 8-bit kernel is four times as fast as Pillow's and gives the same numbers to 1 of 255.
+        torch's 8-bit kernel is four times as fast as Pillow's and gives the same values within 1 of 255.
         """
         _resize(self._parts, self.view.flip, self.out)
         for place, part in self._odd:

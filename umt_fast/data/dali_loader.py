@@ -1,10 +1,10 @@
 """Clips decoded, cropped and resized by NVIDIA DALI: on a GPU's decoding engines (NVDEC), or on the CPU.
 
-Worker processes choose the frames and crops of each clip as for PyAV and copy the packets that those need out of the
-files; the training process feeds these to DALI's pipelines. DALI never reads a file itself: a damaged one can end the
-process, as an AVI with a wrong offset and a frame of another size than the header's do in DALI 2.4.0. PyAV decodes in
-the workers what DALI does not support, and its clips go to their places in the batch. Both give the same frames of the
-same videos; `decode.dali.build_pipeline` lists how pixels differ.
+Worker processes choose the frames and crops of each clip as for PyAV, and copy the packets of these frames out of the
+files; the training process feeds the packets to DALI's pipelines. DALI never reads a file itself, since a damaged file
+can end the process: in DALI 2.4.0 an AVI with a wrong offset does, and a frame of another size than the header says.
+PyAV decodes in the workers what DALI does not support. Both give the same frames of the same videos;
+`decode.dali.build_pipeline` lists how pixels differ.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
 CPU_PIXELS = frozenset(f"yuv{j}{chroma}p" for j in ("", "j") for chroma in (420, 422, 444))
 GPU_PIXELS = frozenset(("yuv420p", "yuvj420p"))
-"""The formats that DALI's kernel from NVDEC's pictures to RGB supports."""
+"""Pixel formats that DALI can convert from NVDEC's output to RGB."""
 NOT_PLAIN = "interlaced, turned, cut by an edit list, with hidden frames, of changing size or damaged"
 
-_BT601 = (2, 5, 6)  # as ITU-T H.273 numbers them; 2 is unknown, which FFmpeg reads as BT.601 too
+_BT601 = (2, 5, 6)  # numbers of ITU-T H.273; 2 means unknown, which FFmpeg also reads as BT.601
 _BT709 = 1
-_ALWAYS_BT601 = ("vp8", "mjpeg")  # whatever the container says
+_ALWAYS_BT601 = ("vp8", "mjpeg")  # these ignore the matrix that the container names
 
 THREADS_PER_ENGINE = 2
 """So that one video is unpacked while another is decoded. Not measured."""
 CHECKED_VISITS = 8
-"""First visits of a run that are decoded by both, to see whether a GPU gives the frames that PyAV gives."""
+"""Number of first visits of a run that DALI and PyAV both decode, to compare their frames."""
 LARGEST_LUMA_ERROR = 4.0
-"""Mean over a frame, of 255: rounding and the edges stay below 2, a frame of another moment is mostly above."""
+"""Mean over a frame, of 255. Rounding and edges cause less than 2; a wrong frame mostly causes more than 4."""
 
 
 @dataclass
@@ -62,27 +62,27 @@ class DecodedVisit:
 
     place: int
     reason: str
-    """Why DALI did not decode it."""
+    """Reason why DALI did not decode it."""
     clips: UInt8[np.ndarray, "r t h w 3"]
 
 
 @dataclass
 class BatchPlan:
-    """A batch before DALI has decoded its share. Large content is in tensors, whose memory workers share."""
+    """A batch before DALI has decoded its share. Large content is in tensors, which workers pass by shared memory."""
 
     visits: list[int]
     found: list[tuple[VisitedVideo | None, list[tuple[str, str]]]]
-    """For each visit the video that is read, and those that could not be, with the reasons."""
+    """For each visit the video that is used, and the unreadable videos with their reasons."""
     requests: list[VisitRequest]
-    """Without their content."""
+    """Requests to DALI, without their content."""
     content: UInt8[Tensor, " bytes"]
-    """Bytes of all requests, concatenated; `sizes` has the length of each."""
+    """Packets of all requests, concatenated; `sizes` has the length of each."""
     sizes: list[int]
     decoded: UInt8[Tensor, "n r t h w 3"]
     """Clips that PyAV decoded for the other visits, at `places`."""
     places: list[int]
     reasons: Counter[str]
-    """Number of those visits, by the reason why DALI did not decode them."""
+    """Number of visits that PyAV decoded, by reason."""
 
     def pin_memory(self) -> BatchPlan:
         self.decoded = self.decoded.pin_memory()
@@ -99,16 +99,16 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class DaliSupport:
-    """Which videos DALI decodes. `engines`: what NVDEC supports; None for DALI on the CPU."""
+    """Tells which videos DALI can decode. `engines`: limits of NVDEC by codec; None for DALI on the CPU."""
 
     engines: dict[str, nvdec.Limits] | None = None
     square_pixels: bool = False
-    """Whether frames with other pixels are widened, which PyAV does."""
+    """Whether frames with non-square pixels must be widened, which only PyAV does."""
     distrusted: frozenset[str] = frozenset()
-    """Codecs of which DALI gives other frames than PyAV."""
+    """Codecs for which DALI's frames differ from PyAV's."""
 
     def why_not(self, stored: Storage) -> str | None:
-        """Why PyAV decodes a video, judged by its header; None if DALI does."""
+        """Reason why PyAV has to decode the video, judged by its header; None if DALI can."""
         codec, size = stored.codec, (stored.width, stored.height)
         if codec not in (CPU_CODECS if self.engines is None else self.engines):
             return codec
@@ -126,7 +126,7 @@ class DaliSupport:
 
 
 class BatchPlanDataset(Dataset[BatchPlan]):
-    """Batches of a stream by the numbers of their visits, planned for DALI; the rest is decoded by PyAV."""
+    """Batch plans of a stream by visit numbers: requests for DALI, and clips that PyAV has decoded."""
 
     def __init__(self, stream: ClipStream, support: DaliSupport) -> None:
         self.stream = stream
@@ -159,7 +159,7 @@ class BatchPlanDataset(Dataset[BatchPlan]):
     def _request_or_decode(
         self, place: int, video: Video, rng: Generator, content: bytes | None
     ) -> VisitRequest | DecodedVisit:
-        """Raises BadVideo and OSError where PyAV's loader does."""
+        """Raises BadVideo and OSError in the same cases as PyAV's loader."""
         if content is None and not video.remote and video.offset is None and os.path.isdir(video.path):
             return self._decode(place, "folders of frames", video, rng, content)
         if suffix_of(video.member or video.path) in IMAGE_SUFFIXES:
@@ -189,7 +189,7 @@ class BatchPlanDataset(Dataset[BatchPlan]):
 
 
 def _shared(parts: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
-    """`parts` behind one another, in memory that a worker shares with the training process."""
+    """`parts` concatenated in memory that a worker shares with the training process."""
     joined = empty_for_parent((sum(part.size for part in parts),))
     if parts:
         np.concatenate([part.reshape(-1) for part in parts], out=joined.numpy())
@@ -214,11 +214,10 @@ class _Job:
 
 
 class DaliLoader(Loader):
-    """Batches of one rank, decoded by DALI where it can. The options are those of `WorkerBatches`.
+    """Batches of one rank, decoded by DALI where possible. The options are those of `WorkerBatches`.
 
-    The batches are those of the PyAV loader, whatever the number of pipelines and workers: the same videos, frames,
-    crops and replacements. A batch is a CUDA tensor where a GPU decodes. `say` prints, once for each reason,
-    what PyAV decodes.
+    The batches have the same videos, frames, crops and replacements as those of the PyAV loader, for any number of
+    pipelines and workers. If a GPU decodes, they are CUDA tensors. `say` prints each reason for decoding by PyAV once.
     """
 
     def __init__(
@@ -274,7 +273,7 @@ class DaliLoader(Loader):
         self._ended = True
 
     def _keep_busy(self) -> None:
-        """Give every idle pipeline work. They take turns, so groups end in the order in which they are needed."""
+        """Give every idle pipeline work. Pipelines take turns, so groups end in the order in which they are needed."""
         while self._next.idle and (self._waiting or self._fetch()):
             if self._waiting:
                 self._start(self._waiting.popleft())
@@ -309,7 +308,7 @@ class DaliLoader(Loader):
             self._say(f"{where} does not support every video; PyAV decodes, of {len(plan.visits)} in a batch: {listed}")
 
     def _finish(self, job: _Job) -> Batch:
-        """Collect what the pipelines made. Where DALI failed, PyAV finds out which video is bad and replaces it."""
+        """Collect the pipelines' clips. If DALI failed, PyAV finds the bad video and replaces it."""
         plan = job.plan
         found = list(plan.found)
         made: list[tuple[Sequence[int], Tensor]] = []
@@ -344,7 +343,7 @@ class DaliLoader(Loader):
         return torch.empty(self.stream.clips_shape, dtype=torch.uint8), (None, batch.bad)
 
     def _join(self, plan: BatchPlan, made: Iterable[tuple[Sequence[int], Tensor]]) -> UInt8[Tensor, "n r t h w 3"]:
-        """The clips at their places. Nothing is copied where one group is the batch."""
+        """The clips in the order of the visits. A single group that is the whole batch is not copied."""
         made = list(made)
         if len(made) == 1 and len(made[0][0]) == len(plan.visits):
             return made[0][1]
@@ -355,7 +354,7 @@ class DaliLoader(Loader):
         return clips
 
     def _find_wrong(self, support: DaliSupport, visits: Iterable[int]) -> frozenset[str]:
-        """Codecs of which this GPU gives other frames than PyAV, judged by the first videos of the run."""
+        """Codecs for which this GPU's frames differ from PyAV's in the first videos of the run."""
         wrong = set()
         dataset, pipeline = BatchPlanDataset(self.stream, support), self._pipelines[0]
         for visit in visits:
@@ -364,7 +363,7 @@ class DaliLoader(Loader):
                 try:
                     clips = pipeline.decode(request).cpu()
                 except DecodeFailed:
-                    continue  # a bad video proves nothing; the run decodes it with PyAV
+                    continue  # probably a bad video; the run will decode it with PyAV
                 expected = ClipDataset(self.stream)[[visit]].clip
                 if expected.shape == clips.shape and _luma_error(clips, expected) > LARGEST_LUMA_ERROR:
                     wrong.add(request.codec)
@@ -375,6 +374,6 @@ class DaliLoader(Loader):
 
 
 def _luma_error(clips: UInt8[Tensor, "r t h w 3"], expected: UInt8[Tensor, "r t h w 3"]) -> float:
-    """Largest mean difference of brightness of a frame, of 255."""
+    """Mean absolute difference of luma per frame, the largest of all frames, of 255."""
     weights = torch.tensor((0.299, 0.587, 0.114))
     return float(((clips.float() - expected.float()) @ weights).abs().mean(dim=(-2, -1)).max())

@@ -1,8 +1,8 @@
-"""The fast training augmentation: crop and flip in the loader, everything else on the batch, on the device.
+"""The fast training augmentation: crop and flip in the loader, everything else per batch on the device.
 
-The operations and their chances are the published ones. Three things differ: the crop comes first, so operations act on
-the clip's pixels and not on the whole frame; it is resized with antialiasing; and geometric operations interpolate with
-PyTorch's bicubic kernel (a = -0.75, Pillow's is -0.5). Colour operations give Pillow's bytes.
+The operations and their probabilities are the published ones. Three things differ: the crop comes first, so operations
+act on the clip and not on the whole frame; the crop is resized with antialiasing; and geometric operations use
+PyTorch's bicubic kernel (a = -0.75, Pillow's is -0.5). Colour operations give the same bytes as Pillow.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CroppedStream(ClipStream):
-    """A stream whose clips are random resized crops, flipped or not; `augment_batch` does the rest."""
+    """A stream of random resized crops with random flips; `augment_batch` does the rest of the augmentation."""
 
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -53,9 +53,9 @@ def augment_batch(
     settings: AugmentConfig,
     statistics: Statistics = IMAGENET_STATISTICS,
 ) -> Float[Tensor, "b 3 t h w"]:
-    """RandAugment, normalisation and erasing of cropped clips, where they lie; float32.
+    """RandAugment, normalisation and erasing of cropped clips, on their device; returns float32.
 
-    What is drawn for a clip depends on its seed alone.
+    The draws for a clip depend on its seed alone. Raises ValueError for another number of seeds than clips.
     """
     if len(seeds) != len(clips):
         raise ValueError(f"{len(seeds)} seeds for {len(clips)} clips")
@@ -77,7 +77,7 @@ def augment_batch(
 
 
 def apply_to_frames(frames: UInt8[Tensor, "t 3 h w"], operation: Operation) -> UInt8[Tensor, "t 3 h w"]:
-    """One RandAugment operation on frames of any device."""
+    """Apply one RandAugment operation to frames on any device."""
     name, value = operation
     if name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
         return _affine(frames, operation)
@@ -101,7 +101,7 @@ def _affine(frames: Tensor, operation: Operation) -> Tensor:
 
 def _auto_contrast(frames: Tensor, _: float) -> Tensor:
     low, high = frames.amin((2, 3), keepdim=True).double(), frames.amax((2, 3), keepdim=True).double()
-    scale = 255 / (high - low)  # infinite for a channel of one value, which stays
+    scale = 255 / (high - low)  # infinite for a constant channel, which is not changed
     stretched = (frames * scale - low * scale).clamp(0, 255).nan_to_num()
     return torch.where(high > low, stretched, frames.double()).to(torch.uint8)
 
@@ -120,7 +120,7 @@ def _equalize(frames: Tensor, _: float) -> Tensor:
 
 
 def _blend(frames: Tensor, other: Tensor, share: float) -> Tensor:
-    """Pillow's blend: other + share * (frames - other), cut off to whole numbers."""
+    """Pillow's blend: other + share * (frames - other), truncated to integers."""
     other = other.float()
     return (other + share * (frames.float() - other)).clamp(0, 255).to(torch.uint8)
 

@@ -1,6 +1,6 @@
-"""Clips with a fourth channel that guides the mask: motion of the codec, or the labels of a mask video.
+"""Clips with a fourth channel that guides the mask: the codec's motion, or the labels of a mask video.
 
-The channel is cut, resized and flipped as the pixels are, so it needs no bookkeeping between loader and objective.
+The channel is cropped, resized and flipped with the pixels, so it reaches the objective inside the clip.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Guide = Literal["motion", "regions"]
 MOTION_SCALE = 4
-"""Values of the channel per pixel of motion: codecs count quarters. Motion of 64 pixels and more is all the same."""
+"""The channel's value for one pixel of motion: codecs count quarter pixels. It saturates near 64 pixels."""
 
 
 @dataclass
@@ -99,7 +99,7 @@ class GuidedStream(ClipStream):
 
 
 class _GuidedClip:
-    """A clip whose guide is made once its frames are there."""
+    """A clip whose guide is computed after all frames are added."""
 
     def __init__(self, view: View, out: UInt8[np.ndarray, "t s s 4"], guide: Callable[[View], np.ndarray]) -> None:
         self._out, self._guide = out, guide
@@ -116,7 +116,7 @@ class _GuidedClip:
 
 
 def motion_channel(motion: Float[Tensor, "t p"], side: int) -> UInt8[np.ndarray, "t s s"]:
-    """Motion of patches, in pixels, as the channel of a clip: `MOTION_SCALE` times each, rounded."""
+    """Motion of patches, in pixels, as a channel of a clip: times `MOTION_SCALE`, rounded, at most 255."""
     grid = round(motion.shape[1] ** 0.5)
     values = (motion * MOTION_SCALE).round().clamp(0, 255).to(torch.uint8).view(-1, grid, grid).numpy()
     return values.repeat(side // grid, 1).repeat(side // grid, 2)
@@ -144,7 +144,7 @@ def _within(indices: list[int], total: int) -> list[int]:
 def cut_labels(
     labels: UInt8[np.ndarray, "t h w"], view: View, width: int, height: int, side: int
 ) -> UInt8[np.ndarray, "t s s"]:
-    """The part of labelled frames that a view of `width` x `height` frames shows: nearest values, none mixed."""
+    """Crop label frames to a view of `width` x `height` frames, by nearest neighbour: labels must not be mixed."""
     centre = (np.arange(side) + 0.5) / side
     rows = ((view.y + centre * view.height) * labels.shape[1] / height).astype(int)
     columns = ((view.x + centre * view.width) * labels.shape[2] / width).astype(int)

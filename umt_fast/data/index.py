@@ -1,19 +1,19 @@
-"""The videos of a data set, and their index: the facts of each video, so that none has to be opened to learn them.
+"""The videos of a data set, and their index, which stores the facts of each video so that no file must be opened.
 
 An index is a file `index.jsonl` beside the videos or shards, as `umt_fast.data.prepare` writes it: a line with the
 format, then one JSON object per video:
 
-    path          of the file, relative to the index; with `shard`, its name in the shard
-    shard         the tar file that holds it, relative to the index; `offset`: its first byte there
+    path          path of the file, relative to the index; with `shard`, its name in the shard
+    shard         the tar file that holds it, relative to the index; `offset`: its first byte in the tar file
     bytes         size of the file; `sha256`: of its content
     codec         as FFmpeg names it
     width height  pixels, upright
     fps           frames per second, on average
-    frames        their number
-    times         their presentation times, in ticks of the file: the first, then runs [step, number of steps]
+    frames        number of frames
+    times         presentation times of the frames, in ticks of the file: the first, then runs [step, number of steps]
     keys          the key frames: frame 0, then runs [frames to the next, number of steps]
-    packets       the place of the frames' packets: one after another from byte `first` on, in the order they are shown;
-                  a table of their sizes begins at byte `sizes`, 32-bit big-endian; `setup` (base64) is FFmpeg's
+    packets       position of the frames' packets: one after another from byte `first` on, in presentation order; a
+                  table of their sizes, 32-bit big-endian, begins at byte `sizes`; `setup` (base64) is FFmpeg's
                   extradata, which the decoder needs first
     label caption of the video, if the data set has them; `class` in place of `label`: the name of its class
     start end     the part that clips are made of, in seconds; or `first` and `count`, in frames
@@ -42,21 +42,21 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.jsonl"
 STATE_NAME = ".prepare"
-"""Folder beside the index with the state of `prepare`. A folder with it and without an index lacks copies."""
+"""Folder beside the index with the state of `prepare`. If it exists without an index, copies are unfinished."""
 FORMAT = {"format": "umt-fast video index", "version": 1}
 _MOST_FRAMES = 1 << 22
-"""Most frames of an indexed video: 39 hours at 30 a second. A row that claims more would exhaust the memory."""
+"""Most frames of an indexed video: 39 hours at 30 per second. A row that claims more could exhaust the memory."""
 
 
 class BadIndex(RunError, ValueError):
-    """An index that cannot be used."""
+    """An index, or a row of it, is invalid."""
 
 
 class VideoList(Sequence[Video]):
-    """The videos of a run; each is one row in the format of an index; only `path` is required.
+    """The videos of a run. Each is a row in the format of an index, in which only `path` is required.
 
-    The rows stay one block of bytes, which all worker processes share and which may be mapped from a file. A list of
-    objects would be copied into each process, page by page, as it counts their references.
+    The rows stay one block of bytes that all worker processes share and that may be mapped from a file. A list of
+    Python objects would be copied into each process, page by page, by the updates of reference counts.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class VideoList(Sequence[Video]):
         parse: Callable[[bytes], dict[str, Any]] = json.loads,
         confined: bool = False,
     ) -> None:
-        """`bounds`: first and last byte of each row in `block`; `parse` makes a row of its bytes; paths are relative to
-        `base`. `confined`: a row that names a file outside `base` gives a video that is refused."""
+        """`bounds`: begin and end of each row in `block`, bytes; `parse` converts bytes to a row; paths are relative to
+        `base`. `confined`: refuse videos whose row names a file outside `base`."""
         self._block = block
         self._bounds = bounds
         self._base = base
@@ -76,14 +76,14 @@ class VideoList(Sequence[Video]):
         self._confined = confined
         self.may_be_remote = is_url(base) or (isinstance(block, bytes) and b"://" in block)
         self.read_timeout = DataConfig.read_timeout
-        """Read timeout of its videos, seconds."""
+        """Read timeout of the videos, seconds."""
         self.limits = DEFAULT_LIMITS
-        """Limits of its videos."""
+        """Limits of the videos."""
         self._confined = confined
         self.distinct: int | None = None
-        """Number of different videos in it, if known."""
+        """Number of different rows, if known."""
         self.known_digest: str | None = None
-        """Digest, if the block is mapped from a file."""
+        """Digest of a list that is mapped from a file."""
 
     @classmethod
     def of_bytes(cls, rows: Iterable[bytes], base: str = "", confined: bool = False) -> VideoList:
@@ -117,7 +117,7 @@ class VideoList(Sequence[Video]):
             return _to_video(self._load(row), self._base, self.read_timeout, self.limits)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row as in an index, with a path of its own instead of one relative to the index."""
+        """Every row as in an index, but with its path joined to `base`."""
         for number in range(len(self)):
             with _as_bad_index(number):
                 row = self._load(number)
@@ -126,13 +126,13 @@ class VideoList(Sequence[Video]):
             yield found
 
     def count_distinct(self) -> int:
-        """How many different rows there are."""
+        """Number of different rows."""
         if self.distinct is None:
             self.distinct = len({self._row(index) for index in range(len(self))})
         return self.distinct
 
     def digest(self) -> str:
-        """Differs from the digest of other lists, whatever their lengths."""
+        """A digest of all rows, to recognise the list when a run is resumed."""
         if self.known_digest is not None:
             return self.known_digest
         assert isinstance(self._block, bytes)
@@ -154,16 +154,16 @@ class VideoList(Sequence[Video]):
 
 @contextlib.contextmanager
 def _as_bad_index(row: int) -> Iterator[None]:
-    """Turn the errors of a row that is damaged into BadIndex."""
+    """Turn the errors of a damaged row into BadIndex."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        # An IndexError would end a loop. Deep nesting ends in a RecursionError.
+        # IndexError: it would end a `for` loop silently. RecursionError: deep nesting.
         raise BadIndex(f"row {row + 1} is not a row of an index: {error!r}") from None
 
 
 def _place(row: dict[str, Any]) -> str:
-    """Which key of a row names its file."""
+    """The key of a row that names its file."""
     return "path" if row.get("shard") is None else "shard"
 
 
@@ -173,20 +173,20 @@ def _is_inside(path: str) -> bool:
 
 
 def without_query(path: str) -> str:
-    """A URL without what follows its path, such as a signature; other paths as they are."""
+    """A URL without query and fragment, such as a signature; other paths unchanged."""
     return path if not is_url(path) else urllib.parse.urlsplit(path)._replace(query="", fragment="").geturl()
 
 
 def suffix_of(path: str) -> str:
-    """In lower case, with its dot, as `.tar`."""
+    """Suffix of a path or URL, in lower case, with its dot: `.tar`."""
     return posixpath.splitext(without_query(path))[1].lower()
 
 
 def join(base: str, path: str) -> str:
-    """`path`, a file name relative to the folder or URL `base` unless it is absolute."""
+    """Join `path` to the folder or URL `base`, unless `path` is absolute."""
     if is_url(path) or path.startswith("/"):
         return path
-    if base.startswith(("http://", "https://")) or "::http" in base:  # `#`, `?` and `%` mean something in these
+    if base.startswith(("http://", "https://")) or "::http" in base:  # `#`, `?` and `%` have a meaning in these
         path = urllib.parse.quote(path, errors="surrogateescape")
     return posixpath.join(base, path)
 
@@ -204,7 +204,7 @@ def parse_index(content: bytes, where: str) -> VideoList:
     if not rows:
         raise BadIndex(f"{where} lists no video")
     videos = VideoList.of_bytes(rows, posixpath.dirname(without_query(where)), confined=True)
-    for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # a file cut off while it was copied
+    for line, index in ((2, 0), (len(rows) + 1, len(rows) - 1)):  # detects a truncated file
         try:
             videos[index]
         except BadIndex as error:
@@ -218,7 +218,7 @@ def write_index(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def describe(facts: Facts) -> dict[str, Any]:
-    """The part of a row that describes the content. `facts` are of a plain file that begins with a key frame."""
+    """The keys of a row that describe the content. `facts` must be of a plain file that begins with a key frame."""
     places = np.searchsorted(facts.times, facts.keys)
     row = {
         "codec": facts.codec,
@@ -236,7 +236,7 @@ def describe(facts: Facts) -> dict[str, Any]:
 
 
 def describe_part(part: Part | None) -> dict[str, Any]:
-    """The keys of a row that name a part."""
+    """The keys of a row that describe a part of a video."""
     if part is None:
         return {}
     found = {"start": part.start or None, "end": part.end, "first": part.first or None, "count": part.count}
@@ -300,7 +300,7 @@ def _part(row: dict[str, Any]) -> Part | None:
 
 
 def _whole(row: dict[str, Any], key: str) -> int:
-    """A size or an offset."""
+    """A size or an offset. Raises ValueError."""
     value = row[key]
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{key} = {value!r}: must be an integer >= 0")
@@ -315,7 +315,7 @@ def _runs(values: np.ndarray) -> Iterator[list[int]]:
 
 
 def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
-    """`first`, then the running sums of the steps."""
+    """`first`, then the running sums of the steps. Raises ValueError."""
     count, last = 1, first
     for step, times in runs:
         if not (type(step) is type(times) is int and step > 0 and times > 0):
@@ -324,7 +324,7 @@ def _sums(first: int, runs: list[list[int]]) -> np.ndarray:
         last += step * times
     if type(first) is not int or not -(1 << 62) < first <= last < 1 << 62 or count > _MOST_FRAMES:
         raise ValueError(f"{count} frames from {first} to {last}")
-    if len(runs) == 1:  # as nearly always
+    if len(runs) == 1:  # fast path of nearly all videos
         return np.arange(first, last + 1, runs[0][0])
     steps = np.repeat(np.array([step for step, _ in runs], np.int64), [times for _, times in runs])
     return first + np.concatenate(([0], np.cumsum(steps)))

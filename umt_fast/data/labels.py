@@ -1,4 +1,4 @@
-"""Lists of videos with labels: numbers, or names with a class file that numbers them."""
+"""Lists of videos with labels: numbers, or class names, which a class file may number."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 def _can_be_written(name: str) -> bool:
-    """Whether a name fits into a line of a class file: bytes that are not UTF-8 do, as a folder's name may have them,
-    a line feed or half a character of JSON does not."""
+    """Whether a name fits into a line of a class file. Undecodable bytes of a folder's name do (surrogate escapes);
+    line feeds and lone surrogates from JSON do not."""
     return all(letter.isprintable() or "\udc80" <= letter <= "\udcff" for letter in name)
 
 
@@ -36,7 +36,7 @@ class LabelError(RunError, ValueError):
 
 
 MOST_CLASSES = 1 << 20
-"""Classes that a list may have by its labels alone: one wrong digit would take the memory of the machine."""
+"""Most classes that the labels of a list may imply: a wrong digit could exhaust the memory."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def read_labelled(
     classes: Sequence[str] | int | None = None,
     read_timeout: float = DataConfig.read_timeout,
 ) -> LabelledVideos:
-    """What `read_manifest` reads, with a label for every video. It is checked before any video is opened.
+    """Read a source of `read_manifest` with a label for every video. Labels are checked before any video is opened.
 
     A line of a list is `path,label` or `path label`; in a folder, the subfolder's name is the label. `classes`: the
-    class names in order of their numbers, or how many classes there are; None takes them from the list, names in
-    alphabetical order. Raises LabelError naming file and line, ManifestError where there is nothing to read.
+    class names in order of their numbers, or the number of classes; None: the classes of the list, names in
+    alphabetical order. Raises LabelError naming file and line, ManifestError if there is nothing to read.
     """
     where, videos, labels = _read(source, prefix, read_timeout)
     videos.read_timeout = read_timeout
@@ -67,7 +67,7 @@ def read_labelled(
 
 
 def read_classes(path: str | Path) -> tuple[str, ...]:
-    """The names in a class file, one a line, numbered from 0. Raises LabelError for a name that comes twice."""
+    """The names in a class file, one a line, numbered from 0. Raises LabelError, also for a repeated name."""
     try:
         lines = read_small(expand_home(path)).decode("utf-8-sig", "surrogateescape").split("\n")
     except OSError as error:
@@ -83,7 +83,7 @@ def read_classes(path: str | Path) -> tuple[str, ...]:
 
 
 def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], VideoList, list[str]]:
-    """For each video, the location of its label in the list, and the label's text."""
+    """The location of each label in the list, for messages; the videos; the text of each label."""
     videos = read_manifest(source, prefix, read_timeout)
     labels = [str(row.get("label", row.get("class", ""))) for row in videos.rows()]
     where = [f"row {row + 1}" for row in range(len(videos))]
@@ -115,7 +115,7 @@ _LISTS = (".csv", ".tsv", ".txt", ".list", "")
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Path and label of a line; a label that is empty or a video file's name is none."""
+    """Path and label of a line; the label is empty if it is missing or is a video file's name."""
     if '"' in line:
         fields = split_columns(line)
         path, label = (fields[0], fields[-1]) if len(fields) > 1 else (line, "")

@@ -42,20 +42,20 @@ _COLUMNS = {
 _PAIR = re.compile(r"[\s,;]+([0-9]{1,9})[\s,;]+(-?[0-9]{1,9})$")
 _PAIR_AFTER_URL = re.compile(r"\s+([0-9]{1,9})\s+(-?[0-9]{1,9})$")
 _LONGEST_PAIR = 100
-"""Characters at the end of a line in which two numbers are looked for."""
+"""Two numbers are searched for in this many characters at the end of a line."""
 _NAMED_FRAMES = re.compile(r"(\S.*?)[\s,;]+([0-9]{1,9})[\s,;]+([^\W\d].*)")
 """Folder, number of frames and name of a class."""
 _LONGEST_NAMED = 1000
-"""Characters of such a line: the time to match it grows with the square."""
+"""Longest such line, characters: the time to match it grows with the square of its length."""
 _LABEL = re.compile(r"(-?[0-9]{1,18})(?:\.0*)?")
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"\s*(?:$|([,;\s])\s*(.*))')
 _COMMENT = ord("#")
 _MOST_COMMAS = 16
-"""Commas at which the name of a class may begin: each costs a look at the whole line."""
+"""Most separators at which a class name is searched for: each attempt scans the whole line."""
 
 
 class ManifestError(RunError, ValueError):
-    """A list of videos that cannot be used."""
+    """A list of videos is invalid, missing or empty."""
 
 
 def parse_json(content: bytes, source: str, prefix: str) -> VideoList:
@@ -79,9 +79,9 @@ def parse_json(content: bytes, source: str, prefix: str) -> VideoList:
 
 
 def parse_lines(content: bytes, source: str, prefix: str) -> VideoList:
-    """The videos of a text list. A line is parsed when its video is asked for, so that a long list opens at once.
+    """The videos of a text list. A line is parsed when its video is accessed, so that a long list opens at once.
 
-    File names are bytes, and only a line feed ends a line. Raises ManifestError for a list without a video.
+    File names may be any bytes; only a line feed ends a line. Raises ManifestError for a list without a video.
     """
     content = as_utf8(content, source)
     bounds = find_lines(content)
@@ -97,7 +97,7 @@ def parse_lines(content: bytes, source: str, prefix: str) -> VideoList:
 
 
 def as_utf8(content: bytes, source: str) -> bytes:
-    """The text of a list without its byte order mark. Raises ManifestError for what is not text."""
+    """The text of a list as UTF-8, without a byte order mark. Raises ManifestError if it is not text."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             content = content.decode("utf-16").encode()
@@ -110,7 +110,7 @@ def as_utf8(content: bytes, source: str) -> bytes:
 
 
 def split_columns(line: str, separator: str = ",") -> list[str]:
-    """The columns of a line of CSV. Raises ValueError for one that is too long or has a line end within."""
+    """The columns of a line of CSV. Raises ValueError for a column that is too long or has a line end inside."""
     try:
         return next(csv.reader([line], delimiter=separator, skipinitialspace=True), [])
     except csv.Error as error:
@@ -118,7 +118,7 @@ def split_columns(line: str, separator: str = ",") -> list[str]:
 
 
 def find_lines(content: bytes) -> np.ndarray:
-    """First and last byte of each line that holds more than white space and is not a comment, int64 [n, 2]."""
+    """Begin and end of each line that is not blank and not a comment, bytes, int64 [n, 2]."""
     characters = np.frombuffer(content, np.uint8)
     feeds = np.flatnonzero(characters == 10)
     starts = np.concatenate(([0], feeds + 1))
@@ -133,16 +133,16 @@ def find_lines(content: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LineParser:
-    """Makes a row of a line of a list."""
+    """Parses a line of a list into a row."""
 
     prefix: str
     columns: tuple[tuple[str, int], ...] = ()
-    """Names and places of the columns, where a header names them."""
+    """Names and positions of the columns, if the list has a header."""
     width: int = 0
     """Number of columns in the header."""
     separator: str = ","
     total_first: bool = True
-    """Whether the first of two numbers after a folder of frames is the number of frames, and the second the label."""
+    """Whether two numbers after a folder of frames are TOTAL LABEL (true) or START TOTAL (false)."""
 
     def __call__(self, line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8", "surrogateescape").strip()
@@ -152,7 +152,7 @@ class LineParser:
     def _of_columns(self, text: str) -> dict[str, Any]:
         fields = split_columns(text, self.separator)
         path, extra = dict(self.columns)["path"], len(fields) - self.width
-        if extra > 0:  # commas of a path without quotes
+        if extra > 0:  # an unquoted path with commas
             fields[path : path + extra + 1] = [self.separator.join(fields[path : path + extra + 1])]
         row = {name: fields[place] for name, place in self.columns if place < len(fields)}
         return _named({name: value for name, value in row.items() if value != ""})
@@ -175,7 +175,7 @@ class LineParser:
         return {"path": text} if query else _split_name(text)
 
     def _of_quoted(self, path: str, separator: str, rest: str) -> dict[str, Any]:
-        """What follows a path in quotes: two numbers, or columns of which the last is the label."""
+        """A row of a quoted path; `rest` is two numbers, or columns of which the last is the label."""
         if (pair := _split_pair(f",{rest}")) and not pair[0] and suffix_of(path) in VIDEO_SUFFIXES:
             return self._of_pair(path, *pair[1:])
         fields = split_columns(rest, separator)
@@ -188,7 +188,7 @@ class LineParser:
 
 
 def _split_pair(text: str) -> tuple[str, int, int] | None:
-    """A line that ends in two numbers, as path and numbers."""
+    """Path and numbers of a line that ends in two numbers; None for other lines."""
     found = (_PAIR_AFTER_URL if is_url(text) else _PAIR).search(text[-_LONGEST_PAIR:])
     if not found:
         return None
@@ -197,7 +197,7 @@ def _split_pair(text: str) -> tuple[str, int, int] | None:
 
 
 def _split_name(text: str) -> dict[str, Any]:
-    """A line `path,name of a class`, if the path is that of a video and the name begins with a letter."""
+    """A row of a line `path,class name`, if the path has a video's suffix and the name begins with a letter."""
     end = len(text)
     for _ in range(_MOST_COMMAS):
         end = max(text.rfind(separator, 0, end) for separator in ",;\t")
@@ -212,7 +212,7 @@ def _split_name(text: str) -> dict[str, Any]:
 
 
 def _header(line: str) -> tuple[tuple[tuple[str, int], ...], int, str]:
-    """Known columns, width and separator of a line that is a header; no column of one that is not."""
+    """Known columns, number of columns and separator of a header line; no columns if it is not a header."""
     separator = next((character for character in "\t;" if character in line), ",")
     try:
         names = [name.strip() for name in split_columns(line, separator)]
@@ -225,12 +225,12 @@ def _header(line: str) -> tuple[tuple[tuple[str, int], ...], int, str]:
 
 
 def _named(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of named columns as in an index. A label that is not a number is the name of a class.
+    """Convert named columns to a row as in an index. A label that is not a number is a class name.
 
     With a total, the start is a frame; otherwise start and end are seconds.
     """
     row, label = dict(row), row.get("label")
-    if isinstance(label, float) and label.is_integer():  # as pandas writes a column that lacks a value somewhere
+    if isinstance(label, float) and label.is_integer():  # pandas writes a column with missing values as floats
         row["label"] = int(label)
     if isinstance(label, str):
         number = _LABEL.fullmatch(row.pop("label"))
@@ -243,7 +243,7 @@ def _named(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_columns(names: dict[str, Any]) -> dict[str, str]:
-    """The table's name of each column, by our name."""
+    """The list's own name of each column, by our name."""
     lower = {name.lower(): name for name in reversed(names)}
     columns = {}
     for ours, known in _COLUMNS.items():
@@ -253,7 +253,7 @@ def _find_columns(names: dict[str, Any]) -> dict[str, str]:
 
 
 def _frames_first(line: str, prefix: str) -> bool:
-    """Whether `FOLDER a b` means a frames and label b, not b frames from frame a on; judged by the first folder."""
+    """Whether `FOLDER a b` means a frames and label b, and not b frames from frame a on, judged by the first folder."""
     found = _split_pair(line)
     if not found or not os.path.isdir(_join(prefix, found[0])):
         return True

@@ -1,4 +1,4 @@
-"""Clips decoded in worker processes, in batches."""
+"""Batches of clips that worker processes decode with PyAV, and the base class of all loaders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 READS_AHEAD = 8
 """Remote videos that a worker fetches while it decodes."""
 HELD_BATCHES = 2
-"""Batches of a worker that the training process is assumed to hold, besides those that wait for it."""
+"""Batches of each worker that the training process may hold, in addition to the prefetched ones."""
 
 
 class NothingReadable(RunError):
@@ -49,10 +49,10 @@ def read_visit(
     content: Future[bytes] | None,
     read: Callable[[Video, Generator, bytes | None], Any],
 ) -> tuple[VisitedVideo | None, list[tuple[str, str]]]:
-    """`read` a visit's video or, while that fails, a replacement, with its random generator.
+    """Call `read` with a visit's video and random generator; on failure try its replacements.
 
-    Returns the video that was read, None if none could be, and those that could not, each with the reason.
-    `content`: the bytes of the first, if they are being fetched.
+    Returns the video that was read, or None, and the name and reason of each failure. `content`: bytes of the first
+    video, if they are being fetched.
     """
     bad = []
     for row, rng in stream.attempts(visit):
@@ -61,12 +61,12 @@ def read_visit(
             video = stream.videos[row]
             name = video.name
             note_reading(row)
-            fetched, content = content, None  # it belongs to the first attempt
+            fetched, content = content, None  # only the first attempt can use it
             with TimeLimit(video.limits.time_limit):
                 drawn = read(video, rng, None if fetched is None else fetched.result())
         except (BadVideo, OSError) as error:
             bad.append((name, str(error)))
-        except Exception as error:  # an unexpected error of a decoder must not end the run either
+        except Exception as error:  # unexpected errors of a decoder must not end the run
             bad.append((name, f"{type(error).__name__}: {error}"))
         else:
             note_reading(IDLE)
@@ -91,7 +91,7 @@ def make_clips(stream: ClipStream, video: Video, rng: Generator, content: bytes 
 
 
 def fetch_ahead(stream: ClipStream, visits: list[int]) -> Iterator[Future[bytes] | None]:
-    """Bytes of each visit's first video, if that is remote, fetched some visits ahead."""
+    """For each visit the bytes of its video, fetched some visits ahead; None for a local video."""
     if not stream.videos.may_be_remote:
         yield from itertools.repeat(None, len(visits))
         return
@@ -113,13 +113,13 @@ class ClipDataset(Dataset[Batch]):
     """Batches of a stream by the numbers of their visits, decoded file by file."""
 
     def __init__(self, stream: ClipStream, pool: BufferPool | None = None) -> None:
-        """`pool`: buffers that workers write to; None: fresh memory."""
+        """`pool`: shared buffers for the clips; None: fresh memory."""
         self.stream = stream
         self.pool = pool
 
     def __getitem__(self, visits: list[int]) -> Batch:
-        """Where a video and all its replacements fail, the batch holds no clip; a stream that does not replace leaves
-        out the video."""
+        """If a video and all its replacements fail, the batch has no clip; a stream without replacement leaves out
+        the video."""
         stream = self.stream
         shape, dtype = (len(visits), *stream.clips_shape), stream.dtype
         clips, lease = (self.pool and self.pool.lease(shape, dtype)) or (self._fresh(shape, dtype), None)
@@ -149,10 +149,10 @@ def first_clips(stream: ClipStream, visits: int = 4) -> UInt8[Tensor, "b t h w 3
 
 
 class Loader(Iterator[Batch]):
-    """Batches of one rank, whatever decodes them. Close it, or use it in a `with`.
+    """Batches of one rank, with any decoder. Call `close`, or use it in a `with`.
 
     Iterating raises NothingReadable when a video and all its replacements fail, WorkerDied when workers are killed
-    again and again, NoSharedMemory when a worker found no room for its clips.
+    repeatedly, NoSharedMemory when a worker finds no shared memory for its clips.
     """
 
     def __enter__(self) -> Self:

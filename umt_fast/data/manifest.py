@@ -1,4 +1,4 @@
-"""Which videos a run reads: an index, a folder, shards, or a list in one of several forms."""
+"""The videos of a run: from an index, a folder, shards, or a list in one of several forms."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ from umt_fast.data.storage import read
 from umt_fast.data.video import DEFAULT_LIMITS, Limits, Video, is_url
 
 FIRST_LINES = 20
-"""Lines whose files `check_files` looks for."""
+"""Number of first lines whose files `check_files` looks for."""
 
 
 def read_manifest(
     source: str, prefix: str = "", read_timeout: float = DataConfig.read_timeout, limits: Limits = DEFAULT_LIMITS
 ) -> VideoList:
-    """The videos that `source` names, which is one of
+    """Read the videos that `source` names, which is one of
 
     - an index that `umt_fast.data.prepare` wrote, the folder that holds it, or a list file that its --list wrote;
-    - a folder of videos, searched through, linked folders once, sorted; hidden files are left out;
+    - a folder of videos, searched recursively, each linked folder once; sorted, without hidden files;
     - WebDataset shards: `.tar`, with `{000000..000099}`, `{a,b}`, `*` or `one.tar::other.tar` for several;
     - a pattern of video files, as `videos/*.mp4`;
     - a list: see `FORMS`. A path may hold spaces and commas; relative ones start from `prefix`, or from the working
       directory. After a URL with a query, a comma begins a label only if the query has no other comma.
 
-    Indices, shards and lists may be URLs, and a URL that names none of them is a folder with an index. `read_timeout`:
-    seconds for each read from a URL, now and of the videos later. `limits` hold for both too. Raises ManifestError if
-    there is nothing to read.
+    Indices, shards and lists may be URLs; any other URL is a folder with an index. `read_timeout` (seconds per read
+    from a URL) and `limits` apply to the list and to its videos. Raises ManifestError if there is nothing to read.
     """
     videos = _read(source, os.path.expanduser(prefix), read_timeout, limits.max_bytes)
     videos.read_timeout, videos.limits = read_timeout, limits
@@ -46,9 +45,9 @@ def read_manifest(
 
 
 def check_files(videos: Sequence[Video], source: str, prefix: str = "", advice: str = "") -> None:
-    """Raise ManifestError if none of the first local files of a list is there: it was probably read in a wrong form.
+    """Raise ManifestError if none of the first local files of a list exists: its lines were probably misread.
 
-    `advice` is the end of the message in place of where relative paths start and which forms a list may have.
+    `advice` ends the message; by default it names the folder of relative paths and the forms of a list.
     """
     listed = [videos[row] for row in range(min(len(videos), FIRST_LINES))]
     if any(video.remote or os.path.exists(video.path) for video in listed):
@@ -107,14 +106,14 @@ def _folder(path: Path) -> VideoList:
     others: collections.Counter[str] = collections.Counter()
     visited: set[str] = set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in visited:  # links in a circle, or two to one folder
+        if os.path.realpath(folder) in visited:  # circular links, or two links to one folder
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):  # macOS writes `._a.mp4` beside `a.mp4` on foreign disks
+            if name.startswith("."):  # macOS writes `._a.mp4` beside `a.mp4` on some disks
                 others["hidden"] += 1
             elif suffix in VIDEO_SUFFIXES:
                 found.append(os.path.join(folder, name))
@@ -148,7 +147,7 @@ def expand_shards(pattern: str) -> Iterator[str]:
             yield from expand_shards(part)
     elif braces := re.search(r"\{(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{}]*,[^{}]*))\}", pattern):
         low, high, names = braces.groups()
-        found: set[str] = set()  # braces within braces are expanded from within, which would give some twice
+        found: set[str] = set()  # nested braces would give some shards twice
         for name in names.split(",") if names else (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)):
             for shard in expand_shards(pattern[: braces.start()] + name + pattern[braces.end() :]):
                 if shard not in found:

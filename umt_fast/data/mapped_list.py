@@ -1,11 +1,11 @@
-"""Lists of millions of videos that open at once: rows and their places in one file, mapped into memory.
+"""Lists of millions of videos that open at once: rows and their offsets in one file, mapped into memory.
 
 All processes that map it share its pages. `python -m umt_fast.data.prepare --list SOURCE FILE.videos` writes one.
 
-    4096 bytes   the format; then {"rows": number of rows, "distinct": of different ones, "remote": whether any is a
-                 URL, "digest": of the rows}
-    then         the offsets of the rows' first bytes, and of the end of the last: 64-bit, lowest byte first
-    then         the rows, JSON objects as in an index, one behind the other
+    4096 bytes   the format; then {"rows": number of rows, "distinct": number of different rows, "remote": whether any
+                 row has a URL, "digest": digest of the rows}
+    then         the offset of each row's first byte, and of the end of the last row: 64-bit, little-endian
+    then         the rows, JSON objects as in an index, concatenated
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _HEADER = 4096
 
 
 def write_mapped(videos: VideoList, target: str) -> int:
-    """Write a list, its paths made absolute. Returns the number of rows. Raises OSError."""
+    """Write a list with absolute paths. Returns the number of rows. Raises OSError."""
     lengths, seen, remote, digest = [], set(), False, hashlib.sha256()
-    # The rows come first: how many bytes they and their offsets have is known when all are written.
+    # Rows go to a temporary file first: the size of the offset table is known only after the last row.
     with (
         replacing(Path(target), locked=False) as aside,
         tempfile.TemporaryFile(dir=aside.parent) as rows,
@@ -56,7 +56,7 @@ def write_mapped(videos: VideoList, target: str) -> int:
 
 
 def read_mapped(path: str) -> VideoList:
-    """The videos of a list that `write_mapped` wrote. Raises BadIndex unless it is one, whole."""
+    """The videos of a list that `write_mapped` wrote. Raises BadIndex for any other or a truncated file."""
     try:
         check_regular(path)
         file = np.memmap(path, np.uint8, "r")

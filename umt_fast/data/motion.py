@@ -27,10 +27,10 @@ def read_motion(
 ) -> Float[torch.Tensor, "t p"]:
     """Mean length of the motion vectors in each patch of the frames `frame_ids`, in pixels, p = grid^2.
 
-    view  the part of the frame that the clip shows; None: all of it.
+    view  crop of the clip; None: the whole frame.
 
-    Key frames and intra-coded blocks have no vectors and count as 0, and so does every frame of a codec whose vectors
-    FFmpeg does not export (it does for H.264, MPEG-1, 2 and 4). Raises BadVideo.
+    Key frames and intra-coded blocks have no vectors and count as 0. So does every frame of a codec whose vectors
+    FFmpeg does not export; it exports those of H.264, MPEG-1, 2 and 4. Raises BadVideo.
     """
     maps = MotionMaps()
     with open_video(video, content, motion=maps) as reader:
@@ -44,7 +44,7 @@ def read_motion(
 
 
 def pool(lengths: Float32[np.ndarray, "h w"] | None, grid: int, view: View | None = None) -> Float[torch.Tensor, " p"]:
-    """Mean over each patch of the part `view` of a map, mirrored if the view is; 0 without a map."""
+    """Mean of a motion map over each patch of the crop `view`, mirrored if the view is; 0 without a map."""
     if lengths is None:
         return torch.zeros(grid * grid)
     if view is not None:

@@ -1,4 +1,4 @@
-"""Clips and pictures for video and text: frames by intervals, random resized crops, whole pictures in evaluation."""
+"""Clips and pictures for stage 2: frames by intervals; random resized crops in training, whole frames in tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCALE = (0.5, 1.0)
 """Area of a training crop, as a share of the frame."""
 ASPECT = (3 / 4, 4 / 3)
 TRIES = 10
-"""Attempts to draw a crop that fits, as RandomResizedCrop."""
+"""Attempts to draw a crop that fits, as in RandomResizedCrop."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IntervalSampling:
     last: bool = False
     """Whether training may draw the last frame of an interval; the published code does not."""
     max_seconds: float | None = None
-    """Only the beginning of a longer video is looked at (DiDeMo: 30)."""
+    """Sample only from this many seconds at the beginning of a video (DiDeMo: 30)."""
 
     def __call__(self, timeline: Timeline, rng: np.random.Generator) -> Sequence[int]:
         total = timeline.num_frames
@@ -47,9 +47,9 @@ class IntervalSampling:
 
 @dataclass(frozen=True)
 class PairTransform:
-    """A `ViewTransform`: a random resized crop and flip in training, else the whole frame, its aspect not kept.
+    """A `ViewTransform`: random resized crop and flip in training, otherwise the whole frame squeezed into a square.
 
-    Resized bicubically; as published without antialiasing, which torchvision 0.13 did not do for tensors.
+    The resize is bicubic and, as published, not antialiased by default: torchvision 0.13 did not antialias tensors.
     """
 
     frames: int
@@ -66,14 +66,14 @@ class PairTransform:
         return self.frames, self.side, self.side, 3
 
     def draw_view(self, width: int, height: int, rng: np.random.Generator) -> View:
-        """The part of frames of this size that the clip shows."""
+        """Draw the crop of frames of this size."""
         if not self.training:
             return View(0, 0, width, height, flip=False)
         top, left, rows, columns = draw_crop(height, width, rng)
         return View(left, top, columns, rows, bool(rng.random() < self.flip))
 
     def resize(self, parts: UInt8[Tensor, "t h w 3"], flip: bool) -> UInt8[Tensor, "t s s 3"]:
-        """The clip of a view that was cut out of its frames already, on any device."""
+        """Make the clip from cropped frames, on any device."""
         return _resize(parts.flip(2) if flip else parts, self.side, self.antialias)
 
     def __call__(self, frames: list[UInt8[np.ndarray, "h w 3"]], out: np.ndarray, rng: np.random.Generator) -> None:
@@ -81,7 +81,7 @@ class PairTransform:
         view = self.draw_view(width, height, rng)
         top, left, rows, columns = view.y, view.x, view.height, view.width
         for place, frame in enumerate(frames):
-            if frame.shape[:2] != (height, width):  # the video changes its size: the same part of the picture
+            if frame.shape[:2] != (height, width):  # the video changes its size: crop the same part of the picture
                 y, x = frame.shape[0] / height, frame.shape[1] / width
                 part = frame[
                     int(top * y) : math.ceil((top + rows) * y), int(left * x) : math.ceil((left + columns) * x)
@@ -92,7 +92,7 @@ class PairTransform:
 
 
 def resize_bicubic(frame: UInt8[np.ndarray, "h w 3"], side: int, antialias: bool) -> UInt8[np.ndarray, "s s 3"]:
-    """To a square, by torch in float32, rounded: torchvision's resize of a uint8 tensor."""
+    """Resize to a square by torch in float32 and round, as torchvision resizes a uint8 tensor."""
     return _resize(torch.from_numpy(np.ascontiguousarray(frame))[None], side, antialias)[0].numpy()
 
 
@@ -105,7 +105,7 @@ def _resize(frames: UInt8[Tensor, "t h w 3"], side: int, antialias: bool) -> UIn
 
 
 def draw_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop by the law of torchvision's RandomResizedCrop."""
+    """Top, left, height and width of a crop, distributed as torchvision's RandomResizedCrop."""
     for _ in range(TRIES):
         area = height * width * rng.uniform(*SCALE)
         aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))

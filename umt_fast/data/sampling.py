@@ -1,11 +1,11 @@
-"""Which frames of a video make a clip.
+"""Sampling: which frames of a video make a clip.
 
 Stage 1 draws with `segment_frames`. Fine-tuning has four rules, each for training, validation and multi-view tests,
 as the published data sets define them:
 
     sparse    one frame from each of F equal parts of the whole video (Kinetics, Moments in Time)
     dense     F frames at a fixed rate, a clip of F * rate frames (UCF101, HMDB51)
-    strided   the same in training; a test spreads its views over every rate-th frame (VideoMAE)
+    strided   as dense in training; a test spreads its views over every rate-th frame (VideoMAE)
     segment   one frame from each of F whole-numbered segments (Something-Something V2)
 """
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When the frames of a video are shown."""
+    """Presentation times of the frames of a video."""
 
     times: Sequence[int] | np.ndarray
     """Time of each frame, ascending, in ticks."""
     tick: Callable[[], float]
-    """Seconds; measured when first needed."""
+    """Returns the length of a tick in seconds; called when first needed."""
 
     @property
     def num_frames(self) -> int:
@@ -63,7 +63,7 @@ class FrameSampling(Protocol):
 
 @dataclass
 class Draws:
-    """The three sources of random numbers that the published augmentation draws from, one set for each clip."""
+    """The three random generators that the published augmentation uses, one set per clip."""
 
     python: random.Random
     numpy: np.random.RandomState
@@ -71,14 +71,14 @@ class Draws:
 
     @classmethod
     def seeded(cls, seed: int) -> Draws:
-        """As after `random.seed(seed)`, `numpy.random.seed(seed)` and `torch.manual_seed(seed)`; seed < 2**32."""
+        """Generators as after `random.seed`, `numpy.random.seed` and `torch.manual_seed` of `seed`, below 2**32."""
         return cls(random.Random(seed), np.random.RandomState(seed), torch.Generator().manual_seed(seed))
 
 
 def sample_rng(seed: int, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
-    """The source of every choice made for one clip: the same on any machine, rank and worker."""
+    """The random generator of all choices for one clip: the same on any machine, rank and worker."""
     numbers = seed, epoch, index, attempt, 1
-    if 0 <= seed < 1 << 32:  # the same generator as from the tuple, in two thirds of the time
+    if 0 <= seed < 1 << 32:  # gives the same generator as the tuple in two thirds of the time
         return np.random.default_rng(np.array(numbers, np.uint32))
     return np.random.default_rng(numbers)
 
@@ -100,12 +100,12 @@ def segment_frames(num_frames: int, segments: int, rng: np.random.Generator) -> 
 
 
 def stride_start(num_frames: int, frames: int, step: int) -> int:
-    """How many places a clip of `frames` frames, every `step`-th, can begin at (VideoMAE, arXiv 2203.12602)."""
+    """Number of possible first frames of a clip of every `step`-th frame (VideoMAE, arXiv 2203.12602)."""
     return max(1, num_frames - frames * step + 1)
 
 
 def stride_frames(num_frames: int, frames: int, step: int, start: int) -> list[int]:
-    """Frames `start`, `start + step`, ...; the last one that is still there repeats in a short video, as published."""
+    """Frames `start`, `start + step`, ...; a short video repeats the last of them that exists, as published."""
     indices = [start]
     for _ in range(frames - 1):
         following = indices[-1] + step
@@ -115,7 +115,7 @@ def stride_frames(num_frames: int, frames: int, step: int, start: int) -> list[i
 
 @dataclass(frozen=True)
 class StrideSampling:
-    """Clips of `frames` frames, every `step`-th, from a random place."""
+    """Clips of every `step`-th frame, `frames` of them, from a random first frame."""
 
     frames: int
     step: int
@@ -128,8 +128,7 @@ class StrideSampling:
 def spread_frames(timeline: Timeline, frames: int, seconds: float, rng: np.random.Generator) -> list[int]:
     """`frames` frames spread over `seconds` of the video, both ends included (MAE-ST, arXiv 2205.09113).
 
-    The start is uniform in real numbers over the places where the clip fits; places are rounded down. A video that is
-    too short repeats its last frame.
+    The start is a uniform real number; positions are rounded down. A video that is too short repeats its last frame.
     """
     total, length = timeline.num_frames, seconds * timeline.fps
     start = rng.uniform(0, max(total - length, 0))
@@ -137,9 +136,9 @@ def spread_frames(timeline: Timeline, frames: int, seconds: float, rng: np.rando
 
 
 def span_frames(total: int, frames: int, first: float, last: float) -> list[int]:
-    """Places spread evenly from `first` to `last`, kept inside a video of `total` frames and rounded down.
+    """Frame ids spread evenly from `first` to `last`, clamped to a video of `total` frames and rounded down.
 
-    In float32, as published: there the spread of a clip that fits exactly can end one frame earlier.
+    Computed in float32, as published: rounding can move the last frame of a clip that fits exactly one frame earlier.
     """
     places = torch.linspace(first, last, frames).clamp(0, total - 1)
     return [int(place) for place in places]
@@ -148,9 +147,9 @@ def span_frames(total: int, frames: int, first: float, last: float) -> list[int]
 def interval_frames(total: int, frames: int, rng: np.random.Generator, last: bool = False) -> list[int]:
     """One random frame from each of `frames` equal intervals of whole numbers (stage 2 in training).
 
-    As published the last frame of an interval is never drawn, and a video with an interval of one frame gives
-    min(frames, total) distinct random frames instead; `last` draws from whole intervals. A video shorter than `frames`
-    repeats its last frame.
+    As published, the last frame of an interval is never drawn; `last` draws from whole intervals. If an interval is
+    then empty, min(frames, total) distinct random frames are drawn instead. A video shorter than `frames` repeats its
+    last frame.
     """
     edges = _edges(total, frames)
     lengths = np.diff(edges) - (not last)
@@ -168,7 +167,7 @@ def middle_frames(total: int, frames: int) -> list[int]:
 
 
 def rate_frames(total: int, fps: float, rate: float) -> list[int]:
-    """The centre frame of each window of 1 / `rate` seconds (stage 2's `fpsX`, which no published recipe uses)."""
+    """The middle frame of each window of 1 / `rate` seconds (stage 2's `fpsX`, which no published recipe uses)."""
     window, length = 1 / rate, total / fps
     indices = np.around(np.arange(window / 2, length + window / 2, window) * fps).astype(int)
     return [int(i) for i in indices if i < total]
@@ -186,7 +185,7 @@ def _repeat_last(drawn: np.ndarray, frames: int) -> list[int]:
 
 
 def frames_at_rate(timeline: Timeline, frames: int, rate: float, rng: np.random.Generator) -> list[int]:
-    """The frames on show at `rate` moments a second, from a random moment on, whatever the video's own frame rate.
+    """Frames of a clip of `rate` frames per second, from a random time on, for a video of any frame rate.
 
     A video that is too short repeats its last frame.
     """
@@ -199,8 +198,8 @@ def frames_at_rate(timeline: Timeline, frames: int, rate: float, rng: np.random.
 def train_frames(total: int, frames: int, rule: FrameRule, draws: Draws, rate: float = 1) -> list[int]:
     """Frame ids of one training clip of a video of `total` frames. Raises ValueError for sizes below 1.
 
-    A `dense` clip shorter than its span keeps the published spacing, and a `segment` video shorter than `frames`
-    gives its frame 0 every time, as the published code does.
+    As published: a video shorter than a `dense` clip is spread over the clip (`_short_dense`), and a `segment` video
+    shorter than `frames` gives copies of its frame 0.
     """
     _check(total, frames, rule, rate)
     if rule == "sparse":
@@ -220,10 +219,10 @@ def train_frames(total: int, frames: int, rule: FrameRule, draws: Draws, rate: f
 
 
 def validation_frames(total: int, frames: int, rule: FrameRule, rate: float = 1) -> list[int]:
-    """Frame ids of the single view of a video that validation during training looks at.
+    """Frame ids of the single view of a video in validation during training.
 
-    The published `dense` clip starts one span too early and wraps round to the video's end, which only its choice of
-    the best checkpoint depends on. Here it is the middle clip; `published_dense_validation` gives theirs.
+    The published `dense` clip starts one span too early and wraps round to the video's end; only the choice of the best
+    checkpoint depends on this. Here it is the middle clip; `published_dense_validation` gives the published one.
     """
     return (
         test_frames(total, frames, rule, 2, 1, rate)
@@ -233,7 +232,7 @@ def validation_frames(total: int, frames: int, rule: FrameRule, rate: float = 1)
 
 
 def published_dense_validation(total: int, frames: int, rate: int) -> list[int]:
-    """The published dense validation clip, one span early; ids below 0 count from the end, as their decoder does."""
+    """The published dense validation clip, one span early; ids below 0 count from the end, as in the published code."""
     _check(total, frames, "dense", rate)
     span = frames * rate
     if total <= span:
@@ -245,8 +244,8 @@ def published_dense_validation(total: int, frames: int, rate: int) -> list[int]:
 def test_frames(total: int, frames: int, rule: FrameRule, views: int, view: int, rate: float = 1) -> list[int]:  # noqa: PT028, not a test
     """Frame ids of time view `view` of `views` of a video of `total` frames, for a test.
 
-    `rate`: frames of the video per frame of a `dense` clip. The published code fails for `dense` with one view, which
-    is the middle clip here, and for `segment` with more than two, for which its raw-frame rule is used. Raises
+    `rate`: a `dense` clip has every rate-th frame. The published code fails for `dense` with one view, which is the
+    middle clip here, and for `segment` with more than two views, which follow its raw-frame rule here. Raises
     ValueError for a view outside of `views` or sizes below 1.
     """
     _check(total, frames, rule, rate)
@@ -269,7 +268,7 @@ def test_frames(total: int, frames: int, rule: FrameRule, views: int, view: int,
 
 
 def _strided_view(total: int, frames: int, views: int, view: int, step: int) -> list[int]:
-    """VideoMAE's test: every `step`-th frame is decoded, and the views begin at even distances among those."""
+    """VideoMAE's test: of every `step`-th frame, views of consecutive frames whose starts are spread evenly."""
     kept = range(0, total, step)
     slack = max(len(kept) - frames, 0)
     start = int(view * (slack / (views - 1))) if views > 1 else slack // 2
@@ -287,7 +286,7 @@ def _check(total: int, frames: int, rule: str, rate: float) -> None:
 
 
 def _short_dense(total: int, frames: int, rate: float) -> list[int]:
-    """A video no longer than a dense clip: what fits, spread over all of it, then its last frame."""
+    """Frame ids of a video no longer than a dense clip: total // rate frames spread over it, then its last frame."""
     given = int(total // rate)
     ids = np.concatenate((np.linspace(0, total, num=given), np.full(frames - given, float(total))))
     return [int(i) for i in np.clip(ids, 0, total - 1)]

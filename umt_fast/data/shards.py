@@ -18,23 +18,23 @@ from umt_fast.data.video import is_url
 from umt_fast.files import check_regular
 
 _LONGEST_TEXT = 1 << 20
-"""Bytes of a member that may hold a label or caption, or of a header; a larger one is something else, or an attack."""
+"""Largest label, caption or header, bytes; larger members are ignored, larger headers refused."""
 _LONGEST_HEADERS = 2 * _LONGEST_TEXT
-"""Bytes of everything that is read for one member but its video: headers may follow each other, and a sparse member
+"""Most bytes to read for one member besides its video: several headers may follow each other, and a sparse member
 begins with a list of its parts."""
 _LONGEST_NAME = 1000
 """Characters of a class name."""
 _HEADERS_AT_ONCE = 64 << 10
-"""Bytes fetched of a remote shard at once: a member's header and what follows."""
+"""Bytes per request to a remote shard: a member's header and what follows it."""
 
 
 def list_shard(
     path: str, suffixes: Collection[str], read_timeout: float = DataConfig.read_timeout
 ) -> list[dict[str, Any]]:
-    """Index rows, without facts, of the videos in a shard (file or URL) that has no index: headers, labels (.cls) and
-    captions (.txt, or "caption" in .json) are read.
+    """Index rows, without facts, of the videos in a shard (file or URL) that has no index.
 
-    `read_timeout`: seconds for each read from a URL. Raises OSError if it cannot be read or is not a tar file.
+    Reads headers, labels (.cls) and captions (.txt, or "caption" in .json). `read_timeout`: seconds for each read from
+    a URL. Raises OSError if the shard cannot be read or is not a tar file.
     """
     remote = is_url(path)
     if not remote:
@@ -48,7 +48,7 @@ def list_shard(
         with raw, tarfile.open(fileobj=headers, mode="r:") as tar:
             for member in tar:
                 headers.left = _LONGEST_HEADERS
-                if member.size < 0:  # tarfile would go round in circles
+                if member.size < 0:  # tarfile would loop forever
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 suffix = posixpath.splitext(member.name)[1].lower()
                 if not member.isfile() or member.issparse():  # a sparse member's bytes are not all in the file
@@ -59,7 +59,7 @@ def list_shard(
                 elif suffix in _BESIDE and member.size <= _LONGEST_TEXT and (file := tar.extractfile(member)):
                     beside.setdefault(_key(member.name), {})[suffix] = file.read()
     except (tarfile.TarError, ValueError, RecursionError, IndexError, TypeError) as error:
-        # tarfile lets the others through for damaged headers.
+        # The errors after TarError come from damaged headers.
         raise OSError(f"not a tar file: {error}") from None
     for row in rows:
         row |= _described(beside.get(_key(row["path"]), {}))
@@ -76,8 +76,8 @@ def _key(name: str) -> str:
 
 
 def _described(members: dict[str, bytes]) -> dict[str, Any]:
-    """Label and caption of a sample: from .cls and .txt, or from "label" and "caption" in .json. A label that is a text
-    names its class."""
+    """Label and caption of a sample: from .cls and .txt, or from "label" and "caption" in .json. A label that is not a
+    number is a class name."""
     try:
         found = json.loads(members.get(".json", b"{}"))
     except (ValueError, RecursionError):
@@ -104,7 +104,7 @@ class Sample:
     """The members of a shard for one video."""
 
     key: str
-    """Without a dot, which would begin the suffix."""
+    """Name without a dot, since the suffix begins at the first dot."""
     video: str
     """Path of the .mp4 file."""
     facts: dict[str, Any]
@@ -115,9 +115,9 @@ class Sample:
 
 
 def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
-    """Write a tar file of KEY.mp4, KEY.json and, where known, KEY.cls and KEY.txt. Returns the offset of each video.
+    """Write a tar file of KEY.mp4, KEY.json and, if known, KEY.cls and KEY.txt. Returns the offset of each video.
 
-    The bytes depend on the samples alone: members have no owner and no date.
+    The bytes depend only on the samples: members have no owner and no date.
     """
     offsets = []
     with open(path, "wb") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -144,7 +144,7 @@ def write_shard(path: str, samples: Iterable[Sample]) -> list[int]:
 
 
 class _Headers:
-    """A file to list as tar: headers of gigabytes, in one piece or in many, are refused before they are read."""
+    """A file wrapper for tarfile that refuses to read huge headers, in one piece or in many."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
@@ -160,7 +160,7 @@ class _Headers:
 
 
 class _Remote(io.RawIOBase):
-    """A URL as a file; each read is one request."""
+    """A URL as a raw file; each read is one request."""
 
     def __init__(self, url: str, timeout: float) -> None:
         self._url = url

@@ -1,6 +1,6 @@
-"""Memory that workers share with the training process and overwrite batch after batch.
+"""Memory that workers share with the training process and reuse for every batch.
 
-Fresh shared memory costs a page fault per 4 KB, half a millisecond per clip: a tenth of the time to decode one.
+Fresh shared memory costs a page fault per 4 KB: half a millisecond per clip, a tenth of its decoding time.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _pools: weakref.WeakValueDictionary[int, BufferPool] = weakref.WeakValueDictiona
 
 
 class NoSharedMemory(RunError):
-    """A decoding process has no memory in which to hand over its clips."""
+    """A decoding process has no shared memory for its clips."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to use one buffer. A worker sends it in place of the buffer's content."""
+    """The right to use one buffer. A worker sends the lease instead of the buffer's content."""
 
     pool: int
     buffer: int
 
     def open(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-        """The buffer, in the training process. It is free again once no tensor or array shares its memory."""
+        """Open the buffer in the training process. It becomes free when no tensor or array shares its memory."""
         return _pools[self.pool].open(self.buffer, shape, dtype)
 
 
 class BufferPool:
-    """Buffers for the workers that are forked from this process. A worker leases one, this process frees it."""
+    """Buffers for the workers that are forked from this process. A worker leases a buffer, this process frees it."""
 
     def __init__(self, workers: int, per_worker: int, size: int) -> None:
         """`per_worker` buffers of `size` bytes each; they use no memory before they are first written to."""
@@ -63,7 +63,7 @@ class BufferPool:
 
     @classmethod
     def for_workers(cls, workers: int, per_worker: int, size: int) -> BufferPool | None:
-        """None where workers do not inherit this process's memory, or the system refuses that much."""
+        """A pool; None if workers do not inherit this process's memory, or the system refuses this much memory."""
         if not workers or multiprocessing.get_start_method() != "fork":
             return None
         try:
@@ -72,7 +72,7 @@ class BufferPool:
             return None
 
     def lease(self, shape: tuple[int, ...], dtype: np.dtype) -> tuple[np.ndarray, Lease] | None:
-        """In a worker: one of its buffers and what to send for it. None while all are in use, or if it is too small."""
+        """In a worker: a free buffer and its lease. None if all buffers are in use or too small."""
         if math.prod(shape) * dtype.itemsize > self._memory.shape[1]:
             return None
         worker = get_worker_info()
@@ -85,13 +85,13 @@ class BufferPool:
         return self._array(buffer, shape, dtype), Lease(self._number, buffer)
 
     def reclaim(self) -> None:
-        """Once the workers have ended: free the buffers that they leased and this process has not opened."""
+        """After the workers have ended: free the buffers that they leased and this process has not opened."""
         for buffer in range(len(self._leased)):
             if buffer not in self._opened:
                 self._leased[buffer] = 0
 
     def open(self, buffer: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-        array = self._array(buffer, shape, dtype)  # every tensor made of it, however indirectly, keeps this array
+        array = self._array(buffer, shape, dtype)  # every tensor or view made from it keeps this array alive
         self._opened.add(buffer)
         weakref.finalize(array, _free, self._leased, self._opened, buffer, os.getpid()).atexit = False
         return torch.from_numpy(array)
@@ -101,13 +101,13 @@ class BufferPool:
 
 
 def _free(leased: np.ndarray, opened: set[int], buffer: int, opened_by: int) -> None:
-    if os.getpid() == opened_by:  # a process forked since may drop its copy while this one still holds the buffer
+    if os.getpid() == opened_by:  # a later fork may drop its copy while this process still uses the buffer
         opened.discard(buffer)
         leased[buffer] = 0
 
 
 def empty_for_parent(shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
-    """Bytes that a worker fills and the training process reads, without a copy. Raises NoSharedMemory."""
+    """Memory that a worker fills and the training process reads without a copy. Raises NoSharedMemory."""
     if get_worker_info() is None or 0 in shape:
         return torch.empty(shape, dtype=torch.uint8)
     try:

@@ -1,4 +1,4 @@
-"""Bytes of data sets: local files, and whatever fsspec opens by URL (S3, GCS, HTTP, ...)."""
+"""Reading the bytes of data sets: local files, and URLs through fsspec (HTTP, S3, GCS, ...)."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from umt_fast.files import check_regular, expand_home
 T = TypeVar("T")
 
 ATTEMPTS = 5
-"""Tries to read from a URL, each after a pause twice as long as the one before."""
+"""Attempts to read from a URL; the pause before each doubles."""
 FIRST_PAUSE = 0.2
-"""Seconds."""
+"""Pause before the second attempt, seconds."""
 SHARE = 0.5
-"""Share of the remaining time that one attempt may take: enough for a slow answer, with time left after a lost one."""
+"""Share of the remaining time that one attempt may take, so that a lost answer leaves time for another attempt."""
 
 
 SCHEMES = frozenset({"http", "https", "s3", "gs", "gcs", "az", "abfs", "file", "memory"})
-"""File systems of fsspec that a list may name. Others open what the remote author says: `reference` reads any file and
-runs templates, `zip` and the like open what they hold."""
+"""File systems of fsspec that a list may name. Others let a remote author choose what is opened: `reference` reads any
+file and runs templates; `zip` and similar ones open their content."""
 CACHES = frozenset({"simplecache", "filecache", "blockcache"})
-"""Names of fsspec's caches that may stand before one of these, as in `filecache::https://...`. The copies lie where
-fsspec's configuration says, but are made here: fsspec's own caches write an answer without end to the disk, and take
-what a broken connection left for the whole file."""
+"""Caches of fsspec that may precede one of these schemes, as in `filecache::https://...`. The copies lie in the folder
+of fsspec's configuration, but are made here: fsspec's own caches write endless answers to the disk, and keep the part
+of a broken download as the whole file."""
 _BLOCK = 1 << 20
-"""Bytes of an answer that are looked at before more are taken."""
+"""Bytes to read from an answer before its length is checked again."""
 _MOST_AT_ONCE = 256 << 20
-"""Bytes of unfinished answers that a process holds, beyond which all but the oldest wait: a worker reads 8 ahead."""
+"""If the unfinished answers of a process hold more bytes than this, all but the oldest wait: a worker reads 8 ahead."""
 
 _TOO_LATE = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError)  # the same from Python 3.11 on
 
 
 class CannotReach(RunError):
-    """A URL that is not allowed, or that this installation cannot open."""
+    """A URL is not allowed, or this installation cannot open it."""
 
 
 class TooLarge(OSError):
-    """More bytes than `--data.max-bytes`."""
+    """A file has more bytes than `--data.max-bytes`."""
 
 
 def file_size(video: Video) -> int:
-    """Bytes of a local video; of one in a shard, those that are there. Raises OSError."""
+    """Size of a local video in bytes; in a truncated shard, of the part that exists. Raises OSError."""
     status = os.stat(video.path)
     if not stat.S_ISREG(status.st_mode):  # a pipe would hang, a device never end
         raise OSError("a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
@@ -69,7 +69,7 @@ def file_size(video: Video) -> int:
 
 
 def read_video(video: Video) -> bytes:
-    """The bytes of a video file, local or remote. Raises OSError and CannotReach as `read`."""
+    """The bytes of a video, local or remote. Raises OSError and CannotReach as `read` does."""
     if video.refused:
         raise OSError(video.refused)
     most = video.limits.max_bytes
@@ -81,7 +81,7 @@ def read_video(video: Video) -> bytes:
 
 
 def start_reading(video: Video) -> Future[bytes]:
-    """`read_video` in a thread of its own, which does not delay the end of this process."""
+    """Run `read_video` in its own thread, which does not delay the end of the process."""
     return _in_a_thread(functools.partial(read_video, video))
 
 
@@ -92,11 +92,11 @@ def read(
     timeout: float = DataConfig.read_timeout,
     max_bytes: int = DataConfig.max_bytes,
 ) -> bytes:
-    """Bytes `start` to `end` of a file or URL; of a URL without `end`, at most `max_bytes`.
+    """Bytes `start` to `end` of a file or URL; without `end`, a URL may have at most `max_bytes`.
 
-    Raises OSError; for a URL after ATTEMPTS or `timeout` seconds, with what each attempt said. An answer of another
-    length than asked for is a failed attempt: connections break in the middle. Raises CannotReach for a URL that is
-    not allowed or needs a package.
+    Raises OSError; for a URL after ATTEMPTS attempts or `timeout` seconds, with the error of each attempt. An answer of
+    the wrong length is a failed attempt, since connections break. Raises TooLarge, and CannotReach for a URL that is
+    not allowed or needs a missing package.
     """
     if not is_url(path):
         check_regular(path)
@@ -126,7 +126,7 @@ def _too_large(path: str, most: int) -> TooLarge:
 
 
 def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
-    """Bytes behind a URL. Raises as `read`."""
+    """Size of a URL's content in bytes. Raises the same errors as `read`."""
 
     def attempt(seconds: float) -> int:
         check_url(url)
@@ -140,7 +140,7 @@ def url_size(url: str, timeout: float = DataConfig.read_timeout) -> int:
 
 
 def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
-    """The outcome of the first attempt that succeeds, each called with its time limit in seconds."""
+    """The result of the first successful attempt. `attempt` gets its time limit in seconds. Raises OSError."""
     reasons: list[str] = []
     begun = time.monotonic()
     for number in range(ATTEMPTS):
@@ -158,35 +158,35 @@ def _persist(url: str, attempt: Callable[[float], T], timeout: float) -> T:
         except _TOO_LATE:
             reasons.append(f"no answer in time (read timeout {timeout:g} s)")
             _report_silence(_server_of(url), SHARE * left)
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system has its own error classes
             reasons.append(f"{type(error).__name__}: {error}")
     tried = f"{len(reasons)} attempts in {time.monotonic() - begun:.1f} s"
     raise OSError(f"{url}: given up after {tried}: {'; '.join(dict.fromkeys(reasons))}")
 
 
 _silent: set[str] = set()
-"""Servers whose silence was reported."""
+"""Servers that were already reported as silent."""
 
 
 def _server_of(url: str) -> str:
-    """The server of a URL; of a chain, as `filecache::https://...`, that of the last part."""
+    """The server of a URL; for a chain such as `filecache::https://...`, the server of its last part."""
     return urllib.parse.urlsplit(url.rpartition("::")[2]).netloc or url
 
 
 def _report_silence(server: str, seconds: float) -> None:
-    """Say why the run waits, once for each server and process; the video may count as bad only a minute later."""
+    """Print why the run waits, once per server and process: it may take a minute until the video counts as bad."""
     if server not in _silent:
         _silent.add(server)
         print(f"note: {server} did not answer for {seconds:.0f} s; trying again", file=sys.stderr, flush=True)
 
 
 def check_url(url: str) -> None:
-    """Raise CannotReach unless a URL names an allowed file system, at most behind caches."""
+    """Raise CannotReach unless a URL names an allowed file system, possibly behind caches."""
     from fsspec.registry import known_implementations, registry
 
     *caches, inner = url.split("::")
     scheme = inner.partition("://")[0].lower()
-    # One that the program itself has registered is its own decision.
+    # A file system that the program itself has registered is allowed.
     own = scheme in registry and scheme not in known_implementations
     if "://" not in inner or not (scheme in SCHEMES or own) or not CACHES.issuperset(caches):
         raise CannotReach(
@@ -196,7 +196,7 @@ def check_url(url: str) -> None:
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path there."""
+    """The file system of a URL, and the path in it. Raises CannotReach."""
     import fsspec
 
     check_url(url)
@@ -215,7 +215,7 @@ def _open(url: str) -> tuple[Any, str]:
 
 
 def _fetch(url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
-    """Bytes from `start` on: those to `end`, or one more than `most` where there are more than that."""
+    """Bytes from `start` to `end`; without `end` at most `most` + 1, so that the caller notices a too large file."""
     if "::" in url:
         with open(_local_copy(url, most if end is None else None, timeout), "rb") as file:
             file.seek(start)
@@ -229,9 +229,9 @@ def _fetch(url: str, start: int, end: int | None, most: int, timeout: float) -> 
 
 
 def _local_copy(url: str, most: int | None, timeout: float) -> Path:
-    """The copy of the file behind a cache, `filecache::https://...`, which is made at its first use.
+    """The local copy of a file behind a cache, `filecache::https://...`; it is made on first use.
 
-    Raises TooLarge for a file of more than `most` bytes, or that is larger than its server said.
+    Raises TooLarge for a file of more than `most` bytes, or larger than its server announced.
     """
     check_url(url)
     caches, _, inner = url.rpartition("::")
@@ -261,7 +261,7 @@ def _local_copy(url: str, most: int | None, timeout: float) -> Path:
 
 
 def _cache_folder(cache: str) -> Path:
-    """The folder of a cache's copies: fsspec's setting `cache_storage`, else one of this process that ends with it."""
+    """The folder of a cache's copies: fsspec's setting `cache_storage`, else a temporary folder of this process."""
     from fsspec.config import conf
 
     stored = conf.get(cache, {}).get("cache_storage", "TMP")
@@ -274,13 +274,13 @@ def _cache_folder(cache: str) -> Path:
 @functools.cache
 def _temporary_folder() -> str:
     folder = tempfile.mkdtemp(prefix="umt-fast-copies-")
-    # A worker process runs no `atexit`; one that inherits the folder must leave it to the process that made it.
+    # Not `atexit`, which worker processes do not run. A forked process must not remove the folder of its parent.
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
     return folder
 
 
 async def _blocks(system: Any, url: str, start: int, end: int | None) -> AsyncGenerator[bytes, None]:
-    """The blocks of an HTTP server's answer. The answer may be endless."""
+    """The blocks of an HTTP answer, which may be endless."""
     options = dict(system.kwargs)
     headers = {**options.pop("headers", {}), "Accept-Encoding": "identity"}
     if start or end is not None:
@@ -291,7 +291,7 @@ async def _blocks(system: Any, url: str, start: int, end: int | None) -> AsyncGe
             raise FileNotFoundError(url)
         answer.raise_for_status()
         encoding = answer.headers.get("Content-Encoding", "identity")
-        if encoding != "identity":  # could be a bomb
+        if encoding != "identity":  # could be a decompression bomb
             raise OSError(f"the answer is compressed ({encoding}), which was not asked for")
         async for block in answer.content.iter_chunked(_BLOCK):
             yield block
@@ -313,7 +313,7 @@ async def _download(system: Any, url: str, target: Path, size: int, timeout: flo
 
 
 async def _get(system: Any, url: str, start: int, end: int | None, most: int, timeout: float) -> bytes:
-    """An answer of an HTTP server, which is dropped where it becomes too long."""
+    """An HTTP answer; reading stops when it is longer than `most` bytes."""
 
     async def get(content: bytearray) -> bytes:
         async with contextlib.aclosing(_blocks(system, url, start, end)) as blocks:
@@ -334,8 +334,8 @@ async def _get(system: Any, url: str, start: int, end: int | None, most: int, ti
 
 
 _unfinished: list[bytearray] = []
-"""Bytes received so far of each unfinished answer, the oldest first. All are read in one thread, fsspec's."""
-os.register_at_fork(after_in_child=_unfinished.clear)  # that thread does not live on in a child
+"""Bytes received so far of each unfinished answer, the oldest first. All are read in fsspec's thread."""
+os.register_at_fork(after_in_child=_unfinished.clear)  # fsspec's thread does not exist in a forked child
 
 
 def _call(system: Any, method: str, path: str, timeout: float, *more: Any, **options: Any) -> Any:
@@ -348,7 +348,7 @@ def _call(system: Any, method: str, path: str, timeout: float, *more: Any, **opt
 
 
 def _in_a_thread(function: Callable[[], T]) -> Future[T]:
-    """Unlike an executor's threads, it does not delay the end of the process."""
+    """Run `function` in a daemon thread: unlike an executor's, it does not delay the end of the process."""
     future: Future[T] = Future()
 
     def run() -> None:

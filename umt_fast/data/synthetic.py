@@ -1,7 +1,8 @@
-"""A small set of real video files for trying the trainer: moving shapes, rendered and encoded.
+"""Small video files of moving shapes, to try the trainer.
 
 `python -m umt_fast.data.synthetic FOLDER` writes the files and FOLDER/train.csv, a list in UMT's format. With
---captions it writes videos of one shape, and FOLDER/train.json and test.json with its colour, shape and motion.
+--captions it writes videos of one shape, and FOLDER/train.json and test.json, whose captions name colour, shape and
+motion.
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ COLOURS = {"red": 0.0, "yellow": 0.15, "green": 0.33, "blue": 0.6, "purple": 0.7
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
 """Names of hues, in equal steps from 0."""
 WIDTH, HEIGHT, FPS, FRAMES = 192, 144, 15, 48
-_SMOOTH = 2  # drawn this much larger, then reduced
+_SMOOTH = 2  # factor of oversampling: shapes are drawn larger, then reduced
 
 TURNS = {"circle": 0, "square": 4, "triangle": 3, "star": 5}
-"""How many times in one turn a shape looks the same; 0: always."""
+"""Order of a shape's rotational symmetry; 0: any angle looks the same."""
 
-# (x, y, radius, angle) of a shape at time t in seconds, x, y and radius in shares of the frame's height.
+# Time in seconds -> (x, y, radius, angle) of a shape; x, y and radius as shares of the frame's height.
 Path2D = Callable[[float], tuple[float, float, float, float]]
 Actor = tuple[str, Path2D, tuple[int, ...]]
 """A shape's name, path and colour."""
 
 
 class ShapeFacts(NamedTuple):
-    """What can be known of a shape in one frame."""
+    """Facts about a shape in one frame."""
 
     shape: int
-    """Place in SHAPES."""
+    """Index into SHAPES."""
     x: float
-    """Of its centre, in sides of the picture, from the left; outside of 0 to 1 it is not in the picture."""
+    """Centre as a share of the picture's side, from the left; outside of [0, 1] it is not in the picture."""
     y: float
     radius: float
     phase: float
-    """Angle in radians, times the turns of its symmetry: equal phases look alike. 0 for circles."""
+    """Angle in radians times the order of symmetry (`TURNS`), so that equal phases look alike; 0 for circles."""
     hue: float
     """0 to 1, cyclic."""
 
 
 def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
-    """Write `count` videos, H.264 in .mp4 and VP9 in .webm by turns, every shape with every motion in turn.
+    """Write `count` videos, H.264 in .mp4 and VP9 in .webm alternately; all pairs of shape and motion take turns.
 
-    The pictures are a function of the seed. Returns the list, a line `path,label` for each; a label is
-    motion * 4 + shape of the larger of its two shapes.
+    The pictures are a function of the seed. Returns the list of lines `path,label`; the label is motion * 4 + shape of
+    the larger of two shapes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -76,7 +77,7 @@ def write_videos(folder: Path, count: int = 32, seed: int = 0) -> Path:
 def write_captioned(folder: Path, train: int = 480, test: int = 96, seed: int = 0) -> tuple[Path, Path]:
     """Write short videos of one shape each, and lists with captions of its colour, shape and motion.
 
-    Returns train.json and test.json, as stage 2 reads them. No two of the first 96 videos of a list have one caption.
+    Returns train.json and test.json, as stage 2 reads them. The first 96 videos of a list have different captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kinds = [(colour, shape, motion) for colour in COLOURS for shape in SHAPES for motion in MOTIONS]
@@ -97,7 +98,7 @@ def write_captioned(folder: Path, train: int = 480, test: int = 96, seed: int = 
 
 
 def _render_one(colour: str, shape: str, motion: str, rng: np.random.Generator) -> list[np.ndarray]:
-    """Half as many frames of one shape over a patterned ground."""
+    """FRAMES // 2 frames of one shape over a patterned background."""
     hue = COLOURS[colour]
     filled = (240, 240, 240) if hue is None else tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, 1.0))
     return _draw_frames(_ground(rng), [(shape, _path(motion, 0.22, rng), filled)], FRAMES // 2)
@@ -118,7 +119,7 @@ def _kind(number: int) -> tuple[int, str, str]:
 
 
 def _scene(number: int, seed: int) -> tuple[Image.Image, list[Actor]]:
-    """A patterned ground, with one large and one small shape."""
+    """A patterned background, and one large and one small shape."""
     rng = np.random.default_rng((seed, number))
     ground = _ground(rng)
     return ground, _two_actors(*_kind(number)[1:], rng)
@@ -186,7 +187,7 @@ def _path(motion: str, radius: float, rng: np.random.Generator) -> Path2D:
     phase, speed = rng.uniform(0, 2 * math.pi), rng.uniform(0.6, 1.4)
 
     def mirror(value: float, low: float, high: float) -> float:
-        """A straight line folded back into [low, high]."""
+        """Reflect a value back into [low, high]."""
         span = high - low
         folded = (value - low) % (2 * span)
         return low + min(folded, 2 * span - folded)
@@ -221,7 +222,7 @@ def _draw(
 
 def _encode(path: Path, frames: list[np.ndarray]) -> None:
     vp9 = path.suffix == ".webm"
-    # mbtree off: with it x264's output differs from run to run on some machines
+    # with mbtree, x264's output differs from run to run on some machines
     options = {"deadline": "realtime", "cpu-used": "8", "crf": "32", "b": "0"} if vp9 else {"crf": "20", "mbtree": "0"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libvpx-vp9" if vp9 else "libx264", rate=Fraction(FPS), options=options)

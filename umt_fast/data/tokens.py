@@ -1,4 +1,4 @@
-"""Captions as token ids: the published cleaning, and BERT's WordPiece without the closing [SEP]."""
+"""Captions to token ids: the published cleaning, and BERT's WordPiece, by default without the closing [SEP]."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LONGEST_TEXT = 1 << 20
-"""Characters of a text that are looked at; no model here has room for the words of more."""
+"""Characters of a text that are read; the rest cannot fit any model here."""
 
 
 class BadVocabulary(RunError, ValueError):
-    """A vocabulary that cannot be used."""
+    """A vocabulary cannot be read or is invalid."""
 
 
 def clean_text(text: str, max_words: int | None = None) -> str:
-    """A caption or question as the published code cleans it; answers stay as they are.
+    """Clean a caption or question as the published code does; answers are not cleaned.
 
-    Lower case; `, . ' ! ? " ( ) * # : ; ~` go, `-` and `/` become spaces, `<person>` becomes `person`.
+    Lower case; `, . ' ! ? " ( ) * # : ; ~` are removed, `-` and `/` become spaces, `<person>` becomes `person`.
     """
     text = re.sub(r"[,.'!?\"()*#:;~]", "", text[:LONGEST_TEXT].lower())
     text = text.replace("-", " ").replace("/", " ").replace("<person>", "person")
@@ -43,9 +43,9 @@ class Tokenizer:
     """Lower-casing WordPiece of one vocabulary. A literal [SEP] in a text is one token."""
 
     def __init__(self, vocabulary: Sequence[str], closing_sep: bool = False) -> None:
-        """`closing_sep` ends every text with [SEP], as Hugging Face's tokenizer does and the published code does not.
+        """`closing_sep` ends every text with [SEP], as Hugging Face's tokenizer does; the published code does not.
 
-        Raises BadVocabulary if a special token is missing or a word is there twice.
+        Raises BadVocabulary if a special token is missing or a word is repeated.
         """
         words = {word: number for number, word in enumerate(vocabulary)}
         missing = [word for word in SPECIAL if word not in words]
@@ -60,7 +60,7 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: str | Path, closing_sep: bool = False) -> Tokenizer:
-        """From a vocab.txt, a word a line, or the folder that holds it. Raises BadVocabulary."""
+        """Read a vocab.txt, one word a line, or the one in a folder. Raises BadVocabulary."""
         path = expand_home(path)
         path = path / "vocab.txt" if path.is_dir() else path
         try:
@@ -77,7 +77,7 @@ class Tokenizer:
         path.write_text("".join(f"{word}\n" for word in self.vocabulary), "utf-8")
 
     def __call__(self, texts: Sequence[str], max_length: int) -> tuple[Int[Tensor, "n l"], Int[Tensor, "n l"]]:
-        """Ids `[CLS] words`, padded to `max_length` and cut to it, and a mask with 1 at the tokens."""
+        """Ids of `[CLS] words`, cut or padded to `max_length`, and a mask with 1 at the tokens."""
         texts = [text[:LONGEST_TEXT].encode("utf-8", "replace").decode() for text in texts]
         ids = torch.full((len(texts), max_length), self.pad_id)
         mask = torch.zeros(len(texts), max_length, dtype=torch.int64)
@@ -89,9 +89,9 @@ class Tokenizer:
 
 
 def make_vocabulary(texts: Iterable[str], size: int = 2000) -> list[str]:
-    """A WordPiece vocabulary of at most `size` entries: the special tokens, every letter, the commonest words.
+    """A WordPiece vocabulary of at most `size` entries: special tokens, every letter, the most frequent words.
 
-    Equal texts give equal vocabularies, which the trainer of the `tokenizers` library does not promise.
+    Equal texts give equal vocabularies; the trainer of the `tokenizers` library does not guarantee this.
     """
     counts: Counter[str] = Counter()
     for text in texts:

@@ -1,4 +1,4 @@
-"""Every use of a private API of PyTorch in the data path. `tests/data/test_torch_private.py` runs each of them.
+"""All uses of private PyTorch APIs in the data path. `tests/data/test_torch_private.py` runs each of them.
 
 Checked with torch 2.8 to 2.13.
 """
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 
 def resize_antialiased(clip: UInt8[Tensor, "t c h w"], out: UInt8[Tensor, "t c i j"]) -> None:
-    """What `F.interpolate(mode="bilinear", antialias=True)` calls, which cannot write into a given tensor."""
+    """`F.interpolate(mode="bilinear", antialias=True)`, but written into a given tensor."""
     torch.ops.aten._upsample_bilinear2d_aa.out(clip, out.shape[2:], False, None, None, out=out)
 
 
 def empty_shared(shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
-    """Bytes in shared memory. `Tensor.share_memory_` would copy a tensor that is already written.
+    """Uninitialised bytes in shared memory; `Tensor.share_memory_` would copy an existing tensor.
 
-    Raises RuntimeError where /dev/shm is full.
+    Raises RuntimeError if /dev/shm is full.
     """
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def stop_workers(batches: Iterator[Any], grace: float) -> None:
-    """Stop the worker processes of a DataLoader's iterator; those still busy after `grace` seconds are killed.
+    """Stop the worker processes of a DataLoader's iterator; kill those that are still busy after `grace` seconds.
 
-    Not left to the garbage collector: after an error the traceback keeps the iterator, and Python's exit then waits
-    for workers that nobody asked to stop.
+    The garbage collector may be too late: after an error the traceback keeps the iterator alive, and Python's exit then
+    waits for workers that were never stopped.
     """
     if not isinstance(batches, _MultiProcessingDataLoaderIter):
         return
@@ -55,16 +55,16 @@ def stop_workers(batches: Iterator[Any], grace: float) -> None:
 
 
 def is_dead_worker(error: BaseException | None) -> bool:
-    """Whether this is DataLoader's error about a worker that was killed; it has no class of its own."""
+    """Whether this is DataLoader's error about a killed worker, which has no class of its own."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
 @contextlib.contextmanager
 def ignore_dead_workers() -> Iterator[None]:
-    """Around the making of a DataLoader's iterator: keep it from handling SIGCHLD.
+    """Use this around the creation of a DataLoader's iterator, to undo its SIGCHLD handler.
 
-    Its handler raises an error wherever the program is when a worker ends. Without it the error is raised where the
-    next batch is awaited, within 5 seconds.
+    The handler raises an error at any point of the program when a worker dies. Without it the error is raised by the
+    next request for a batch, within 5 seconds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

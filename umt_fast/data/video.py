@@ -1,4 +1,4 @@
-"""A video: where its bytes are, and what is known of it before it is opened."""
+"""A video: the location of its bytes, and the facts that are known before it is opened."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from umt_fast.data.sampling import Timeline
 
 
 class BadVideo(Exception):
-    """A file that gives no clip; the message says why."""
+    """A video cannot be read; the message says why."""
 
 
 @dataclass(frozen=True)
 class Packets:
-    """Place of a file's packets: one per frame, one after another in the order they are shown."""
+    """Position of a file's packets: one per frame, one after another in presentation order."""
 
     sizes: int
-    """First byte of the table of their sizes, 32-bit big-endian."""
+    """First byte of the table of packet sizes, 32-bit big-endian."""
     first: int
     """First byte of the packets."""
     setup: bytes
@@ -37,13 +37,13 @@ class Facts:
     fps: float
     codec: str
     times: np.ndarray
-    """Presentation time of each frame, ascending, in ticks of the file; its number where the file gives no times."""
+    """Presentation time of each frame, ascending, in ticks of the file; 0, 1, 2, ... if the file has no times."""
     keys: np.ndarray
-    """Presentation times of the key frames, ascending; empty where the file gives no times."""
+    """Presentation times of the key frames, ascending; empty if the file has no times."""
     plain: bool = True
-    """Whether every packet is one frame, shown upright as it is stored, at a known time."""
+    """Whether every packet is one frame, stored upright, with a known time."""
     packets: Packets | None = None
-    """None: unknown, only a demuxer finds the packets."""
+    """None: unknown; a demuxer must find the packets."""
 
     @property
     def frames(self) -> int:
@@ -54,7 +54,7 @@ class Facts:
         return Timeline(self.times, self._tick)
 
     def _tick(self) -> float:
-        """An index does not say how long a tick is, but its average frame rate does, for copies exactly."""
+        """Length of a tick in seconds, from the average frame rate; exact for copies of `prepare`."""
         steps = np.diff(self.times)
         ticks = int(steps.sum() + np.median(steps)) if len(steps) else 1
         return self.frames / (ticks * (self.fps or 25.0))
@@ -62,12 +62,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for reading one file, independent of what its header says; the settings of the same names."""
+    """Limits for reading one file, whatever its header says; the settings of the same names."""
 
     max_bytes: int = DataConfig.max_bytes
     max_pixels: int = DataConfig.max_pixels
     time_limit: float = math.inf
-    """Seconds. Infinite except in training; `prepare` has its own limit."""
+    """Seconds; infinite outside of training. `prepare` has its own limit."""
 
     @classmethod
     def of(cls, config: DataConfig) -> Limits:
@@ -85,9 +85,9 @@ class Part:
     end: float | None = None
     """None: to the end."""
     first: int = 0
-    """Frame."""
+    """First frame."""
     count: int | None = None
-    """Frames; None: to the end."""
+    """Number of frames; None: to the end."""
 
     def __str__(self) -> str:
         named = []
@@ -98,7 +98,7 @@ class Part:
         return ", ".join(named) or "all of it"
 
     def bounds(self, timeline: Timeline) -> tuple[int, int]:
-        """Numbers of its first frame and of the one after its last. Raises BadVideo if it has no frame."""
+        """Index of the first frame, and of the frame after the last. Raises BadVideo if the part has no frame."""
         first, last = self.first, timeline.num_frames
         if self.start > 0 or self.end is not None:
             first = max(first, int(np.searchsorted(timeline.seconds, self.start - _HALF_MICROSECOND)))
@@ -116,29 +116,29 @@ _HALF_MICROSECOND = 5e-7
 
 @dataclass(frozen=True)
 class Video:
-    """A video file, or one in a shard."""
+    """A video: a file, or a member of a shard."""
 
     path: str
     """Path of the file, or of the shard: a local path or a URL."""
     member: str = ""
-    """Its name in the shard."""
+    """Name in the shard; empty for a file."""
     offset: int | None = None
-    """Its first byte in the shard; None for a file of its own."""
+    """First byte in the shard; None for a file."""
     size: int | None = None
-    """Bytes, where known; always in a shard."""
+    """Size in bytes, if known; always known in a shard."""
     facts: Facts | None = None
     """None: unknown until the file is read."""
     label: int | None = None
     caption: str | None = None
     class_name: str | None = None
-    """In place of a label, where the list names the classes."""
+    """Name of the class, if the list has names instead of numbers."""
     part: Part | None = None
-    """The part that clips are made of; None: all of it."""
+    """The part from which clips are made; None: the whole video."""
     read_timeout: float = DataConfig.read_timeout
-    """Seconds in which it must arrive, if it is remote."""
+    """Seconds for fetching a remote video."""
     limits: Limits = DEFAULT_LIMITS
     refused: str = ""
-    """Reason why it must not be read; empty: it may be."""
+    """Reason why the video must not be read; empty: it may be read."""
 
     @property
     def name(self) -> str:

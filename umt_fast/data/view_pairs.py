@@ -1,8 +1,7 @@
-"""Pairs of views of one video, for objectives that predict or match one from the other.
+"""Pairs of views of one video, for objectives that predict one view from the other or match them.
 
-`PairStream` gives clips uint8 [2,T,side,side,3], so a batch is [B,2,T,side,side,3], and says of each pair which frames
-and which parts of them it shows. Like every stream, what a visit shows depends on the seed and its number alone: a run
-can be resumed at any clip.
+`PairStream` gives clips uint8 [2,T,side,side,3], so a batch is [B,2,T,side,side,3], with a record of the frames and
+crops of each pair. As in every stream, a visit depends only on the seed and its number: a run can resume at any clip.
 
     stream = PairStream(videos, config, frames=1, side=224, seed=0, pairing=SIAM_MAE)
     for batch in open_loader(stream, device, batches=100, batch_size=64):
@@ -33,15 +32,15 @@ class Pairing:
     """How the two views of a pair are related."""
 
     views: Literal["shared", "independent", "nested"] = "shared"
-    """shared: one crop and flip for both; independent: each its own; nested: the second is a crop of the first."""
+    """shared: one crop and flip for both views; independent: one for each; nested: the second crops the first."""
     gap: tuple[int, int] = (0, 0)
     """Least and largest number of frames from the first view to the second; (0, 0): the same frames."""
     step: int = 1
-    """Frames of the video per frame of a view."""
+    """A view has every step-th frame of the video."""
     area: tuple[float, float] = (0.5, 1.0)
-    """Share of the frame that a crop shows."""
+    """Smallest and largest area of a crop, as a share of the frame."""
     inner_area: tuple[float, float] = (0.3, 0.6)
-    """Share of the first view that a nested second view shows."""
+    """Smallest and largest area of a nested second view, as a share of the first view."""
     flip: float = 0.5
 
     def __post_init__(self) -> None:
@@ -66,17 +65,17 @@ CROP_MAE = Pairing("nested", area=(0.1, 1.0))
 
 
 class DrawnPair(NamedTuple):
-    """What a pair shows."""
+    """Frames and crops of a pair."""
 
     frames: tuple[tuple[int, ...], tuple[int, ...]]
     """Frame ids of both views."""
     views: tuple[View, View]
-    """Their crops, in pixels of the frame, and whether they are mirrored."""
+    """Crops of both views."""
 
 
 @dataclass
 class PairStream(ClipStream):
-    """`config.crops_per_clip` pairs of a visit show the same frames, each with crops of its own."""
+    """A stream of pairs. The `config.crops_per_clip` pairs of a visit share their frames and have different crops."""
 
     pairing: Pairing = field(default_factory=Pairing)
 
@@ -109,7 +108,7 @@ class PairStream(ClipStream):
 
 
 class _ViewOfPair:
-    """One view, which shows `frames` frames from the place `first` of the visit's frames on."""
+    """One view of a pair: the visit's frames from position `first` on."""
 
     def __init__(self, crop: Crop, first: int) -> None:
         self._crop, self._first = crop, first
@@ -126,8 +125,8 @@ class _ViewOfPair:
 def draw_frame_pair(total: int, frames: int, pairing: Pairing, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """Frame ids of both views in a video of `total` frames.
 
-    The gap is drawn uniformly from those that fit the video, then the start from the places where both views fit. A
-    video too short for the least gap, or for a view, repeats its last frame.
+    The gap is drawn uniformly from the gaps that fit the video, then the start from those where both views fit. A video
+    too short for the smallest gap, or for a view, repeats its last frame.
     """
     span = (frames - 1) * pairing.step
     least, most = pairing.gap

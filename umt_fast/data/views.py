@@ -1,6 +1,6 @@
-"""What a validation or test view shows of a frame: resized as the published evaluation does, then a square of it.
+"""Validation and test views of a frame: a resize as in the published evaluation, then square crops.
 
-The published code resizes with OpenCV. `resize_bilinear` computes the same integers without it.
+The published code resizes with OpenCV. `resize_bilinear` computes the same integers without OpenCV.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int, UInt8
 
 _WEIGHT_BITS = 11
-"""OpenCV's fixed-point weights: parts of 2048."""
+"""OpenCV's weights are fixed-point numbers, in units of 1 / 2048."""
 
 
 class Box(NamedTuple):
@@ -27,20 +27,20 @@ class Box(NamedTuple):
 
 
 def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Height and width after the short side became `short_side`; the long one is rounded down."""
+    """Height and width after a resize of the short side to `short_side`; the long side is rounded down."""
     if height <= width:
         return short_side, width if height == short_side else int(short_side * width / height)
     return height if width == short_side else int(short_side * height / width), short_side
 
 
 def centre_box(height: int, width: int, side: int) -> Box:
-    """The validation view of a resized frame. Raises ValueError where the frame is smaller."""
+    """The validation view of a resized frame. Raises ValueError if the frame is smaller."""
     _check_side(height, width, side)
     return Box(round((height - side) / 2), round((width - side) / 2), side, side)
 
 
 def crop_boxes(height: int, width: int, side: int, crops: int) -> list[Box]:
-    """`crops` squares spread along the longer side of a resized frame whose short side is `side`; one is the middle."""
+    """`crops` squares spread along the longer side of a resized frame whose short side is `side`; 1: the middle one."""
     _check_side(height, width, side)
     if crops < 1:
         raise ValueError(f"crops = {crops}: give 1 or more")
@@ -61,7 +61,7 @@ def resize_bilinear(
 ) -> UInt8[np.ndarray, "... i j c"]:
     """Resize bilinearly without antialiasing, to the same bytes as OpenCV's INTER_LINEAR on uint8.
 
-    `box`: compute that part of the resized frames alone. Enlarging was not compared with OpenCV.
+    `box`: compute only this part of the resized frames. Enlarging was not compared with OpenCV.
     """
     old_height, old_width, channels = frames.shape[-3:]
     top, left, rows, columns = box or Box(0, 0, height, width)
@@ -87,7 +87,7 @@ def resize_bilinear(
 def _weighted(
     values: UInt8[np.ndarray, "... n"], i: np.ndarray, j: np.ndarray, a: np.ndarray, b: np.ndarray
 ) -> Int[np.ndarray, "... m"]:
-    """values[i] * a + values[j] * b in int32, in place where it can be: it is most of a test's time beside decoding."""
+    """values[i] * a + values[j] * b in int32, in place: after decoding this takes most of a test's time."""
     left, right = values.take(i, axis=-1).astype(np.int32), values.take(j, axis=-1).astype(np.int32)
     left *= a
     right *= b
@@ -97,9 +97,9 @@ def _weighted(
 
 @functools.lru_cache(maxsize=64)
 def _taps(old: int, new: int, channels: int = 1) -> tuple[Int[np.ndarray, " n"], ...]:
-    """The two source places of each new value and their weights in parts of 2048; float32, as OpenCV.
+    """Indices of the two source values of each new value, and their weights in units of 1 / 2048; float32, as OpenCV.
 
-    Places count values: with several channels, a pixel is that many neighbours.
+    Indices count values, not pixels: a pixel is `channels` neighbouring values.
     """
     scale = old / new
     place = ((np.arange(new) + 0.5) * scale - 0.5).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What each data worker is doing, so that one that is killed or stalls costs only its own video."""
+"""Records what each data worker reads, so that a killed or stalled worker costs only its own video."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from umt_fast.data.video import BadVideo
 _PR_SET_PDEATHSIG = 1
 """Number of the option in linux/prctl.h."""
 IDLE = -1
-"""Stands in place of a row while the worker reads none."""
+"""Row number of a worker that reads no video."""
 
 
 def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this worker when process `parent`, which started it, ends, however it ends (Linux only)."""
+    """Make the kernel kill this worker when its `parent` process ends in any way (Linux only)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The fork server, the parent of what it forks, ends with the process that uses it.
+    # With the fork server, getppid() is the server, which ends with the process that uses it.
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """A row of the list that a worker was reading, and the seconds that it had spent on it."""
+    """The row that a worker was reading, and for how many seconds."""
 
     row: int
     seconds: float
 
 
 class WorkerWatch:
-    """A board on which every worker, forked from this process, notes the row that it reads and since when.
+    """Shared memory in which every worker forked from this process writes its current row and start time.
 
-    A thread kills the workers that read one video for more than `limit` seconds.
+    A thread kills workers that read one video for more than `limit` seconds.
     """
 
-    _INTERVAL = 1.0  # seconds between two looks
+    _INTERVAL = 1.0  # seconds between two checks
 
     def __init__(self, workers: int, limit: float, stalled: dict[int, str] | None = None) -> None:
-        # Three numbers for each worker. A memoryview: numpy would take ten times as long to write one.
+        # Process, row and start time of each worker. A memoryview is ten times as fast as numpy for single writes.
         self._board = memoryview(mmap.mmap(-1, max(workers, 1) * 24)).cast("q")
-        self._set_idle()  # until a worker joins: it may take its time, and a spawned one never does
+        self._set_idle()  # until a worker joins; a spawned worker never joins this board
         self._limit = limit
         self._killed: list[Activity] = []
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self.stalled: dict[int, str] = stalled or {}
-        """Rows that are not read again, each with the reason. A worker has those known when it was forked."""
+        """Rows that are not read again, with the reason. A worker knows the rows from before it was forked."""
 
     def __reduce__(self) -> tuple[type[WorkerWatch], tuple[int, float, dict[int, str]]]:
-        """A spawned worker shares no memory: it writes to its own board, which nobody reads."""
+        """A spawned worker shares no memory: it gets a board of its own, which is not read."""
         return WorkerWatch, (len(self._board) // 3, self._limit, dict(self.stalled))
 
     def start(self) -> None:
-        """Begin to look, once the workers run."""
+        """Start the checks, after the workers have started."""
         self._closed.clear()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -75,7 +75,7 @@ class WorkerWatch:
         self._set_idle()
 
     def join(self, worker: int) -> None:
-        """Register this process as `worker`, before it begins."""
+        """Register this process as `worker`, before its first video."""
         global _own
         _own = (self, worker)
         self._board[3 * worker] = os.getpid()
@@ -87,7 +87,7 @@ class WorkerWatch:
             raise BadVideo(self.stalled[row])
 
     def take_killed(self) -> list[Activity]:
-        """The workers that were killed since the last time, and what they read."""
+        """What the workers read that were killed since the last call."""
         killed, self._killed = self._killed, []
         return killed
 
@@ -101,7 +101,7 @@ class WorkerWatch:
             for place in range(0, len(self._board), 3):
                 pid, row, since = self._board[place : place + 3].tolist()
                 seconds = (now - since) / 1e9
-                # Never process 0: that is a kill of our own process group.
+                # Never process 0, which would kill our own process group.
                 if pid > 0 and row != IDLE and row not in self.stalled and seconds > self._limit:
                     self.stalled[row] = f"it stalled a decoding process for {seconds:.0f} s"
                     self._killed.append(Activity(row, seconds))
@@ -110,7 +110,7 @@ class WorkerWatch:
 
 
 _own: tuple[WorkerWatch, int] | None = None
-"""The watch and the number of this process, in a worker."""
+"""In a worker: its watch and its worker number."""
 
 
 def note_reading(row: int) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes that make the batches; one that is killed or stalls is replaced, and the batches stay the same."""
+"""Worker processes that make the batches. Killed or stalled workers are replaced; the batches stay the same."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from umt_fast.errors import RunError
 T = TypeVar("T")
 
 GRACE = 1.0
-"""Seconds that workers get to finish their work when the loader is closed."""
+"""Seconds that workers have to finish when the loader is closed."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Numbers of the options in malloc.h."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 MAX_DEATHS = 3
-"""Times that workers may be killed at one batch before the loader gives up. The out-of-memory killer picks its victims
-at random, so one death proves nothing."""
+"""The loader gives up when workers are killed this often at one batch. The out-of-memory killer picks its victims at
+random, so one death proves nothing."""
 
 
 class WorkerDied(RunError):
-    """A decoding process was killed."""
+    """Decoding processes were killed repeatedly."""
 
 
 class _RankBatches(Sampler[list[int]]):
-    """Visits of one rank: the ranks take turns, `visits` each, up to visit `end` if there is one."""
+    """Visit numbers of one rank: the ranks take turns with `visits` visits each, up to `end` (None: no end)."""
 
     def __init__(self, start: int, batches: int, visits: int, rank: int, world_size: int, end: int | None) -> None:
         self.start = start
@@ -60,7 +60,7 @@ class _RankBatches(Sampler[list[int]]):
 
 
 class WorkerBatches(Iterator[T]):
-    """What a data set makes of each batch of a rank's visits, in worker processes, from clip `start` of the run on."""
+    """The items of a data set for one rank, made in worker processes, from clip `start` of the run on."""
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class WorkerBatches(Iterator[T]):
         end: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """`start` and `batch_size` count clips, `end` visits: the last batch may be smaller. None: no end."""
+        """`start` and `batch_size` count clips, `end` counts visits (None: no end); the last batch may be smaller."""
         clips = stream.clips_per_visit
         self._dataset, self._stream, self._pin_memory, self._say = dataset, stream, pin_memory, say
         self._visits = functools.partial(
             _RankBatches, visits=batch_size // clips, rank=rank, world_size=world_size, end=end
         )
         self._next = start // clips
-        """First visit, over all ranks, of the batch to come."""
+        """First visit, over all ranks, of the next batch."""
         self._step = batch_size // clips * world_size
         self._left = batches
         self._deaths = 0
@@ -95,8 +95,8 @@ class WorkerBatches(Iterator[T]):
         options: dict[str, Any] = {}
         if config.workers:
             options = {"prefetch_factor": config.prefetch}
-            # A garbage collection writes to every object it visits, and so copies the pages, 37 MB, that the workers
-            # share with this process. Objects that exist now are not visited again while the workers run.
+            # Garbage collection writes to every object it visits, which would copy the 37 MB of pages that the workers
+            # share with this process. `freeze` excludes all existing objects from it while the workers run.
             gc.collect()
             gc.freeze()
         loader = DataLoader(
@@ -106,7 +106,7 @@ class WorkerBatches(Iterator[T]):
             num_workers=config.workers,
             worker_init_fn=functools.partial(_begin_worker, os.getpid(), self._watch),
             pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # otherwise the loader draws a number from the run's own
+            generator=torch.Generator(),  # otherwise the loader draws from the run's default generator
             **options,
         )
         with ignore_dead_workers():
@@ -123,7 +123,7 @@ class WorkerBatches(Iterator[T]):
         while self._items is not None:
             try:
                 item = next(self._items)
-            except NoSharedMemory as error:  # torch has put the worker's traceback before the message
+            except NoSharedMemory as error:  # torch puts the worker's traceback before the message
                 raise NoSharedMemory(str(error).strip().splitlines()[-1].partition(": ")[2]) from None
             except RuntimeError as error:
                 if not is_dead_worker(error):
@@ -137,7 +137,7 @@ class WorkerBatches(Iterator[T]):
         raise StopIteration
 
     def _replace_workers(self, error: RuntimeError) -> None:
-        """End all workers and start others at the batch that is missing."""
+        """Stop all workers and start new ones at the missing batch."""
         self._watch.close()
         for activity in self._watch.take_killed():
             name = self._stream.videos[activity.row].name
@@ -161,7 +161,7 @@ class WorkerBatches(Iterator[T]):
         self._items = self._start()
 
     def close(self) -> None:
-        """Stop the workers. One that is stuck, as in a read from a silent server, is killed."""
+        """Stop the workers. A stuck worker, for example one that waits for a silent server, is killed."""
         items, self._items = self._items, None
         self._watch.close()
         if items is not None and self._stream.config.workers:
@@ -175,8 +175,8 @@ def _begin_worker(parent: int, watch: WorkerWatch, worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)  # when to stop
     end_with_parent(parent)
     watch.join(worker)
-    gc.freeze()  # the garbage collector leaves alone what was forked
+    gc.freeze()  # keeps the garbage collector from copying the forked pages
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc would return memory to the system, page by page, that the next clip needs
+    if hasattr(libc, "mallopt"):  # otherwise glibc returns memory to the system that the next clip needs
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 8 << 20)

@@ -59,10 +59,10 @@ def open_video(
     at which players show them; a copy of `prepare` stays as it was made. `motion`: where to put the motion vectors of
     the frames that are read. `decoder`: what opens files other than pictures.
 
-    Only what is needed is decoded: from the key frame before each wanted frame to that frame.
+    For each requested frame only the frames from the key frame before it are decoded.
 
-    Raises BadVideo for a file that is missing, empty, truncated, not a video, does not decode at a wanted frame, or
-    is not the one that the index describes.
+    Raises BadVideo for a file that is missing, empty, truncated or not a video, that does not decode at a requested
+    frame, or that differs from its index.
     """
     reading: contextlib.AbstractContextManager[Reader]
     if posixpath.splitext(video.member or video.path)[1].lower() in IMAGE_SUFFIXES:
@@ -80,7 +80,7 @@ def open_video(
             yield reader
     finally:
         if motion is not None:
-            gc.collect(0)  # frames whose side data was read refer to it, and it to them
+            gc.collect(0)  # a frame and its side data, once read, are a reference cycle
 
 
 def _is_folder(video: Video) -> bool:
@@ -94,8 +94,8 @@ def opener_of(decoder: FileDecoder) -> Opener:
 
 
 def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[int], UInt8[np.ndarray, "h w 3"]]]:
-    """The frames at `indices`, in any order and with repeats, as they are decoded, each with its
-    positions in `indices`."""
+    """The frames at `indices` (in any order, repeats allowed) as they are decoded, each with its positions in
+    `indices`."""
     places: dict[int, list[int]] = {}
     for place, index in enumerate(indices):
         places.setdefault(index, []).append(place)
@@ -106,8 +106,8 @@ def read_places(reader: Reader, indices: Sequence[int]) -> Iterator[tuple[list[i
 def read_frames(
     video: Video, choose: Callable[[int], Sequence[int]], content: bytes | None = None
 ) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Frames of a video. `choose` gets the number of frames and returns the wanted indices, from 0, in any order and
-    with repeats; an index asked for twice is the same array. Raises BadVideo as `open_video`."""
+    """Frames of a video. `choose` gets the number of frames and returns the indices, from 0, in any order, repeats
+    allowed; a repeated index gives the same array. Raises BadVideo as `open_video` does."""
     with open_video(video, content) as reader:
         indices = choose(reader.timeline.num_frames)
         found = {place: frame for places, frame in read_places(reader, indices) for place in places}

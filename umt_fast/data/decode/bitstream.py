@@ -11,7 +11,7 @@ _SRGB = 7
 def read_formats(packet: bytes) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Width, height and pixel format (profile and, in key frames, colours) of each frame whose header has them.
 
-    Other frames have the size of a frame they refer to. Raises ValueError if the packet is not VP9.
+    Frames without it have the size of a reference frame. Raises ValueError if the packet is not VP9.
     """
     for frame in _split(packet):
         found = _read_header(frame)
@@ -62,7 +62,7 @@ def _read_header(frame: bytes) -> tuple[int, int, tuple[int, ...]] | None:
             bits.read(2)
         if not intra:
             bits.read(8 + 3 * 4)
-            if any(bits.read(1) for _ in range(3)):  # the size of a reference; the first one named counts
+            if any(bits.read(1) for _ in range(3)):  # the frame has the size of a reference frame
                 return None
             return bits.read(16) + 1, bits.read(16) + 1, (profile,)
     if bits.read(24) != _SYNC:

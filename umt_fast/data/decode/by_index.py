@@ -1,6 +1,6 @@
 """Frames of training copies, read without a demuxer: the index has the offsets of their packets.
 
-Opening, seeking and demultiplexing would take a quarter of the time where every frame is a key frame.
+If every frame is a key frame, opening, seeking and demultiplexing would take a quarter of the time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from umt_fast.data.decode.time_limit import current_limit
 from umt_fast.data.video import BadVideo, Facts, Packets, Video
 
 _DECODERS = {**{name: name for name in ("h264", "hevc", "vp9", "mjpeg")}, "av1": "libdav1d"}
-"""FFmpeg's decoders by the codecs of copies; its own AV1 decoder needs a GPU."""
+"""FFmpeg's decoder for each codec of the copies; FFmpeg's native AV1 decoder needs a GPU."""
 _CHANGED = "it has changed since it was indexed"
 
 
@@ -67,7 +67,7 @@ def _bytes_of(video: Video, content: bytes | None) -> Iterator[Callable[[int, in
 
 
 class Reader:
-    """A video's decoder and the places of its packets."""
+    """A video's decoder and the offsets of its packets."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Reader:
         to_rgb = RgbConverter(indexed=True, motion=self.motion)
         times, keys = self.facts.times, self.facts.keys
         begins = np.searchsorted(times, keys[np.searchsorted(keys, times[indices], "right") - 1]).tolist()
-        fed = 0  # the decoder has the packets before this frame, from their key frame on
+        fed = 0  # the decoder has got the packets before this frame, from their key frame on
         with as_bad_video():
             for index, begin in zip(indices, begins, strict=True):
                 if fed <= begin:
@@ -106,7 +106,7 @@ class Reader:
                 yield index, to_rgb(frame, index)
 
     def _decode(self, first: int, last: int) -> av.VideoFrame | None:
-        """Frame `last`, once the packets from `first` on are decoded; None if it is damaged."""
+        """Decode the packets of frames `first` to `last`; returns frame `last`, or None if it is damaged."""
         bounds = self.bounds[first : last + 2].tolist()
         content = self.read_bytes(bounds[0], bounds[-1])
         shown: list[av.VideoFrame] = []
@@ -119,14 +119,14 @@ class Reader:
 
 
 def _packet(content: bytes) -> av.Packet:
-    """A packet with zeros after it, which decoders read; `av.Packet(content)` would have none."""
+    """A packet with zero padding, which decoders read beyond its end; `av.Packet(content)` has no padding."""
     packet = av.Packet(len(content))
     packet.update(content)
     return packet
 
 
 def _decoder_of(codec: str) -> str | None:
-    """FFmpeg's name of the decoder, None if this FFmpeg lacks it."""
+    """FFmpeg's name of the decoder; None if this FFmpeg does not have it."""
     name = _DECODERS.get(codec)
     return name if name in av.codecs_available else None
 
@@ -144,10 +144,10 @@ def _open_decoder(
 
 
 def find_packets(video: Video, facts: Facts) -> Packets | None:
-    """The place of the packets of a local video with these facts. Raises BadVideo as `open_video`.
+    """The position of the packets of a local video with these facts. Raises BadVideo as `open_video` does.
 
-    None unless they follow each other in the order their frames are shown, after a table of their sizes, and the first
-    decodes to the same picture without the container as with it.
+    None unless the packets follow each other in presentation order, after a table of their sizes, and the first packet
+    decodes to the same picture with and without the container.
     """
     with in_container(replace(video, facts=facts), None) as reader, _bytes_of(video, None) as read:
         container, stream = reader.container, reader.stream

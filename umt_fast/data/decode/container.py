@@ -34,7 +34,7 @@ _CUT_ANYWHERE = ("mpegts", "mpeg")
 
 @dataclass(frozen=True)
 class Storage:
-    """How a video's pictures are stored, as its header says."""
+    """Storage format of a video's pictures, from its header."""
 
     codec: str
     pixels: str
@@ -42,10 +42,10 @@ class Storage:
     matrix: int
     """YCbCr-to-RGB matrix, by its number in ITU-T H.273: 1 is BT.709, 2 unknown, 5 and 6 are BT.601."""
     width: int
-    """Pixels, before any turning."""
+    """Pixels, before any rotation."""
     height: int
     pixel_aspect: Fraction = Fraction(1)
-    """Width of a pixel by its height."""
+    """Width / height of a pixel."""
 
 
 def probe(video: Video, content: bytes | None = None) -> Facts:
@@ -65,9 +65,9 @@ def look_up(video: Video, content: bytes | None = None) -> Storage:
 
 
 def each_frame(video: Video, content: bytes | None = None) -> Iterator[av.VideoFrame]:
-    """Every frame in order of presentation, decoded in one pass, as it is stored (not yet turned).
+    """Every frame in presentation order, decoded in one pass, as it is stored (not rotated).
 
-    Raises BadVideo as `decode.open_video`, at the first frame that does not decode.
+    Raises BadVideo as `decode.open_video` does, and at the first frame that does not decode.
     """
     with opened(video, content) as reader:
         yield from reader.read_all()
@@ -136,7 +136,7 @@ class Reader:
         if not times:
             raise BadVideo("no frames")
         known = [time for time in times if time is not None]
-        # AVI stores frames in decoding order and no presentation times: with reordering, FFmpeg's are wrong.
+        # AVI has no presentation times: with reordered frames, the times that FFmpeg derives are wrong.
         reordered_avi = self.container.format.name == "avi" and self.stream.codec_context.has_b_frames
         self.timed = bool(keys) and not reordered_avi and len(set(known)) == len(times)
         self.pts = sorted(known) if self.timed else list(range(len(times)))
@@ -147,7 +147,7 @@ class Reader:
             and self.container.format.name in _CUT_ANYWHERE
             and (not starts_with_key or self.pts[0] < min(keys))
         ):
-            # It may begin inside a group of pictures, with packets that refer to frames before it
+            # The file may begin inside a group of pictures, with packets that refer to frames before its start
             shown = (frame.pts for frame in self._rewind() if not frame.is_corrupt and frame.pts is not None)
             start = next(shown, None)
             if start is None:
@@ -189,7 +189,7 @@ class Reader:
         )
 
     def _is_interlaced(self, first: av.VideoFrame) -> bool:
-        """Whether frames are stored as fields or flagged so; decoders differ in what they make of them."""
+        """Whether frames are stored or flagged as fields; decoders treat them differently."""
         order = getattr(self.stream.codec_context, "field_order", 0)  # PyAV before 18 lacks it
         return bool(first.interlaced_frame) or order > 1  # 0: unknown, 1: progressive
 
@@ -225,7 +225,7 @@ class Reader:
                 yield index, self.to_rgb(frame, index)
 
     def _decode_from(self, key: int) -> Iterator[av.VideoFrame]:
-        """Decoded frames from the key frame at time `key` on; from the start, once, if a seek lands after it."""
+        """Decoded frames from the key frame at time `key` on; if a seek lands after it, from the start of the file."""
         self.container.seek(key, stream=self.stream)
         decoder = decode(self.container, self.stream)
         for frame in decoder:
@@ -240,10 +240,10 @@ class Reader:
 
     @property
     def before_start(self) -> int:
-        """A time to seek to from which every packet follows."""
+        """A time to seek to that lies before every packet."""
         start = min(self.keys[0], self.pts[0], 0)
         if start < 0 and self.container.format.name in _CUT_ANYWHERE:
-            # A recording during which the clock of 33 bits began anew. Its demuxer seeks by times of decoding.
+            # The 33-bit clock wrapped round during the recording, and the demuxer seeks by decoding times.
             start -= round(1 / (self.stream.time_base or 1))
         return start
 
@@ -253,7 +253,7 @@ class Reader:
         yield from decode(self.container, self.stream)
 
     def _decode_all(self) -> Iterator[av.VideoFrame]:
-        """All frames from the start, in a container of its own: a stream without times cannot be rewound."""
+        """All frames from the start, in a newly opened container: a stream without times cannot be rewound."""
         with self.reopen() as container:
             stream = container.streams[self.stream.index]
             assert isinstance(stream, av.VideoStream)
@@ -262,7 +262,7 @@ class Reader:
             yield from decode(container, stream)
 
     def _by_count(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Without times to seek by: decode from the start and count."""
+        """For a file without times: decode from the start and count frames."""
         wanted = set(indices)
         for index, frame in enumerate(self._decode_all()):
             if index in wanted and not frame.is_corrupt:
@@ -284,7 +284,7 @@ class Reader:
         done = 0
         for frame in self._decode_all():
             if self.timed and frame.pts is not None and done < len(self.pts) and frame.pts < self.pts[done]:
-                continue  # cut away by an edit list, or before the first frame that decodes
+                continue  # removed by an edit list, or before the first frame that decodes
             if done == len(self.pts) or frame.is_corrupt or (self.timed and frame.pts != self.pts[done]):
                 break
             yield frame

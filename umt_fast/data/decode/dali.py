@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class VisitRequest:
-    """What DALI decodes for one visit."""
+    """Request to DALI to decode one visit."""
 
     place: int
-    """The visit's, in its batch."""
+    """Position of the visit in its batch."""
     codec: str
     content: UInt8[np.ndarray, " bytes"]
     frames: list[int]
@@ -34,20 +34,20 @@ class VisitRequest:
 
 
 def build_pipeline(stream: ClipStream, device: torch.device, requests: int, threads: int) -> Pipeline:
-    """A DALI pipeline that makes uint8 clips [R,T,side,side,3] of each of up to `requests` videos.
+    """A DALI pipeline that makes uint8 clips [R,T,side,side,3] of up to `requests` videos at a time.
 
-    For a stream with a `ViewTransform` it makes the view alone, [T,h,w,3], which the transform resizes with torch:
-    DALI's cubic filter is another one than torch's.
+    For a stream with a `ViewTransform` it only crops, to [T,h,w,3]: the transform resizes with torch, because DALI's
+    cubic filter differs from torch's.
 
-    Against PyAV and torch, measured on the CPU (tests/data/test_dali_loader.py):
-    - the decoded frames are the same, to the bit where chroma is not subsampled. From 4:2:0, DALI interpolates chroma
-      where FFmpeg's fast conversion repeats it: edges of colours differ, brightness by 3 of 255 at most;
+    Differences from PyAV and torch, measured on the CPU (tests/data/test_dali_loader.py):
+    - the decoded frames are bit-identical if chroma is not subsampled. From 4:2:0, DALI interpolates chroma, while
+      FFmpeg's fast conversion repeats it: edges of colours differ, brightness by 3 of 255 at most;
     - DALI reads every video as BT.601, so colours of BT.709 are wrong by up to 38 of 255; a matrix corrects them;
-    - DALI's resize repeats a crop's outermost pixels where torch leaves them out: the outermost row and column of a
-      clip that is made smaller differ by up to 18, all others by 2.
+    - DALI's resize repeats a crop's outermost pixels, torch leaves them out: when a clip is made smaller, its outermost
+      rows and columns differ by up to 18, all others by 2.
     """
-    # DALI keeps larger buffers in a pool of its own. It would leave those of up to 32 MB to malloc, whose arenas, one
-    # per thread, then grow by unused gaps: 434 MB of them after 9000 clips of 340x256.
+    # DALI's own pool holds only buffers above 32 MB by default. malloc's arenas, one per thread, then grow by unused
+    # gaps: 434 MB after 9000 clips of 340x256.
     os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "128k")
     from nvidia.dali import Pipeline, fn, types
 
@@ -57,7 +57,7 @@ def build_pipeline(stream: ClipStream, device: torch.device, requests: int, thre
         num_threads=threads,
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=1,  # the loader keeps several pipelines busy instead
-        exec_dynamic=True,  # its outputs live on for as long as a tensor needs them
+        exec_dynamic=True,  # outputs stay valid while a tensor uses them
     )
     with pipeline:
         # DALI reads the bytes in place; `DecodingPipeline` holds them until it has decoded them.
@@ -85,7 +85,7 @@ def build_pipeline(stream: ClipStream, device: torch.device, requests: int, thre
 
 
 def _inputs(requests: Sequence[VisitRequest], flips: bool) -> dict[str, list[np.ndarray]]:
-    """For each request, the inputs that `build_pipeline` names; `flips`: whether the pipeline mirrors."""
+    """The inputs of `build_pipeline` by name, one array per request; `flips`: whether the pipeline has flips."""
     inputs = {
         "encoded": [request.content for request in requests],
         "frames": [np.array(request.frames, np.int32) for request in requests],
@@ -101,7 +101,7 @@ def _inputs(requests: Sequence[VisitRequest], flips: bool) -> dict[str, list[np.
 
 
 def to_rgb(red: float, blue: float) -> np.ndarray:
-    """Matrix from (Y, Cb, Cr), all of one scale, to RGB, given the weights of red and blue (ITU-R BT.601, BT.709)."""
+    """Matrix from (Y, Cb, Cr), on the same scale, to RGB for these weights of red and blue (ITU-R BT.601, BT.709)."""
     green = 1 - red - blue
     return np.array(
         [
@@ -113,11 +113,11 @@ def to_rgb(red: float, blue: float) -> np.ndarray:
 
 
 BT709_FROM_BT601 = (to_rgb(0.2126, 0.0722) @ np.linalg.inv(to_rgb(0.299, 0.114))).astype(np.float32)
-"""From RGB of BT.709 pictures decoded as BT.601 to their true RGB."""
+"""Corrects the RGB of BT.709 pictures that were decoded as BT.601."""
 
 
 class DecodeFailed(Exception):
-    """DALI gave up on a video of a group."""
+    """DALI failed on a video of a group."""
 
 
 class DecodingPipeline:
@@ -144,8 +144,8 @@ class DecodingPipeline:
     def finish(self) -> UInt8[Tensor, "n r t h w 3"]:
         """The clips of the requests, in memory that DALI frees with the tensor.
 
-        On a GPU they belong to the current stream: it waits for them, and finishes what it does with them before
-        DALI reuses the memory. Raises DecodeFailed.
+        On a GPU the current stream waits for the clips, and DALI reuses the memory only after the work on that stream.
+        Raises DecodeFailed.
         """
         assert self._pipeline is not None
         clip_stream, device = self._arguments[:2]
@@ -154,7 +154,7 @@ class DecodingPipeline:
         try:
             (clips,) = self._pipeline.outputs(cuda_stream=stream)
         except RuntimeError as error:
-            self.close()  # DALI does not promise that a pipeline works after an error
+            self.close()  # DALI does not guarantee that a pipeline works after an error
             raise DecodeFailed(str(error)) from None
         finally:
             self._at_work = ()
@@ -166,7 +166,7 @@ class DecodingPipeline:
         return torch.stack([resize(part, of.views[0].flip) for part, of in zip(parts, requests, strict=True)])[:, None]
 
     def decode(self, request: VisitRequest) -> UInt8[Tensor, "r t h w 3"]:
-        """The clips of one request, waited for. Raises DecodeFailed."""
+        """Decode one request and wait for its clips. Raises DecodeFailed."""
         self.start([request])
         return self.finish()[0]
 

@@ -1,4 +1,4 @@
-"""Excerpts for DALI: the packets that some frames of a video need, as a file of their own."""
+"""Excerpts for DALI: a file with only the packets that the requested frames of a video need."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from umt_fast.data.sampling import Timeline
 from umt_fast.data.video import BadVideo, Video
 
 _STEP = Fraction(1, 25)
-"""Seconds between frames of an excerpt; nobody reads its times."""
+"""Seconds between frames of an excerpt; its times are not used."""
 
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The packets of some frames of a video and of those they refer to."""
+    """The packets of some frames of a video, and of the frames that they refer to."""
 
     content: bytes
-    """A Matroska file of these alone, one packet per frame, with times from 0 on."""
+    """A Matroska file of these packets, one per frame, with times from 0 on."""
     frames: list[int]
-    """The wanted frames' numbers in that, in the order they were asked for."""
+    """Indices of the requested frames in `content`, in the requested order."""
     width: int
     """Pixels."""
     height: int
@@ -38,11 +38,11 @@ class Excerpt:
 def cut_excerpt(
     video: Video, choose: Callable[[Timeline], Sequence[int]], content: bytes | None = None
 ) -> Excerpt | None:
-    """The part of a video that holds the frames which `choose` returns, by index, in any order and with repeats.
+    """The excerpt of a video with the frames that `choose` returns, by index, in any order, repeats allowed.
 
-    None where packets and shown frames are not the same, as with edit lists, frames are stored turned, change in size
-    or refer to frames before an H.264 key frame, or the first does not decode. Nothing else is decoded, and of a
-    video with facts not even that. Raises BadVideo as `decode.open_video`, except for what only decoding shows.
+    None if a packet is not exactly one shown frame (edit lists), frames are rotated or change in size, frames refer to
+    others before an H.264 key frame, or the first frame does not decode. Only the first frame is decoded, and none if
+    the video has facts. Raises BadVideo as `decode.open_video` does, except for errors that only decoding reveals.
     """
     with opened(video, content) as reader, as_bad_video():
         try:
@@ -57,7 +57,7 @@ def cut_excerpt(
 
 
 def _cut(reader: Reader, indices: list[int]) -> tuple[bytes, list[int]] | None:
-    """The packets that frames need, as Matroska, and the numbers of the frames in that. None if sizes change."""
+    """The packets that the frames need, as Matroska, and the frames' indices in it. None if the format changes."""
     wanted = [reader.pts[index] for index in indices]
     packets = _collect(reader, wanted, seek=True)
     if not packets.keys() >= set(wanted):  # a seek landed after its key frame
@@ -88,7 +88,7 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
             if packet.pts in waiting:
                 first = first if wanted else packet.pts
                 wanted |= waiting.pop(packet.pts)
-            if wanted and packet.pts >= first:  # leading frames refer to the group before
+            if wanted and packet.pts >= first:  # earlier, leading frames refer to the previous group
                 packets[packet.pts] = packet
                 wanted.discard(packet.pts)
                 if not wanted and (seek or not waiting):
@@ -99,12 +99,12 @@ def _collect(reader: Reader, times: Iterable[int], seek: bool) -> dict[int, av.P
 
 
 def _keeps_its_format(reader: Reader, packets: Collection[av.Packet]) -> bool:
-    """Whether all frames have the size and pixel format of the file's header, and H.264's key frames refer to nothing
-    before them: otherwise the frames after one are lost when the group before is left out."""
+    """Whether all frames have the size and pixel format of the file's header, and H.264's key frames are IDR pictures:
+    otherwise frames after a key frame may refer to the previous group, which an excerpt leaves out."""
     context = reader.stream.codec_context
     if context.codec.canonical_name == "h264" and not all(_has_idr(one) for one in packets if one.is_keyframe):
         return False
-    if context.codec.canonical_name == "vp9":  # with `skip_frame`, FFmpeg would still decode it
+    if context.codec.canonical_name == "vp9":  # FFmpeg decodes VP9 in spite of `skip_frame`
         try:
             found = [one for packet in packets for one in read_formats(bytes(packet))]
         except ValueError:
@@ -114,7 +114,7 @@ def _keeps_its_format(reader: Reader, packets: Collection[av.Packet]) -> bool:
         sizes = {(width, height) for width, height, _ in found}
         return sizes == {(context.width, context.height)} and len(profiles) == len(colours) == 1
     before = context.width, context.height, context.pix_fmt
-    context.skip_frame = "ALL"  # the decoder reads headers and goes on
+    context.skip_frame = "ALL"  # the decoder reads only headers
     for packet in packets:
         with contextlib.suppress(av.error.FFmpegError):
             context.decode(packet)
@@ -138,7 +138,7 @@ def _mux(reader: Reader, packets: dict[int, av.Packet], times: list[int]) -> byt
 
 
 def _has_idr(packet: av.Packet) -> bool:
-    """Whether an H.264 packet holds an IDR picture: a unit of type 5, behind a start code or a length of 4 bytes."""
+    """Whether an H.264 packet has an IDR picture: a NAL unit of type 5, after a start code or a 4-byte length."""
     data, place, kinds = bytes(packet), 0, set()
     while place + 4 < len(data):
         kinds.add(data[place + 4] & 31)

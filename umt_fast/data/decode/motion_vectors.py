@@ -1,4 +1,4 @@
-"""Motion vectors, which FFmpeg's decoders hand out with the frames that they decode."""
+"""Motion vectors, which FFmpeg's decoders export with the decoded frames."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 CELL = 4
-"""Pixels along a side of the finest block that H.264 moves."""
+"""Side of H.264's smallest motion block, pixels."""
 EXPORT = {"flags2": "+export_mvs"}
-"""The decoder's option; without it frames have no vectors."""
+"""The decoder's option that exports motion vectors."""
 
 
 class MotionMaps(dict[int, "Float32[np.ndarray, 'h w']"]):
-    """`motion_map`s by the numbers of their frames. A reader adds those of the frames that it reads.
+    """`motion_map`s by frame index. A reader adds the maps of the frames that it reads.
 
-    Frames of pictures and of codecs whose vectors FFmpeg does not export have none.
+    Pictures have no map. Frames of codecs whose vectors FFmpeg does not export have maps of zeros.
     """
 
     def add(self, index: int, frame: av.VideoFrame, orientation: Orientation) -> None:
@@ -29,9 +29,9 @@ class MotionMaps(dict[int, "Float32[np.ndarray, 'h w']"]):
 
 
 def motion_map(frame: av.VideoFrame) -> Float32[np.ndarray, "h w"]:
-    """Length of the motion vector at every cell of CELL x CELL pixels of a decoded frame, in pixels.
+    """Length of the motion vector, in pixels, at each cell of CELL x CELL pixels of a decoded frame.
 
-    The mean where a block is predicted from several frames; 0 where it is predicted from none.
+    A block with several reference frames counts with the mean, an intra-coded block with 0.
     """
     rows, columns = -(-frame.height // CELL), -(-frame.width // CELL)
     data = frame.side_data.get("MOTION_VECTORS")

@@ -1,4 +1,4 @@
-"""Which videos the decoding engines (NVDEC) of a GPU support, and how many engines there are."""
+"""The limits of a GPU's decoding engines (NVDEC) by codec, and their number."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 LIBRARY = "libnvcuvid.so.1"
 
-# cudaVideoCodec of the Video Codec SDK, by FFmpeg's name: those that DALI decodes with NVDEC.
+# FFmpeg's name -> cudaVideoCodec of the Video Codec SDK, for the codecs that DALI decodes with NVDEC.
 CODECS = {"mpeg4": 2, "h264": 4, "hevc": 8, "vp8": 9, "vp9": 10, "av1": 11}
 _CHROMA_420 = 1
 
 
 class NoEngine(Exception):
-    """There is no usable NVDEC; the message says why."""
+    """NVDEC cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Limits:
     """Limits of the engines for one codec, in 8-bit 4:2:0."""
 
     engines: int
-    """Number of engines that support it."""
+    """Number of engines that support the codec."""
     width: tuple[int, int]
     """Smallest and largest, pixels."""
     height: tuple[int, int]
@@ -67,7 +67,7 @@ def limits(device: torch.device) -> dict[str, Limits]:
     except OSError:
         raise NoEngine(f"no {LIBRARY}; in a container set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video") from None
     with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # the driver answers for the current context, which this makes
+        torch.cuda.current_stream().synchronize()  # creates the CUDA context, for which the driver answers
         found = {name: _ask(library, code) for name, code in CODECS.items()}
     supported = {name: answer for name, answer in found.items() if answer is not None}
     if not supported:

@@ -1,4 +1,4 @@
-"""Rotation that a file asks of players, applied as FFmpeg's autorotate does."""
+"""Rotation and flips that a file prescribes for display, applied as FFmpeg's autorotate does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Orientation:
-    """First the angle, then the transposition, then the flips."""
+    """Rotation of a picture: first by the angle, then the transposition, then the flips."""
 
     transpose: bool = False
     flip_rows: bool = False
@@ -27,10 +27,10 @@ class Orientation:
     flip_columns: bool = False
     """Left to right."""
     degrees: float = 0.0
-    """Clockwise, for a display matrix that is not a multiple of a quarter turn. The picture keeps its size."""
+    """Clockwise angle of a display matrix that is not a multiple of 90 degrees. The picture keeps its size."""
 
     def apply(self, picture: Shaped[np.ndarray, "h w *channels"]) -> Shaped[np.ndarray, "i j *channels"]:
-        """A view of the picture, transposed and flipped. `rotate` has to come before where `degrees` is not 0."""
+        """A view of the picture, transposed and flipped. If `degrees` is not 0, call `rotate` first."""
         if self.transpose:
             picture = picture.swapaxes(0, 1)
         if self.flip_rows:
@@ -42,7 +42,7 @@ class Orientation:
         return (height, width) if self.transpose else (width, height)
 
     def rotate(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """The frame turned by `degrees`, black where it has no picture."""
+        """The frame rotated by `degrees`, with black corners."""
         if not self.degrees:
             return frame
         graph = Graph()
@@ -61,9 +61,9 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: av.VideoFrame) -> Orientation:
-    """From the display matrix that the decoder attached to a frame.
+    """The orientation from the display matrix of a decoded frame.
 
-    PyAV's side data and the frame refer to each other, so only a garbage collection frees the frame.
+    PyAV's side data and the frame are a reference cycle, so only a garbage collection frees the frame.
     """
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV names its keys str
     return UPRIGHT if matrix is None else from_matrix(bytes(matrix))
@@ -71,7 +71,7 @@ def orientation_of(frame: av.VideoFrame) -> Orientation:
 
 @functools.lru_cache(maxsize=64)
 def from_matrix(matrix: bytes) -> Orientation:
-    """Orientation from FFmpeg's AV_FRAME_DATA_DISPLAYMATRIX, nine 32-bit integers: as `ffmpeg -autorotate` chooses."""
+    """Orientation from FFmpeg's AV_FRAME_DATA_DISPLAYMATRIX, nine 32-bit integers, as `ffmpeg -autorotate` reads it."""
     a, b, _, c, d = np.frombuffer(matrix[:20], "=i4").tolist()
     across, down = math.hypot(a, c), math.hypot(b, d)
     if not across or not down:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 ONE_THREAD = 1
-"""For `VideoReformatter.reformat`: waking one thread per core costs ten times what a small frame does."""
+"""Threads of `VideoReformatter.reformat`: waking one per core costs ten times the conversion of a small frame."""
 
 
 class RgbConverter:
     """Converts the frames of one video to uint8 RGB [H,W,3], upright.
 
-    It keeps FFmpeg's converter for frames of one kind, and the display matrix, which the first frame has. Videos with
-    facts in an index have no mirrored pictures, so their rotation is enough.
+    It keeps FFmpeg's converter, and the display matrix of the first frame. Indexed videos are not mirrored, so their
+    rotation tells whether the matrix must be read.
     """
 
     def __init__(self, indexed: bool, aspect: Fraction = Fraction(1), motion: MotionMaps | None = None) -> None:
@@ -49,7 +49,7 @@ class RgbConverter:
         turned = frame if upright else orientation.rotate(frame)
         width = None if self._aspect is None else max(round(frame.width * self._aspect), 1)
         rgb = self._reformatter.reformat(turned, width, format="rgb24", threads=ONE_THREAD)
-        (plane,) = rgb.planes  # not to_ndarray, which copies it where lines end in padding
+        (plane,) = rgb.planes  # to_ndarray would copy a plane with padded lines
         shape, strides = (rgb.height, rgb.width, 3), (plane.line_size, 3, 1)
         pixels = np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
         return pixels if upright else orientation.apply(pixels)

@@ -1,4 +1,4 @@
-"""Picture files as videos of one frame, and folders of them as videos."""
+"""Picture files as videos of one frame, and folders of pictures as videos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-"""Others are refused whatever the name says: Pillow runs Ghostscript on EPS."""
+"""Allowed formats. Others are refused with any suffix: Pillow would run Ghostscript on EPS."""
 
 
 class Still:
@@ -41,7 +41,7 @@ class Still:
 
 @contextlib.contextmanager
 def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
-    """Decode a picture as RGB. Raises BadVideo for a file that is missing or not a picture that Pillow reads whole."""
+    """Decode a picture as RGB. Raises BadVideo if the file is missing, damaged or not a picture."""
     try:
         data = read_video(video) if content is None else content
         with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
@@ -49,7 +49,7 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
             if width * height > video.limits.max_pixels:
                 raise ValueError(f"{width} x {height}, more than --data.max-pixels {video.limits.max_pixels}")
             pixels: Image.Image = picture
-            if picture.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip to white
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white
                 pixels = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             frame = np.array(pixels.convert("RGB"))
     except (OSError, SyntaxError, ValueError, CannotReach, Image.DecompressionBombError) as error:
@@ -58,7 +58,7 @@ def opened(video: Video, content: bytes | None = None) -> Iterator[Still]:
 
 
 class FrameFolder:
-    """A folder of pictures, one for each frame, as a `Reader`. Their numbers give their order."""
+    """A folder of pictures, one per frame, as a `Reader`; they are ordered by the numbers in their names."""
 
     def __init__(self, pictures: list[str], limits: Limits) -> None:
         self._limits = limits
@@ -76,7 +76,7 @@ class FrameFolder:
 
 
 _FOLDER_FPS = 25
-"""Frames per second of a folder of frames, which does not say."""
+"""Assumed frames per second of a folder of frames."""
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from umt_fast.data.video import BadVideo
 
 @dataclass
 class TimeLimit:
-    """Raises BadVideo from any decoding inside its `with` that takes longer."""
+    """Decoding inside its `with` block raises BadVideo after this time."""
 
     seconds: float
     _end: float = field(default=math.inf, init=False)
@@ -25,7 +25,7 @@ class TimeLimit:
         _current.reset(self._before)
 
     def check(self) -> None:
-        """Raise BadVideo if the time is over. Decoders ask between packets; the frame's size bounds what one costs."""
+        """Raise BadVideo if the time is over. Decoders check between packets; `max_pixels` bounds the cost of one."""
         if time.monotonic() > self._end:
             raise BadVideo(f"not decoded within {self.seconds:g} seconds (--data.time-limit)")
 

@@ -1,4 +1,4 @@
-"""Files that end before they should, which FFmpeg plays to their end without a word."""
+"""Detection of truncated files, which FFmpeg decodes to their end without an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import av
 from umt_fast.data.storage import file_size
 from umt_fast.data.video import BadVideo, Video
 
-# How much a video may fall short of its header: a last frame's duration. A larger gap means a cut-off file.
+# A video may end this much before its header says, such as by a last frame's duration; otherwise it is truncated.
 _SLACK_SECONDS = 0.5
 _SLACK_SHARE = 0.05
 
@@ -23,9 +23,9 @@ _OGG_END_OF_STREAM = 4
 def refuse_early_end(
     container: av.container.InputContainer, stream: av.VideoStream, packets: int, times: list[int]
 ) -> None:
-    """Raise BadVideo if a video of so many packets, with these presentation times, ends well before its header says.
+    """Raise BadVideo if a video with `packets` packets and these presentation times ends well before its header says.
 
-    Fewer packets than the header counts prove nothing: an edit list may hide the rest, an AVI may leave gaps.
+    Fewer packets than in the header are not enough: an edit list may hide the rest, an AVI may have gaps.
     """
     if not times or 0 < stream.frames <= packets:
         return
@@ -67,7 +67,7 @@ def read_tail(video: Video, content: bytes | None, count: int) -> bytes:
 
 
 def refuse_cut_off(container: str, tail: Callable[[int], bytes]) -> None:
-    """Raise BadVideo for an Ogg or GIF file that lacks its end; their headers do not say how long they are."""
+    """Raise BadVideo for an Ogg or GIF file without its end mark: their headers have no duration."""
     if container == "ogg":
         end = tail(_LARGEST_OGG_PAGE)
         page = end.rfind(b"OggS")

@@ -1,6 +1,6 @@
-"""Training copies of a data set, in which a random frame costs few frames of decoding, and their index.
+"""Training copies of a data set, in which a random frame is cheap to decode, and their index.
 
-`python -m umt_fast.data.prepare` is the command; `prepare` does the same for a program.
+`python -m umt_fast.data.prepare` is the command; `prepare` is the same as a function.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _LOCK_PATIENCE = 2.0  # seconds; a killed run takes a moment to disappear
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises ConfigError for numbers out of range."""
+    """Settings of `prepare`. Raises ConfigError for numbers out of range."""
 
     source: str
     """A folder of videos, a list, shards or an index, or a list with captions, as `captions.read_videos` reads them."""
     out: str
-    """A new folder for the copies, or one to go on in."""
+    """A new folder for the copies, or the folder of an interrupted run."""
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
     prefix: str = ""
     """Folder that relative paths of a list start from."""
@@ -50,9 +50,9 @@ class Settings:
     workers: int | None = None
     """Processes; None: one per core."""
     read_timeout: float = DataConfig.read_timeout
-    """Seconds within which a video must have come from a URL."""
+    """Seconds for fetching a video from a URL."""
     time_limit: float = TIME_LIMIT
-    """Seconds that one video may take."""
+    """Seconds for copying one video."""
     max_bytes: int = DataConfig.max_bytes
     """Largest video or list that is read from a URL."""
     max_pixels: int = DataConfig.max_pixels
@@ -78,11 +78,11 @@ class Report:
     fresh: int
     """Copies made by this run."""
     failures: dict[str, str]
-    """Reason why a video has no copy, by the source's name."""
+    """Reason of each failed copy, by the source's name."""
     bytes_before: int
     bytes_after: int
     seconds: float
-    """Seconds of video in all copies."""
+    """Total duration of all copies."""
     fresh_seconds: float
     elapsed: float
     workers: int
@@ -126,7 +126,7 @@ def prepare(settings: Settings) -> Report:
         ):
             raise CannotPrepare(f"{out} holds other files, which copies could overwrite; give a new folder")
         with lock_folder(out, _LOCK_PATIENCE):
-            if (out / STATE_NAME).is_symlink():  # in a folder from someone else; files are removed in there
+            if (out / STATE_NAME).is_symlink():  # files in it are removed, so a link could delete other folders
                 raise CannotPrepare(f"{out / STATE_NAME} is a link; give a new folder")
             (out / STATE_NAME).mkdir(exist_ok=True)
             _keep_settings(out / STATE_NAME / "settings.json", settings, plan)
@@ -136,7 +136,7 @@ def prepare(settings: Settings) -> Report:
 
 
 def _keep_settings(path: Path, settings: Settings, plan: Plan) -> None:
-    """Store the settings in the folder. Raises CannotPrepare if it was begun with others."""
+    """Store the settings in the folder. Raises CannotPrepare if the folder has other settings."""
     source = settings.source if is_url(settings.source) else os.path.abspath(settings.source)
     now = {"SOURCE": source, "--prefix": settings.prefix, "--per-shard": settings.per_shard, "base folder": plan.base}
     recipe = settings.recipe.resolved()
@@ -162,7 +162,7 @@ def _keep_settings(path: Path, settings: Settings, plan: Plan) -> None:
 
 
 class _Preparation:
-    """One run in the folder, which is locked."""
+    """One run in a locked folder."""
 
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self.settings = settings
@@ -178,7 +178,7 @@ class _Preparation:
         self.journal = Journal(self.out / STATE_NAME / "journal.jsonl")
         self.shard_of = {item.number: shard for shard in plan.shards for item in shard.items}
         self.open_items: dict[str, set[str]] = {}
-        """Videos to try before a shard can be written, by shard."""
+        """Videos that still have to be copied before their shard can be written, by shard."""
 
     def run(self) -> Report:
         started = time.monotonic()
@@ -261,7 +261,7 @@ class _Preparation:
         waiting = self.open_items[shard.name]
         waiting.discard(item.name)
         if item.name in self.fresh and shard.name in self.journal.shards:
-            # It had failed before: the shard is written again with it, so the other copies are needed again.
+            # The video had failed before: its shard is written again, so the other copies are needed again.
             self.journal.add("shard", shard.name, None)
             for other in shard.items:
                 if other.name not in waiting and other.name not in self.failures and not self._is_copied(other):

@@ -1,10 +1,10 @@
-"""Training copies of a data set, in which a random frame costs few frames of decoding, and their index.
+"""Training copies of a data set, in which a random frame is cheap to decode, and their index.
 
     python -m umt_fast.data.prepare SOURCE OUT              a folder or list of videos -> OUT/index.jsonl and copies
     python -m umt_fast.data.prepare --verify OUT            decode the copies and compare them with their sources
     python -m umt_fast.data.prepare --list SOURCE FILE.videos        no copies: a list of millions that opens at once
 
-An interrupted run goes on when the same command is given again. Train with --data.train OUT.
+The same command continues an interrupted run. Train with --data.train OUT.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from umt_fast.errors import RunError
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
-    """The settings, and what to do: `copy`, `verify` the copies in `out`, or write a `list` to it."""
+    """The settings, and the job: `copy`, `verify` the copies in `out`, or write a `list` to `out`."""
     parser = argparse.ArgumentParser(
         "umt_fast.data.prepare",
         description=__doc__,
@@ -34,20 +34,20 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", nargs="?", help="a folder of videos, a list, shards or an index")
-    add("out", metavar="OUT", nargs="?", help="a new folder for the copies, or one to go on in")
+    add("out", metavar="OUT", nargs="?", help="a new folder for the copies, or that of an interrupted run")
     add("--codec", choices=list(CODECS), help=f"default {Recipe.codec}")
     add("--short-side", type=int, help=f"pixels, default {Recipe.short_side}; no video is enlarged")
     add("--gop", type=int, help="frames from one key frame to the next, 1 to 8; default 4, mjpeg 1")
     add("--quality", type=int, help="the encoder's own scale, smaller is better; default by codec")
     add("--square-pixels", action="store_true", help="widen videos with non-square pixels; default: as they are stored")
     add("--per-shard", type=int, help="write WebDataset shards of this many videos; default: files")
-    add("--prefix", help="folder to which relative paths of a list are relative")
+    add("--prefix", help="folder that relative paths of a list start from")
     add("--workers", type=int, help="processes; default: one per core")
-    add("--time-limit", type=float, help=f"seconds that a video may take, default {Settings.time_limit:g}")
+    add("--time-limit", type=float, help=f"seconds for copying one video, default {Settings.time_limit:g}")
     add(
         "--read-timeout",
         type=float,
-        help=f"seconds within which a video must have come from a URL, default {Settings.read_timeout:g}",
+        help=f"seconds for fetching a video from a URL, default {Settings.read_timeout:g}",
     )
     add("--max-bytes", type=int, help=f"largest video or list from a URL, default {Settings.max_bytes}")
     add("--max-pixels", type=int, help=f"largest frame, width times height, default {Settings.max_pixels}")

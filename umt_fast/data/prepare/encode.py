@@ -1,4 +1,4 @@
-"""Encode one video as a training copy, in which a random frame costs few frames of decoding."""
+"""Encode one video as a training copy, in which a random frame is cheap to decode."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from umt_fast.data.video import BadVideo, Facts, Video
 
 
 class BadCopy(Exception):
-    """A copy that is not as requested; the message says how it differs."""
+    """A copy is not as requested; the message says how it differs."""
 
 
 @dataclass(frozen=True)
 class Codec:
     encoder: str
-    """FFmpeg's name of it."""
+    """FFmpeg's name of the encoder."""
     quality: tuple[int, int]
-    """Default constant quality, with predicted frames and with key frames alone: the same number means different
-    qualities in the two."""
+    """Default constant quality with predicted frames, and with key frames only: the same number gives different
+    qualities."""
     options: dict[str, str] = field(default_factory=dict)
     scale: tuple[str, ...] = ("crf",)
-    """The options that take the quality."""
+    """Names of the options that set the quality."""
     full_range: bool = False
 
 
-# One thread and no look-ahead: the same bytes on every run. No B-frames and no scene cuts: the GOP is what was asked.
+# One thread and no look-ahead give the same bytes on every run. No B-frames and no scene cuts keep the GOP constant.
 CODECS = {
     "h264": Codec(
         "libx264",
@@ -67,25 +67,25 @@ CODECS = {
 }
 SIDES = (16, 4320)
 _RESIZE = 1 << 2 | 1 << 18 | 1 << 13 | 1 << 19
-"""libswscale's BICUBIC, ACCURATE_RND, FULL_CHR_H_INT and BITEXACT: PyAV names all of them only from 18 on."""
+"""libswscale's BICUBIC, ACCURATE_RND, FULL_CHR_H_INT and BITEXACT, which PyAV before 18 does not name."""
 _FINEST_CLOCK = 1_000_000
 _COARSER_CLOCK = 90_000
-_FASTEST = 240  # frames per second, SVT-AV1's limit; it only guides rate control
+_FASTEST = 240  # SVT-AV1's limit on frames per second; the rate only guides rate control
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How copies are made. Raises ConfigError for settings that cannot be combined or are out of range."""
+    """Encoding settings of copies. Raises ConfigError for invalid values and combinations."""
 
     codec: str = "h264"
     short_side: int = 256
-    """Pixels; a video with a shorter one keeps its size."""
+    """Short side of the copy, pixels; smaller videos keep their size."""
     gop: int | None = None
-    """Frames from one key frame to the next; None: 4, or 1 where the codec has no others."""
+    """Frames from one key frame to the next; None: 4, or 1 if the codec has only key frames."""
     quality: int | None = None
     """The encoder's constant quality, smaller is better; None: the codec's own default."""
     square_pixels: bool = False
-    """Whether a video with non-square pixels is widened as players do; otherwise it is copied as it is stored."""
+    """Whether videos with non-square pixels are widened as players do; otherwise they are copied as stored."""
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -109,7 +109,7 @@ class Recipe:
 
 
 def copy_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """Width and height of the copy: even, as 4:2:0 asks, and never larger than the source unless a side is 1."""
+    """Width and height of the copy: even, for 4:2:0, and not larger than the source unless a side is 1."""
     short = min(width, height)
     if short <= short_side:
         return max(width // 2 * 2, 2), max(height // 2 * 2, 2)
@@ -120,12 +120,12 @@ def copy_size(width: int, height: int, short_side: int) -> tuple[int, int]:
 def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None = None) -> tuple[Facts, float]:
     """Encode every frame of `video` into an MP4 file `target`. Returns the copy's facts and its seconds.
 
-    Frame i of the copy is frame i of the source, upright, shown as long after frame 0. It is 8-bit 4:2:0, BT.601 and
-    of limited range (MJPEG: full), whatever the source is: some decoders take every video for that. `content`: the
-    source's bytes, where they are at hand. Frames are held one at a time.
+    Frame i of the copy is frame i of the source, upright, at the same time after frame 0. The copy is always 8-bit
+    4:2:0, BT.601, limited range (MJPEG: full), since some decoders assume this of every video. `content`: the source's
+    bytes, if known. One frame is in memory at a time.
 
-    Raises BadVideo for a source that cannot be read to its end, BadCopy when the encoder gives something else than
-    requested, FFmpegError or OSError where it cannot encode or write.
+    Raises BadVideo for a source that cannot be read to its end, BadCopy if the copy is not as requested, FFmpegError or
+    OSError if encoding or writing fails.
     """
     recipe = recipe.resolved()
     facts = probe(video, content)
@@ -138,7 +138,7 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     width, height = facts.width, facts.height
     if recipe.square_pixels:
         aspect = look_up(video, content).pixel_aspect
-        stored = orientation_of(first).size(width, height)  # turning it back
+        stored = orientation_of(first).size(width, height)  # undoes the rotation
         width, height = orientation_of(first).size(max(round(stored[0] * aspect), 1), stored[1])
     size = copy_size(width, height, recipe.short_side)
 
@@ -146,7 +146,7 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     with av.open("file:" + target, "w", format="mp4", options=layout) as container:
         stream = _add_stream(container, recipe, facts, size, base)
         packets = _encode(stream, _chain(first, frames), ticks, size, CODECS[recipe.codec].full_range)
-        for packet, duration in zip(packets, durations, strict=False):  # _check reports a wrong number
+        for packet, duration in zip(packets, durations, strict=False):  # _check reports a wrong number of packets
             packet.duration = int(duration)
             container.mux(packet)
     return _check(target, ticks, recipe, size), float((ticks[-1] + usual) * base)
@@ -157,8 +157,8 @@ def _rate(facts: Facts) -> Fraction:
 
 
 def _clock(facts: Facts, time_base: Fraction) -> tuple[Fraction, np.ndarray]:
-    """A time base 1/n seconds, and when each frame is shown in it, from 0 on."""
-    if not len(facts.keys):  # a file without times: its frames are evenly spaced
+    """A time base of 1/n seconds, and the presentation time of each frame in it, from 0 on."""
+    if not len(facts.keys):  # a file without times: frames are evenly spaced
         rate = _rate(facts)
         return Fraction(1, rate.numerator), np.arange(facts.frames) * rate.denominator
     ticks = (facts.times - facts.times[0]) * time_base.numerator
@@ -210,7 +210,7 @@ def _encode(
             interpolation=_RESIZE,
             threads=ONE_THREAD,
         )
-        # A new frame: the old one's type, captions and display matrix would reach the encoder.
+        # A new frame, because the encoder would also get the old frame's type, captions and display matrix.
         planes = _turn(fitted.to_ndarray(), width, height, orientation)
         fresh = av.VideoFrame.from_ndarray(planes, format=fitted.format.name)
         fresh.pts, fresh.time_base = int(tick), stream.codec_context.time_base
@@ -219,7 +219,7 @@ def _encode(
 
 
 def _turn(planes: np.ndarray, width: int, height: int, orientation: Orientation) -> np.ndarray:
-    """Turn the three planes of a 4:2:0 picture, stacked as PyAV stacks them [height * 3/2, width]."""
+    """Rotate the three planes of a 4:2:0 picture, stacked as in PyAV [height * 3/2, width]."""
     if orientation == UPRIGHT:
         return planes
     luma, *chroma = np.split(planes.ravel(), [width * height, width * height * 5 // 4])
@@ -229,7 +229,7 @@ def _turn(planes: np.ndarray, width: int, height: int, orientation: Orientation)
 
 
 def _check(target: str, ticks: np.ndarray, recipe: Recipe, size: tuple[int, int]) -> Facts:
-    """The facts of a copy. Raises BadCopy unless they are as asked."""
+    """The facts of a copy. Raises BadCopy unless they are as requested."""
     try:
         copy = probe(Video(target))
         packets = find_packets(Video(target), copy)

@@ -1,4 +1,4 @@
-"""The journal of `prepare`: what is already made, so that a killed run can go on."""
+"""The journal of `prepare`: the finished copies, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from umt_fast.files import write_whole
 
 
 class Journal:
-    """The complete copies and shards, one line each, written after the file is in place."""
+    """The finished copies and shards, one line each, written after the file is in place."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class Journal:
         self.shards: dict[str, dict[str, Any]] = {}
         """Size and digest of each shard and the offset of each video in it, by file name."""
         content = path.read_bytes() if path.exists() else b""
-        for line in content.split(b"\n")[:-1]:  # after the last line feed there may be half a line
+        for line in content.split(b"\n")[:-1]:  # the last line may be incomplete
             try:
                 self._apply(json.loads(line))
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -33,9 +33,9 @@ class Journal:
             self._file.close()
 
     def add(self, kind: str, name: str, content: dict[str, Any] | None) -> None:
-        """Record a complete copy or shard; None: it has to be made again."""
+        """Record a finished copy or shard; `content` None: it has to be made again."""
         if self._file is None:
-            self.compact()  # drops half a line
+            self.compact()  # drops an incomplete last line
             self._file = open(self._path, "ab")  # noqa: SIM115, closed by close()
         record = {"kind": kind, "name": name, "content": content}
         self._apply(record)
@@ -51,7 +51,7 @@ class Journal:
             known[record["name"]] = record["content"]
 
     def compact(self, order: Iterable[str] = ()) -> None:
-        """Rewrite the file, the copies named in `order` first: the same bytes however often the run was interrupted."""
+        """Rewrite the file with the copies of `order` first, so that interruptions do not change its bytes."""
         ranks = {name: rank for rank, name in enumerate(order)}
         lines = []
         for kind, known in (("copy", self.copies), ("shard", self.shards)):

@@ -1,4 +1,4 @@
-"""The plan of `prepare`: which copies to make, under which names, in which shards."""
+"""The plan of `prepare`: the copies to make, their names and their shards."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from umt_fast.data.video import Part, Video, is_url
 from umt_fast.errors import RunError
 
 LONGEST_CAPTION = 64 << 10
-"""Bytes of a text file beside a video; a larger one is something else."""
+"""Largest caption file beside a video, bytes; larger files are ignored."""
 
 
 class CannotPrepare(RunError):
-    """Copies that cannot be made here, or not with these settings."""
+    """Copies cannot be made here or with these settings."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the source's list: the video, which other lines may name too, its label and caption."""
+    """One line of the source's list: video, label and caption. Several lines may name the same video."""
 
     item: int
     """Number of the item."""
@@ -57,7 +57,7 @@ class Shard:
 
     @property
     def digest(self) -> str:
-        """Digest of everything that decides the shard's content."""
+        """Digest of everything that the shard's content depends on."""
         content = [
             (item.name, item.path, line.label, line.caption) for item, line in zip(self.items, self.lines, strict=True)
         ]
@@ -72,7 +72,7 @@ class Plan:
     lines: list[Line]
     shards: list[Shard] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
-    """Videos that cannot be copied, and why, by name."""
+    """Reason of each video that cannot be copied, by name."""
 
 
 def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Plan:
@@ -109,7 +109,7 @@ def make_plan(videos: Sequence[Video], source: str, per_shard: int | None) -> Pl
 
 
 def _sort_out(videos: Sequence[Video], folder: str | None) -> tuple[list[Video], dict[str, str]]:
-    """The videos that may be copied, and the others with the reason. A copy lies in OUT as its video in `folder`."""
+    """The videos that may be copied, and the reasons of the others. OUT has the same tree as `folder`."""
     good, failures = [], {}
     for video in videos:
         outside = folder is not None and os.path.commonpath([folder, _place(video)]) != folder
@@ -121,9 +121,9 @@ def _sort_out(videos: Sequence[Video], folder: str | None) -> tuple[list[Video],
 
 
 def _read_caption(video: Video, base: str) -> str | None:
-    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, if there is one, as in WebDataset.
+    """The text of a file `NAME.txt` beside a video file `NAME.mp4`, as in WebDataset, or None.
 
-    Not that of a link to outside the source folder, a pipe or device, or a file of more than LONGEST_CAPTION bytes.
+    Links to outside the source folder, pipes, devices and files of more than LONGEST_CAPTION bytes are ignored.
     """
     if video.remote or video.offset is not None:
         return None
@@ -134,7 +134,7 @@ def _read_caption(video: Video, base: str) -> str | None:
             root = os.path.realpath(base)
             if os.path.commonpath([root, path]) != root:
                 return None
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)  # a pipe would wait
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY)  # a pipe would block
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > LONGEST_CAPTION:

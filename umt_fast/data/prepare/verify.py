@@ -1,4 +1,4 @@
-"""Check copies that `prepare` made: they decode, match the index and look like their sources."""
+"""Check the copies of `prepare`: they must decode, match the index and resemble their sources."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from umt_fast.data.video import BadVideo, Facts, Video, is_url
 from umt_fast.files import lock_folder
 
 LEAST_PSNR = 20.0
-"""dB, over the compared frames of a video. Copies at the default quality reach 26 (test patterns) to 43, other videos
-of the same size 5 to 15."""
+"""dB, over the compared frames of a video. Copies at the default quality reach 26 (test patterns) to 43; a wrong video
+of the same size reaches 5 to 15."""
 COMPARED = 8
-"""Frames of each video that are compared with the source's."""
+"""Number of frames of each copy that are compared with the source."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Verdict:
     lowest: tuple[float, str] | None
     """The lowest PSNR of a copy against its source, dB, and its name."""
     problems: list[tuple[str, str]]
-    """Files, and what is wrong with them."""
+    """File and problem of each bad copy."""
     note: str = ""
 
     @property
     def nothing_compared(self) -> bool:
-        """Whether there are copies, but no source was found for any."""
+        """Whether no source was found for any copy."""
         return self.checked > 0 and self.compared == 0
 
     def __str__(self) -> str:
@@ -83,10 +83,10 @@ def verify(
     time_limit: float = TIME_LIMIT,
     read_timeout: float = DataConfig.read_timeout,
 ) -> Verdict:
-    """Decode every copy in the folder `out`, and compare it with what the index says and, if it is there, its source.
+    """Decode every copy in the folder `out`, and compare it with the index and, if it still exists, with its source.
 
-    `time_limit`: seconds that one copy may take; `read_timeout`: seconds within which a source must have come from
-    a URL. Raises CannotPrepare if there are no finished copies, FolderInUse while they are being made.
+    `time_limit`: seconds for checking one copy; `read_timeout`: seconds for fetching a source from a URL. Raises
+    CannotPrepare if there are no finished copies, FolderInUse while they are being made.
     """
     index, state = Path(out) / INDEX_NAME, Path(out) / STATE_NAME
     if not index.is_file():
@@ -119,7 +119,7 @@ def verify(
 
 
 def _find_sources(state: Path, read_timeout: float) -> tuple[dict[str, Video], str]:
-    """The sources that still exist, by their copies' paths; and a note about those that do not."""
+    """The sources that still exist, by the paths of their copies; and a note about missing sources."""
     journal = Journal(state / "journal.jsonl")
     journal.close()
     try:
@@ -153,7 +153,7 @@ def _check_shards(copies: Sequence[Video]) -> list[tuple[str, str]]:
 
 
 def _work(task: _Task) -> float | str | None:
-    """PSNR of a good copy, None if it has no source to compare with; or what is wrong."""
+    """PSNR of a good copy, None without a source to compare with; or the problem, as text."""
     try:
         return _check(task)
     except (BadCopy, BadVideo) as error:

@@ -1,4 +1,4 @@
-"""What the worker processes of `prepare` do, copy a video or pack copies into a shard, and how they are run."""
+"""The worker processes of `prepare`, and their tasks: copy a video, pack copies into a shard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from umt_fast.data.video import BadVideo, Video
 from umt_fast.files import put_in_place
 
 TIME_LIMIT = 3600.0
-"""Seconds that one video may take: enough for films on a slow core."""
+"""Seconds for copying one video: enough for a feature film on a slow core."""
 ATTEMPTS = 2
 """How many workers a task may kill before it counts as failed. The out-of-memory killer picks its victim at random, so
 one death proves nothing."""
@@ -40,7 +40,7 @@ _NOT_THE_VIDEOS_FAULT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 @dataclass(frozen=True)
 class CopyTask:
-    """A video to copy: written under a temporary name, then moved to `target`."""
+    """A video to copy: the copy is written under a temporary name, then moved to `target`."""
 
     item: Item
     temporary: str
@@ -52,7 +52,7 @@ class CopyTask:
 
 @dataclass(frozen=True)
 class PackTask:
-    """Copies to pack into a shard, also written under a temporary name and then moved to `target`."""
+    """Copies to pack into a shard, which is written under a temporary name, then moved to `target`."""
 
     shard: Shard
     samples: list[Sample]
@@ -64,7 +64,7 @@ class PackTask:
 
 @dataclass(frozen=True)
 class Failed:
-    """A task that could not be done."""
+    """A task failed."""
 
     reason: str
     hopeless: bool = False
@@ -73,7 +73,7 @@ class Failed:
 
 def run_task(task: CopyTask | PackTask) -> dict[str, Any] | Failed:
     """Do a task in a worker process. Returns the journal's record of the new file."""
-    os.environ["SVT_LOG"] = "1"  # errors only; SVT-AV1 writes to the terminal by itself
+    os.environ["SVT_LOG"] = "1"  # SVT-AV1 prints to the terminal: errors only
     try:
         return _make_shard(task) if isinstance(task, PackTask) else _make_copy(task)
     except BadVideo as error:
@@ -106,7 +106,7 @@ def _make_copy(task: CopyTask) -> dict[str, Any]:
 
 
 def make_inside(folder: Path, root: Path) -> None:
-    """Make `folder`, a subfolder of `root`. Raises BadVideo for one that links lead out of it."""
+    """Make `folder`, a subfolder of `root`. Raises BadVideo if a link leads outside `root`."""
     real = root.resolve()
     for part in [*reversed(folder.parents), folder]:
         if root in part.parents and not part.resolve().is_relative_to(real):
@@ -124,7 +124,7 @@ def _make_shard(task: PackTask) -> dict[str, Any]:
 
 
 def hash_bytes(video: Video) -> tuple[int, str]:
-    """Size of a local video, or one in a shard, and its SHA-256. Raises OSError."""
+    """Size and SHA-256 of a local video, also of one in a shard. Raises OSError."""
     digest, left = hashlib.sha256(), file_size(video)
     size = left
     with open(video.path, "rb") as file:
@@ -160,7 +160,7 @@ class Workers:
         self._waiting: deque[_Assignment] = deque()
         self._running: dict[Future[Any], _Assignment] = {}
         self._pool = self._new_pool()
-        # tqdm would start a thread and a lock that forked workers inherit, which a killed one could keep
+        # tqdm would start a thread and a lock that forked workers inherit; a killed worker could keep the lock
         tqdm.monitor_interval = 0
         tqdm.set_lock(threading.RLock())
 
@@ -172,11 +172,11 @@ class Workers:
         self._pool.join()
 
     def add(self, task: Any, first: bool = False, time_limit: float | None = None) -> None:
-        """Queue a task, in front of the others if `first`. After `time_limit` seconds its worker is killed."""
+        """Queue a task, as the next one if `first`. After `time_limit` seconds its worker is killed."""
         (self._waiting.appendleft if first else self._waiting.append)(_Assignment(task, time_limit))
 
     def results(self) -> Iterator[tuple[Any, Any]]:
-        """Each task and what `function` returned, as they finish; Died for a task that killed its workers.
+        """Each task with the result of `function`, as they finish; Died for a task that killed its workers.
 
         Tasks may be added meanwhile.
         """
@@ -200,7 +200,7 @@ class Workers:
         except ProcessExpired as error:
             code = error.exitcode or 0
             ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        except BrokenProcessPool:  # a worker died that had no task
+        except BrokenProcessPool:  # an idle worker died
             ending = "an unknown cause"
             if not self._pool.active:
                 self.__exit__()
