@@ -26,7 +26,7 @@ def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], N
     choice = choose_decoder(stream.file_decoder if stream.needs_frames else stream.config.decoder, device)
     pinned = device.type == "cuda"
     if choice.name in get_args(FileDecoder):
-        from umt_fast.data.loader import ClipLoader  # it imports PyAV; doctor reports where that is missing
+        from umt_fast.data.loader import ClipLoader  # imports PyAV, which may be missing
 
         return ClipLoader(stream, pin_memory=pinned, say=say, **options)
     if choice.name == "dali":

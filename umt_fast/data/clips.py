@@ -97,7 +97,7 @@ class ClipStream:
         self.videos.limits = Limits.of(self.config)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
         self.file_decoder: FileDecoder = self.config.file_decoder
-        # Asked once: a check against a protocol takes 1% of the time in which a clip is decoded.
+        # Checked once per stream: a check against a protocol takes 1% of the time of decoding a clip.
         self._cuts_views = self.transform if isinstance(self.transform, ViewTransform) else None
 
     @property

@@ -38,9 +38,10 @@ class GuidedStream(ClipStream):
     """Clips uint8 [T,side,side,4]: red, green, blue, and a guide.
 
     motion   length of the motion vectors, one value per patch of `grid` x `grid` (`umt_fast.data.motion`). The decoder
-             hands them out with the frames.
-    regions  grey values of the file of `folder` that has the video's name, whatever its suffix: a video of as many
-             frames, or one picture. Its frames may be smaller. Raises ConfigError if there is no such folder.
+             returns them with the frames.
+    regions   grey values of the mask file in `folder` with the video's name and any suffix: a video of as many frames,
+             or
+             one picture. Its frames may be smaller. Raises ConfigError if there is no such folder.
     """
 
     guide: Guide = "motion"

@@ -76,7 +76,7 @@ def read_visit(
 
 
 def make_clips(stream: ClipStream, video: Video, rng: Generator, content: bytes | None, out: np.ndarray) -> Any:
-    """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Returns what the stream says of it. Raises BadVideo."""
+    """Write a visit's clips of `video` to `out` [R,T,H,W,3]. Returns `stream.drawn`. Raises BadVideo."""
     clips: Sequence[Clip] = ()
     with open_video(video, content, stream.config.square_pixels, stream.motion, stream.file_decoder) as reader:
         indices = stream.choose_frames(video, reader.timeline, rng)

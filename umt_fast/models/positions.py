@@ -25,8 +25,8 @@ def resize_positions(
 ) -> Float[Tensor, "n d"]:
     """Resize a table of `frames` square grids to `new_frames` grids of side `new_grid`.
 
-    The resize is bicubic in space and linear in time.
-    `time_first` changes only the rounding. Raises ValueError if the rows are not `frames` square grids.
+    The resize is bicubic in space and linear in time. `time_first` changes only the rounding. Raises ValueError if the
+    rows are not `frames` square grids.
     """
     grid = math.isqrt(len(table) // frames)
     if frames * grid**2 != len(table):

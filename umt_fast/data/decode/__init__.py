@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from umt_fast.data.decode.motion_vectors import MotionMaps
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".webp"))
-"""Suffixes of picture files, which count as videos of one frame."""
+"""Suffixes of picture files; a picture is a video of one frame."""
 
 
 class Reader(Protocol):

@@ -55,7 +55,7 @@ def probe(video: Video, content: bytes | None = None) -> Facts:
 
 
 def look_up(video: Video, content: bytes | None = None) -> Storage:
-    """Read the header; no packet is listed. Raises BadVideo as `decode.open_video`."""
+    """Read only the header. Raises BadVideo as `decode.open_video` does."""
     with opened_container(video, content) as container:
         context = find_video_stream(container).codec_context
         pixels = context.format.name if context.format else ""
@@ -108,7 +108,7 @@ class Reader:
         self.reopen = reopen
         self.seeks = True
         self.stream = find_video_stream(container)
-        # One worker process is one thread: the workers are the parallelism.
+        # One thread per worker process: the workers are the parallelism.
         self.stream.codec_context.thread_count = 1
         self.motion = motion
         self._export_motion(self.stream)
