@@ -146,7 +146,7 @@ def write_copy(video: Video, target: str, recipe: Recipe, content: bytes | None 
     with av.open("file:" + target, "w", format="mp4", options=layout) as container:
         stream = _add_stream(container, recipe, facts, size, base)
         packets = _encode(stream, _chain(first, frames), ticks, size, CODECS[recipe.codec].full_range)
-        for packet, duration in zip(packets, durations, strict=False):  # _check reports a wrong number of packets of packets
+        for packet, duration in zip(packets, durations, strict=False):  # _check reports a wrong number of packets
             packet.duration = int(duration)
             container.mux(packet)
     return _check(target, ticks, recipe, size), float((ticks[-1] + usual) * base)
