@@ -170,7 +170,18 @@ def prepare(config: FinetuneConfig, world: World) -> Job:
     loader = open_batches(make_stream(config, listed), optim, world, log.say, state.clips_seen, last - state.step)
     objective = make_objective(config, model, listed, world.device, bf16)
     max_bad = data.max_bad_fraction * listed.videos.count_distinct()
-    return Job(state, model, average, schedule, loader, objective, validation, log, last, max_bad)
+    return Job(
+        state=state,
+        model=model,
+        average=average,
+        schedule=schedule,
+        loader=loader,
+        objective=objective,
+        validation=validation,
+        log=log,
+        last=last,
+        max_bad=max_bad,
+    )
 
 
 def describe(

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train import pretrain_alignment, pretrain_pixels
-from umt_fast.config import MaeStPretrainConfig, PretrainConfig, VideoMaePretrainConfig
+from train.pretrain_objectives import OBJECTIVES, SETTINGS, Objective, StepResult
 from umt_fast.data.manifest import check_files, read_manifest
 from umt_fast.run import hardware, launch, parallel
 from umt_fast.run.batches import open_batches
@@ -33,21 +32,9 @@ from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
-    from umt_fast.data.batch import Batch
     from umt_fast.data.loader import Loader
 
 RECIPES = Path(__file__).parent / "recipes" / "pretrain"
-OBJECTIVES: dict[str, Any] = {
-    "alignment": pretrain_alignment,
-    **dict.fromkeys(("videomae", "adamae", "mae_st"), pretrain_pixels),
-}
-"""The module with model, loss, costs and pictures of each objective."""
-SETTINGS = {
-    "alignment": PretrainConfig,
-    "videomae": VideoMaePretrainConfig,
-    "adamae": VideoMaePretrainConfig,
-    "mae_st": MaeStPretrainConfig,
-}
 
 
 class Job(NamedTuple):
@@ -56,22 +43,17 @@ class Job(NamedTuple):
     state: TrainState
     model: nn.Module
     """The student as its processes train it: bare, in DDP's wrapper or sharded by FSDP."""
+    objective: Objective
+    forward: Callable[[Tensor], StepResult]
+    """Clips -> the loss, and what the objective's picture needs."""
     schedule: Schedule
     loader: Loader
-    to_device: Callable[[Batch], Tensor]
-    """batch -> the clips that the objective gets."""
-    objective: Callable[[Tensor], Any]
-    """clips -> an object with the `loss` and what `draw` needs."""
     log: RunLog
     last: int
     """The step to stop after."""
     epoch_clips: int
     max_bad: float
     """The run stops when more videos than this cannot be read."""
-    loss_label: str
-    """Legend of the loss curve."""
-    draw: Callable[[Batch, Any, Path], None]
-    """(batch, output of the objective, folder): writes pictures of both."""
 
 
 def train(config: Any, world: World) -> bool:
@@ -84,8 +66,8 @@ def train(config: Any, world: World) -> bool:
         job.loader.close()
         return True
 
-    def forward_backward(clip: Tensor) -> Any:
-        out = job.objective(clip)
+    def forward_backward(clip: Tensor) -> StepResult:
+        out = job.forward(clip)
         (out.loss / optim.accumulate).backward()
         return out
 
@@ -98,7 +80,7 @@ def train(config: Any, world: World) -> bool:
         state.save(run.checkpoints, run.keep)
         log.start_clock(state.step)
 
-    def whole_step(clip: Tensor) -> tuple[Any, Tensor]:
+    def whole_step(clip: Tensor) -> tuple[StepResult, Tensor]:
         return forward_backward(clip), update(state.model, state.optimizer, optim.clip_grad)
 
     captured = None
@@ -117,7 +99,7 @@ def train(config: Any, world: World) -> bool:
             set_learning_rate(state.optimizer, job.schedule(step - 1))
             values = []
             for i, batch in enumerate(batches):
-                clip = job.to_device(batch)
+                clip = job.objective.to_device(batch)
                 if captured is not None:
                     out, norm = captured(clip)
                 else:
@@ -143,8 +125,8 @@ def train(config: Any, world: World) -> bool:
             report()
             save()
         if world.main and out is not None:
-            job.draw(batch, out, run.folder)
-        log.finish(state, job.loss_label)
+            job.objective.save_picture(batch, out, run.folder)
+        log.finish(state, job.objective.loss_label)
     stop.raise_failure()
     return state.step >= job.last
 
@@ -156,47 +138,45 @@ def prepare(config: Any, world: World) -> Job:
     from umt_fast.data.loader import first_clips
 
     run, data, optim, compute = config.run, config.data, config.optim, config.compute
-    parts = OBJECTIVES[config.objective]
+    kind = OBJECTIVES[config.objective].objective
     videos = read_manifest(data.train, data.prefix, data.read_timeout)
     check_files(videos, data.train, data.prefix)
-    stream = parts.make_stream(config, videos)
+    stream = kind.make_stream(config, videos)
     step_clips, epoch_clips = optim.step_clips(world.size), len(videos) * data.crops_per_clip
     schedule = Schedule(optim, epoch_clips, step_clips)
-    found = find_own_checkpoint(config, world, parts.FIXED, say)
+    found = find_own_checkpoint(config, world, kind.FIXED, say)
 
     torch.manual_seed(run.seed)  # the same initial model on every rank
-    built = parts.Objective(config, world)
+    objective = kind(config, world)
     if found is None:
-        built.load_initial()
+        objective.load_initial()
     bf16 = hardware.resolve_precision(compute.precision, world.device)
     stored = found.attention if found is not None else {}
-    attention, notes = built.accelerate(bf16, lambda: first_clips(stream), stored)
-    model = parallel.wrap(built.model, world, compute.parallel, built.blocks, compute.cuda_graph)
-    optimizer = build_optimizer(built.model, optim, capturable=compute.cuda_graph, no_decay=built.no_decay)
+    attention, notes = objective.accelerate(bf16, lambda: first_clips(stream), stored)
+    model = parallel.wrap(objective.model, world, compute.parallel, objective.blocks, compute.cuda_graph)
+    optimizer = build_optimizer(objective.model, optim, capturable=compute.cuda_graph, no_decay=objective.no_decay)
     torch.manual_seed(run.seed + 1 + world.rank)  # each rank draws its own visible sets and dropped paths
 
     plan = {"videos": len(videos), "list": videos.digest(), "total_steps": schedule.total_steps}
-    state = TrainState(built.model, optimizer, world, config, plan, attention)
+    state = TrainState(objective.model, optimizer, world, config, plan, attention)
     notes += state.go_on(found, step_clips)
-    throughput = Throughput.measure(built.flops * optim.accumulate, world, bf16)
+    throughput = Throughput.measure(objective.flops * optim.accumulate, world, bf16)
     log = RunLog(run.folder, world, state.step, schedule.total_steps, step_clips, throughput)
-    log.say("\n".join((describe(config, world, bf16, len(videos), schedule, built.description), *notes)))
+    log.say("\n".join((describe(config, world, bf16, len(videos), schedule, objective.description), *notes)))
     last = run.last_step(schedule.total_steps)
     loader = open_batches(stream, optim, world, log.say, state.clips_seen, last - state.step)
     max_bad = data.max_bad_fraction * videos.count_distinct()
     return Job(
-        state,
-        model,
-        schedule,
-        loader,
-        built.to_device,
-        built.objective(model, bf16),
-        log,
-        last,
-        epoch_clips,
-        max_bad,
-        built.loss_label,
-        built.draw,
+        state=state,
+        model=model,
+        objective=objective,
+        forward=objective.make_step(model, bf16),
+        schedule=schedule,
+        loader=loader,
+        log=log,
+        last=last,
+        epoch_clips=epoch_clips,
+        max_bad=max_bad,
     )
 
 
@@ -220,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
             SETTINGS, RECIPES, "umt_b16_k710", "train.pretrain", __doc__ or "", arguments
         )
         if named.dry_run:
-            print(OBJECTIVES[config.objective].plan(config, named.gpu_memory))
+            print(OBJECTIVES[config.objective].objective.plan(config, named.gpu_memory))
             return
         launch.run(config, train)
 

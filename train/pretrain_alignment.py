@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,25 @@ if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
 
 WIDEST_RANDOM_TEACHER = 256
-FIXED = ("student", "teacher", "mask.rule", "mask.ratio", "teacher_weights", "data.crops_per_clip", "run.seed")
-"""Settings that a resumed run must share with the run that it continues."""
 
 
-def make_stream(config: PretrainConfig, videos: VideoList) -> ClipStream:
-    return ClipStream(videos, config.data, config.student.frames, config.student.image_size, config.run.seed)
+class AlignmentObjective:
+    """Student and teacher of a run, as a `pretrain_objectives.Objective`."""
 
-
-class Objective:
-    """Student and teacher of a run, with the methods that the loop calls."""
-
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("student", "teacher", "mask.rule", "mask.ratio"),
+        *("teacher_weights", "data.crops_per_clip", "run.seed"),
+    )
     no_decay = ()
     loss_label = "loss: mean of 2 - 2 cos"
+
+    @staticmethod
+    def make_stream(config: PretrainConfig, videos: VideoList) -> ClipStream:
+        return ClipStream(videos, config.data, config.student.frames, config.student.image_size, config.run.seed)
+
+    @staticmethod
+    def plan(config: PretrainConfig, gpu_memory: float | None) -> str:
+        return costs.plan(config, config.compute.precision != "fp32", gpu_memory)
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self.config = config
@@ -77,26 +83,23 @@ class Objective:
     def to_device(self, batch: Batch) -> Tensor:
         return batch.clip.to(self.world.device, non_blocking=True)
 
-    def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], umt_fast.Alignment]:
+    def make_step(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], umt_fast.Alignment]:
         """clip [B,T,H,W,3] -> the student's loss on the visible sets that the run's masking rule draws."""
-        mask, student, teacher = self.config.mask, self.config.student, self.teacher
-        rule = masking.find_rule(mask.rule)
-        counted = student.tokens if rule.counts == "per clip" else student.patches
-        num_visible = rule.count(counted, mask.ratio)
+        mask, student = self.config.mask, self.config.student
+        frames, patches = student.token_frames, student.patches
+        num_visible = masking.find_rule(mask.rule).num_visible(frames, patches, mask.ratio)
 
         def step(clip: Tensor) -> umt_fast.Alignment:
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
                 sets = len(clip) * mask.masks_per_clip
-                visible = masking.draw_blind(
-                    mask.rule, sets, student.token_frames, student.patches, mask.ratio, clip.device
-                )
+                visible = masking.draw_blind(mask.rule, sets, frames, patches, mask.ratio, clip.device)
                 return umt_fast.alignment_step(
-                    model, teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip, rule=mask.rule
+                    model, self.teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip, rule=mask.rule
                 )
 
         return step
 
-    def draw(self, batch: Batch, out: umt_fast.Alignment, folder: Path) -> None:
+    def save_picture(self, batch: Batch, out: umt_fast.Alignment, folder: Path) -> None:
         """Write `visible.png`: a clip, the teacher's attention on it, and the patches that the student saw."""
         from umt_fast.run.pictures import draw_visible
 
@@ -122,8 +125,3 @@ def build_teacher(sizes: TeacherConfig, source: str, seed: int) -> umt_fast.Clip
     if source != "random":
         weights.load_clip_teacher(teacher, read_weights(source))
     return teacher.eval()
-
-
-def plan(config: PretrainConfig, gpu_memory: float | None) -> str:
-    """Text of --dry-run: the cost of a step, and the batch that fits."""
-    return costs.plan(config, config.compute.precision != "fp32", gpu_memory)

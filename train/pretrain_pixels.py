@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,27 +29,39 @@ if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
 
 PixelsConfig = VideoMaePretrainConfig | MaeStPretrainConfig
-FIXED = (
-    *("objective", "model", "mask", "run.seed"),
-    *("data.crops_per_clip", "data.frame_step", "data.frame_rate", "data.clip_seconds"),
-)
-"""Settings that a resumed run must share with the run that it continues."""
 
 
-def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
-    """The run's clips, with a fourth channel if the masking rule needs one. Raises ConfigError."""
-    sizes, mask = config.model, config.mask
-    shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
-    needs = masking.find_rule(mask.rule).needs
-    if needs == "motion" or needs == "regions":
-        return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
-    return ClipStream(*shape)
+class PixelObjective:
+    """The autoencoder of a run, as a `pretrain_objectives.Objective`."""
 
-
-class Objective:
-    """The autoencoder of a run, with the methods that the loop calls."""
-
+    FIXED: ClassVar[tuple[str, ...]] = (
+        *("objective", "model", "mask", "run.seed"),
+        *("data.crops_per_clip", "data.frame_step", "data.frame_rate", "data.clip_seconds"),
+    )
     loss_label = "loss: mean squared error of pixels"
+
+    @staticmethod
+    def make_stream(config: PixelsConfig, videos: VideoList) -> ClipStream:
+        """The run's clips, with a fourth channel if the masking rule needs one. Raises ConfigError."""
+        sizes, mask = config.model, config.mask
+        shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
+        needs = masking.find_rule(mask.rule).needs
+        if needs == "motion" or needs == "regions":
+            return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
+        return ClipStream(*shape)
+
+    @staticmethod
+    def plan(config: PixelsConfig, gpu_memory: float | None) -> str:
+        """Text of --dry-run: the cost of a step. The memory of activations is not estimated."""
+        with torch.device("meta"):
+            built = PixelObjective(config, World(0, 1, torch.device("meta")))
+        parameters = sum(parameter.numel() for parameter in built.model.parameters())
+        return (
+            f"one forward and backward pass of {config.optim.batch_size} clips per process, {built.visible} of "
+            f"{config.model.tokens} tokens visible, {built.decoded} decoded\n"
+            f"  {built.flops / 1e12:.2f} TFLOP\n"
+            f"  {16 * parameters / costs.GIB:.1f} GiB of weights, gradients and optimiser"
+        )
 
     def __init__(self, config: PixelsConfig, world: World) -> None:
         self.config = config
@@ -90,7 +102,7 @@ class Objective:
         )
 
     def accelerate(
-        self, bf16: bool, _sample: Callable[[], Tensor], stored: Mapping[str, str]
+        self, bf16: bool, sample: Callable[[], Tensor], stored: Mapping[str, str]
     ) -> tuple[dict[str, str], list[str]]:
         """Set attention, recomputation and compilation of the model. Returns the chosen backends and log lines."""
         sizes, clips, length = self.sizes, self.config.optim.batch_size, self.visible + self.decoded
@@ -116,17 +128,17 @@ class Objective:
                 )
         return batch.clip.to(self.world.device, non_blocking=True)
 
-    def objective(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], Reconstruction]:
+    def make_step(self, model: nn.Module, bf16: bool) -> Callable[[Tensor], Reconstruction]:
         """clip -> the error of the hidden tokens that the run's masking rule draws."""
 
         def step(clip: Tensor) -> Reconstruction:
             guide = clip[..., 3] if clip.shape[-1] == 4 else None
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
-                return self._step(model, clip[..., :3], guide)
+                return self._forward(model, clip[..., :3], guide)
 
         return step
 
-    def _step(self, model: nn.Module, clip: Tensor, guide: Tensor | None) -> Reconstruction:
+    def _forward(self, model: nn.Module, clip: Tensor, guide: Tensor | None) -> Reconstruction:
         sizes = self.sizes
         if self.config.objective == "adamae":
             assert isinstance(sizes, VideoMaeConfig)
@@ -143,7 +155,7 @@ class Objective:
         conv = self.model.encoder.patch_embed.proj
         return patch_embed(clip, conv.weight, conv.bias, self.sizes.patch_size)
 
-    def draw(self, batch: Batch, out: Reconstruction, folder: Path) -> None:
+    def save_picture(self, batch: Batch, out: Reconstruction, folder: Path) -> None:
         """Write `visible.png`: a clip, its visible patches, and the decoder's reconstruction."""
         from umt_fast.run.pictures import draw_reconstruction
 
@@ -164,16 +176,3 @@ def build_model(config: PixelsConfig) -> MaskedAutoencoder:
     if isinstance(config.model, MaeStConfig):
         return MaeSt(config.model)
     return AdaMae(config.model) if config.objective == "adamae" else VideoMae(config.model)
-
-
-def plan(config: PixelsConfig, _gpu_memory: float | None) -> str:
-    """Text of --dry-run: the cost of a step. The memory of activations is not estimated."""
-    with torch.device("meta"):
-        built = Objective(config, World(0, 1, torch.device("meta")))
-    parameters = sum(parameter.numel() for parameter in built.model.parameters())
-    return (
-        f"one forward and backward pass of {config.optim.batch_size} clips per process, {built.visible} of "
-        f"{config.model.tokens} tokens visible, {built.decoded} decoded\n"
-        f"  {built.flops / 1e12:.2f} TFLOP\n"
-        f"  {16 * parameters / costs.GIB:.1f} GiB of weights, gradients and optimiser"
-    )

@@ -26,6 +26,7 @@ from train.stage2_validation import Validation
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.data.captions import CaptionList
 from umt_fast.data.video import Limits
+from umt_fast.objectives.video_text import LOSSES
 from umt_fast.run import hardware, launch, parallel
 from umt_fast.run.batches import open_batches
 from umt_fast.run.checkpoint import find_own_checkpoint
@@ -138,7 +139,7 @@ def train(config: Stage2Config, world: World) -> bool:
         if config.job == "qa":
             log.finish(state, "loss: -log likelihood of the answers")
         else:
-            log.finish(state, "loss: weighted sum", ("uta", "vtc", "vtm", "mlm"))
+            log.finish(state, "loss: weighted sum", LOSSES)
     stop.raise_failure()
     return state.step >= job.last
 
@@ -197,7 +198,20 @@ def prepare(config: Stage2Config, world: World) -> Job:
         return floored_cosine(step, total, warmup, optim.lr, optim.min_lr / optim.lr if optim.lr else 0.0)
 
     clock = KindClock(world.device, hardware.peak_flops(world.device, bf16).flops)
-    return Job(state, wrapped, alternation, loaders, objective, validation, log, clock, schedule, total, last, max_bad)
+    return Job(
+        state=state,
+        model=wrapped,
+        alternation=alternation,
+        loaders=loaders,
+        objective=objective,
+        validation=validation,
+        log=log,
+        clock=clock,
+        schedule=schedule,
+        total=total,
+        last=last,
+        max_bad=max_bad,
+    )
 
 
 def describe(

@@ -75,7 +75,7 @@ def make_objective(
                 reported.append(batch.paths[0])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = video_text_step(model, clip, ids, mask, idx, objective=chosen)
-        losses = {"loss": out.total, "uta": out.uta, "vtc": out.vtc, "vtm": out.vtm, "mlm": out.mlm}
+        losses = {"loss": out.total, **out.parts}
         if chosen is not config.objective:
             # DDP waits for the gradients of all parameters, also of the unused match head
             losses["loss"] = out.total + 0 * sum(p.sum() for p in model.parameters() if p.requires_grad)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from train import pretrain, pretrain_pixels
+from train import pretrain
+from train.pretrain_pixels import PixelObjective
 from umt_fast.config import (
     ConfigError,
     DataConfig,
@@ -113,23 +114,23 @@ def test_every_guided_rule_goes_from_files_to_a_picture(tmp_path, demo_videos, r
         model=TINY,
     )
     rows = [{"path": path, "caption": "a square"} for path in paths]
-    stream = pretrain_pixels.make_stream(config, VideoList.of_rows(rows))
-    built = pretrain_pixels.Objective(config, World(0, 1, torch.device("cpu")))
+    stream = PixelObjective.make_stream(config, VideoList.of_rows(rows))
+    built = PixelObjective(config, World(0, 1, torch.device("cpu")))
     batch = ClipDataset(stream)[[0, 1]]
     clips = built.to_device(batch)
     assert clips.shape == (2, 8, 32, 32, 4 if rule in ("motion", "region") else 3)
-    out = built.objective(built.model, False)(clips)
+    out = built.make_step(built.model, False)(clips)
     out.loss.backward()
     assert out.visible.shape == (2, built.visible)
     assert out.scored.shape == (2, built.decoded)
-    built.draw(batch, out, tmp_path)
+    built.save_picture(batch, out, tmp_path)
     assert (tmp_path / "visible.png").stat().st_size > 5000
 
 
 def test_a_folder_of_masks_that_is_not_there_is_named(tmp_path):
     mask = PixelMaskConfig("region", 0.75, regions=str(tmp_path / "none"), order=(0, 255))
     with pytest.raises(ConfigError, match=r"mask\.regions = .*none: no such folder"):
-        pretrain_pixels.make_stream(VideoMaePretrainConfig(mask=mask, model=TINY), VideoList.of_paths(["a.mp4"]))
+        PixelObjective.make_stream(VideoMaePretrainConfig(mask=mask, model=TINY), VideoList.of_paths(["a.mp4"]))
 
 
 def test_captions_that_are_not_there_are_named(monkeypatch):
@@ -137,7 +138,7 @@ def test_captions_that_are_not_there_are_named(monkeypatch):
     config = VideoMaePretrainConfig(
         mask=PixelMaskConfig("text", 0.75, source="given_here:likeness"), data=DataConfig(frame_step=1), model=TINY
     )
-    built = pretrain_pixels.Objective(config, World(0, 1, torch.device("meta")))
+    built = PixelObjective(config, World(0, 1, torch.device("meta")))
     video = VisitedVideo(0, 4, "a.mp4", None, None)
     with pytest.raises(ConfigError, match="text needs captions: row 5 of the list has none"):
         built.to_device(Batch(torch.zeros(1, 1), [video], []))

@@ -32,6 +32,8 @@ TEMPERATURES = (0.001, 0.5)
 IGNORED = -100
 """Label of a token that is not to be predicted."""
 PUBLISHED = VideoTextObjective()
+LOSSES = ("uta", "vtc", "vtm", "mlm")
+"""Names of the losses in `VideoText`, and of their weights in `VideoTextObjective`."""
 
 
 class NoNegatives(RunError, ValueError):
@@ -65,6 +67,11 @@ class VideoText:
     total: Float[Tensor, ""]
     """Their weighted sum; its gradient is the step's."""
     draws: Draws
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The losses of `LOSSES`, by name."""
+        return {name: getattr(self, name) for name in LOSSES}
 
 
 def video_text_step(
