@@ -4,8 +4,9 @@ reconstruction of pixels (VideoMAE, VideoMAE V2, AdaMAE, MAE-ST). The recipe's `
     python -m train.pretrain --recipe umt_b16_k710 --data.train list.csv
     torchrun --nproc-per-node 8 -m train.pretrain --recipe videomae_b16_k400 --data.train list.csv
 
---recipe names a file of train/recipes/pretrain or a TOML file of your own (default umt_b16_k710); every setting of
-it can be overridden below. --dry-run prints the cost of a step and the batch that fits [--gpu-memory GIB], and exits.
+--recipe names a file of train/recipes/pretrain or a TOML file of your own (default umt_b16_k710); every setting of it
+but `objective` can be overridden below. --dry-run prints the cost of a step and the batch that fits [--gpu-memory GIB],
+and exits.
 """
 
 from __future__ import annotations

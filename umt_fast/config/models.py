@@ -152,6 +152,7 @@ class VideoMaeConfig(VitConfig):
     tubelet_size: int = 2
     frames: int = 16
     decoder_width: int = 384
+    """Width of the model's decoder, the network that predicts pixels."""
     decoder_depth: int = 4
     decoder_heads: int = 6
     mlp_width: int | None = None
@@ -186,6 +187,7 @@ class MaeStConfig(VitConfig):
     depth: int = 24
     heads: int = 16
     decoder_width: int = 512
+    """Width of the model's decoder, the network that predicts pixels."""
     decoder_depth: int = 4
     decoder_heads: int = 16
     target_frames: int = 8

@@ -76,7 +76,10 @@ class WorkerBatches(Iterator[T]):
         end: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """`start` and `batch_size` count clips, `end` counts visits (None: no end); the last batch may be smaller."""
+        """`start` and `batch_size` count clips, `end` counts visits (None: no end); the last batch may be smaller.
+
+        `stream.config` has the number of workers, the batches that each keeps ready, and their time limit.
+        """
         clips = stream.clips_per_visit
         self._dataset, self._stream, self._pin_memory, self._say = dataset, stream, pin_memory, say
         self._visits = functools.partial(

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def open_batches(
     stream: ClipStream, optim: OptimConfig, world: World, say: Callable[[str], None], first_clip: int, steps: int
 ) -> Loader:
-    """A loader of this rank's share of `steps` steps, from clip number `first_clip` of the stream on."""
+    """A loader of this rank's share of `steps` steps, from clip number `first_clip` of the stream on.
+
+    The section `data` of the run is `stream.config`: its `decoder` chooses the loader, and `workers` processes decode.
+    """
     return open_loader(
         stream,
         world.device,
