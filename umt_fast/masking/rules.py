@@ -49,9 +49,10 @@ def _equal_scores(clips: Clips) -> Float[Tensor, "b t p"]:
 class Rule:
     """What a masking rule needs, how many tokens it leaves visible, and how it draws them."""
 
-    needs: Literal["nothing", "teacher", "model", "motion", "regions", "source", "captions"]
-    """teacher: its attention to each patch, which are the scores; model: parts of the model that is trained; motion,
-    regions: a guide channel with these; source: a function of the user; captions: such a function, and captions."""
+    needs: Literal["nothing", "teacher", "model", "pixels", "motion", "regions", "source", "captions"]
+    """nothing: all scores are equal; teacher: its attention to each patch, which are the scores; model: parts of the
+    model that is trained; of `Clips`: pixels, a guide channel (motion, regions), the function of the user (source), or
+    this function and captions."""
     counts: Literal["per frame", "per clip"]
     """Unit in which the number of visible tokens is fixed and rounded."""
     count: Callable[[int, float], int]
