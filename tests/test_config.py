@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from train.pretrain_objectives import SETTINGS
 from umt_fast.config import (
     STUDENTS,
     TEACHERS,
     ConfigError,
     DataConfig,
-    MaeStPretrainConfig,
     MaskConfig,
     OptimConfig,
     PretrainConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
-    VideoMaePretrainConfig,
 )
 from umt_fast.masking import count_visible
 from umt_fast.recipe import RENAMED, load_recipe, parse, read_key
@@ -51,12 +50,7 @@ def assert_fields(owner: object, expected: dict) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    kind = {
-        None: PretrainConfig,
-        "videomae": VideoMaePretrainConfig,
-        "adamae": VideoMaePretrainConfig,
-        "mae_st": MaeStPretrainConfig,
-    }[read_key(path, "objective")]
+    kind = SETTINGS[read_key(path, "objective") or "alignment"]
     assert isinstance(load_recipe(kind, path), kind)
 
 
