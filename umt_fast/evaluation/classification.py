@@ -1,4 +1,4 @@
-"""Multi-view tests of a classifier: probabilities of each video, and what they are worth."""
+"""Multi-view tests of a classifier: probabilities of each video, and their scores."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def merge_views(
 ) -> Float[Tensor, "videos k"]:
     """Mean probabilities of each video over its views: softmax in float64, then mean, as published (UMT, 4.2).
 
-    `rows`: the video that each row of logits belongs to; the result has one row for each of them, ascending.
-    `views`: the number of each view, and then the result does not depend on the order of the rows to a bit, and a
-    repeated view counts once (the padding of a distributed sampler); or how many views every video has, which is
-    checked. `merge = "logits"` averages the logits and takes the softmax of that. Raises ValueError.
+    `rows`: the video of each row of logits; the result has one row per video, ascending. `views`: either the number of
+    each view: then the result is bit-identical for any order of rows, and a repeated view counts once (the padding of a
+    distributed sampler); or the number of views per video, which is checked. `merge = "logits"` averages the logits
+    before the softmax. Raises ValueError.
     """
     logits, rows = torch.as_tensor(logits), torch.as_tensor(rows).to("cpu", torch.int64)
     if not isinstance(views, int) and np.ndim(views) == 0:
@@ -78,7 +78,7 @@ class Scores:
     top1: float
     top5: float
     mean_class: float
-    """Mean over the classes that occur of their top-1."""
+    """Mean top-1 of the classes that occur in the list."""
     loss: float
     """Mean negative log-likelihood of the labels."""
 
@@ -87,7 +87,7 @@ class Scores:
 
 
 def score(probabilities: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Scores:
-    """Top-1, top-5, mean per class and negative log-likelihood. Raises ValueError for no video or a label outside."""
+    """Top-1, top-5, mean per class and negative log-likelihood. Raises ValueError for no video or an invalid label."""
     count, classes = probabilities.shape
     if count == 0 or labels.shape != (count,):
         raise ValueError(f"{list(labels.shape)} labels for {count} videos: give one each, and one video or more")
@@ -109,12 +109,12 @@ def score(probabilities: Float[Tensor, "n k"], labels: Int[Tensor, " n"]) -> Sco
 
 
 def ranked(probabilities: Shaped[Tensor, "n k"], count: int) -> Int[Tensor, "n count"]:
-    """The `count` most probable classes of each row, best first; of equal ones the lower number is first."""
+    """The `count` most probable classes of each row, best first; ties are ordered by class number."""
     return probabilities.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
 def confusion(labels: Int[Tensor, " n"], predicted: Int[Tensor, " n"], classes: int) -> Int[Tensor, "k k"]:
-    """How often each label (row) was predicted as each class (column)."""
+    """Confusion matrix: how often each label (row) was predicted as each class (column)."""
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
@@ -123,10 +123,10 @@ class Predictions:
     """A model's predictions for the videos of a list."""
 
     rows: Int[Tensor, " n"]
-    """The place in the list of each video that was read, ascending."""
+    """Row in the list of each video that was read, ascending."""
     probabilities: Float[Tensor, "n k"]
     bad: list[tuple[int, str, str]]
-    """Row, name and reason of each video that could not be read: it has no prediction."""
+    """Row, name and reason of each video that could not be read and has no prediction."""
 
 
 @torch.inference_mode()
@@ -144,8 +144,8 @@ def predict(
 ) -> Predictions:
     """Predictions of a list by all processes together; every rank returns all of them.
 
-    Every forward pass has the same number of clips and the same clips in it whatever the number of processes, so the
-    result does not depend on it to a bit. `say` gets the batches done by this rank and their number.
+    Every forward pass has the same clips for any number of processes, so the result is bit-identical. `say` gets the
+    number of finished batches of this rank and their total. Raises NothingReadable if no video can be read.
     """
     count, group = views.clips, max(clips_per_pass // views.clips, 1)
     groups = -(-len(videos) // group)
@@ -191,7 +191,7 @@ def predict(
 
 
 def _forward(model: nn.Module, clips: Tensor, size: int, clips_per_pass: int, bf16: bool) -> Float[Tensor, "r k"]:
-    """Logits (float32) of clips, in passes over `size` clips: what is missing of them is zeros."""
+    """Logits (float32) of clips, padded with zero clips to `size`, in passes of `clips_per_pass`."""
     full = clips.new_zeros(size, *clips.shape[1:])
     full[: len(clips)] = clips
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=bf16):

@@ -1,9 +1,9 @@
-"""Features of a list's videos in a folder of shards, computed once; an interrupted extraction goes on.
+"""Features of a list's videos in a folder of shards, computed once; an interrupted extraction can be continued.
 
-features.json              settings, and how many rows, channels and shards there are
+features.json              settings, and the numbers of videos and shards
 features_00000.safetensors features [n,V,D] (or [n,V,N,D] of all tokens), rows [n], labels [n] of up to
-                           `shard` videos; in its metadata, the videos that could not be read
-features_00000.npz         the same as NumPy's arrays, with `unreadable`, where that format was chosen
+                           `shard` videos; its metadata lists the unreadable videos
+features_00000.npz         the same as NumPy arrays, with `unreadable`, if format = npz
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _MOST_SHARDS = 1 << 20
 
 
 class FeaturesError(RunError, ValueError):
-    """A folder of features that does not fit, or is not complete."""
+    """A folder of features is incomplete, damaged, or made with other settings."""
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is stored of each video."""
+    """Settings of an extraction: which features of each video are stored."""
 
     views: Views
     kind: Literal["pooled", "tokens"] = "pooled"
@@ -55,22 +55,22 @@ class Extraction:
     layer: int = -1
     """Block whose outputs are stored, after the encoder's last norm; negative counts from the end."""
     shard: int = 512
-    """Videos in a file."""
+    """Videos per file."""
     half: bool = False
-    """Store float16 in place of float32."""
+    """Store float16 instead of float32."""
     clips_per_pass: int = 16
     format: Format = "safetensors"
-    """Kind of file; npz is NumPy's, not compressed."""
+    """File format; npz is NumPy's, not compressed."""
 
 
 @dataclass
 class Features:
-    """Features of a folder, of the videos that could be read, by row of the list."""
+    """Features of the videos that could be read, in the order of the list."""
 
     features: Float[Tensor, "n v ..."]
     rows: Int[Tensor, " n"]
     labels: Int[Tensor, " n"]
-    """-1 where the list had none."""
+    """Labels; -1 for a list without labels."""
     classes: list[str]
 
 
@@ -88,10 +88,10 @@ def extract(
     bf16: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write the features of all videos to `folder`; the processes share out the shards, and none is made twice.
+    """Write the features of all videos to `folder`. Processes divide the shards among them; existing shards are kept.
 
-    `about` is stored in features.json and, like the settings and the list, must be the same when an extraction goes
-    on. Raises FeaturesError where it is not, ConfigError while another extraction writes to the folder.
+    `about` is stored in features.json. It, the settings and the list must be the same when an extraction is continued.
+    Raises FeaturesError if they differ, ConfigError while another extraction writes to the folder.
     """
     count = -(-len(videos) // settings.shard)
     facts = asdict(settings)
@@ -124,7 +124,7 @@ def _write_missing(
     bf16: bool,
     say: Callable[[str], None],
 ) -> None:
-    """Write this process's share of the shards that are not there."""
+    """Write this process's share of the missing shards."""
     share = range(world.rank, -(-len(videos) // settings.shard), world.size)
     own = [number for number in share if not shard_path(folder, number, settings.format).exists()]
     if world.main and len(own) < len(share):
@@ -138,7 +138,7 @@ def _write_missing(
 
 
 def check_same(path: Path, index: dict[str, Any]) -> None:
-    """Raise FeaturesError if a folder holds features of another list, checkpoint or setting."""
+    """Raise FeaturesError if the folder has features of another list, checkpoint or setting."""
     if not path.exists():
         return
     before = _read_index(path)
@@ -191,7 +191,7 @@ def _write_shard(
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> None:
-    """Write a shard whole or not at all. Raises OSError."""
+    """Write a shard atomically. Raises OSError."""
     if path.suffix != ".npz":
         save_safetensors(path, tensors, {"unreadable": unreadable})
         return
@@ -201,7 +201,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> N
 
 
 def _read_tensors(path: Path, classes: int) -> dict[str, Tensor]:
-    """Raises FeaturesError for a shard that cannot be read, or holds other things than an extraction writes."""
+    """Read a shard. Raises FeaturesError if it cannot be read or is not a shard of an extraction."""
     from safetensors.torch import load_file
 
     try:
@@ -211,7 +211,7 @@ def _read_tensors(path: Path, classes: int) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in arrays.files if name != "unreadable"]
             return _check_shard({name: torch.from_numpy(arrays[name]) for name in names}, classes)
-    except Exception as error:  # numpy parses the header of an array as Python's source: anything may come out
+    except Exception as error:  # numpy parses array headers as Python literals, which can raise any error
         raise FeaturesError(f"cannot read {path}: {type(error).__name__}: {error}") from None
 
 
@@ -226,7 +226,7 @@ def features_of(encoder: VideoEncoder, clips: Tensor, settings: Extraction, bf16
 
 
 def read_features(folder: str | Path) -> Features:
-    """All features of a folder. Raises FeaturesError for one that is missing, damaged or not complete."""
+    """All features of a folder. Raises FeaturesError if it is missing, damaged or incomplete."""
     folder = expand_home(folder)
     index = _read_index(folder / INDEX)
     count, classes = index.get("shards"), index.get("classes") or []
@@ -250,7 +250,7 @@ def read_features(folder: str | Path) -> Features:
 
 
 def _check_shard(shard: dict[str, Tensor], classes: int) -> dict[str, Tensor]:
-    """The tensors of a shard. Raises ValueError for others than an extraction writes."""
+    """The tensors of a shard, checked. Raises ValueError for wrong names, shapes, dtypes or values."""
     if shard.keys() != {"features", "rows", "labels"}:
         raise ValueError(f"it holds {sorted(shard)}, not features, rows and labels")
     features, rows, labels = shard["features"], shard["rows"], shard["labels"]
@@ -272,7 +272,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise FeaturesError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise FeaturesError(f"{path} is not an index of features")
-    content.setdefault("format", "safetensors")  # the only one of earlier versions
+    content.setdefault("format", "safetensors")  # earlier versions had no other format
     if content["format"] not in get_args(Format):
         raise FeaturesError(f"{path}: format = {content['format']!r}: must be {' or '.join(get_args(Format))}")
     return content

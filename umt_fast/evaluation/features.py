@@ -1,9 +1,9 @@
-"""Features of videos: a trained encoder from its file, as a function or for a whole list.
+"""Features of videos: loads a trained encoder from its file, and extracts the features of a list.
 
     python -m umt_fast.evaluation.features --checkpoint x.pth --data list.csv --out features/train
 
-Writes one vector (or, with --kind tokens, every token) of each video to shards in a folder. The same command goes on
-with an extraction that was interrupted; under torchrun the processes share out the shards.
+Writes one vector (or, with --kind tokens, every token) of each video to shards in a folder. The same command continues
+an interrupted extraction; under torchrun the processes divide the shards among them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from umt_fast.run.world import World
 
 _HEAD_WIDTH = 64
-"""Width of an attention head in the published models but those of `_HEADS`."""
+"""Width of an attention head in the published models, except those in `_HEADS`."""
 _HEADS = {1280: 16, 1408: 16}
 """Heads by width: VideoMAE's ViT-H and ViT-g."""
 
 
 _MOST_TOKENS = 1 << 18
-"""Tokens of a clip that a file may name: the model's positions would fill the memory."""
+"""Most tokens per clip that a file may imply: a table of more positions could exhaust the memory."""
 
 
 def load_encoder(
@@ -50,11 +50,11 @@ def load_encoder(
     heads: int | None = None,
     device: str | torch.device = "cpu",
 ) -> VideoEncoder:
-    """The encoder of a pre-trained or fine-tuned file, ours or a published one, ready to be called on clips.
+    """Load the encoder of a pre-trained or fine-tuned file, ours or a published one.
 
-    `encoder(clip)` gives tokens [B,N,D] after the last norm, `encoder.pooled(clip)` [B,D]. Sizes come from the file's
-    tensors and settings; where it has none, from 8 token frames of 224 x 224 and heads of 64 channels. `frames`,
-    `image_size` and `heads` override them; positions are then resampled. Raises WeightsError.
+    `encoder(clip)` returns tokens [B,N,D] after the last norm, `encoder.pooled(clip)` one vector [B,D] per clip. Sizes
+    come from the file's tensors and settings; if it has none, 8 token frames of 224 x 224 and heads of 64 channels are
+    assumed. `frames`, `image_size` and `heads` override them; positions are then resampled. Raises WeightsError.
     """
     state, settings = read_model(path)
     return encoder_of(state, settings, str(path), frames, image_size, heads).to(device).eval()
@@ -68,7 +68,7 @@ def encoder_of(
     image_size: int | None = None,
     heads: int | None = None,
 ) -> VideoEncoder:
-    """`load_encoder` for tensors and settings that were read before; `source` is named in errors."""
+    """`load_encoder` for tensors and settings that are already read; errors name `source`."""
     state = strip_prefixes(state)
     with using_settings_of(source):
         trained = infer_sizes(state, settings, source, heads)
@@ -86,7 +86,7 @@ def encoder_of(
     position = state.get("pos_embed")
     if position is not None:
         position = fit_positions(position, config, trained.token_frames).squeeze(0)
-    elif pool == "tokens" or trained.positions == "direct":  # pre-training has the direct formula for its own size
+    elif pool == "tokens" or trained.positions == "direct":  # pre-training's table is made for the file's own size
         table = sinusoid_positions(trained.tokens, trained.width)
         position = resize_positions(table, trained.token_frames, config.token_frames, config.grid)
     else:
@@ -106,14 +106,14 @@ def encoder_of(
 
 
 def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads: int | None = None) -> ClassifierConfig:
-    """The model that a file holds: from its tensors' shapes and, where they do not say, from its settings.
+    """The sizes of the model in a file: from its tensors' shapes, and otherwise from its settings.
 
     `state` has no prefixes. Settings are ours (a `classifier` or `student` section) or the published argument object.
-    Raises WeightsError if neither the tensors nor the settings give a size.
+    Raises WeightsError if neither tensors nor settings give a size.
     """
-    if empty := next((key for key, value in state.items() if 0 in value.shape), None):  # it could have any size
+    if empty := next((key for key, value in state.items() if 0 in value.shape), None):  # without a value
         raise WeightsError(f"{source}: {empty} is {list(state[empty].shape)}, without a value")
-    own = settings.get("model")  # of a masked autoencoder of ours; a published argument object has a name there
+    own = settings.get("model")  # our masked autoencoders have a section here, a published argument object a name
     own = own if isinstance(own, dict) else {}
     kernel = state.get("patch_embed.proj.weight")
     if kernel is None or kernel.dim() != 5:
@@ -164,13 +164,13 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
 
 
 def _named_size(name: Any) -> int | None:
-    """224 of `vit_base_patch16_224`: the published code builds the size that the model's name says."""
+    """Image size in a published model name: 224 for `vit_base_patch16_224`."""
     last = str(name or "").rpartition("_")[2]
     return int(last) if last.isdigit() else None
 
 
 def _from_table(rows: int, tubelet: int, patch: int, frames: Any, size: Any) -> tuple[int | None, int | None]:
-    """Frames and image size of a table of `rows` positions; what is known of either settles the other."""
+    """Frames and image size that fit a table of `rows` positions; a known one determines the other."""
     if frames and rows % (frames // tubelet) == 0:
         grid = math.isqrt(rows // (frames // tubelet))
         if grid**2 * (frames // tubelet) == rows:
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    from umt_fast.run import launch, world  # load_encoder does without what these and the list need
+    from umt_fast.run import launch, world  # load_encoder must not need these imports
 
     with launch.one_line_errors():
         given = parser.parse_args(arguments)

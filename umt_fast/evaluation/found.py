@@ -1,4 +1,4 @@
-"""Pictures of what was found: for each query the best videos, marked right or wrong, each as a few of its frames."""
+"""Pictures of search results: for each query a few frames of the best videos, marked right or wrong."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import UInt8
 
 HEIGHT, STRIP, EDGE, LINE = 72, 3, 3, 16
-"""Pixels of a frame; frames of a video; border; a line of text."""
+"""Height of a frame, pixels; frames per video; border and height of a text line, pixels."""
 RIGHT, WRONG, UNKNOWN = (40, 150, 60), (190, 50, 40), (110, 110, 110)
 
 
@@ -31,11 +31,11 @@ class Hit:
     right: bool | None = None
     """None if the right answer is unknown."""
     seconds: tuple[float, float] | None = None
-    """The part of the video that was found; None: all of it."""
+    """The part of the video that was found; None: the whole video."""
 
 
 def draw_found(queries: Sequence[tuple[str, Sequence[Hit]]], path: Path) -> None:
-    """Write a picture with a row of hits for each query; green frames are right, red ones wrong."""
+    """Write a picture with a row of hits for each query; a green border means right, red wrong."""
     columns = max((len(hits) for _, hits in queries), default=1)
     strip = _strip_width()
     cell = strip + 2 * EDGE + 6
@@ -64,7 +64,7 @@ def _picture(hit: Hit) -> Image.Image:
     strip = Image.new("RGB", (_strip_width(), HEIGHT), (230, 230, 230))
     try:
         frames = read_part(hit.video, STRIP, hit.seconds)
-    except (BadVideo, OSError):  # it was read a moment ago
+    except (BadVideo, OSError):  # removed or changed since the search
         return strip
     width = _strip_width() // STRIP
     for place, frame in enumerate(frames):
@@ -75,7 +75,7 @@ def _picture(hit: Hit) -> Image.Image:
 def read_part(
     video: Video, frames: int, seconds: tuple[float, float] | None = None
 ) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Evenly spread frames of a video, or of the part between two times. Raises BadVideo."""
+    """`frames` evenly spread frames of a video, or of the part between two times. Raises BadVideo."""
     if seconds is None:
         return read_frames(video, lambda total: middle_frames(total, frames))
     from umt_fast.data.decode import open_video, read_places

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-"""Strengths of the linear probe's penalty among which held-out training videos choose."""
+"""Strengths of the linear probe's L2 penalty; held-out training videos select one."""
 
 
 def knn(
@@ -37,8 +37,8 @@ def knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> Float[Tensor, "m k"]:
-    """Class probabilities by the k most similar training vectors, weighted by exp(cosine / temperature)
-    (arXiv 1805.01978, as DINO evaluates)."""
+    """Class probabilities from the k nearest training vectors, weighted by exp(cosine / temperature)
+    (arXiv 1805.01978, as in DINO's evaluation)."""
     similarity = F.normalize(test.float(), dim=-1) @ F.normalize(train.float(), dim=-1).T
     near = similarity.topk(min(k, len(train)), dim=-1)
     votes = torch.zeros(len(test), classes, dtype=torch.float64)
@@ -68,7 +68,7 @@ class LinearProbe(nn.Module):
 def fit_linear(
     features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, weight_decay: float, steps: int = 100
 ) -> LinearProbe:
-    """Logistic regression with an L2 penalty, by L-BFGS on all features at once; it draws nothing."""
+    """Logistic regression with an L2 penalty, by L-BFGS on all features at once; deterministic."""
     probe = LinearProbe(features, classes)
     optimizer = torch.optim.LBFGS(probe.head.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -85,7 +85,7 @@ def fit_linear(
 def choose_linear(
     features: Float[Tensor, "n d"], labels: Int[Tensor, " n"], classes: int, seed: int = 0
 ) -> LinearProbe:
-    """The linear probe with the penalty that is best on a fifth of the training videos, fitted on all of them."""
+    """Choose the L2 penalty on a held-out fifth of the training videos, then fit the linear probe on all of them."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held, rest = order[: max(len(order) // 5, 1)], order[max(len(order) // 5, 1) :]
     if len(rest) < classes:
@@ -99,7 +99,7 @@ def choose_linear(
 
 
 class AttentiveProbe(nn.Module):
-    """One learned query attends to a clip's tokens, then a linear layer (as V-JEPA evaluates, arXiv 2404.08471)."""
+    """A learned query that attends to a clip's tokens, and a linear layer (as in V-JEPA, arXiv 2404.08471)."""
 
     def __init__(self, width: int, classes: int, heads: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True)
 class AttentiveSettings:
-    """How the attentive probe is trained."""
+    """Training settings of the attentive probe."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -131,7 +131,7 @@ class AttentiveSettings:
 def fit_attentive(
     tokens: Float[Tensor, "n m d"], labels: Int[Tensor, " n"], classes: int, settings: AttentiveSettings
 ) -> AttentiveProbe:
-    """Train the attentive probe with AdamW and a cosine schedule. Raises FeaturesError where heads do not divide D."""
+    """Train the attentive probe with AdamW and a cosine schedule. Raises FeaturesError if heads do not divide D."""
     width = tokens.shape[-1]
     if width % settings.heads:
         raise FeaturesError(f"{settings.heads} heads do not divide features of width {width}; give --heads")
@@ -152,9 +152,9 @@ def fit_attentive(
 
 
 def probe(kind: str, train: Features, test: Features, settings: AttentiveSettings, k: int = 20) -> Scores:
-    """Fit a probe on the first view of each training video; test it on all views of the others, averaged.
+    """Fit a probe on the first view of each training video; average its probabilities over all views of a test video.
 
-    Raises FeaturesError for features without labels, or of another kind than the probe needs.
+    Raises FeaturesError for features without labels, or of the wrong kind for the probe.
     """
     classes = check(kind, train, test)
     views = test.features.unbind(1)
@@ -173,7 +173,7 @@ def probe(kind: str, train: Features, test: Features, settings: AttentiveSetting
 
 
 def check(kind: str, train: Features, test: Features) -> int:
-    """How many classes there are."""
+    """Check both feature sets and return the number of classes. Raises FeaturesError."""
     wanted = 4 if kind == "attentive" else 3
     for name, found in (("--train", train), ("--test", test)):
         if int(found.labels.min()) < 0:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PUBLISHED_K = 128
 ANSWERS_AT_ONCE = 1024
-"""Answers decoded in one call: their logits over BERT's vocabulary are 0.6 GB for five tokens each."""
+"""Answers decoded in one call; at five tokens each, their logits over BERT's vocabulary take 0.6 GB."""
 FirstToken = Literal["twice", "once"]
 
 
@@ -26,9 +26,9 @@ class Ranked:
     """The candidates of each question, best first."""
 
     answers: Int[Tensor, "b k"]
-    """Places in the list of answers."""
+    """Indices into the list of answers."""
     probabilities: Float[Tensor, "b k"]
-    """Among the candidates; they sum to 1."""
+    """Probabilities among the candidates; they sum to 1."""
 
 
 @torch.no_grad()
@@ -44,9 +44,9 @@ def rank_answers(
 ) -> Ranked:
     """Rank a list of n answers for each question, all tokenised as in training (`[CLS] words [SEP]`).
 
-    The k answers with the likeliest first word are scored in full; a list shorter than k is scored whole, where the
-    published code stops. `first_token`: the published score counts the likelihood of the first word twice, once by
-    itself and once within the answer; "once" is the likelihood of the answer.
+    The k answers with the most likely first word are scored in full; of a list shorter than k all are, where the
+    published code fails. `first_token`: the published score counts the likelihood of the first word twice, alone and
+    within the answer; "once" is the likelihood of the answer. Raises ValueError or TypeError.
     """
     if first_token not in ("twice", "once"):
         raise ValueError(f"first_token = {first_token!r}; give twice or once")
@@ -81,7 +81,7 @@ def rank_answers(
 
 
 def accuracy(predicted: Mapping[str, str], right: Mapping[str, str]) -> float:
-    """Share in percent of the questions, by id, whose predicted answer is the right string; a missing one is wrong."""
+    """Percentage of questions, by id, whose predicted answer equals the right one; a missing answer is wrong."""
     if not right:
         raise ValueError("there are no questions with a right answer to compare with")
     return 100 * sum(predicted.get(question) == answer for question, answer in right.items()) / len(right)

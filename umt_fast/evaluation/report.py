@@ -1,4 +1,4 @@
-"""What a test leaves in its folder: figures, every prediction, and pictures of what went wrong."""
+"""The report of a test: scores, every prediction, and pictures of the mistakes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from jaxtyping import Int
 
 _LISTED = 10
-"""Classes in the list of the worst."""
+"""Number of classes in the list of the worst classes."""
 _PICTURED = 12
-"""Videos in the picture of the worst mistakes."""
+"""Number of videos in the picture of the worst mistakes."""
 _LARGEST_MATRIX = 60
-"""Classes whose names are written beside the confusion matrix."""
+"""Most classes for which the confusion matrix shows class names."""
 _LARGEST_COUNTED = 20
-"""Classes whose numbers of videos are written into it."""
+"""Most classes for which the confusion matrix shows numbers of videos."""
 
 
 def write_report(folder: Path, found: Predictions, listed: LabelledVideos, about: dict[str, Any]) -> Scores:
     """Write test.json, predictions.npz, confusion.png and mistakes.png to `folder`. Returns the scores.
 
-    test.json holds the scores in percent, `about`, the videos that could not be read, which no score counts, and the
-    worst classes. predictions.npz holds for each video its row in the list, path, label and probabilities.
+    test.json has the scores in percent, `about`, the worst classes, and the unreadable videos, which are not scored.
+    predictions.npz has the row in the list, path, label and probabilities of each video.
     """
     folder.mkdir(parents=True, exist_ok=True)
     labels = torch.from_numpy(listed.labels)[found.rows]
@@ -62,7 +62,7 @@ def write_report(folder: Path, found: Predictions, listed: LabelledVideos, about
 
 
 def worst_classes(matrix: Int[Tensor, "k k"], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The classes with the lowest top-1 among those that occur, and what they are taken for most often."""
+    """The classes with the lowest top-1 among those that occur, each with its most frequent wrong prediction."""
     counts, right = matrix.sum(1), matrix.diagonal()
     worst = sorted((int(right[k]) / int(counts[k]), -int(counts[k]), k) for k in counts.nonzero().flatten().tolist())
     listed = []
@@ -97,7 +97,7 @@ def _draw_confusion(matrix: Int[Tensor, "k k"], classes: Sequence[str], path: Pa
 
 
 def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: LabelledVideos, path: Path) -> None:
-    """The middle frame of the videos whose wrong class is furthest ahead of the right one."""
+    """Draw the middle frames of the videos with the largest probability margin of a wrong class over the right one."""
     from matplotlib.figure import Figure
 
     said = ranked(found.probabilities, 1)
@@ -115,7 +115,7 @@ def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: Labell
         video = listed.videos[int(found.rows[place])]
         try:
             axes.imshow(read_frames(video, lambda total: [total // 2])[0])
-        except (BadVideo, OSError):  # it was read a moment ago
+        except (BadVideo, OSError):  # removed or changed since the test
             axes.text(0.5, 0.5, "cannot be read any more", ha="center")
         guess = int(said[place, 0])
         title = f"{_short(listed.classes[int(labels[place])])}\nsaid {_short(listed.classes[guess])}"
@@ -125,6 +125,6 @@ def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: Labell
 
 
 def _short(name: str) -> str:
-    """A class name as a label of a picture: no mathematics of matplotlib's in it, and not too long."""
+    """A class name as a label of a picture: without matplotlib's math mode, and shortened."""
     name = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
     return name if len(name) <= 24 else name[:22] + "..."

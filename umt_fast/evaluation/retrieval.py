@@ -1,8 +1,8 @@
 """Text-to-video and video-to-text retrieval: coarse scores, re-ranked scores, recalls (UMT, arXiv 2303.16058, 4.3).
 
-The coarse score of a video and a text is their similarity in the joint space. The k best of each row and column are
-scored again by the fusion layers. A pair that is among the best both ways is computed once, and keys and values of a
-video are projected once for all of its texts.
+The coarse score of a video and a text is their similarity in the joint space. The fusion layers re-rank the k best of
+each row and column. A pair that is among the best of both is computed once, and keys and values of a video are
+projected once for all of its texts.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ NOT_RANKED = -100.0
 RECALLS = (1, 5, 10)
 PUBLISHED_K = 128
 TEXTS_AT_ONCE = 256
-"""Texts per call, both in the text pass and of one video in the fusion layers."""
+"""Texts per call of the text layers, and per call of the fusion layers for one video."""
 
 
 @dataclass
 class Embedded:
-    """Videos (of this rank) and texts (all) before the fusion layers; tensors lie on the CPU."""
+    """This rank's videos and all texts before the fusion layers; tensors on the CPU."""
 
     tokens: Float[Tensor, "v m d"]
     video: Float[Tensor, "v e"]
@@ -47,8 +47,8 @@ class Embedded:
 class Retrieval:
     """Scores of all videos and texts, and the recalls in percent under their published names.
 
-    `txt_r5` says how often a video finds one of its texts among the first 5, `img_r5` a text its video; `r_mean` is
-    the mean of the six. The published tables are of `recalls`.
+    `txt_r5`: share of videos with one of their texts among the first 5; `img_r5`: share of texts with their video among
+    the first 5; `r_mean`: mean of the six recalls. The published tables show `recalls`.
     """
 
     coarse_v2t: Float[Tensor, "v n"]
@@ -56,7 +56,7 @@ class Retrieval:
     rerank_v2t: Float[Tensor, "v n"]
     rerank_t2v: Float[Tensor, "n v"]
     recalls: dict[str, float]
-    """Recalls by the re-ranked scores."""
+    """Recalls of the re-ranked scores."""
     coarse_recalls: dict[str, float]
 
 
@@ -69,15 +69,15 @@ def evaluate(
     k: int = PUBLISHED_K,
     group: Any = None,
 ) -> Retrieval:
-    """Score `clips` against texts, both ways, without a mask and in evaluation mode.
+    """Score `clips` against texts in both directions, without a mask and in evaluation mode.
 
     model            a VideoTextModel, bare or wrapped.
-    clips            all of them, or batches in order: uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W].
-    texts_of_videos  for each video the numbers of its texts; several videos may share a text.
-    k                candidates that are scored again, at most as many as there are.
+    clips            all clips, or batches of them in order: uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W].
+    texts_of_videos  for each video the indices of its texts; several videos may share a text.
+    k                number of candidates to re-rank.
 
-    In several processes each gets the clips of its own part of the videos, the parts one behind another in the order
-    of the ranks, and all texts; the result is the same on all ranks, and the same as in one process.
+    With several processes, each gets all texts and the clips of its part of the videos; the parts follow each other in
+    the order of the ranks. The result is the same on all ranks, and the same as in one process. Raises ValueError.
     """
     own = _bare(model)
     with torch.no_grad(), evaluating(own):
@@ -92,7 +92,7 @@ def embed(
     attention_mask: Int[Tensor, "n l"],
     videos_at_once: int = 16,
 ) -> Embedded:
-    """What `score` needs, made batch by batch and kept on the CPU."""
+    """The input of `score`, computed batch by batch and kept on the CPU. Raises ValueError for no video or text."""
     device = model.temp.device
     batches = clips.split(videos_at_once) if isinstance(clips, Tensor) else clips
     seen = [[x.cpu() for x in model.embed_video(clip.to(device, non_blocking=True))] for clip in batches]
@@ -106,7 +106,7 @@ def embed(
 def embed_texts(
     model: VideoTextModel, input_ids: Int[Tensor, "n l"], attention_mask: Int[Tensor, "n l"]
 ) -> tuple[Float[Tensor, "n l h"], Int[Tensor, "n l"], Float[Tensor, "n e"]]:
-    """Hidden states below the fusion layers, the mask without shared padding, normalised projections; on the CPU."""
+    """Hidden states below the fusion layers, the mask cut to the longest text, normalised projections; on the CPU."""
     if not len(input_ids):
         raise ValueError("no texts: retrieval needs some")
     device = model.temp.device
@@ -125,9 +125,10 @@ def score(
     k: int = PUBLISHED_K,
     group: Any = None,
 ) -> Retrieval:
-    """Both matrices and the recalls of embedded videos and texts.
+    """Score matrices and recalls of embedded videos and texts.
 
-    A video whose vector is zero could not be read: it has NOT_RANKED for every text, and counts as not found.
+    A zero vector marks an unreadable video: it has NOT_RANKED for every text, and counts as not found. Raises
+    ValueError for invalid k or texts_of_videos.
     """
     parts = gather(embedded.video, group)
     video = torch.cat(parts)
@@ -158,7 +159,7 @@ def judge(
     t2v: Float[Tensor, "n v"],
     texts_of_videos: Sequence[Sequence[int]],
 ) -> Retrieval:
-    """The scores of `score` with their recalls; a row of `coarse` that is all NOT_RANKED is an unreadable video."""
+    """Recalls of given score matrices; a row of `coarse` that is all NOT_RANKED is an unreadable video."""
     read = (coarse != NOT_RANKED).any(dim=1).tolist()
     texts_of_videos = [numbers if seen else [] for numbers, seen in zip(texts_of_videos, read, strict=True)]
     return Retrieval(
@@ -174,7 +175,7 @@ def judge(
 def match_pairs(
     model: VideoTextModel, embedded: Embedded, wanted: Shaped[Tensor, "v n"], texts_at_once: int = TEXTS_AT_ONCE
 ) -> Float[Tensor, "v n"]:
-    """Logit of "match" of the wanted pairs of this rank's videos and all texts; 0 elsewhere."""
+    """Logit of "match" for the wanted pairs of this rank's videos and all texts; 0 elsewhere."""
     device = model.temp.device
     hidden, mask = embedded.hidden.to(device), embedded.attention_mask
     logits = torch.zeros(wanted.shape)
@@ -191,7 +192,7 @@ def match_pairs(
 def recalls(
     v2t: Float[Tensor, "v n"], t2v: Float[Tensor, "n v"], texts_of_videos: Sequence[Sequence[int]]
 ) -> dict[str, float]:
-    """Recalls at 1, 5 and 10 in percent, rounded to 2 decimals, of the best-ranked right answer. Both ways."""
+    """Recalls at 1, 5 and 10 in percent, rounded to 2 decimals, in both directions."""
     relevant = torch.zeros(v2t.shape, dtype=torch.bool)
     for number, texts in enumerate(texts_of_videos):
         relevant[number, list(texts)] = True
@@ -206,9 +207,9 @@ def recalls(
 
 
 def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) -> Int[Tensor, " r"]:
-    """For each row the place, from 0 on, of the first relevant column in falling order; equal scores keep theirs.
+    """For each row the rank, from 0 on, of its best relevant column; ties are ordered by column.
 
-    A row without a relevant column has a place behind the last, and behind those that count.
+    A row without a relevant column gets a rank that no recall counts.
     """
     order = scores.argsort(dim=1, descending=True, stable=True)
     places = relevant.gather(1, order).int().argmax(dim=1)
@@ -216,7 +217,7 @@ def best_ranks(scores: Float[Tensor, "r c"], relevant: Shaped[Tensor, "r c"]) ->
 
 
 def check_answers(texts_of_videos: Sequence[Sequence[int]], texts: int) -> None:
-    """Raise ValueError unless every video has a text, every text a video, and all are there."""
+    """Raise ValueError unless every video has a text, every text a video, and all indices are valid."""
     found: set[int] = set()
     for video, numbers in enumerate(texts_of_videos):
         if not numbers:
@@ -238,10 +239,10 @@ def multiple_choice(
     attention_mask: Int[Tensor, "r l"],
     match_share: float = 0.7,
 ) -> Float[Tensor, "b o"]:
-    """Score of each option of each video, r = b * o rows of text, those of a video next to each other (MSRVTT-MC).
+    """Score of each option of each video (MSRVTT-MC); r = b * o rows of text, with a video's options as neighbours.
 
-    As published: 0.7 times the probability of a match plus 0.3 times the softmax, over the options, of the similarity
-    over the learned temperature.
+    As published: 0.7 times the probability of a match plus 0.3 times the softmax, over the options, of similarity /
+    learned temperature. Raises ValueError if b does not divide r.
     """
     if len(input_ids) % len(clip):
         raise ValueError(f"{len(input_ids)} options are not a multiple of {len(clip)} videos")
@@ -272,7 +273,7 @@ def _best(scores: Float[Tensor, "r c"], k: int) -> Shaped[Tensor, "r c"]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and the mode from before afterwards."""
+    """Switch to evaluation mode, and back to the previous mode at the end."""
     training = model.training
     model.eval()
     try:

@@ -3,8 +3,8 @@
     python -m umt_fast.evaluation.search --checkpoint stage2.pth --videos DIR "a red ball rolls" "a dog"
 
 The videos of DIR (or of a list) are indexed once, in parts of --seconds; the index is kept in --index, by default
-DIR/.umt-fast-search. Then every query prints the best parts with paths, times and scores, re-ranked by the fusion
-layers, and found.png shows them.
+DIR/.umt-fast-search. Each query prints the best parts, re-ranked by the fusion layers, with paths, times and scores;
+found.png shows them.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 BATCH = 8
-"""Parts that go through the video encoder at once."""
+"""Parts per call of the video encoder."""
 KEPT_PARTS = 256
-"""Parts whose tokens are kept for the next query; one of UMT-B/16 at 4 frames is 2.4 MB."""
+"""Parts whose tokens stay in memory for the next queries; UMT-B/16 at 4 frames needs 2.4 MB per part."""
 
 
 class SearchError(RunError, ValueError):
-    """A search that cannot be made."""
+    """A search cannot be done."""
 
 
 @dataclass
@@ -60,25 +60,25 @@ class SearchIndex:
     """Beginning and end of each part."""
     vectors: Float[torch.Tensor, "n e"]
     bad: list[tuple[str, str]]
-    """Videos that could not be read, and why."""
+    """Name and reason of each unreadable video."""
     tokens: dict[int, Float[torch.Tensor, "1 m d"]] = field(default_factory=dict)
-    """Tokens of the parts that a query has looked at, by place, for the next one."""
+    """Tokens of parts that earlier queries have decoded, by index."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A part of a video, found for a query."""
+    """A part of a video that was found for a query."""
 
     row: int
     seconds: tuple[float, float]
     score: float
-    """Logit of a match by the fusion layers."""
+    """Match logit of the fusion layers."""
     similarity: float
-    """Cosine similarity in the joint space, by which candidates are chosen."""
+    """Cosine similarity in the joint space, which selects the candidates."""
 
 
 def build_index(loaded: Loaded, videos: VideoList, seconds: float) -> SearchIndex:
-    """Embed every video in parts of `seconds`; one that cannot be read is left out and named."""
+    """Embed every video in parts of about `seconds`; unreadable videos are listed in `bad`. Raises SearchError."""
     parts: list[tuple[int, tuple[float, float]]] = []
     vectors, bad = [], []
     waiting: list[np.ndarray] = []
@@ -108,7 +108,7 @@ def build_index(loaded: Loaded, videos: VideoList, seconds: float) -> SearchInde
 def search(
     loaded: Loaded, videos: VideoList, index: SearchIndex, query: str, count: int = 5, candidates: int = 32
 ) -> list[Match]:
-    """The best parts for a query: `candidates` by similarity are scored by the fusion layers, the best come first."""
+    """The best `count` parts for a query, best first: the fusion layers re-rank the `candidates` most similar parts."""
     model = loaded.model
     assert isinstance(model, VideoTextModel)
     cleaned = clean_text(query)
@@ -125,7 +125,7 @@ def search(
         part = (float(times[0]), float(times[1]))
         try:
             tokens = _tokens(loaded, videos, index, place)
-        except (BadVideo, OSError):  # it is gone since it was indexed
+        except (BadVideo, OSError):  # removed or changed since it was indexed
             continue
         score = float(model.match(hidden, mask, Context(tokens, Pairing()))[0, 1])
         matches.append(Match(row, part, score, float(similarity[place])))
@@ -133,7 +133,7 @@ def search(
 
 
 def _tokens(loaded: Loaded, videos: VideoList, index: SearchIndex, place: int) -> Float[torch.Tensor, "1 m d"]:
-    """Tokens of a part, which is decoded once for all queries. Raises BadVideo."""
+    """Tokens of a part, decoded on first use. Raises BadVideo."""
     model = loaded.model
     assert isinstance(model, VideoTextModel)
     if place not in index.tokens:
@@ -145,20 +145,20 @@ def _tokens(loaded: Loaded, videos: VideoList, index: SearchIndex, place: int) -
 
 
 def save_index(path: Path, index: SearchIndex, key: str) -> None:
-    """Write an index made for `key`, whole or not at all. Raises OSError."""
+    """Write an index for `key` atomically. Raises OSError."""
     tensors = {"rows": torch.from_numpy(index.rows), "seconds": torch.from_numpy(index.seconds)}
     save_safetensors(path, tensors | {"vectors": index.vectors}, {"key": key, "bad": json.dumps(index.bad)})
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise SearchError if `folder`, which came with the videos, would lead what is written to another place."""
+    """Raise SearchError if `folder` is or has a link: it may have come with the videos and redirect what is written."""
     for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
         if path.is_symlink():
             raise SearchError(f"{path} is a link; remove it, or give --index a folder of your own")
 
 
 def read_index(path: Path, key: str, videos: int, width: int) -> SearchIndex | None:
-    """A kept index, if there is one for `key` that fits a list of so many videos and a joint space of `width`."""
+    """The stored index for `key` if it fits a list of `videos` videos and a joint space of `width`; else None."""
     from safetensors import safe_open
 
     if not path.is_file():

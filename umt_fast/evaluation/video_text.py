@@ -1,4 +1,4 @@
-"""A trained stage-2 model from its file, and the embeddings of a list's videos, kept for the next time."""
+"""Loading a trained stage-2 model, and embedding the videos of a list, with a cache of the embeddings."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Loaded:
     model: VideoTextModel | VideoQaModel
     tokenizer: Tokenizer
     digest: str
-    """Hash of the weights; two models differ in it."""
+    """Hash of the weights."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know of the file."""
+    """Notes on the file for the user."""
 
 
 def load_model(
@@ -59,9 +59,9 @@ def load_model(
 
     Sizes come from the tensors and, in our files, from the settings; else 224 px and heads of 64 channels are assumed.
     vocabulary  a vocab.txt or a Hugging Face folder; empty: the vocab.txt of the run's folder.
-    frames      of a clip; None: those of training (published files: 12).
-    answers     the model for questions. Its decoder comes from the fusion layers where the file has none, as in
-                training; `Loaded.notes` says so.
+    frames      per clip; None: as in training (published files: 12).
+    answers     load the question-answering model. Without a decoder in the file, the fusion layers initialise it, as
+                in training; `Loaded.notes` says so.
 
     Raises WeightsError, BadVocabulary.
     """
@@ -95,7 +95,7 @@ def load_model(
 def infer_config(
     state: TensorDict, settings: dict[str, Any], source: str, frames: int | None = None, image_size: int | None = None
 ) -> VideoTextConfig:
-    """Sizes of the model in a file; see `load_model`. Raises WeightsError if it holds none."""
+    """Sizes of the model in a file; see `load_model`. Raises WeightsError if it is not a stage-2 model."""
     try:
         kernel = state["vision_encoder.encoder.patch_embed.proj.weight"]
         prefix = (
@@ -151,7 +151,7 @@ def _numbers(state: TensorDict, pattern: str) -> set[int]:
 
 
 def digest_of(state: TensorDict) -> str:
-    """Equal for equal weights."""
+    """Hash of all keys and values."""
     found = hashlib.sha256()
     for key in sorted(state):
         found.update(key.encode())
@@ -160,12 +160,12 @@ def digest_of(state: TensorDict) -> str:
 
 
 def digest_files(videos: VideoList) -> str:
-    """Differs between lists, and for one list once a local file of it has changed."""
+    """Hash of a list and of the sizes and times of its local files."""
     found = hashlib.sha256(videos.digest().encode())
     for path in dict.fromkeys(video.path for video in videos if not video.remote):
         try:
             status = os.stat(path)
-        except (OSError, ValueError):  # a missing file differs from the one that will be there
+        except (OSError, ValueError):  # a missing file; the hash changes when it appears
             continue
         found.update(f"{path} {status.st_size} {status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
     return found.hexdigest()[:16]
@@ -179,13 +179,13 @@ class EmbedSettings:
     max_words: int = 32
     """Longest text, in tokens."""
     max_seconds: float | None = None
-    """Only this much of the beginning of a longer video is used; None: all of it."""
+    """Read only this many seconds from the beginning of a video; None: the whole video."""
     antialias: bool = False
     bf16: bool = False
 
 
 def digest_test(loaded: Loaded, found: RetrievalSet, settings: EmbedSettings, data: DataConfig, *more: Any) -> str:
-    """Differs when the weights, the list, a file of it or a setting does, or one of the JSON values `more`."""
+    """Hash of the weights, the list with its files, the settings, and the JSON values `more`."""
     vision = loaded.model.config.vision
     content = [
         loaded.digest,
@@ -209,10 +209,10 @@ def embed_set(
     world_size: int = 1,
     cache: Path | None = None,
 ) -> tuple[Embedded, list[tuple[str, str]]]:
-    """This rank's part of the videos, and all texts, as `retrieval.score` takes them; and what could not be read.
+    """Embed this rank's part of the videos, and all texts, for `retrieval.score`; also returns the unreadable videos.
 
-    An unreadable video has zeros, by which `score` knows it. `cache`: a folder in which the embeddings are kept; a
-    second call with equal weights, list, files and settings reads them from there.
+    An unreadable video is marked by a zero vector. `cache`: a folder for the embeddings; a later call with the same
+    weights, list, files and settings reads them from there.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
@@ -268,8 +268,7 @@ def _embed_videos(
 
 
 def keep_tensors(path: Path, tensors: TensorDict, bad: Sequence[tuple[str, str]], **about: str) -> None:
-    """Write tensors whole or not at all, with the videos that could not be read and `about` as metadata. Raises
-    OSError."""
+    """Write tensors atomically, with the unreadable videos and `about` as metadata. Raises OSError."""
     save_safetensors(path, tensors, {**about, "bad": json.dumps(bad)})
 
 
@@ -281,5 +280,5 @@ def _read(path: Path) -> tuple[Embedded, list[tuple[str, str]]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
             bad = [(str(name), str(reason)) for name, reason in json.loads((file.metadata() or {}).get("bad", "[]"))]
         return Embedded(**tensors), bad
-    except Exception as error:  # whatever a damaged file makes its reader raise
+    except Exception as error:  # a damaged file can raise any error
         raise WeightsError(f"cannot read the kept embeddings {path}; remove the file: {error}") from error

@@ -1,4 +1,4 @@
-"""Tests of a stage-2 model on lists, and what they leave in their folder: figures, scores, answers, pictures."""
+"""Tests of a stage-2 model on lists, and their reports: figures, scores, answers, pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
 
 SHOWN = 8
-"""Queries in the picture, evenly spread over the list."""
+"""Number of queries in the picture, evenly spread over the list."""
 HITS = 5
 SCORES = "scores.safetensors"
 MATRICES = ("coarse_v2t", "rerank_v2t", "rerank_t2v")
@@ -49,11 +49,11 @@ def run_retrieval(
     k: int = retrieval.PUBLISHED_K,
     about: dict[str, Any] | None = None,
 ) -> tuple[Retrieval, list[tuple[str, str]]]:
-    """Retrieve both ways and write retrieval.json, scores.safetensors and retrieval.png to `folder`.
+    """Test retrieval in both directions; writes retrieval.json, scores.safetensors and retrieval.png to `folder`.
 
-    In several processes each embeds a part of the videos; the result is that of one process, and the first writes it.
-    Embeddings and scores are kept in `folder`: a second test of the same model and list computes nothing, and one with
-    another k decodes nothing. Returns the scores and the videos that could not be read, which count as not found.
+    With several processes each embeds a part of the videos; the result is the same, and rank 0 writes it. Embeddings
+    and scores are cached in `folder`: a second test of the same model and list computes nothing, a test with another k
+    decodes nothing. Returns the scores and the unreadable videos, which count as not found.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
@@ -86,7 +86,7 @@ def _read_scores(path: Path, key: str) -> tuple[tuple[Tensor, Tensor, Tensor], l
             bad = [(str(name), str(reason)) for name, reason in json.loads(about["bad"])]
             coarse, v2t, t2v = (file.get_tensor(name) for name in MATRICES)
             return (coarse, v2t, t2v), bad
-    except Exception:  # whatever a damaged file makes its reader raise: the scores are computed again
+    except Exception:  # a damaged file can raise any error: the scores are computed again
         return None
 
 
@@ -108,7 +108,7 @@ def _write(
 
 
 def pick_queries(found: RetrievalSet, result: Retrieval, count: int = SHOWN) -> list[tuple[str, list[Hit]]]:
-    """Evenly spread texts with the place of their video, each with its best videos and whether they are right."""
+    """Evenly spread texts, each with the rank of its video, its best videos and whether they are right."""
     texts = len(found.texts)
     chosen = sorted({texts * i // min(count, texts) for i in range(min(count, texts))})
     queries = []
@@ -129,7 +129,7 @@ def _label(found: RetrievalSet, video: int, scores: Float[Tensor, " v"]) -> str:
 
 
 def recall_table(recalls: dict[str, float], coarse: dict[str, float], chance: dict[str, float] | None = None) -> str:
-    """The six recalls of both scores, and those of chance, as lines of text."""
+    """A text table of the recalls of both scores, and of chance."""
     lines = [f"{'':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
     for name, values in (("re-ranked", recalls), ("coarse", coarse)):
         for key, way in (("img", "text to video"), ("txt", "video to text")):
@@ -160,7 +160,7 @@ def chance(found: RetrievalSet) -> dict[str, float]:
 
 
 def _none_of(total: int, right: int, drawn: int) -> float:
-    """Probability that `drawn` of `total` without replacement are all among those that are not right."""
+    """Probability that none of `drawn` items, drawn from `total` without replacement, is one of the `right` ones."""
     share = 1.0
     for i in range(min(drawn, total)):
         share *= max(total - right - i, 0) / (total - i)
@@ -169,7 +169,7 @@ def _none_of(total: int, right: int, drawn: int) -> float:
 
 @dataclass(frozen=True)
 class Choices:
-    """A video with several captions of which one is right (MSRVTT-MC)."""
+    """A video with several captions, one of which is right (MSRVTT-MC)."""
 
     path: str
     captions: tuple[str, ...]
@@ -177,7 +177,7 @@ class Choices:
 
 
 def read_choices(source: str) -> list[Choices]:
-    """A JSON list of {"video", "caption": list of options, "answer": place of the right one}. Raises CaptionError."""
+    """Read a JSON list of {"video", "caption": options, "answer": index of the right option}. Raises CaptionError."""
     parsed = Source.parse(source)
     found = []
     for place, entry in enumerate(read_json_list(parsed.path)):
@@ -205,9 +205,9 @@ def read_choices(source: str) -> list[Choices]:
 def choose_options(
     loaded: Loaded, questions: Sequence[Choices], settings: EmbedSettings, data: DataConfig
 ) -> tuple[dict[int, int], list[tuple[str, str]]]:
-    """For each video, by its place in the list, the option that fits best; and the videos that could not be read.
+    """The best option of each video, by its row in the list; and the unreadable videos.
 
-    In several processes each looks at a part; all get all choices.
+    With several processes each computes a part; all ranks get all choices.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
@@ -227,7 +227,7 @@ def choose_options(
 
 
 def choice_accuracy(chosen: dict[int, int], questions: Sequence[Choices]) -> float:
-    """In percent; a video that could not be read counts as wrong."""
+    """Accuracy in percent; an unreadable video counts as wrong."""
     return 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
 
 
@@ -263,9 +263,9 @@ def answer_questions(
     first_token: FirstToken = "twice",
     max_answer_words: int = 5,
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """The best answer of a list for each question, by the question's id; and the videos that could not be read.
+    """The best answer of a list for each question, by the question's id; and the unreadable videos.
 
-    In several processes each answers a part; all get all answers. Raises CaptionError if two questions have one id.
+    With several processes each answers a part; all ranks get all answers. Raises CaptionError for a repeated id.
     """
     model = loaded.model
     assert isinstance(model, VideoQaModel)
@@ -295,6 +295,6 @@ def answer_questions(
 
 
 def question_accuracy(said: dict[str, str], questions: Sequence[Question]) -> float:
-    """In percent; a question with several right answers counts the one that most people gave."""
+    """Accuracy in percent; of several answers to a question, the most frequent one is right."""
     right = {question.number: max(question.answers, key=question.answers.count) for question in questions}
     return accuracy(said, right)

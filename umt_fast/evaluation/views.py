@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Views:
-    """Which clips of a video a test looks at: `segments` in time, each cut into `crops` (UMT's fine-tuning).
+    """The clips of a video in a test: `segments` views in time, each with `crops` crops (UMT's fine-tuning).
 
-    View number = time view * crops + crop. It is both the frame sampling and the transform of a `ClipStream`.
+    View number = time view * crops + crop. `sample` is the frame sampling of a `ClipStream`, the object its transform.
     """
 
     frames: int
-    """Per clip."""
+    """Frames per clip."""
     side: int
     """Height and width of a clip; the short side of the frame is resized to it."""
     rule: FrameRule = "sparse"
     rate: float = 1
-    """Frames of the video per frame of a `dense` clip."""
+    """A `dense` clip has every rate-th frame of the video."""
     fps: float | None = None
-    """Frames of a `dense` clip per second, in place of `rate`."""
+    """Frames per second of a `dense` clip, instead of `rate`."""
     segments: int = 1
     crops: int = 1
     validation: bool = False
-    """The one view of validation: its frames and its centre are rounded in a way of their own."""
+    """The single view of validation; its frames and its crop are rounded differently from those of a test."""
 
     @classmethod
     def of(cls, sizes: VitConfig, data: LabelledDataConfig, test: TestConfig, validation: bool = False) -> Views:
-        """The views that settings ask for."""
+        """The views of the given settings."""
         return cls(
             sizes.frames, sizes.image_size, data.rule, data.rate, data.fps, test.segments, test.crops, validation
         )
 
     @property
     def clips(self) -> int:
-        """Views of a video."""
+        """Number of views per video."""
         return 1 if self.validation else self.segments * self.crops
 
     @property
@@ -60,7 +60,7 @@ class Views:
         return np.dtype(np.uint8)
 
     def sample(self, timeline: Timeline, rng: np.random.Generator | None = None) -> list[int]:
-        """Frames of all time views of a video, one view behind the other."""
+        """Frame ids of all time views of a video, view after view."""
         total, rate = timeline.num_frames, self.rate if self.fps is None else timeline.fps / self.fps
         if self.validation:
             return validation_frames(total, self.frames, self.rule, rate)
@@ -73,9 +73,9 @@ class Views:
         out: UInt8[np.ndarray, "v t s s 3"],
         rng: np.random.Generator | None = None,
     ) -> None:
-        """Cut the frames that `sample` asked for into all views, as the published test does."""
+        """Crop the frames of `sample` to all views, as the published test does."""
         crops = 1 if self.validation else self.crops
-        made: dict[int, int] = {}  # a frame that several views share is resized once
+        made: dict[int, int] = {}  # a frame in several views is resized once
         for place, frame in enumerate(frames):
             time, index = divmod(place, self.frames)
             views = out[time * crops : (time + 1) * crops, index]
@@ -98,7 +98,7 @@ class Views:
 
 
 def view_stream(videos: VideoList, views: Views, config: DataConfig) -> ClipStream:
-    """A list's videos in its order, once, each as all its views; one that cannot be read is left out."""
+    """All views of each video, in the order of the list, once; unreadable videos are left out."""
     return ClipStream(
         videos,
         config,

@@ -1,7 +1,7 @@
-"""Which attention backend is fastest here: measured once on the shapes of the run, then remembered.
+"""Choice of the fastest attention backend: measured once on the shapes of the run, then remembered.
 
-The choices are in `attention.json` of the folder UMT_FAST_CACHE, by default ~/.cache/umt-fast. A choice holds for one
-GPU, shape, dtype and set of versions. Deleting the file makes the next run measure again.
+The times are in `attention.json` of the folder UMT_FAST_CACHE, by default ~/.cache/umt-fast. They hold for one GPU,
+shape, dtype and set of versions. Delete the file to measure again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one use, and how it came to be."""
+    """The backend of one use, and the reason for it."""
 
     backend: Backend
     reason: str
@@ -56,9 +56,9 @@ class Choice:
 def uses(
     student: StudentConfig, teacher: TeacherConfig, clips: int, student_clips: int, seen: int, finished: int
 ) -> dict[str, Use]:
-    """The calls of a step of `clips` clips through the teacher and `student_clips` with `seen` tokens each.
+    """The attention calls of a stage-1 step: `clips` clips in the teacher, `student_clips` with `seen` tokens each.
 
-    `finished` is how many patches of a frame the teacher's last block finishes.
+    `finished` is the number of patches per frame that the teacher's last block finishes.
     """
     frames, tokens = clips * student.tokens // student.grid**2, teacher.grid**2 + 1
     teacher_heads = (teacher.heads, teacher.width // teacher.heads, False)
@@ -70,9 +70,9 @@ def uses(
 
 
 def choose(wanted: str, use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> Choice:
-    """The backend called `wanted` or, for `auto`, the fastest one; `compiled` leaves out those that break a graph.
+    """The backend called `wanted`; `auto`: the fastest one. `compiled` leaves out backends that break a graph.
 
-    Raises ConfigError if `wanted` cannot be used, saying why and how to install it.
+    Raises ConfigError if `wanted` cannot be used, with the reason or the install command.
     """
     if wanted != "auto":
         try:
@@ -95,7 +95,7 @@ def choose(wanted: str, use: Use, device: torch.device, dtype: torch.dtype, comp
 
 
 def keep(stored: str | None, use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> Choice | None:
-    """The choice in a checkpoint, so that the resumed run computes the same bits; None if it cannot run here."""
+    """The backend stored in a checkpoint, so that a resumed run computes the same bits; None if it cannot run here."""
     try:
         backend = load(stored or "")
     except (ImportError, ValueError):
@@ -113,13 +113,13 @@ def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool =
             backend = load(name)
         except ImportError:
             continue
-        if name == "heads" and device.type != "cpu":  # it waits for many small launches
+        if name == "heads" and device.type != "cpu":  # on a GPU it is many small launches
             continue
         if fault(backend, device, dtype, use.head_dim, use.gradients, compiled) is not None:
             continue
         try:
             seconds[name] = _median_seconds(backend, use, device, dtype)
-        except Exception:  # whatever a library raises at this size; `math` may not fit where the others do
+        except Exception:  # errors of any class at this size; `math` may need too much memory
             continue
     if not seconds:
         raise ConfigError(f"no attention backend runs on this {device.type} in {dtype} with head dim {use.head_dim}")
@@ -127,7 +127,7 @@ def measure(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool =
 
 
 def _median_seconds(backend: Backend, use: Use, device: torch.device, dtype: torch.dtype) -> float:
-    """As in the models: one packed tensor and one gradient of it, unless the queries are fewer than the keys."""
+    """Times a call as in the models: on one packed qkv tensor, unless there are fewer queries than keys."""
     shape = (use.heads, use.head_dim)
     packed = torch.randn(use.batch, use.keys, 3, *shape, device=device, dtype=dtype)
     inputs: tuple[Tensor, ...] = (packed,)
@@ -157,13 +157,13 @@ def _wait(device: torch.device) -> None:
 
 
 def cache_path() -> Path:
-    """Raises RunError where no home folder is known."""
+    """Path of the file with the measured times. Raises RunError if the home folder is unknown."""
     folder = os.environ.get("UMT_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "umt-fast"
     return expand_home(folder) / "attention.json"
 
 
 def _key(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> str:
-    """Everything that a choice depends on, as one line."""
+    """Everything that the times depend on, as one line."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
     versions = {"torch": str(torch.__version__)}
     for library in LIBRARIES.values():
@@ -175,7 +175,7 @@ def _key(use: Use, device: torch.device, dtype: torch.dtype, compiled: bool) -> 
 
 
 def _read_cache() -> dict[str, dict[str, float]]:
-    """Remembered milliseconds by backend, by key, less what is not ours or names a backend that is gone."""
+    """Remembered milliseconds by key and backend, without invalid entries and backends that are not installed."""
     try:
         content = json.loads(cache_path().read_text())
     except (RunError, OSError, ValueError, RecursionError):
@@ -197,7 +197,7 @@ def _usable(times: Any) -> bool:
 
 
 def _remember(key: str, milliseconds: dict[str, float]) -> None:
-    """Replace the file in one move: two runs at once lose at most a choice. A folder that cannot be written is left."""
+    """Replace the file atomically: two runs at once lose at most one entry. Ignores a folder that is not writable."""
     try:
         with replacing(cache_path(), locked=False) as aside:
             aside.write_text(json.dumps({**_read_cache(), key: milliseconds}, indent=1))

@@ -1,4 +1,4 @@
-"""The batches of a run: its loader, opened where the run goes on."""
+"""The batches of a run: the loader, opened at the clip where the run starts or resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, checked when they are read."""
+"""Checkpoints of a run: written atomically, checked when they are read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from umt_fast.weights.files import find_not_finite
 from umt_fast.weights.torchscript import refuse_bomb
 
 FORMAT = 2
-"""2 names the optimiser's state by parameter; 1, of version 0.1, numbers it. Both are read."""
+"""Format 2 keys the optimiser's state by parameter name, format 1 (version 0.1) by number. Both are read."""
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint that was read, and where it lies."""
+    """Content of a checkpoint, and its path."""
 
     path: Path
     content: dict[str, Any]
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def checkpoint_path(folder: Path, clips_seen: int) -> Path:
-    """Checkpoints are named by clips, not steps: a run resumed with another batch size counts other steps."""
+    """Path of a checkpoint. Its name counts clips: step numbers change if a run resumes with another batch size."""
     return folder / f"clips_{clips_seen:010d}.pth"
 
 
@@ -53,10 +53,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint so that a crash or a full disk at any moment leaves the earlier ones whole.
+    """Write a checkpoint; a crash or a full disk at any moment leaves the earlier ones intact.
 
-    The file is written aside, flushed to disk and renamed; then all but it and the newest `keep` are removed. Raises
-    OSError.
+    The file is written under a temporary name, synced and renamed. Then the oldest checkpoints are removed until `keep`
+    are left. Raises OSError.
     """
     path = checkpoint_path(folder, clips_seen)
     write_tensors(path, {"format": FORMAT, "clips_seen": clips_seen, **content})
@@ -67,16 +67,16 @@ def save_checkpoint(folder: Path, clips_seen: int, content: dict[str, Any], keep
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write a file of torch, whole or not at all, and its folder if need be. Raises OSError for a disk that is full."""
+    """Write a torch file atomically, and make its folder if needed. Raises OSError, such as for a full disk."""
     with replacing(path) as aside, open(aside, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's writer turns a failed write into this
+        except RuntimeError as error:  # torch raises this for a failed write
             raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what an interrupted save left. No other run may be saving there."""
+    """Remove the temporary files of interrupted saves. No other run may use the folder."""
     for aside in folder.glob(".clips_*.pth.*"):
         aside.unlink(missing_ok=True)
 
@@ -84,10 +84,10 @@ def remove_unfinished(folder: Path) -> None:
 def find_checkpoint(
     folder: Path, world: World, resume: str = "auto", say: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The checkpoint that a run in `folder` continues, the same on every rank; None if it starts from step 0.
+    """The checkpoint from which a run in `folder` resumes, the same on every rank; None if it starts from step 0.
 
-    resume  auto: the newest one in `folder` that is whole. One that is damaged is renamed to *.damaged, `say` reports
-    it, and the one before is tried. never: none, and RunError if the folder holds one. Else a file's path.
+    resume  auto: the newest intact checkpoint in `folder`; a damaged one is renamed to *.damaged, which `say` reports,
+            and the one before is tried. never: none; raises RunError if the folder has one. Otherwise a file's path.
     """
     outcome: tuple[Path | None, Exception | None] = (None, None)
     content = None
@@ -108,7 +108,7 @@ def find_checkpoint(
 def find_own_checkpoint(
     config: Any, world: World, fixed: tuple[str, ...], say: Callable[[str], None]
 ) -> Checkpoint | None:
-    """`find_checkpoint` for a run's settings. Raises RunError unless those named in `fixed` are the checkpoint's."""
+    """`find_checkpoint` for a run's settings. Raises RunError if a setting named in `fixed` differs."""
     found = find_checkpoint(config.run.checkpoints, world, config.run.resume, say)
     if found is not None:
         check_same(found, config, fixed)
@@ -138,10 +138,9 @@ def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path |
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises WeightsError if the file is not one, or not as it was written.
+    """Read a checkpoint. Raises WeightsError if the file is not a checkpoint or is damaged.
 
-    The checksum is the CRC-32 that a zip archive, which torch's files are, holds of every member; torch itself does not
-    look at them.
+    torch's files are zip archives with a CRC-32 of every member, which torch does not check; this function does.
     """
     try:
         check_regular(path)
@@ -176,7 +175,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of version 0.1 with its settings in the present sections."""
+    """Convert the settings of a checkpoint of version 0.1 to the present sections."""
     config = dict(content["config"])
     train, model, run = config.pop("train"), config.pop("model"), dict(config["run"])
     config["mask"] = {**config["mask"], "masks_per_clip": train["masks_per_clip"]}
@@ -185,9 +184,9 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> None:
-    """Raise RunError unless the settings called `names` (dotted) are those that the checkpoint was made with.
+    """Raise RunError if a setting in `names` (dotted) differs from the checkpoint's.
 
-    A setting that is younger than the checkpoint had its default value then.
+    A setting that did not exist when the checkpoint was made counts with its default value.
     """
     then = {**flatten(asdict(type(config)())), **flatten(checkpoint.content["config"])}
     for key, value in flatten(asdict(config)).items():
@@ -200,7 +199,7 @@ def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> N
 def list_changes(
     checkpoint: Checkpoint, config: Any, plan: Mapping[str, Any], attention: Mapping[str, str] = MappingProxyType({})
 ) -> list[str]:
-    """A line for each setting, fact of the plan or attention choice that is not what it was when it was saved."""
+    """A line for each setting, value of the plan or attention backend that differs from the checkpoint's."""
     then, now = (flatten(tree) for tree in (checkpoint.content["config"], asdict(config)))
     then |= {name.replace("_", " "): value for name, value in checkpoint.content["schedule"].items()}
     now |= {name.replace("_", " "): value for name, value in plan.items()}
@@ -219,17 +218,17 @@ def _short(value: Any) -> str:
 
 
 _FREE = ("run.stop_at", "run.resume", "run.name", "run.dir")
-"""Settings that a resumed run may change without a note: the results do not depend on them."""
+"""Settings that may change without a note: the results do not depend on them."""
 
 
 _DEEPEST = 3
-"""Dots in the name of a setting."""
+"""Most dots in the name of a setting."""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names; lists and tuples are alike.
+    """Nested settings by their dotted names; lists become tuples.
 
-    Raises ValueError for what is nested deeper than settings are: a file may hold a dictionary that holds itself.
+    Raises ValueError for deeper nesting than in settings: a file may have a dictionary that contains itself.
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -1,6 +1,4 @@
-"""Precision, attention, recomputation and compilation: settings that make models faster or smaller, set before the
-first step.
-"""
+"""Precision, attention, recomputation and compilation of the models, set before the first step."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from umt_fast.run.low_precision import lower_precision, lower_student_precision
 from umt_fast.run.world import World
 
 RECOMPUTES_COMPILED_UNDER_DDP = TorchVersion("2.9")
-"""The first torch known to cut a compiled graph that recomputes at DDP's buckets; 2.8 fails in the first step."""
+"""First torch version that compiles recomputation under DDP; 2.8 fails in the first step."""
 
 
 def choose_attention(
@@ -38,10 +36,10 @@ def choose_attention(
     dtype: torch.dtype,
     stored: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, Backend], list[str]]:
-    """The backend of each use, and lines that say which and why. All ranks use the first one's choices.
+    """The backend of each use, and log lines with the reasons. All ranks use the choices of rank 0.
 
-    `stored`: the choices of the checkpoint that the run continues, kept where they run here. Raises ConfigError for a
-    backend that was asked for and does not.
+    `stored`: the backends of the checkpoint, which are kept if they run here. Raises ConfigError if a backend that the
+    settings name does not run here.
     """
     chosen, lines = {}, []
     for name, use in uses.items():
@@ -64,9 +62,9 @@ def accelerate_model(
     bf16: bool,
     stored: Mapping[str, str],
 ) -> tuple[dict[str, str], list[str]]:
-    """Give a model that trains alone the run's attention, recomputation and compilation; returns as `accelerate`.
+    """Set attention, recomputation and compilation of a model without a teacher; returns the same as `accelerate`.
 
-    `model.set_attention` gets the backends of `uses` in their order.
+    `model.set_attention` gets the backends in the order of `uses`.
     """
     chosen, said = choose_attention(compute, uses, world, torch.bfloat16 if bf16 else torch.float32, stored)
     model.set_attention(*chosen.values())
@@ -88,11 +86,11 @@ def accelerate(
     sample: Callable[[], Tensor],
     stored: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, str], list[str]]:
-    """Give both models the run's attention, recomputation, precision and compilation.
+    """Set attention, recomputation, precision and compilation of student and teacher.
 
-    `sample` gives clips [B,T,H,W,3] on which a quantised model is judged; `stored` is as in `choose_attention`. Returns
-    the attention choices by use, for the checkpoint, and lines that say what was done. Raises ConfigError for what
-    this device cannot do, or a model that is too far off.
+    `sample` returns clips [B,T,H,W,3] for measuring the error of low precision; `stored` is as in `choose_attention`.
+    Returns the attention backends by use, for the checkpoint, and log lines. Raises ConfigError if the device does not
+    support a setting, or if the error of low precision is too large.
     """
     refuse_unsupported(config.compute, world)
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -127,7 +125,7 @@ def accelerate(
 
 
 def refuse_unsupported(compute: ComputeConfig, world: World) -> None:
-    """Raise ConfigError for settings whose first step is known to fail here."""
+    """Raise ConfigError for settings whose first step would fail on this device or torch version."""
     if compute.cuda_graph and world.device.type != "cuda":
         raise ConfigError(f"compute.cuda_graph needs a CUDA GPU; this run is on the {world.device.type}")
     if compute.cuda_graph and (lacks := lacking(world.device)) is not None:
@@ -146,7 +144,7 @@ def refuse_unsupported(compute: ComputeConfig, world: World) -> None:
 def compile_models(
     student: VideoStudent, teacher: ClipTeacher, backend: str = "inductor", mode: str | None = None
 ) -> None:
-    """Compile each as one graph of static shapes; a graph break is an error. Their keys stay as they are."""
+    """Compile each model as one graph of static shapes; a graph break is an error. Parameter names do not change."""
     options = {"fullgraph": True, "dynamic": False, "backend": backend, "mode": mode}
     student.compile(**options)
     teacher.encode = torch.compile(teacher.encode, **options)  # type: ignore[method-assign, call-overload]
@@ -154,10 +152,10 @@ def compile_models(
 
 
 def compile_video_text(model: VideoTextModel | VideoQaModel, backend: str = "inductor") -> None:
-    """Compile the video encoder, the teacher and each text layer. Their keys stay as they are.
+    """Compile the video encoder, the teacher and each text layer. Parameter names do not change.
 
-    Clips have one shape for each kind of batch, and one more in evaluation, each with a graph of its own. Texts differ
-    in length from batch to batch, so the graphs of their layers are for any length.
+    Each shape of clips (one per kind of batch, one in evaluation) gets its own graph. The lengths of texts vary, so the
+    graphs of text layers are for any length.
     """
     model.vision_encoder.compile(backend=backend, dynamic=False)
     model.compile_text(backend=backend)

@@ -1,7 +1,7 @@
-"""What a step costs by arithmetic: floating-point operations and bytes of memory.
+"""The cost of a step by arithmetic: floating-point operations (FLOP) and bytes of memory.
 
-A multiplication with its addition counts as two operations. Only matmuls, convolutions and attention count; the rest
-is under 1% and bound by memory. `torch.utils.flop_counter` agrees with these formulas (tests/run/test_costs.py).
+A multiply-add counts as two operations. Only matmuls, convolutions and attention count; the rest is under 1% and bound
+by memory. `torch.utils.flop_counter` agrees with these formulas (tests/run/test_costs.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one step, by phase."""
+    """FLOP of one step, by phase."""
 
     teacher: int
     student_forward: int
@@ -44,7 +44,7 @@ class Flops:
 
 
 def _rows(rows: int, keys: int, width: int) -> int:
-    """A transformer block for `rows` queries over `keys` keys, without the projection of the keys and values."""
+    """FLOP of a transformer block for `rows` queries over `keys` keys, without the projections of keys and values."""
     matmuls = 2 * rows * width * width * (2 + 2 * MLP_RATIO)  # query, output, MLP
     return matmuls + 4 * rows * keys * width
 
@@ -54,7 +54,7 @@ def _block(tokens: int, width: int) -> int:
 
 
 def _wider_mlp(tokens: int, width: int, mlp_width: int) -> int:
-    """What an MLP of `mlp_width` adds to a block, which counts one of MLP_RATIO times its width."""
+    """FLOP to add to `_block` for an MLP of another width: `_block` assumes MLP_RATIO * width."""
     return 4 * tokens * width * (mlp_width - MLP_RATIO * width)
 
 
@@ -63,7 +63,7 @@ def _embedding(config: VitConfig, tokens: int) -> int:
 
 
 def _student(config: StudentConfig, seen: int, embedded: int) -> tuple[int, int]:
-    """Forward and backward of one sample; `embedded` tokens go through the patch embedding."""
+    """FLOP of forward and of backward of one sample; `embedded` tokens go through the patch embedding."""
     patch = _embedding(config, embedded)
     blocks = config.depth * _block(seen, config.width)
     heads = config.align_layers * 2 * seen * config.width * config.target_width
@@ -71,9 +71,9 @@ def _student(config: StudentConfig, seen: int, embedded: int) -> tuple[int, int]
 
 
 def lean_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int, masks_per_clip: int = 1) -> Flops:
-    """The step as umt_fast makes it: what the method needs and no more. `seen` is the visible tokens of a clip."""
+    """The step as umt_fast computes it, without unneeded work. `seen` is the number of visible tokens per clip."""
     frames, patches = student.tokens // student.grid**2, teacher.grid**2
-    rows = seen * masks_per_clip  # of the last block and the projection, over all frames
+    rows = seen * masks_per_clip  # rows of the last block and of the projection, over all frames
     # The folded kernel is as wide as the window of the resize: one or two pixels of halo.
     window = folded_window(teacher)
     width, length = teacher.width, patches + 1
@@ -88,7 +88,7 @@ def lean_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen:
 
 def classifier_flops(config: ClassifierConfig, clips: int) -> Flops:
     """A step of fine-tuning: all tokens, and one head."""
-    seen = config.tokens + (config.architecture == "mae_st")  # its class token
+    seen = config.tokens + (config.architecture == "mae_st")  # MAE-ST has a class token
     patch = _embedding(config, config.tokens)
     wider = _wider_mlp(seen, config.width, config.mlp_width or MLP_RATIO * config.width)
     rest = config.depth * (_block(seen, config.width) + wider) + 2 * config.width * config.num_classes
@@ -96,13 +96,13 @@ def classifier_flops(config: ClassifierConfig, clips: int) -> Flops:
 
 
 def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, decoded: int, scored: int) -> Flops:
-    """A step of a masked autoencoder: `visible` tokens encoded, a decoder over `decoded`, its head for `scored`."""
+    """A step of a masked autoencoder: encoder on `visible` tokens, decoder on `decoded`, its head on `scored`."""
     mlp = config.mlp_width if isinstance(config, VideoMaeConfig) and config.mlp_width else MLP_RATIO * config.width
     patch = _embedding(config, visible)
     encoder = config.depth * (_block(visible, config.width) + _wider_mlp(visible, config.width, mlp))
     width = config.decoder_width
     decoder = config.decoder_depth * _block(decoded, width)
-    if isinstance(config, VideoMaeConfig):  # in the last block visible tokens are keys and values alone
+    if isinstance(config, VideoMaeConfig):  # in the last block visible tokens are only keys and values
         decoder -= _rows(visible, decoded, width)
         decoder += _wider_mlp(config.decoder_depth * decoded - visible, width, config.decoder_mlp_width)
     outputs = 3 * config.tubelet_size * config.patch_size**2
@@ -114,12 +114,12 @@ def pixel_flops(config: VideoMaeConfig | MaeStConfig, clips: int, visible: int, 
 
 
 def _text_layer(text: TextConfig, length: int) -> int:
-    """A BERT layer for one text: projections and MLP, then attention of its words to each other."""
+    """A BERT layer for one text: projections, MLP and self-attention."""
     return 2 * length * (4 * text.width**2 + 2 * text.width * text.mlp_width) + 4 * length**2 * text.width
 
 
 def _cross_attention(text: TextConfig, length: int, keys: int) -> int:
-    """Cross-attention of one text, without the projection of the keys and values."""
+    """Cross-attention of one text, without the projections of keys and values."""
     return 4 * length * text.width**2 + 4 * length * keys * text.width
 
 
@@ -128,8 +128,8 @@ def text_flops(
 ) -> int:
     """Forward pass of stage 2's text side for `samples` texts of `length` tokens, `seen` visible tokens per video.
 
-    `words` is how many hidden words are filled in; 0: that pass is left out, as in fine-tuning. `matches` is whether
-    VTM's three pairs of each sample go through the fusion layers.
+    `words` is the number of words that MLM predicts; 0: without MLM, as in fine-tuning. `matches`: whether VTM's three
+    pairs per sample go through the fusion layers.
     """
     text = config.text
     fusion, fills = text.depth - text.fusion_layer, words > 0
@@ -143,9 +143,10 @@ def text_flops(
 def video_text_flops(
     config: VideoTextConfig, objective: VideoTextObjective, clips: int, frames: int, length: int, tokens: int
 ) -> int:
-    """Forward and backward pass of stage 2 on clips of `frames` frames, whose longest text has `length` tokens.
+    """Forward and backward pass of stage 2 on clips of `frames` frames (images: 1); the longest text has `length`
+    tokens.
 
-    `tokens` is the number of tokens of all texts, of which MLM hides a share. An image is a clip of one frame.
+    `tokens` is the number of tokens of all texts, from which the number of MLM's hidden words follows.
     """
     vision = replace(config.vision, frames=frames)
     seen, teacher, embedding = frames * vision.patches, 0, _embedding(vision, frames * vision.patches)
@@ -164,7 +165,7 @@ def video_text_flops(
 def answering_flops(
     config: VideoTextConfig, clips: int, frames: int, answers: int, length: int, answer_length: int
 ) -> int:
-    """Forward and backward pass of question answering; `length` is of the longest question, in tokens."""
+    """Forward and backward pass of question answering; `length` is the longest question, in tokens."""
     vision, text = replace(config.vision, frames=frames), config.text
     seen, fusion = frames * vision.patches, text.depth - text.fusion_layer
     embedding = _embedding(vision, seen)
@@ -178,7 +179,7 @@ def answering_flops(
 
 
 def published_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int) -> Flops:
-    """The step as published: every token embedded, finished and projected by the teacher, embedded by the student."""
+    """The step as published: the teacher computes and projects every token, and the student embeds every token."""
     frames, patches = student.tokens // student.grid**2, teacher.grid**2
     width, length = teacher.width, patches + 1
     one = frames * patches * 2 * width * 3 * teacher.tubelet_size * teacher.patch_size**2
@@ -189,7 +190,7 @@ def published_flops(student: StudentConfig, teacher: TeacherConfig, clips: int, 
 
 
 def folded_window(teacher: TeacherConfig) -> int:
-    """Side of the patch kernel on the clip that comes in, pixels."""
+    """Side of the patch kernel on the input clip, pixels."""
     from umt_fast.models.positions import bicubic_window
 
     if teacher.clip_patch_size == teacher.patch_size:
@@ -216,9 +217,9 @@ class Memory:
     """Bytes at the peak of a step."""
 
     states: int
-    """Weights, gradients and optimiser: the same for every batch."""
+    """Weights, gradients and optimiser state, which do not depend on the batch."""
     per_clip: int
-    """What one more clip adds."""
+    """Activations of one clip."""
 
     def peak(self, clips: int) -> int:
         return self.states + clips * self.per_clip
@@ -228,11 +229,11 @@ class Memory:
 
 
 RESERVED = 2 * GIB
-"""Left free of a GPU for the CUDA context, cuBLAS workspaces and fragmentation."""
+"""GPU memory to leave free for the CUDA context, cuBLAS workspaces and fragmentation."""
 
 KEPT: dict[Recompute, tuple[int, int]] = {"none": (8, 28), "selective": (4, 20), "full": (4, 0)}
-"""Bytes per token and unit of width that a student's block keeps for its backward pass: of float32 whatever the
-precision, and of the run's precision, here 2-byte numbers.
+"""Bytes per token and unit of width that a student's block keeps for its backward pass: always in float32, and in the
+run's precision (here 2-byte numbers).
 
 none       two residuals; normalised inputs 2 x 2, qkv 6, attention 2, hidden layer and its GELU 2 x 8
 selective  one residual; the outputs of matmuls and attention: qkv 6, attention 2, its projection 2, fc1 8, fc2 2
@@ -241,7 +242,7 @@ full       one residual
 
 
 def step_memory(config: PretrainConfig, bf16: bool) -> Memory:
-    """The peak of a step under `config`: the teacher at its widest, or the student before its backward pass."""
+    """The peak memory of a step: the larger of the teacher's peak and the student's before its backward pass."""
     student, teacher, masks = config.student, config.teacher, config.mask.masks_per_clip
     frames, patches = student.token_frames, student.patches
     seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)
@@ -251,19 +252,19 @@ def step_memory(config: PretrainConfig, bf16: bool) -> Memory:
     single, run = KEPT[config.compute.recompute]
     width, out, layers = student.width, student.target_width, student.align_layers
     block = width * (single + run * size // 2)
-    whole = width * (KEPT["none"][0] + KEPT["none"][1] * size // 2)  # one block computed again, or differentiated
+    whole = width * (KEPT["none"][0] + KEPT["none"][1] * size // 2)  # the block in the backward pass
     pixels = 3 * student.tubelet_size * student.patch_size**2 * size
-    # Of an aligned layer: its normalised output, the head's output and both of the loss's gradients, the target.
+    # Per aligned layer: its normalised output, the head's output, both gradients of the loss, the target.
     heads = layers * (2 * width * size + 4 * out * size)
     of_student = masks * seen * (student.depth * block + whole + pixels + heads)
-    # Outputs of the aligned blocks, the stream before and after, the hidden layer and its gate.
+    # Outputs of the aligned blocks, the residual stream before and after, the hidden layer and its activation.
     rows = frames * (patches + 1)
     of_teacher = rows * teacher.width * (4 * (teacher.align_layers + 1) + 10 * size)
     return Memory(states, max(of_student, of_teacher))
 
 
 def plan(config: PretrainConfig, bf16: bool, gpu_memory: float | None) -> str:
-    """What a step of this run costs, in words, and the batches that fit `gpu_memory` GiB or some known GPUs."""
+    """Text about the cost of a step, and the batches that fit `gpu_memory` GiB (None: several common sizes)."""
     optim, student = config.optim, config.student
     frames, patches = student.token_frames, student.patches
     seen = masking.count_seen(config.mask.rule, frames, patches, config.mask.ratio)

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then replayed without the host launching anything."""
+"""A training step as one CUDA graph: recorded once, then replayed without launches by the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 WARM_UPS = 3
 DDP_WARM_UPS = 11
-"""DDP regroups its buckets and times itself in its first ten steps (PyTorch's notes on CUDA graphs and DDP)."""
+"""DDP rebuilds its buckets and measures times in its first ten steps (PyTorch's notes on CUDA graphs and DDP)."""
 
 
 @functools.cache
@@ -23,16 +23,17 @@ def _stream() -> torch.cuda.Stream:
 
 
 def capture_stream(capturing: bool) -> contextlib.AbstractContextManager[object]:
-    """Where DDP is to be built if its steps are recorded: gradients are summed on the stream they are made on."""
+    """The stream context in which to build DDP: recorded steps need its gradient hooks on the capture stream."""
     return torch.cuda.stream(_stream()) if capturing else contextlib.nullcontext()
 
 
 class CapturedStep(Generic[Result]):
-    """`step(clip)`, which must not read anything on the host; every call makes exactly one step.
+    """`step(clip)` as a CUDA graph; the step must not read from the device. Every call makes exactly one step.
 
-    The first calls run as they are, on a stream of their own, and let libraries, optimiser state and DDP settle. The
-    next one records. Every call after that copies its clip into the recorded buffer and replays. What comes back is
-    the recorded step's own memory: the next call overwrites it, so clone what is to be kept.
+    The first calls run eagerly on a side stream, so that libraries, optimiser state and DDP are initialised. The next
+    call records. Every later call copies its clip into the recorded buffer and replays. The result is the memory of the
+    recorded step, which the next call overwrites: clone what must be kept. Raises ValueError for a clip of another
+    shape or dtype.
     """
 
     def __init__(self, step: Callable[[Tensor], Result], warm_ups: int = WARM_UPS) -> None:
@@ -63,7 +64,7 @@ class CapturedStep(Generic[Result]):
 
     def _record(self, clip: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Result]:
         graph, buffer = torch.cuda.CUDAGraph(), clip.clone()
-        # thread_local: the loader's pinning thread and NCCL's watchdog go on calling CUDA meanwhile
+        # thread_local: the loader's pinning thread and NCCL's watchdog call CUDA during the capture
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             result = self._step(buffer)
         return graph, buffer, result

@@ -1,4 +1,4 @@
-"""The folder of a run, which one run at a time may use."""
+"""The lock on a run's folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from umt_fast.run.world import World
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, world: World, option: str = "--run.name") -> Iterator[None]:
-    """Make the folder of a run and keep other runs out of it meanwhile.
+    """Make the folder of a run and lock it against other runs.
 
-    Raises ConfigError, which names the `option` that chooses the folder, if another run is in it.
+    Raises ConfigError if another run uses the folder; the message names the `option` that chooses the folder.
     """
     if not world.main:
         yield

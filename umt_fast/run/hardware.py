@@ -1,4 +1,4 @@
-"""What a device can do: bf16, which parts serve it, and the most operations per second that it reaches."""
+"""Facts about a device: bf16 support, the decoder and kernels in use, and its peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import umt_fast
 from umt_fast.config import Decoder, Precision
 
 KNOWN_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
-"""Dense tensor-core rates of NVIDIA's data sheets, FLOP/s."""
+"""Dense bf16 tensor-core rates (V100: fp16) from NVIDIA's data sheets, FLOP/s."""
 MEASURED_SIDE = {"cuda": 8192, "cpu": 1024}
 REPEATS = 4
 
 
 def cpu_computes_bf16() -> bool:
-    """Whether this CPU multiplies in bfloat16 itself; where it emulates, float32 is faster."""
+    """Whether this CPU has bfloat16 instructions; without them float32 is faster."""
     try:
         with open("/proc/cpuinfo") as file:
             flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
@@ -44,21 +44,21 @@ def in_use(device: torch.device, decoder: Decoder = "auto") -> dict[str, str]:
 
 
 def describe(device: torch.device, bf16: bool, decoder: Decoder = "auto") -> str:
-    """The first line that a program prints: version, device, decoder, kernels and precision."""
+    """First line of a program's output: version, device, decoder, kernels and precision."""
     used = ", ".join(f"{name} {value}" for name, value in in_use(device, decoder).items())
     return f"umt-fast {umt_fast.__version__}  {used}, precision {'bf16 autocast' if bf16 else 'float32'}"
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of one device, and how they are known."""
+    """Peak FLOP/s of one device, and the source of the number."""
 
     flops: float
     source: str
 
 
 def peak_flops(device: torch.device, bf16: bool) -> Peak:
-    """From the data sheet for a known GPU in bf16; else measured by the fastest of a few square matmuls."""
+    """Peak FLOP/s: from the data sheet for a known GPU in bf16, otherwise the fastest of a few square matmuls."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if bf16:
         for model, flops in KNOWN_BF16.items():
@@ -67,7 +67,7 @@ def peak_flops(device: torch.device, bf16: bool) -> Peak:
     side, dtype = MEASURED_SIDE[device.type], torch.bfloat16 if bf16 else torch.float32
     left = torch.full((side, side), 0.5, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(REPEATS + 1):  # the first one starts the library
+    for _ in range(REPEATS + 1):  # the first one initialises the library
         begun = time.perf_counter()
         torch.mm(left, left)
         if device.type == "cuda":

@@ -18,30 +18,31 @@ class _Lap:
 
 
 class KindClock:
-    """Wall time of the steps since the last `take`, by kind. Nothing is read from the device in between.
+    """Wall time of the steps since the last `take`, by kind of batch. The host does not read from the device in
+    between.
 
-    A step lasts from the end of the one before to its own end, so the wait for its data counts. MFU is the share of
-    the device's arithmetic in use (arXiv 2204.02311).
+    A step lasts from the end of the previous step to its own end, so it includes the wait for its data. MFU is the
+    share of the device's peak FLOP/s in use (arXiv 2204.02311).
     """
 
     def __init__(self, device: torch.device, peak_flops: float) -> None:
-        """`peak_flops`: operations per second of one device."""
+        """`peak_flops`: peak FLOP/s of one device."""
         self._device = device
         self._peak_flops = peak_flops
         self._laps: list[_Lap] = []
         self.start()
 
     def start(self) -> None:
-        """Leave out what came before, such as a checkpoint."""
+        """Restart the clock, such as after saving a checkpoint."""
         self._laps = []
         self._begin = self._now()
 
     def add(self, kind: str, flops: int) -> None:
-        """A step has ended; `flops` are its operations on this process."""
+        """Record the end of a step with `flops` FLOP on this process."""
         self._laps.append(_Lap(kind, flops, self._now()))
 
     def take(self) -> dict[str, float]:
-        """`mfu` and, where there are several kinds, `KIND_ms` and `KIND_mfu` of each. Waits for the last step."""
+        """`mfu` and, with several kinds, `KIND_ms` and `KIND_mfu` of each. Waits for the last step."""
         if not self._laps:
             return {}
         if self._device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What surrounds every training program: the recipe and flags, the processes, the folder's lock, the exit status."""
+"""Start and end of every training program: recipe and flags, processes, lock of the folder, exit status."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def read_settings(
     description: str,
     arguments: list[str] | None,
 ) -> tuple[T, argparse.Namespace]:
-    """The settings of the recipe that --recipe names, with the flags on top; and --dry-run and --gpu-memory.
+    """The settings of the recipe in --recipe, overridden by the flags; and the values of --dry-run and --gpu-memory.
 
-    `kind` is the settings' class, or one for each value of the recipe's `objective`, the first being the default.
-    `recipes` is the folder of the job's own recipes, `default` the name of one. Raises ConfigError.
+    `kind` is the class of the settings, or a class for each value of the recipe's `objective` (the first is the
+    default). `recipes` is the folder of the job's recipes, `default` the name of one. Raises ConfigError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=default)
@@ -58,7 +58,7 @@ def read_settings(
 
 
 def run(config: Any, train: Callable[[Any, World], bool]) -> None:
-    """Train in the run's folder, with all processes; exits with EXIT_STOPPED if `train` says a signal stopped it."""
+    """Train in the run's folder, with all processes. Exits with EXIT_STOPPED if `train` returns False (a signal)."""
     world = processes.start(config.run.device, config.run.start_timeout)
     try:
         if world.main and (note := processes.advise_restarts(os.environ)) is not None:
@@ -66,7 +66,7 @@ def run(config: Any, train: Callable[[Any, World], bool]) -> None:
         check_alike(config, world)
         with hold_folder(config.run.folder, world):
             finished = train(config, world)
-        # A torchrun whose ranks are done starts them no more, so that a rank lost after that could not come back.
+        # torchrun does not restart a rank when its other ranks have finished, so all ranks finish together.
         world.gather(None)
     except RuntimeError as error:
         if world.size == 1 or not is_lost_rank(error):
@@ -93,8 +93,8 @@ def check_alike(config: Any, world: World) -> None:
 def as_program(main: Callable[[], None]) -> NoReturn:
     """Run `main` and end the process at once, with the status that Python would give.
 
-    Python's own clean-up takes seconds after torch. A rank that dies in them, after the others have left, cannot be
-    started again by torchrun.
+    With torch imported, Python's normal exit takes seconds. torchrun could not restart a rank that dies in this time,
+    after the other ranks have finished.
     """
     status: Any = 0
     try:
@@ -115,7 +115,7 @@ def as_program(main: Callable[[], None]) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program with one line for what its user can repair, and with 130 for Ctrl-C before the first step."""
+    """Print errors that a user can repair in one line and exit; exit with 130 for Ctrl-C before the first step."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The record of a run: a progress bar or lines, metrics.jsonl, TensorBoard, bad_files.txt."""
+"""The log of a run: a progress bar or lines, metrics.jsonl, TensorBoard, bad_files.txt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Step:
 
 
 class LossBuffer:
-    """One rank's losses since the last log line. They stay on the device until `take` reads them, all at once."""
+    """One rank's losses since the last log line. They stay on the device until `take` reads all of them at once."""
 
     def __init__(self) -> None:
         self._steps: list[_Step] = []
@@ -51,14 +51,14 @@ class LossBuffer:
         return len(self._steps)
 
     def add_data(self, batches: Sequence[Batch], waited: float) -> None:
-        """A step's batches, of which unreadable files are noted, and the seconds that the loop waited for them."""
+        """Record the unreadable files of a step's batches, and the seconds that the loop waited for the batches."""
         self._bad += [bad for batch in batches for bad in batch.bad]
         self._waited += waited
 
     def add(
         self, step: int, losses: Sequence[Mapping[str, Tensor]], grad_norm: Tensor, batches: Sequence[Batch]
     ) -> None:
-        """The losses of a step's micro-batches by name, its gradient norm and the batches it was made of."""
+        """Record a step: the losses of its micro-batches by name, its gradient norm, its batches."""
         values = {name: torch.stack([micro[name].detach() for micro in losses]).mean() for name in losses[0]}
         self._steps.append(_Step(step, values, grad_norm, [path for batch in batches for path in batch.paths]))
 
@@ -94,7 +94,7 @@ class Report:
     waited: float = 0.0
     peak_bytes: int = 0
     not_finite: tuple[int, str, list[str]] | None = None
-    """The first step with a loss or gradient that is not finite, the values, and its files."""
+    """The first step with a loss or gradient that is not finite: its number, the values, its files."""
 
 
 def merge(reports: list[Report]) -> Report:
@@ -110,7 +110,7 @@ def merge(reports: list[Report]) -> Report:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on a GPU, resident on the CPU."""
+    """Peak memory of this process, bytes: allocated on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -118,24 +118,24 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Figures to compute MFU from a step's time: the share of the hardware's arithmetic in use (arXiv 2204.02311)."""
+    """Numbers for computing MFU, the share of the devices' peak FLOP/s in use (arXiv 2204.02311)."""
 
     step_flops: float
-    """Operations of a step over all ranks."""
+    """FLOP of a step over all ranks."""
     peak_flops: float
-    """Operations per second that all ranks' devices reach at most."""
+    """Peak FLOP/s of all ranks' devices together."""
 
     @classmethod
     def measure(cls, rank_flops: float, world: World, bf16: bool) -> Throughput:
-        """For a step of `rank_flops` operations on each rank; every rank calls it."""
+        """For a step of `rank_flops` FLOP on each rank; every rank must call this."""
         return cls(rank_flops * world.size, sum(world.gather(peak_flops(world.device, bf16).flops)))
 
 
 class RunLog:
     """The written record of a run in `folder`; only the main rank writes.
 
-    A run resumed at `step` drops what an earlier run recorded after it. A log that cannot be written, because the
-    terminal or the pipe is gone or the disk is full, never ends a run that has begun.
+    A run resumed at `step` drops the records after this step. A log that cannot be written (closed terminal or pipe,
+    full disk) never ends a run that has begun.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class RunLog:
         self._since = (time.monotonic(), step)
         self._bad: set[str] = set()
         self._failed: set[Path] = set()
-        """Files that could not be written, each of which was reported."""
+        """Files that could not be written and were reported."""
         self._waited = self._elapsed = 0.0
         self._bar: tqdm | None = None
         if not world.main:
@@ -178,21 +178,21 @@ class RunLog:
             say(text)
 
     def start_clock(self, step: int) -> None:
-        """Leave what came before, say a checkpoint, out of the next rate."""
+        """Restart the clock of the next rate, such as after saving a checkpoint."""
         self._since = (time.monotonic(), step)
         if self._world.main and self._bar is None and _is_terminal():
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One step done."""
+        """Advance the progress bar by one step."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.update()
 
     def report(self, state: TrainState, losses: LossBuffer, max_bad: float = math.inf, **values: float) -> None:
-        """Record the steps since the last report; every rank calls it.
+        """Record the steps since the last report; every rank must call this.
 
-        Raises RunError for a loss or gradient that is not finite, naming the step and its files, and when more than
+        Raises RunError for a loss or gradient that is not finite, naming the step and its files, and if more than
         `max_bad` videos of the list could not be read.
         """
         merged = merge(self._world.gather(losses.take(self._world.device)))
@@ -219,7 +219,7 @@ class RunLog:
         self._waited += stall * seconds
         self._elapsed += seconds
         line = {"step": step, **merged.means, "data_wait_seconds": merged.waited, **values}
-        # The loop may wait for data while a GPU still has work: data_stall is the most that the device can have idled.
+        # data_stall is an upper bound of the device's idle time: the loop may wait for data while a GPU still works.
         line |= {"data_stall": round(stall, 4), "clips_per_second": round(steps * self._step_clips / seconds, 2)}
         line |= {"step_ms": round(1e3 * seconds / steps, 3), "peak_gib": round(merged.peak_bytes / 2**30, 3)}
         if self._throughput is not None:
@@ -242,7 +242,7 @@ class RunLog:
         )
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Append to metrics.jsonl and TensorBoard, creating the folder again if it was removed meanwhile."""
+        """Append to metrics.jsonl and TensorBoard; recreates the folder if it was removed."""
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             self.say(f"{self.folder} was removed meanwhile; it is made again")
@@ -250,7 +250,7 @@ class RunLog:
         self._append(self._board.path, self._board.events(line))
 
     def _append(self, path: Path, content: bytes) -> None:
-        """Append whole or not at all; a failure is reported once."""
+        """Append all of `content` or nothing; a failure is reported once per file."""
         try:
             append_whole(path, content)
         except OSError as error:
@@ -259,7 +259,7 @@ class RunLog:
                 self.say(f"note: cannot write {path}: {error.strerror or error}; the run goes on")
 
     def finish(self, state: TrainState, label: str, parts: Sequence[str] = ()) -> None:
-        """Say how the run ended. Draws its losses if it trained: `label` names the curve, `parts` other losses."""
+        """Print how the run ended. Draw its losses if it trained: `label` names the curve, `parts` other losses."""
         if self._world.main and state.step > self._first_step:
             from umt_fast.run.pictures import draw_loss_curve
 
@@ -274,7 +274,7 @@ class RunLog:
         self.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
 
     def _record_bad(self, files: list[tuple[str, str]]) -> int:
-        """Add unreadable videos to bad_files.txt, each once. Returns how many the main rank knows."""
+        """Add unreadable videos to bad_files.txt, each once. Returns their total number (on the main rank)."""
         fresh = {name: reason for name, reason in files if name not in self._bad}
         self._bad.update(fresh)
         if fresh and self._world.main:
@@ -297,15 +297,15 @@ class RunLog:
 
 
 class TensorBoard:
-    """An event file of scalars. torch's SummaryWriter writes from a thread, which fails out of reach of the run."""
+    """An event file of scalars. torch's SummaryWriter writes in a thread, whose errors the run could not catch."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
-        """TensorBoard hides what earlier event files hold from `purge_step` on."""
+        """TensorBoard ignores the records of earlier event files from `purge_step` on."""
         self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._purge_step = purge_step
 
     def events(self, line: Mapping[str, float]) -> bytes:
-        """What to append to the file `path` for a record of a step."""
+        """The bytes to append to the file `path` for a record of a step."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -325,7 +325,7 @@ class TensorBoard:
 
 
 def say(text: str) -> None:
-    """Print a line above a progress bar, if there is one. A reader that is gone (`| head`) silences the run only."""
+    """Print a line, above the progress bar if there is one. If the reader has gone (`| head`), print nothing more."""
     encoding = sys.stdout.encoding or "utf-8"
     printable = text.encode("utf-8", "replace").decode().encode(encoding, "backslashreplace").decode(encoding)
     try:
@@ -344,7 +344,7 @@ def _is_terminal() -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl that are records of a step; what a crash or another program left is skipped."""
+    """The records in a metrics.jsonl; incomplete and foreign lines are skipped."""
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:

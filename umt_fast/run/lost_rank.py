@@ -1,4 +1,4 @@
-"""What the other ranks do when one is lost or late: save the last whole step, name the rank, end."""
+"""Handling of a lost or late rank: the others save the last whole step, name the rank, and end."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from umt_fast.run.train_state import TrainState
 
 ARRIVAL_SECONDS = 2.0
-"""How long the main rank waits for random states that a lost rank may have sent."""
+"""Seconds that the main rank waits for random states that a lost rank may have sent."""
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone or late; gloo has no class for it."""
+    """Whether a collective failed because another rank is lost or late; gloo has no error class for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
 
 
 class RandomStates:
-    """The random state of every rank after each step, sent to the main rank beside the next step.
+    """Sends the random state of every rank after each step to the main rank, during the next step.
 
-    A checkpoint needs all of them, and a lost rank can no longer send its own. CPU only, 5 KB per rank and step.
+    A checkpoint needs the states of all ranks, and a lost rank cannot send its own. CPU only, 5 KB per rank and step.
     """
 
     def __init__(self, world: World) -> None:
@@ -41,7 +41,7 @@ class RandomStates:
         self._states: list[Tensor] | None = None
 
     def share(self) -> None:
-        """Start to send this rank's state; every rank calls it after each step."""
+        """Start sending this rank's state; every rank must call this after each step."""
         if self._pending is not None:
             self._pending.wait()
         own = torch.get_rng_state()
@@ -49,7 +49,7 @@ class RandomStates:
         self._pending = dist.gather(own, self._states, dst=0, group=self._world.host_group, async_op=True)
 
     def received(self) -> list[dict[str, Tensor]] | None:
-        """The states after the last shared step, on the main rank; None unless all have arrived."""
+        """On the main rank: the states after the last shared step; None unless all have arrived."""
         try:
             if self._states is None or not self._pending.wait(timedelta(seconds=ARRIVAL_SECONDS)):
                 return None
@@ -60,10 +60,10 @@ class RandomStates:
 
 @contextlib.contextmanager
 def save_if_lost(state: TrainState, folder: Path, keep: int) -> Iterator[None]:
-    """Around the loop of a run: when another rank is lost, the main rank saves the last whole step, if it can.
+    """Use this around the loop of a run: if another rank is lost, the main rank saves the last whole step if it can.
 
-    The error is raised again. Under torchrun there are 30 s for it (--shutdown-timeout) before the rank is killed;
-    a checkpoint is whole or not there.
+    The error is raised again. torchrun kills the rank after 30 s (--shutdown-timeout); the checkpoint is then either
+    complete or absent.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def save_if_lost(state: TrainState, folder: Path, keep: int) -> Iterator[None]:
 
 
 def end_without(world: World, error: RuntimeError) -> None:
-    """Name the rank that was lost and end this process at once: its collectives would wait for that rank."""
+    """Print which rank was lost and end this process at once: its collectives would wait for the lost rank."""
     lost, reason = world.find_lost(), shorten(error)
     _tell(f"error: another process of the run was lost or is late: {lost} ({reason})")
     os._exit(1)

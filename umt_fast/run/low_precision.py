@@ -1,12 +1,12 @@
-"""A teacher that multiplies in int8 or float8, through torchao or umt_kernels, a student that trains in float8 through
-torchao, and what that costs in accuracy.
+"""A teacher in int8 or float8, through torchao or umt_kernels; a student that trains in float8 through torchao; and
+their measured errors.
 
-The scores decide what the student sees, so the last block's queries, keys and values stay as they are, with the patch
-embedding and the output projection. Everything else of the blocks is quantised: weights once, per output channel,
-activations at every call, per row.
+The scores decide which patches the student sees, so the last block's queries, keys and values stay exact, as do the
+patch embedding and the output projection. All other matmuls of the blocks are quantised: weights once, per output
+channel; activations at every call, per row.
 
-The student's float8 is an experiment: all matmuls of its blocks, forward and backward, with one scale per tensor found
-at every call. Patch embedding, attention, norms and heads stay as they are, and so do the weights and their keys.
+The student's float8 is an experiment: all matmuls of its blocks, forward and backward, with one scale per tensor that
+is computed at every call. Patch embedding, attention, norms and heads stay exact; weights and their keys do not change.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ INSTALL = "pip install torchao, which needs torch 2.10 or later"
 FLOAT8_CAPABILITY = (8, 9)
 """The first compute capability with float8 matmuls."""
 OWN = {"int8-triton": torch.int8, "fp8-triton": torch.float8_e4m3fn}
-"""Precisions that umt_kernels computes, and their dtypes. Without a GPU its plain PyTorch emulates them."""
+"""Precisions that umt_kernels computes, and their dtypes. On a CPU its reference in plain PyTorch emulates them."""
 INT8_CAPABILITY = (8, 0)
 """The first compute capability that the int8 kernels are compiled and checked for."""
 FLOAT8_MULTIPLE = 16
-"""What the sizes of a float8 matmul must be multiples of; the rows of a batch are one, in the weights' gradient."""
+"""The sizes of a float8 matmul must be multiples of this; in the weights' gradient also the rows of a batch."""
 
 
 @dataclass(frozen=True)
 class Cosines:
-    """Cosines between a model's outputs in low precision and those before, over all tokens and layers."""
+    """Cosines between a model's outputs in low precision and its exact outputs, over all tokens and layers."""
 
     mean: float
     lowest_percent: float
-    """The cosine that 1% of the outputs stay below."""
+    """1% of the cosines are below this."""
     median: float
 
     @staticmethod
@@ -54,7 +54,7 @@ class Cosines:
 
 
 def check_device(setting: str, precision: TeacherPrecision, device: torch.device) -> None:
-    """Raise ConfigError, naming the setting, unless this device can run a model of that precision."""
+    """Raise ConfigError, naming the setting, unless this device supports the precision."""
     if precision in OWN:
         least = FLOAT8_CAPABILITY if precision == "fp8-triton" else INT8_CAPABILITY
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < least:
@@ -71,7 +71,7 @@ def check_device(setting: str, precision: TeacherPrecision, device: torch.device
 
 
 def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
-    """Quantise the matmuls of the blocks in place. Raises ConfigError where torchao or the device cannot."""
+    """Quantise the matmuls of the blocks in place. Raises ConfigError if torchao or the device cannot."""
     device = teacher.proj.device
     check_device("compute.teacher_precision", precision, device)
     if precision in OWN:
@@ -86,7 +86,7 @@ def quantize_teacher(teacher: ClipTeacher, precision: TeacherPrecision) -> None:
 
 
 def _quantized(weight: Tensor, precision: TeacherPrecision) -> nn.Parameter:
-    """torchao quantises layers: the weight goes through one."""
+    """Quantise a weight by way of a linear layer: torchao quantises only layers."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -96,7 +96,7 @@ def _quantized(weight: Tensor, precision: TeacherPrecision) -> nn.Parameter:
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(torch.bfloat16), requires_grad=False)
-    # torchao would also turn on Inductor's long searches, for the student too.
+    # By default torchao also turns on Inductor's long searches, for the whole process.
     if precision == "fp8":
         quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
     else:
@@ -105,7 +105,7 @@ def _quantized(weight: Tensor, precision: TeacherPrecision) -> nn.Parameter:
 
 
 def lower_precision(teacher: ClipTeacher, precision: TeacherPrecision, clip: Tensor, least_cosine: float) -> str:
-    """Quantise the teacher and measure the error on `clip` [B,T,H,W,3]. Returns a line that says it.
+    """Quantise the teacher and measure the error on `clip` [B,T,H,W,3]. Returns a log line with the error.
 
     Raises ConfigError if the mean cosine is below `least_cosine`.
     """
@@ -133,10 +133,10 @@ def lower_precision(teacher: ClipTeacher, precision: TeacherPrecision, clip: Ten
 
 
 def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool = False) -> None:
-    """Let the matmuls of the student's blocks compute in float8, both ways, on `batch` samples of `seen` tokens.
+    """Let the matmuls of the student's blocks train in float8, on `batch` samples of `seen` tokens.
 
-    Parameters and keys stay as they are. `emulate` rounds to float8 but multiplies in float32, on any device. Raises
-    ConfigError where torchao, the device or a size does not allow it.
+    Parameters and keys do not change. `emulate` rounds to float8 but multiplies in float32, on any device. Raises
+    ConfigError if torchao, the device or a size does not allow it.
     """
     if not emulate:
         check_device("compute.student_precision", "fp8", student.position.device)
@@ -153,7 +153,7 @@ def convert_student(student: VideoStudent, batch: int, seen: int, emulate: bool 
 def lower_student_precision(
     student: VideoStudent, clip: Tensor, batch: int, seen: int, least_cosine: float, emulate: bool = False
 ) -> str:
-    """Convert the student and measure the error of its predictions on `clip` [B,T,H,W,3]. Returns a line that says it.
+    """Convert the student and measure the error of its predictions on `clip` [B,T,H,W,3]. Returns a log line.
 
     Raises ConfigError if the mean cosine is below `least_cosine`.
     """
@@ -164,7 +164,7 @@ def lower_student_precision(
             return student(clip, ids).normed()
 
     training = student.training
-    student.eval()  # dropped paths would differ
+    student.eval()  # no dropped paths, which would differ
     exact = predict()
     convert_student(student, batch, seen, emulate)
     cosines = Cosines.between(predict(), exact)

@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as UMT sets them."""
+"""AdamW, its parameter groups, and learning rate schedules, as published."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def build_optimizer(
     decay_scalars: bool = False,
     no_decay: Collection[str] = (),
 ) -> torch.optim.AdamW:
-    """Fused AdamW; no weight decay on biases and 1-D parameters. `capturable` for a step that is a CUDA graph.
+    """Fused AdamW, without weight decay on biases and 1-D parameters. `capturable`: for a step in a CUDA graph.
 
-    `decay_scalars` decays parameters without a dimension too, as the published stage 2 does with its temperature.
-    `no_decay` names parameters that are not decayed either.
+    `decay_scalars` also decays 0-D parameters, as the published stage 2 does with its temperature. `no_decay`: names of
+    further parameters without weight decay.
     """
     exempt = (1,) if decay_scalars else (0, 1)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -39,9 +39,9 @@ def build_optimizer(
 def layer_decay_groups(model: nn.Module, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups of a model with `blocks`, each with `lr_scale`, in order of first appearance (UMT's fine-tuning).
 
-    With L blocks, block i has the scale layer_decay^(L - i), the patch embedding and positions layer_decay^(L + 1),
-    and what comes after the blocks 1. Weight decay is left out for 1-D parameters, biases, positions and a class
-    token. Each group's `names` says whose parameters it holds.
+    With L blocks, block i has the scale layer_decay^(L - i), patch embedding and positions layer_decay^(L + 1), and all
+    layers after the blocks 1. 1-D parameters, biases, positions and the class token have no weight decay. `names` of a
+    group lists its parameters.
     """
     blocks = model.get_submodule("blocks")
     assert isinstance(blocks, nn.ModuleList)
@@ -68,7 +68,7 @@ _POSITIONS = ("pos_embed", "cls_token")  # and MAE-ST's pos_embed_spatial and ot
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of the next step. A captured step reads it from the device, where it is changed in place."""
+    """Set the rate of the next step. A captured step reads it from a device tensor, which is changed in place."""
     for group in optimizer.param_groups:
         device = group["params"][0].device
         if not group["capturable"]:
@@ -80,7 +80,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
-    """Norm of all gradients, which are scaled down to `limit` if one is given. Nothing is read on the host."""
+    """Scale the gradients down to norm `limit` (None: do not). Returns their norm before, without a synchronisation."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
@@ -89,7 +89,7 @@ def clip_gradients(model: nn.Module, limit: float | None) -> Tensor:
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, limit: float | None) -> Tensor:
-    """One step of the optimiser with gradients of norm `limit` at most. Clears them and returns their norm before."""
+    """One optimiser step with gradients clipped to norm `limit`. Clears the gradients; returns their norm before."""
     norm = clip_gradients(model, limit)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -105,10 +105,10 @@ def learning_rate(
     start: float = 0.0,
     repeat_peak: bool = True,
 ) -> float:
-    """UMT's and VideoMAE's schedule: `start` to `peak` in equal parts over the warm-up, then half a cosine to `final`.
+    """UMT's and VideoMAE's schedule: linear warm-up from `start` to `peak`, then half a cosine to `final`.
 
-    Steps count from 0. The warm-up's last step and the first one after it both have `peak`; without `repeat_peak` only
-    the latter has, as in MAE-ST.
+    Steps count from 0. Both the last step of the warm-up and the first step after it have `peak`; without `repeat_peak`
+    only the latter has it, as in MAE-ST.
     """
     if step < warmup_steps:
         return start + (peak - start) * step / max(warmup_steps - repeat_peak, 1)
@@ -117,7 +117,7 @@ def learning_rate(
 
 
 def floored_cosine(step: int, total_steps: int, warmup_steps: float, peak: float, floor: float = 0.01) -> float:
-    """Stage 2's schedule: linear warm-up from 0, then a cosine to 0, nowhere below `floor` times `peak`. From 0 on."""
+    """Stage 2's schedule: linear warm-up from 0, then a cosine to 0, never below `floor` * `peak`. Step 0 is first."""
     if step < warmup_steps:
         return peak * max(floor, step / max(warmup_steps, 1))
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -125,7 +125,7 @@ def floored_cosine(step: int, total_steps: int, warmup_steps: float, peak: float
 
 
 class Schedule:
-    """Learning rate of each step of a run of `epochs` passes over `clips` clips, `global_batch` a step."""
+    """Learning rate of each step of a run over `clips` clips per epoch, `global_batch` per step."""
 
     def __init__(self, config: OptimConfig, clips: int, global_batch: int) -> None:
         self.total_steps = config.epochs * clips // global_batch
@@ -145,7 +145,7 @@ class Schedule:
 
 
 class EpochSchedule:
-    """Learning rate of each step of fine-tuning. An epoch is a whole number of steps; what is left comes in the next.
+    """Learning rate of each step of fine-tuning. An epoch is a whole number of steps; leftover clips start the next.
 
     All rates are for 256 clips per step and scaled linearly with the batch.
     """
@@ -169,7 +169,7 @@ class EpochSchedule:
 
 
 class MovingAverage(nn.Module):
-    """decay * average + (1 - decay) * weights after every step, of the whole state (arXiv 1703.01780)."""
+    """Moving average of the whole state: decay * average + (1 - decay) * weights per step (arXiv 1703.01780)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights of the model that this was made from. Shards are gathered: every rank calls it."""
+        """Update the average by the model's weights. Shards are gathered, so every rank must call this."""
         own, new = self.module.state_dict(), model.state_dict()
         floats = [key for key, value in own.items() if value.is_floating_point()]
         torch._foreach_lerp_([own[key] for key in floats], [whole(new[key].detach()) for key in floats], 1 - self.decay)

@@ -1,4 +1,4 @@
-"""One model on several processes: replicated (DDP) or sharded (FSDP2). Every loop works with both alike."""
+"""One model on several processes: replicated (DDP) or sharded (FSDP2), behind the same functions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from umt_fast.run.world import World
 def wrap(
     model: nn.Module, world: World, kind: Parallel, blocks: Iterable[nn.Module] = (), cuda_graph: bool = False
 ) -> nn.Module:
-    """`model` as its processes train it together; alone, the model itself.
+    """Prepare `model` for training on all processes; with one process, return it unchanged.
 
-    ddp returns a wrapper and leaves `model` as it is. fsdp shards `model` in place, each of `blocks` apart, and returns
-    it: build the optimiser after that.
+    ddp returns a wrapper and does not change `model`. fsdp shards `model` in place, each of `blocks` separately, and
+    returns it; build the optimiser afterwards.
     """
     if world.size == 1:
         return model
@@ -38,7 +38,7 @@ def wrap(
 
 @contextlib.contextmanager
 def reduce_if(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around a micro-batch's forward and backward pass: average the gradients over the processes if it is the last."""
+    """Use this around a micro-batch: gradients are averaged over the processes only after the last micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
@@ -50,5 +50,5 @@ def reduce_if(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its sharding, on every process."""
+    """The whole tensor of a sharded one, on every process; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

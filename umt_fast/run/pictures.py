@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss curve, and what the student sees."""
+"""Pictures of a run: its loss curve, visible patches, and reconstructions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def draw_visible(
             axes.set_yticks([])
     assert shown is not None
     figure.colorbar(shown, ax=rows[1, :], label="x uniform", fraction=0.02)
-    printable = title.encode("utf-8", "replace").decode()  # a file name need not be text
+    printable = title.encode("utf-8", "replace").decode()  # a file name may not be valid UTF-8
     figure.suptitle(printable, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
 

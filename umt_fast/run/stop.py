@@ -1,4 +1,4 @@
-"""Stopping a run by signal: all ranks stop after the same step, save and exit with a code of their own."""
+"""Stopping a run by signal: all ranks stop after the same step, save, and exit with EXIT_STOPPED."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from umt_fast.run.world import World
 T = TypeVar("T")
 
 EXIT_STOPPED = 75
-"""Exit status of a run that a signal stopped before its end: EX_TEMPFAIL of sysexits.h, start it again to go on."""
+"""Exit status of a run that a signal stopped before its end: EX_TEMPFAIL of sysexits.h. Start it again to continue."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""SIGUSR1 and SIGUSR2 are what SLURM and submitit send before a job's time ends, SIGHUP what a lost terminal sends."""
+"""SLURM and submitit send SIGUSR1 and SIGUSR2 before a job's time ends; a lost terminal sends SIGHUP."""
 
 
 class StopSignal:
-    """A request to stop, by signal, on which all ranks act after the same step.
+    """A request to stop, by signal; all ranks stop after the same step.
 
-    A second signal ends the process at once, even while it waits in a collective: a thread of its own reads the
-    signals, which Python's handlers would not see before the wait ends. Use it as a context manager.
+    A second signal ends the process at once, even in a collective: a thread reads the signals, because Python's
+    handlers would run only after the collective. Use it as a context manager.
     """
 
-    _REPEAT_SECONDS = 1.0  # torchrun sends its children again the signal that the terminal sent them
+    _REPEAT_SECONDS = 1.0  # Ctrl-C reaches a rank twice: from the terminal and from torchrun
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -66,8 +66,7 @@ class StopSignal:
         signal.set_wakeup_fd(self._previous_fd)
         os.close(self._write)
         self._tasks.put(None)
-        # Both threads end now, unless a fetch still waits for data. A thread that wakes while Python
-        # exits may abort it.
+        # Join both threads, unless a fetch still waits for data: a thread that wakes during Python's exit may abort it.
         self._watcher.join()
         if self._fetcher is not None:
             self._fetcher.join(timeout=0.5)
@@ -95,10 +94,10 @@ class StopSignal:
             os._exit(128 + number)
 
     def fetch(self, loader: Iterator[T], count: int) -> list[T] | None:
-        """The `count` batches of a step, or None if the run is to save and end: by signal, or for want of data.
+        """The `count` batches of a step, or None if the run must save and end because of a signal or a data error.
 
-        A failure of the data is raised by `raise_failure` once the run has saved; with several ranks it is raised here,
-        since the others wait for this one in their step.
+        `raise_failure` raises the data error after the run has saved. With several ranks the error is raised here,
+        because the others wait for this rank in their step.
         """
         try:
             return self.unless_requested(lambda: [next(loader) for _ in range(count)])
@@ -109,14 +108,14 @@ class StopSignal:
             return None
 
     def raise_failure(self) -> None:
-        """Raise what ended the data, if anything did."""
+        """Raise the error that ended the data, if there was one."""
         if self._failure is not None:
             raise self._failure
 
     def unless_requested(self, fetch: Callable[[], T]) -> T | None:
-        """`fetch()`, or None once a stop is requested while it has not returned: data may never come.
+        """`fetch()`, or None if a stop is requested before it returns: data may never come.
 
-        With several ranks it always waits, since they could not agree on the step to stop at.
+        With several ranks this always waits, since the ranks could not agree on the step to stop at.
         """
         if self._world.size > 1:
             return fetch()
@@ -138,11 +137,12 @@ class StopSignal:
             future, fetch = task
             try:
                 future.set_result(fetch())
-            except BaseException as error:  # raised again where the result is awaited
+            except BaseException as error:  # raised again by future.result()
                 future.set_exception(error)
 
     def requested(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls it once a step. With several, as of the step before."""
+        """Whether any rank was asked to stop; every rank must call this once per step. With several ranks the answer is
+        one step old."""
         if self._world.size == 1:
             return bool(self._name)
         stop = False
@@ -154,7 +154,7 @@ class StopSignal:
         return stop
 
     def settle(self) -> None:
-        """Wait for the last exchange, so that the group can be closed."""
+        """Wait for the last all-reduce, so that the group can be closed."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None

@@ -34,15 +34,15 @@ from umt_fast.weights.files import find_not_finite
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _OWN = ("betas", "eps", "weight_decay", "capturable", "lr_scale")
-"""Settings of an optimiser that are the resumed run's own, not those of the run that saved."""
+"""Optimiser settings that a resumed run takes from its own settings, not from the checkpoint."""
 
 
 @dataclass
 class TrainState:
-    """Everything that a run must have again to go on as if it had not ended."""
+    """Everything that a run needs to continue as if it had not been interrupted."""
 
     model: nn.Module
-    """The bare model, or the one that FSDP has sharded; not DDP's wrapper."""
+    """The bare model, or the model that FSDP has sharded; not DDP's wrapper."""
     optimizer: torch.optim.Optimizer
     world: World
     config: Any
@@ -67,7 +67,7 @@ class TrainState:
             self._random = RandomStates(self.world)
 
     def advance(self, clips: int) -> None:
-        """Count one step of `clips` clips over all ranks. After the first one ranks wait less long."""
+        """Count one step of `clips` clips over all ranks. After the first step, `run.step_timeout` applies."""
         if not self._advanced and self.world.size > 1:
             self.world.set_timeout(self.config.run.step_timeout)
         self._advanced = True
@@ -78,10 +78,10 @@ class TrainState:
             self._random.share()
 
     def save_due(self, run: RunConfig) -> bool:
-        """Whether this step is to be saved; every rank calls it after every step.
+        """Whether to save after this step; every rank must call this after every step.
 
-        It is after each `save_every` steps and, where a line is logged, once `save_minutes` have passed since the last
-        save, by the main rank's clock.
+        True after each `save_every` steps and, at a log line, if `save_minutes` have passed since the last save by the
+        main rank's clock.
         """
         if self.step % run.save_every == 0:
             return True
@@ -90,10 +90,10 @@ class TrainState:
         return self.world.gather(time.monotonic() - self.saved_at >= 60 * run.save_minutes)[0]
 
     def save(self, folder: Path, keep: int) -> Path:
-        """Write a checkpoint and remove all but the newest `keep`; every rank returns once the file is there.
+        """Write a checkpoint and remove all but the newest `keep`; every rank returns after the file is written.
 
-        Does nothing if this state is saved already. Raises, on every rank, RunError for weights that are not
-        finite and OSError for a disk that is full.
+        Does nothing if this state is already saved. Raises on every rank: RunError for weights that are not finite,
+        OSError for a full disk.
         """
         path, problem = checkpoint_path(folder, self.clips_seen), None
         if path == self.last_saved:
@@ -112,9 +112,9 @@ class TrainState:
         return path
 
     def save_alone(self, folder: Path, keep: int) -> Path:
-        """Write the checkpoint of the last whole step on the main rank, after another rank was lost in the next one.
+        """Write the checkpoint of the last whole step on the main rank, after another rank was lost in the next step.
 
-        Raises RunError where this rank does not hold all of that step, and OSError for a disk that is full.
+        Raises RunError if this rank does not have the whole state, and OSError for a full disk.
         """
         path = checkpoint_path(folder, self.clips_seen)
         if path == self.last_saved:
@@ -140,10 +140,10 @@ class TrainState:
         save_checkpoint(folder, self.clips_seen, content, keep)
 
     def go_on(self, found: Checkpoint | None, step_clips: int, kept: Sequence[str] = ()) -> list[str]:
-        """Restore what `find_own_checkpoint` found and clear the folder of unfinished files.
+        """Restore the checkpoint `found` by `find_own_checkpoint`, and remove unfinished files from the folder.
 
-        `kept` names values of the plan that are results of the run, such as its best score, and are restored too.
-        Returns lines that say where the run goes on, and each setting and choice that is not what it was.
+        `kept` names results of the run in the plan, such as its best score, which are restored too. Returns log lines:
+        the step to resume at, and each setting and attention backend that has changed.
         """
         folder = self.config.run.checkpoints
         if self.world.main:
@@ -156,10 +156,10 @@ class TrainState:
         return [f"going on from {found.path} at step {self.step}", *changes]
 
     def restore(self, folder: Path, found: Checkpoint | None = None, step_clips: int = 1) -> bool:
-        """Go on from the newest checkpoint in `folder`, or from `found`, which `find_checkpoint` has read.
+        """Resume from the newest checkpoint in `folder`, or from `found`, which `find_checkpoint` has read.
 
-        Returns whether there was one. A run with another global batch, `step_clips`, recounts its steps from the
-        clips seen; a rank that the checkpoint does not know starts with random numbers of its own.
+        Returns whether there was a checkpoint. The step is recomputed from the clips seen and `step_clips`, the global
+        batch, which may have changed. A rank without a random state in the checkpoint keeps its own.
         """
         found = found if found is not None else find_checkpoint(folder, self.world)
         if found is None:
@@ -188,7 +188,7 @@ class TrainState:
 
 
 def _name_parameters(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """A torch optimiser's own state dict, which numbers parameters in the order of its groups, by parameter names."""
+    """Rename the parameters of an optimiser's state dict from numbers, in the order of its groups, to names."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     groups = [{**group, "params": [ordered[i] for i in group["params"]]} for group in state["param_groups"]]

@@ -1,4 +1,4 @@
-"""The processes of a run, and how they agree: torchrun's environment, or one process."""
+"""The processes of a run and their communication: torchrun's environment, or one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from umt_fast.config import ConfigError
 T = TypeVar("T")
 
 ANSWER_SECONDS = 10.0
-"""How long the main rank waits for an answer of the others when it looks for a lost one."""
+"""Seconds that the main rank waits for the other ranks' answers when it searches for a lost rank."""
 
 _POLL_SECONDS = 0.05
 
@@ -34,9 +34,9 @@ class World:
     size: int
     device: torch.device
     host_group: Any = None
-    """A gloo group for talk between hosts, which leaves the device alone."""
+    """A gloo group for host data, which does not use the device."""
     roll_call_group: Any = None
-    """Another one, only to find out which rank is lost: a group whose collective failed is of no more use."""
+    """A second gloo group, only for finding a lost rank: a group cannot be used after its collective has failed."""
 
     @property
     def main(self) -> bool:
@@ -51,13 +51,13 @@ class World:
         return values
 
     def set_timeout(self, seconds: float) -> None:
-        """How long a rank waits for the others from now on."""
+        """Set how long a rank waits for the others from now on."""
         if self.size > 1:
             for group in {dist.group.WORLD, self.host_group}:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
     def find_lost(self) -> str:
-        """Say, on the main rank, which ranks do not answer. All ranks call this after a collective has failed."""
+        """On the main rank: a text with the ranks that do not answer. All ranks call this after a failed collective."""
         try:
             limit = timedelta(seconds=ANSWER_SECONDS)
             dist.monitored_barrier(self.roll_call_group, limit, wait_all_ranks=self.main)
@@ -72,10 +72,10 @@ class World:
 
 
 def start(device: str, timeout: float = 1800.0) -> World:
-    """Join the run's processes, waiting for them up to `timeout` seconds.
+    """Join the run's processes; wait for them up to `timeout` seconds.
 
-    `device` is auto, cpu or cuda; auto chooses a GPU if there is one. Raises ConfigError for an environment that does
-    not say which process this is, or a device that is not there.
+    `device` is auto, cpu or cuda; auto chooses a GPU if there is one. Raises ConfigError for an incomplete environment
+    or a missing device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,12 +112,12 @@ def start(device: str, timeout: float = 1800.0) -> World:
 
 
 def agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: float) -> str:
-    """A name for this start of the ranks, the same on all of them, that no earlier start had.
+    """A name for this start of the ranks: the same on all ranks, and different from all earlier starts.
 
-    torchrun may keep one store over all its restarts, in which a new attempt would read the keys of the last one. Its
-    TORCHELASTIC_RESTART_COUNT does not tell attempts apart: torchruns on several nodes count their own failures. So
-    every rank writes a number of its own, the main rank lists the numbers until all ranks have found their own in one
-    list, and says so. Raises DistStoreError after `timeout` seconds.
+    torchrun may keep one store over all restarts, in which a new attempt would read the keys of the last one.
+    TORCHELASTIC_RESTART_COUNT does not identify an attempt: each node's torchrun counts its own failures. Therefore
+    every rank writes a random number, and the main rank publishes lists of all numbers until every rank has confirmed
+    its own number in the same list. Raises DistStoreError after `timeout` seconds.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"umt_fast/start/{rank}", own)
@@ -141,13 +141,13 @@ def agree_on_attempt(store: dist.Store, rank: int, size: int, timeout: float) ->
 
 
 def shorten(error: RuntimeError) -> str:
-    """The part of a message of gloo or NCCL that says what happened."""
+    """The first line of an error of gloo or NCCL, without source locations and advice."""
     first = str(error).strip().splitlines()[0]
     return re.sub(r"\[[^\]]*\.cc:\d+\] ", "", first).partition(". This is typically")[0]
 
 
 def advise_restarts(environment: Mapping[str, str]) -> str | None:
-    """A note for elastic runs of several nodes whose restarts may hang, on the variable that prevents it."""
+    """A note for elastic runs on several nodes whose restarts may hang, with the variable that prevents it."""
     shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts, nodes = environment.get("TORCHELASTIC_MAX_RESTARTS", "0"), environment.get("GROUP_WORLD_SIZE", "1")
     if not shared or restarts == "0" or nodes == "1" or environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":
@@ -159,7 +159,7 @@ def advise_restarts(environment: Mapping[str, str]) -> str | None:
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Rank, number of ranks and rank on this node, as torchrun sets them. Raises ConfigError for what is half set."""
+    """Rank, number of ranks and local rank, as torchrun sets them. Raises ConfigError if only some are set."""
     numbers: dict[str, int] = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
         if (text := environment.get(name)) is None:

@@ -1,7 +1,7 @@
-"""Weight files and the key names in them.
+"""Weight files and their key names.
 
-`files` reads and writes, `keys` maps names onto stage 1's models, `classifier`, `videomae` and `video_text` onto the
-others'.
+`files` reads and writes. `keys` maps key names to stage 1's models; `classifier`, `videomae` and `video_text` map them
+to the other models.
 """
 
 from umt_fast.weights.classifier import LoadReport, fit_positions, load_classifier, read_class_map, strip_prefixes

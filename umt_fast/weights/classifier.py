@@ -1,4 +1,4 @@
-"""Loading fine-tuning models by the published rules: what fits is loaded, and what does not is reported."""
+"""Loading fine-tuning models by the published rules: keys that fit are loaded, the others are reported."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from umt_fast.weights.videomae import published_videomae_names
 
 @dataclass
 class LoadReport:
-    """What was done with each key of a state dict; keys are named as in the model."""
+    """What happened to each key of a state dict; keys are named as in the model."""
 
     loaded: list[str]
     missing: list[str]
-    """Keys only in the model: these keep their values."""
+    """Keys only in the model, which keep their values."""
     unexpected: list[str]
     """Keys only in the file."""
     other_shape: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    """Keys in both, with the file's shape and the model's: these keep the model's values."""
+    """Keys with different shapes in the file and in the model, which keep the model's values."""
 
     def lines(self) -> list[str]:
         """A line for each key that was not loaded, with the reason."""
@@ -43,10 +43,10 @@ class LoadReport:
         ]
 
     def unforeseen(self) -> list[str]:
-        """Lines of the keys that fine-tuning does not leave out by design.
+        """Lines about the keys that should have been loaded.
 
-        By design the head, the norm before it and positions may get new values, and what follows the blocks of a
-        pre-trained model is left out. Everything else, a block of another width say, is a mistake.
+        The head, the norm before it and positions may get new values, and the layers after the blocks of a pre-trained
+        model are left out. Everything else, such as a block of another width, is a mistake.
         """
         ours = ("head.", "fc_norm.", "norm.", "pos_embed")
         theirs = ("norm.", "fc_norm.", "head.", *_AFTER_THE_ENCODER)
@@ -64,7 +64,7 @@ _AFTER_THE_ENCODER = (
     *("pos_embed_probs", "get_token_probs."),  # AdaMAE
     *("decoder_embed.", "decoder_blocks.", "decoder_norm.", "decoder_pred.", "decoder_cls_token", "decoder_pos_embed"),
 )
-"""Prefixes of names of pre-training that a classifier does not use; the last line is MAE-ST's."""
+"""Prefixes of pre-training keys that a classifier does not use; the last line is MAE-ST's."""
 
 
 def load_classifier(
@@ -75,14 +75,14 @@ def load_classifier(
     class_map: Sequence[int] | None = None,
     frames: int | None = None,
 ) -> LoadReport:
-    """Load a pre-trained or fine-tuned state dict by the published rules, and say what was not loaded. Never raises
-    for a key that does not fit; `LoadReport.unforeseen` lists those that are mistakes.
+    """Load a pre-trained or fine-tuned state dict by the published rules; keys that do not fit are only reported.
 
-    A head of 710 classes (K710) gives its first 400 rows to a model of 400, or the rows `class_map`. Prefixes of
-    wrappers are removed. Positions of another number of frames or grid are resampled; `frames` is how many token
-    frames the file has, where its settings say so. Without, they are taken to be the published 8 frames where that
-    fits, else as many as the model's grid makes them, else as many as that of 224 pixels. A pre-trained `encoder.norm`
-    is not put into `fc_norm`.
+    class_map  rows of the file's head to use; without it, a model of 400 classes gets the first 400 rows of a head of
+               710 classes (K710).
+    frames     token frames of the file, if known. Otherwise the published 8 frames are assumed if they fit the position
+               table, else the number that fits the model's grid, else that of 224 pixels. Positions are resampled.
+    A pre-trained `encoder.norm` is not loaded into `fc_norm`. Wrappers' prefixes are removed. Raises WeightsError for
+    an invalid head or class map, and for values that are not finite.
     """
     state = _unwrapped(state_dict)
     weight = state.get("head.weight")
@@ -120,12 +120,12 @@ def load_classifier(
 
 
 def strip_prefixes(state_dict: Mapping[str, Any]) -> TensorDict:
-    """Tensors under the names of the encoder itself: no top key, nothing of DDP, torch.compile or a wrapping model."""
+    """Tensors under the encoder's own names, without top keys and prefixes of wrappers and enclosing models."""
     return _encoder_names(_unwrapped(state_dict))
 
 
 def _encoder_names(state: TensorDict) -> TensorDict:
-    """Each key less a leading `backbone.`, else a leading `encoder.`."""
+    """Remove a leading `backbone.`, else a leading `encoder.`, from each key."""
     return {
         key.removeprefix("backbone." if key.startswith("backbone.") else "encoder."): value
         for key, value in state.items()
@@ -133,7 +133,7 @@ def _encoder_names(state: TensorDict) -> TensorDict:
 
 
 def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
-    """The tensors, from under a top key, without what wrappers put into the keys."""
+    """The tensors below a top key, without the prefixes of wrappers."""
     state: Any = state_dict
     for key in ("model", "module", "state_dict", "model_state"):
         if isinstance(state.get(key), Mapping):
@@ -144,9 +144,9 @@ def _unwrapped(state_dict: Mapping[str, Any]) -> TensorDict:
 
 
 def fit_positions(table: Tensor, config: VitConfig, frames: int | None) -> Tensor:
-    """Positions [1,M,D] of a file for the model, from `frames` token frames; see `load_classifier`.
+    """Resample positions [1,M,D] of a file with `frames` token frames for the model; see `load_classifier`.
 
-    Those that are not whole square grids are left as they are.
+    A table that is not made of square grids is returned unchanged.
     """
     if table.dim() != 3 or 0 in table.shape:
         return table

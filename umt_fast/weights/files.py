@@ -1,4 +1,4 @@
-"""Reading and writing weight files. No file is trusted: nothing in one is executed, whatever it asks for."""
+"""Reading and writing weight files. Files are not trusted: nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ HOW_TO_GET_CLIP = """Give --teacher-weights one of:
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 _LARGEST_JSON = 64 << 20
-"""Bytes of a config or of an index of shards; a real index of shards has some hundred kilobytes."""
+"""Largest config or index of shards, bytes; a real index has some hundred kilobytes."""
 
 
 class WeightsError(RunError, ValueError):
-    """Weights that cannot be found, read or used."""
+    """Weights cannot be found, read or used."""
 
 
 class Weights(TensorDict):
-    """Tensors by key, and what the files beside them say about the model."""
+    """Tensors by key, and facts about the model from the files beside them."""
 
     def __init__(self, tensors: TensorDict, origin: Path, config: Path | None = None) -> None:
         """Raises WeightsError for a config that cannot be read."""
         super().__init__(tensors)
         self.activation: Activation | None = "quick_gelu" if is_torchscript(origin) else None
-        """The activation that a CLIP was trained with; None where no config says so. All CLIPs that are published as
-        TorchScript are OpenAI's own."""
+        """The activation that a CLIP was trained with; None if no config says so. TorchScript archives are OpenAI's,
+        which use QuickGELU."""
         self.origin = origin
-        """The file that says so; else the one that they were read from."""
+        """The config that names the activation, else the file of the tensors."""
         self.config = config
-        """The config.json or open_clip_config.json beside them, if there is one."""
+        """The config.json or open_clip_config.json beside the tensors, if there is one."""
         if config is not None and (stated := _activation_in(config)):
             self.activation, self.origin = stated, config
 
@@ -78,10 +78,10 @@ def read_weights(source: str | Path) -> Weights:
 
 
 def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
-    """As `read_weights`, with the settings that the file holds beside them, by name; {} where there are none.
+    """The tensors of `read_weights`, and the settings that the file holds, by name; {} if it has none.
 
-    They are the `config` of a checkpoint of ours and, if it is a classifier, its class names under `classes`; the
-    argument object of a published one; or the config.json of Hugging Face's VideoMAE.
+    Settings are the `config` of our checkpoints, for classifiers with the class names under `classes`; the argument
+    object of published checkpoints; or the config.json of Hugging Face's VideoMAE. Raises WeightsError.
     """
     path = expand_home(source)
     if os.path.isfile(path) and path.suffix != ".safetensors" and not is_torchscript(path):
@@ -96,15 +96,15 @@ def read_model(source: str | Path) -> tuple[TensorDict, dict[str, Any]]:
         return _tensors_of(content, path), settings if isinstance(settings, dict) else {}
     try:
         weights = read_weights(source)
-    except WeightsError as error:  # whose advice is where to get CLIP
+    except WeightsError as error:  # removes the advice on CLIP weights
         raise WeightsError(str(error).removesuffix(HOW_TO_GET_CLIP).rstrip()) from None
     return weights, {} if weights.config is None else videomae_settings(_read_json(weights.config))
 
 
 def videomae_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of Hugging Face's VideoMAE as the settings that our checkpoints hold; {} for another model.
+    """Convert the config.json of Hugging Face's VideoMAE to the settings of our checkpoints; {} for other models.
 
-    Raises WeightsError for a size that is not a number: clips that are not square, say.
+    Raises WeightsError for a size that is not a positive integer, such as that of clips that are not square.
     """
     if config.get("model_type") != "videomae":
         return {}
@@ -129,18 +129,18 @@ _VIDEOMAE_SIZES = {
     "tubelet_size": ("tubelet_size", 2),
     "heads": ("num_attention_heads", 12),
 }
-"""Our names of a VideoMAE's sizes, theirs, and what a config.json that leaves one out means."""
+"""Our name of each size of a VideoMAE -> Hugging Face's name and its default."""
 
 
 def section_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A section of the settings in a file; empty if the file, which others may have written, has none."""
+    """A section of a file's settings; empty if it is missing or not a section."""
     found = settings.get(name)
     return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager
 def using_settings_of(source: str | Path) -> Iterator[None]:
-    """Turn what settings of other types than ours make fail into WeightsError."""
+    """Turn errors that settings of unexpected types cause into WeightsError."""
     try:
         yield
     except RunError:
@@ -169,7 +169,7 @@ def write_weights(path: str | Path, state: TensorDict) -> None:
 
 
 def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file and its folder, whole or not at all. Raises OSError for a disk that is full."""
+    """Write a .safetensors file atomically, and make its folder. Raises OSError, such as for a full disk."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -205,13 +205,13 @@ def _load_content(path: Path) -> Any:
 def _or_refuse(path: Path, read: Callable[[], T]) -> T:
     try:
         return read()
-    except Exception as error:  # every reader has its own; all mean the same to the caller
+    except Exception as error:  # every reader has its own error classes
         raise WeightsError(f"cannot read weights from {path}: {_reason(error, path)}") from error
 
 
 def _tensors_of(content: Any, path: Path) -> TensorDict:
-    """The tensors by name, from under top keys in any nesting."""
-    for _ in range(_MOST_NESTED):  # a file may hold a dictionary that holds itself
+    """The tensors by name, below top keys in any nesting. Raises WeightsError."""
+    for _ in range(_MOST_NESTED):  # a dictionary may contain itself
         top = content if isinstance(content, dict) else {}
         inner = next((top[key] for key in _TOP_KEYS if isinstance(top.get(key), dict)), None)
         if inner is None:
@@ -225,7 +225,7 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
             raise WeightsError(f"{path}: {key} is a sparse, nested or quantized tensor, or one without values")
         if value.is_complex():
             raise WeightsError(f"{path}: {key} holds complex numbers, which no model here has")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # a model made to fit it is huge
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # or a huge model follows
             raise WeightsError(f"{path}: {key} is {list(value.shape)}, but the file holds fewer values")
     return found
 
@@ -235,7 +235,7 @@ _TOP_KEYS = ("model", "state_dict", "module", "model_state")
 
 
 class _Ignored:
-    """Stands for an object that trainers store beside the weights. It takes any arguments and does nothing."""
+    """Replaces objects that trainers store beside the weights; it accepts any arguments and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -261,7 +261,7 @@ _ALLOWED_GLOBALS: list[Any] = [
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """One line. torch's own page of advice ends in switching off the protection, which is not possible here."""
+    """The reason in one line, without torch's long advice to turn off the protection."""
     if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
         command = (
             f"import torch; c = torch.load({str(path)!r}, weights_only=False); "
@@ -277,7 +277,7 @@ def _reason(error: Exception, path: Path) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# The first that is there is read. A folder may hold one model under several of these names.
+# The first file that exists is read: a folder may have the same model under several of these names.
 _HUGGING_FACE = ("model.safetensors", "model.safetensors.index.json")
 _HUGGING_FACE_OLD = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -285,9 +285,9 @@ _CANDIDATES = (*_HUGGING_FACE, *_OPEN_CLIP, *_HUGGING_FACE_OLD)
 
 
 def _read_set(fetch: Callable[[str], Path | None], where: str) -> Weights:
-    """The weights among the files of a folder or repo; `fetch` gives the local path of a file that it has."""
+    """Read the weights in a folder or repo; `fetch` returns the local path of a file, or None. Raises WeightsError."""
     config = fetch("config.json")
-    # timm's repos hold timm's own image tower as model.safetensors, and the original beside it.
+    # timm's repos have timm's own image tower as model.safetensors, and the original model beside it.
     is_timm = config is not None and "architecture" in _read_json(config)
     for name in (*_OPEN_CLIP, *_HUGGING_FACE, *_HUGGING_FACE_OLD) if is_timm else _CANDIDATES:
         path = fetch(name)
@@ -368,8 +368,8 @@ def _read_repo(repo: str) -> Weights:
 
     def fetch(name: str) -> Path | None:
         try:
-            return Path(hf_hub_download(repo, name))  # from the cache where it is there
-        except LocalEntryNotFoundError:  # the hub is out of reach
+            return Path(hf_hub_download(repo, name))  # uses the local cache
+        except LocalEntryNotFoundError:  # the hub cannot be reached
             raise
         except EntryNotFoundError:  # the repo has no such file
             return None

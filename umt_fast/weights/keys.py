@@ -1,4 +1,4 @@
-"""Key names of weights: wrappers removed, CLIP's image tower under any of its names, and loading into the models."""
+"""Key names of weights: removal of wrappers' prefixes, names of CLIP's image tower, loading into stage 1's models."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from umt_fast.models.clip_vision import ClipTeacher
 from umt_fast.models.heads import bare_student
 from umt_fast.weights.files import TensorDict, Weights, WeightsError, find_not_finite
 
-# Components of a key that wrappers of a module put in: torch.compile, DDP, FSDP, activation checkpointing, Fabric.
+# Parts of keys that wrappers add: torch.compile, DDP, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _WRAPPER = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(_WRAPPERS)})\.")
 _ATTRIBUTE = re.compile(r"^(?:model|net|network)\.")
-"""Attribute names under which a Lightning module holds the model."""
+"""Usual names of the model in a Lightning module."""
 
 
 def strip_wrappers(state: Mapping[str, Any]) -> TensorDict:
-    """The same tensors without what DDP, FSDP, torch.compile or Lightning put before and into their keys.
+    """The tensors without the parts that DDP, FSDP, torch.compile and Lightning add to their keys.
 
-    Raises WeightsError where two keys become the same, such as those of a model and of its average.
+    Raises WeightsError if two keys become equal, such as those of a model and of its moving average.
     """
     found: TensorDict = {}
     for key, value in state.items():
@@ -41,7 +41,7 @@ def strip_wrappers(state: Mapping[str, Any]) -> TensorDict:
 
 
 def _below(state: TensorDict, anchor: str) -> TensorDict:
-    """The part of `state` that begins with what stands before `anchor`: one attribute of a Lightning module, say."""
+    """The tensors with the prefix of the key `anchor`, without this prefix. Raises WeightsError if several match."""
     prefixes = [key.removesuffix(anchor) for key in state if key.endswith(f".{anchor}")]
     if anchor in state or not prefixes:
         return state
@@ -53,13 +53,13 @@ def _below(state: TensorDict, anchor: str) -> TensorDict:
 def clip_image_tower(state: Mapping[str, Any]) -> TensorDict:
     """The image tower of a CLIP state dict under OpenAI's visual key names; other towers are dropped.
 
-    Understands OpenAI and open_clip (`visual.*`), UMT's extraction (bare names), Hugging Face (`vision_model.*`) and
-    timm (`blocks.*`, also as `visual.trunk.*`), each inside wrappers.
+    Accepts the names of OpenAI and open_clip (`visual.*`), UMT's extraction (bare names), Hugging Face
+    (`vision_model.*`) and timm (`blocks.*`, also as `visual.trunk.*`), each with wrappers' prefixes.
     """
     state = strip_wrappers(state)
     for tower in ("visual.trunk.", "visual.", "vision_model."):
         found = [key.rpartition(tower) for key in state if tower in key]
-        # The patch embedding tells where a tower begins: a whole CLIP may be an attribute of something.
+        # The key of the patch embedding shows the tower's prefix: the CLIP may be an attribute of another module.
         begins = [before for before, _, name in found if name.removeprefix("model.") in _PATCH_EMBEDDINGS]
         if begins:
             clip = {key.removeprefix(begins[0]): value for key, value in state.items() if key.startswith(begins[0])}
@@ -88,7 +88,7 @@ _TIMM_NAMES = {
 
 
 def _from_timm(state: TensorDict) -> TensorDict:
-    """timm's CLIP image towers: the projection is a linear head, whose bias CLIP does not have."""
+    """timm's CLIP image towers: the projection is a linear head, whose zero bias is dropped."""
     tower: TensorDict = {}
     for key, value in state.items():
         if key == "cls_token":
@@ -142,8 +142,7 @@ def _from_hugging_face(state: TensorDict) -> TensorDict:
 
 
 def stack_rows(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
-    """The rows of query, key and value in one tensor. Raises WeightsError for one that is missing or of another
-    shape."""
+    """Concatenate the rows of query, key and value. Raises WeightsError for missing keys or different shapes."""
     if missing := [key for key in keys if key not in state]:
         raise WeightsError(f"these weights are not whole: missing {missing[0]}")
     first = state[keys[0]]
@@ -154,7 +153,7 @@ def stack_rows(state: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
 
 
 def resample_positions(positions: Tensor, grid: int) -> Tensor:
-    """Class and patch positions [1 + g^2, D] resampled bicubically to a `grid` x `grid` frame, as UMT does."""
+    """Resample class and patch positions [1 + g^2, D] bicubically to a `grid` x `grid` frame, as UMT does."""
     patches = positions[1:] if positions.dim() == 2 else positions.new_empty(0)
     side = math.isqrt(len(patches))
     if not side or side**2 != len(patches):
@@ -170,7 +169,7 @@ def resample_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def inflate(weight: Tensor, frames: int) -> Tensor:
-    """A 2-D kernel [D,3,p,p] as [D,3,frames,p,p]: on the middle frame, zero on the others, as UMT does."""
+    """Inflate a 2-D kernel [D,3,p,p] to [D,3,frames,p,p]: the middle frame gets it, the others 0, as in UMT."""
     if weight.dim() != 4:
         return weight
     inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
@@ -179,12 +178,12 @@ def inflate(weight: Tensor, frames: int) -> Tensor:
 
 
 def umt_state_dict(student: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of the student on the CPU under UMT's checkpoint keys. Published files hold them under `model`."""
+    """A copy of the student's tensors on the CPU under UMT's keys. Published files have them below a key `model`."""
     return {key: value.detach().to("cpu", copy=True) for key, value in bare_student(student).state_dict().items()}
 
 
 def load_umt_student(student: torch.nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Load UMT's checkpoint keys, bare or under `model`. Raises WeightsError naming what is missing or misshapen."""
+    """Load UMT's checkpoint keys, bare or below `model`. Raises WeightsError that lists keys that do not fit."""
     state = state_dict.get("model", state_dict)
     load_exactly(bare_student(student), _below(strip_wrappers(state), "encoder.patch_embed.proj.weight"), "student")
 
@@ -192,8 +191,8 @@ def load_umt_student(student: torch.nn.Module, state_dict: Mapping[str, Any]) ->
 def load_clip_teacher(teacher: ClipTeacher, state_dict: Mapping[str, Any]) -> None:
     """Load a CLIP image tower under OpenAI's, open_clip's, UMT's, timm's or Hugging Face's keys.
 
-    Positions of another grid are resampled bicubically and 2-D patch weights inflated in time, as UMT does. Raises
-    WeightsError naming what is missing or misshapen, or for weights that were trained with another activation.
+    Positions of another grid are resampled bicubically and 2-D patch weights inflated in time, as in UMT. Raises
+    WeightsError that lists keys that do not fit, or for weights that were trained with another activation.
     """
     if isinstance(state_dict, Weights):
         _check_activation(state_dict, teacher.config.activation)
@@ -206,7 +205,7 @@ def load_clip_teacher(teacher: ClipTeacher, state_dict: Mapping[str, Any]) -> No
 
 
 def _check_activation(weights: Weights, activation: str) -> None:
-    """GELU and QuickGELU have the same weights, and outputs that differ by some percent: nothing else would notice."""
+    """Check the activation: weights for GELU and QuickGELU have the same shapes, but outputs differ by some percent."""
     found = weights.activation
     if found is None:
         if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
@@ -225,7 +224,7 @@ def _check_activation(weights: Weights, activation: str) -> None:
 
 
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Any], name: str) -> None:
-    """Load a state dict that must fit. Raises WeightsError naming what is missing, left over or misshapen."""
+    """Load a state dict that must fit exactly. WeightsError lists missing, unexpected and misshapen keys."""
     own = module.state_dict()
     missing = [f"missing {key} {list(own[key].shape)}" for key in own if key not in state]
     unexpected = [f"unexpected {key}" for key in state if key not in own]
@@ -234,7 +233,7 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Any], name: str) -
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    # One of each kind first: a missing key beside an unexpected one shows at a glance how the names differ.
+    # Show one problem of each kind first: a missing and an unexpected key together show how the names differ.
     problems = [kind[0] for kind in (missing, unexpected, misshapen) if kind]
     problems += [*missing[1:], *unexpected[1:], *misshapen[1:]]
     if problems:

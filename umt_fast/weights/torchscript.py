@@ -1,8 +1,8 @@
 """Tensors of a TorchScript archive, read without running its code.
 
-`torch.jit.load` runs the archive's `__setstate__`, which can write any file. An archive is a zip of one pickle, which
-arranges modules and tensors, of the tensors' bytes, and of code. The pickle is read with a fixed set of opcodes and
-of names; the code is not opened. Format: torch/csrc/jit/docs/serialization.md.
+`torch.jit.load` runs the archive's `__setstate__`, which can write any file. An archive is a zip of a pickle with the
+tree of modules and tensors, the tensors' bytes, and code. The pickle is read with a fixed set of opcodes and names; the
+code is not opened. Format: torch/csrc/jit/docs/serialization.md.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 LARGEST_PICKLE = 64 << 20
-"""Bytes. That of CLIP-L/14 has 0.3 MB."""
+"""Largest pickle, bytes; that of CLIP-L/14 has 0.3 MB."""
 _OPCODES = """
     PROTO STOP MARK GLOBAL NEWOBJ REDUCE BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE
     BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
     EMPTY_DICT SETITEM SETITEMS
 """
-"""What TorchScript's pickler writes."""
+"""The opcodes that TorchScript's pickler writes."""
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -41,7 +41,7 @@ _STORAGES = {
 
 
 def refuse_bomb(path: Path) -> None:
-    """Raise ValueError for a zip that unpacks to much more than its size: tensors are stored uncompressed."""
+    """Raise ValueError if a zip unpacks to much more than its size: torch stores tensors uncompressed."""
     with zipfile.ZipFile(path) as archive:
         unpacked = sum(record.file_size for record in archive.infolist())
     if unpacked > path.stat().st_size + LARGEST_PICKLE:
@@ -52,12 +52,12 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):  # no zip, or a damaged one
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):  # not a zip, or a damaged one
         return False
 
 
 def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """The tensors of the modules in an archive by their state-dict keys. Raises ValueError for a damaged one."""
+    """The tensors of the modules in an archive by state-dict key. Raises ValueError for a damaged archive."""
     refuse_bomb(path)
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -69,7 +69,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
         _check_opcodes(content)
         try:
             root = _Unpickler(content, archive, pickles[0].removesuffix("data.pkl")).load()
-        except Exception as error:  # a damaged pickle fails anywhere
+        except Exception as error:  # a damaged pickle can raise any error
             raise ValueError(f"its data.pkl is damaged: {type(error).__name__}: {error}") from error
     found = _tensors(root)
     if not found:
@@ -89,7 +89,7 @@ def _check_opcodes(content: bytes) -> None:
 
 
 class _Object:
-    """A module or another object of the archive: only its attributes, nothing of its class."""
+    """A module or another object of the archive: only its attributes, without its class."""
 
     attributes: dict[str, Any]
 
@@ -109,10 +109,10 @@ class _Unpickler(pickle.Unpickler):
         self._archive = archive
         self._folder = folder
         self._read: dict[str, Tensor] = {}
-        """Storages by their key."""
+        """Storages by key."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only functions of this module, and names of storages; any other name becomes an object without behaviour."""
+        """Map names to functions of this module and storage dtypes; any other name becomes an inert `_Object`."""
         if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor")):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -155,7 +155,7 @@ def _tensors(root: Any) -> dict[str, Tensor]:
     seen: set[int] = set()
     while waiting:
         prefix, value = waiting.pop()
-        if not isinstance(value, _Object) or id(value) in seen:  # a module may occur twice, or hold itself
+        if not isinstance(value, _Object) or id(value) in seen:  # a module may occur twice, or contain itself
             continue
         seen.add(id(value))
         for name, attribute in value.attributes.items():

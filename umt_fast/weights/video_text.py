@@ -17,9 +17,9 @@ from umt_fast.weights.keys import load_exactly, resample_positions, strip_wrappe
 
 
 def video_text_state_dict(model: nn.Module) -> TensorDict:
-    """A copy on the CPU of a stage-2 or question-answering model under its published keys, teacher included.
+    """A copy of a stage-2 or question-answering model's tensors on the CPU under the published keys, with the teacher.
 
-    Parameters that two names share are there under both, as in the published files, which hold them under `model`.
+    Shared parameters appear under both names, as in the published files, which have all keys below `model`.
     """
     state: TensorDict = {}
     for key, value in bare_video_text(model).state_dict().items():
@@ -38,12 +38,12 @@ def video_text_state_dict(model: nn.Module) -> TensorDict:
 
 
 def load_video_text(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Load published stage-2 or fine-tuned keys, bare or under `model`; questions start as published.
+    """Load published stage-2 or fine-tuned keys, bare or below `model`.
 
-    The text encoder's `bert.` comes and goes as the model needs it, and the answer decoder of a model that has none in
-    the file is made of the fusion layers. Returns the keys that have no place in the model: the teacher, alignment
-    heads and language head in fine-tuning, for questions also the projections. Raises WeightsError for anything else
-    that is missing, misshapen or left over: nothing is skipped in silence.
+    The prefix `bert.` of the text encoder is added or removed as the model needs it. If the file has no answer decoder,
+    it is made from the fusion layers, as published. Returns the keys that the model does not have: teacher, alignment
+    heads and language head in fine-tuning, for question answering also the projections. Raises WeightsError for any
+    other missing, misshapen or unexpected key.
     """
     own = bare_video_text(model)
     wanted = own.state_dict()
@@ -85,10 +85,10 @@ def load_video_text(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str
 
 
 def load_stage1(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
-    """Start the video encoder of stage 2 or of question answering from a stage-1 checkpoint, bare or under `model`.
+    """Load a stage-1 checkpoint, bare or below `model`, into the video encoder of stage 2 or of question answering.
 
-    Only the pooling norm is not in there and stays as it is. Returns the alignment heads' keys if the model has none.
-    Raises WeightsError naming what is missing, misshapen or left over.
+    The pooling norm, which is not in the file, keeps its values. Returns the keys of alignment heads that the model
+    does not have. Raises WeightsError that lists keys that do not fit.
     """
     vision = bare_video_text(model).vision_encoder
     state = _unwrap(state_dict)
@@ -100,10 +100,10 @@ def load_stage1(model: nn.Module, state_dict: Mapping[str, Any]) -> list[str]:
 
 
 def load_bert(model: VideoTextModel, state_dict: Mapping[str, Any]) -> None:
-    """Start the text encoder from a Hugging Face BERT, with its language head if the model has one.
+    """Load a Hugging Face BERT into the text encoder, with its language head if the model has one.
 
-    Cross-attention is not in there and stays as it is; the pooler and the next-sentence head are dropped. Raises
-    WeightsError naming what is missing or misshapen.
+    Cross-attention, which is not in the file, keeps its values; pooler and next-sentence head are dropped. Raises
+    WeightsError that lists keys that do not fit.
     """
     state = {
         key.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight").replace(".beta", ".bias"): value
@@ -120,7 +120,7 @@ def load_bert(model: VideoTextModel, state_dict: Mapping[str, Any]) -> None:
 
 
 def bert_folder(source: str | Path) -> Path:
-    """The folder of a Hugging Face BERT with its weights and vocabulary, fetched if `source` is a repo id."""
+    """The folder of a Hugging Face BERT, downloaded if `source` is a repo id. Raises WeightsError."""
     path = expand_home(source)
     if path.is_dir():
         return path
@@ -138,7 +138,7 @@ def bert_folder(source: str | Path) -> Path:
 
 
 def read_bert(source: str | Path) -> TensorDict:
-    """Tensors of a Hugging Face BERT, by key; `source` as of `bert_folder`. Raises WeightsError."""
+    """Tensors of a Hugging Face BERT, by key; `source` as in `bert_folder`. Raises WeightsError."""
     folder = bert_folder(source)
     names = ("model.safetensors", "pytorch_model.bin")
     if not any((folder / f"{name}{ending}").is_file() for name in names for ending in ("", ".index.json")):
@@ -149,12 +149,12 @@ def read_bert(source: str | Path) -> TensorDict:
 _BERT_FILES = ("config.json", "vocab.txt", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin")
 _POSITIONS = "positional_embedding"
 _COPIES = ("embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
-"""Keys to skip: their content also exists under another key, or it is not a parameter."""
+"""Keys to skip: copies of other keys, and a table of indices."""
 _UNUSED_FOR_ANSWERS = ("temp", "vision_proj.", "text_proj.", "itm_head.", "vision_encoder.pool_norm.")
 
 
 def _unwrap(state_dict: Mapping[str, Any]) -> TensorDict:
-    """The tensors from under a top key `model` or `module`, without what wrappers put into the keys."""
+    """The tensors below a top key `model` or `module`, without the prefixes of wrappers."""
     state: Mapping[str, Any] = state_dict
     for key in ("model", "module"):
         if isinstance(state.get(key), Mapping):
@@ -163,6 +163,6 @@ def _unwrap(state_dict: Mapping[str, Any]) -> TensorDict:
 
 
 def _with_bert(key: str) -> str:
-    """The key of a bare text encoder as it is where there is a language head."""
+    """The key of a bare text encoder, renamed as in a model with a language head."""
     inner = key.removeprefix("text_encoder.")
     return key if inner == key or inner.startswith(("bert.", "cls.")) else f"text_encoder.bert.{inner}"

@@ -52,9 +52,9 @@ _PART = re.compile(r"\.attention\.attention\.(query|key|value)\.weight$")
 
 
 def published_videomae_names(state: Mapping[str, Tensor]) -> TensorDict:
-    """Tensors of Hugging Face's VideoMAE under the names of the published files; others come back as they are.
+    """Rename the tensors of Hugging Face's VideoMAE as in the published files; other files are returned unchanged.
 
-    Query, key and value become the rows of one `qkv.weight`. Raises WeightsError where one of the three is missing.
+    Query, key and value become the rows of one `qkv.weight`. Raises WeightsError if one of the three is missing.
     """
     if not any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state):
         return dict(state)
@@ -71,8 +71,8 @@ def published_videomae_names(state: Mapping[str, Tensor]) -> TensorDict:
 
 
 def hugging_face_videomae_names(state: Mapping[str, Tensor]) -> TensorDict:
-    """The reverse: published names as the files of `VideoMAEForPreTraining` and `VideoMAEForVideoClassification` have
-    them, with a weight each for query, key and value."""
+    """The inverse: published names to those of `VideoMAEForPreTraining` and `VideoMAEForVideoClassification`, which
+    have separate weights for query, key and value."""
     found: TensorDict = {}
     for key, value in state.items():
         name = _renamed(key, _TO_HUGGING_FACE)
@@ -92,8 +92,8 @@ def _renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def load_autoencoder(model: MaskedAutoencoder, state_dict: Mapping[str, Any]) -> None:
-    """Load a pre-training file of the model's method: published names, bare or under a top key and inside wrappers, or
-    Hugging Face's. Raises WeightsError naming what is missing, left over or misshapen."""
+    """Load a pre-training file of the model's method under published or Hugging Face's names; top keys and wrappers'
+    prefixes are removed. Raises WeightsError that lists keys that do not fit."""
     state: Any = state_dict
     for key in ("model", "module", "model_state"):
         if isinstance(state.get(key), Mapping):
@@ -105,9 +105,9 @@ def load_autoencoder(model: MaskedAutoencoder, state_dict: Mapping[str, Any]) ->
 def save_hugging_face_videomae(model: VideoMae | VideoClassifier, folder: str | Path) -> None:
     """Write model.safetensors and config.json, which `from_pretrained` of Hugging Face's VideoMAE classes reads.
 
-    Their library computes the decoder's norm and fc_norm with eps 1e-5, where the published code has 1e-6. Raises
-    WeightsError for a model that the library cannot hold: AdaMAE's, or a classifier that does not pool the mean of
-    all tokens with the positions of VideoMAE.
+    Hugging Face's library computes the decoder's norm and fc_norm with eps 1e-5, the published code with 1e-6. Raises
+    WeightsError for a model that the library does not support: AdaMAE, or a classifier without mean pooling and direct
+    positions.
     """
     sizes = model.config
     if isinstance(model, AdaMae):
