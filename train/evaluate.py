@@ -40,6 +40,7 @@ from umt_fast.run.attention_choice import Use
 from umt_fast.run.compute import choose_attention
 from umt_fast.run.hardware import describe, resolve_precision
 from umt_fast.run.log import say
+from umt_fast.run.progress import Progress, silent
 from umt_fast.run.world import World
 from umt_fast.weights import (
     TensorDict,
@@ -142,7 +143,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
         clips_per_pass=test.clips_per_pass,
         bf16=bf16,
         merge=test.merge,
-        say=progress if world.main else lambda *_: None,
+        on_progress=Progress("test") if world.main else silent,
     )
     if not world.main:
         return
@@ -156,16 +157,10 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
     for row, name, reason in found.bad:
         say(f"could not be read, row {row + 1}: {name}: {reason}")
     say(
-        f"top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  mean per class {scores.mean_class:.2f}  "
+        f"top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  mean per class {scores.mean_class:.2f}%  "
         f"loss {scores.loss:.4f}  ({scores.videos} videos, {len(found.bad)} could not be read); "
         f"report in {config.run.folder}"
     )
-
-
-def progress(done: int, total: int) -> None:
-    """Print a line after each tenth of this rank's batches."""
-    if done == total or done * 10 // total > (done - 1) * 10 // total:
-        say(f"{done} of {total} batches")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,6 +27,7 @@ from umt_fast.models import attention
 from umt_fast.run import launch
 from umt_fast.run.hardware import describe, resolve_precision
 from umt_fast.run.log import say
+from umt_fast.run.progress import OnProgress, Progress, silent
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError, read_model, section_of
 
@@ -46,11 +47,13 @@ class TestDataConfig(DataConfig):
     max_words: int = 32
     """Longest text or question, in tokens."""
     max_answer_words: int = 5
+    """Longest answer, in tokens."""
     join_captions: bool = False
     """All captions of an entry are one text (DiDeMo, ActivityNet)."""
     max_seconds: float | None = None
     """Read only this many seconds from the beginning of a video (DiDeMo: 30)."""
     antialias: bool = False
+    """Antialias when frames are made smaller; the published code does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +67,7 @@ class VideoTextTestConfig:
     """A test of one stage-2 checkpoint."""
 
     job: VideoTextTestJob = "retrieval"
+    """What is tested."""
     checkpoint: str = ""
     """A stage-2 or fine-tuned file, ours or a published one."""
     vocabulary: str = ""
@@ -142,7 +146,9 @@ def retrieve(
     check_files(found.videos, [(config.data.test, 0)])
     about: dict[str, Any] = {"checkpoint": config.checkpoint, "list": config.data.test, "chance": report.chance(found)}
     about |= {"frames": loaded.model.config.vision.frames, "k": config.k}
-    result, bad = report.run_retrieval(loaded, found, config.run.folder, settings, config.data, config.k, about)
+    result, bad = report.run_retrieval(
+        loaded, found, config.run.folder, settings, config.data, config.k, about, say if world.main else _say_nothing
+    )
     lines = [f"{len(found.videos)} videos, {len(found.texts)} texts"]
     if config.k < min(max(RECALLS), len(found.videos), len(found.texts)):
         lines.append(f"note: only {config.k} candidates are re-ranked; R@10 also counts others, in the list's order")
@@ -154,10 +160,10 @@ def choose(
 ) -> tuple[list[str], list[tuple[str, str]]]:
     questions = report.read_choices(config.data.test)
     check_files(VideoList.of_paths(question.path for question in questions), [(config.data.test, 0)])
-    chosen, bad = report.choose_options(loaded, questions, settings, config.data)
+    chosen, bad = report.choose_options(loaded, questions, settings, config.data, _progress(world))
     right = report.choice_accuracy(chosen, questions)
     write(config, world, {"accuracy": round(right, 2), "chosen": chosen})
-    return [f"accuracy {right:.2f} of {len(questions)} videos"], bad
+    return [f"accuracy {right:.2f}% of {len(questions)} videos"], bad
 
 
 def ask(
@@ -168,16 +174,32 @@ def ask(
     questions, answers = read_questions(config.data.test), read_answers(config.data.answers)
     check_files(VideoList.of_paths(question.path for question in questions), [(config.data.test, 0)])
     said, bad = report.answer_questions(
-        loaded, questions, answers, settings, config.data, config.k, config.first_token, config.data.max_answer_words
+        loaded,
+        questions,
+        answers,
+        settings,
+        config.data,
+        config.k,
+        config.first_token,
+        config.data.max_answer_words,
+        _progress(world, "questions"),
     )
     known = [question for question in questions if question.answers]
     content: dict[str, Any] = {"answers": said}
     lines = [f"{len(said)} of {len(questions)} questions answered from a list of {len(answers)}"]
     if known:
         content["accuracy"] = round(report.question_accuracy(said, known), 2)
-        lines.append(f"accuracy {content['accuracy']:.2f}")
+        lines.append(f"accuracy {content['accuracy']:.2f}% of {len(known)} questions with known answers")
     write(config, world, content)
     return lines, bad
+
+
+def _progress(world: World, unit: str = "videos") -> OnProgress:
+    return Progress("test", unit) if world.main else silent
+
+
+def _say_nothing(line: str) -> None:
+    """What the other ranks print."""
 
 
 def write(config: VideoTextTestConfig, world: World, content: dict[str, Any]) -> None:

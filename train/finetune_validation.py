@@ -19,6 +19,7 @@ from umt_fast.models.attention import load as load_attention
 from umt_fast.models.classifier import build_classifier
 from umt_fast.run import checkpoint, parallel
 from umt_fast.run.optim import EpochSchedule, MovingAverage
+from umt_fast.run.progress import Progress
 from umt_fast.run.train_state import TrainState
 from umt_fast.weights import read_model
 
@@ -61,11 +62,11 @@ class Validation:
         if listed is None:
             self._save_best(model, None)
             return
-        found = self._predict(model, listed, validation=True)
+        found = self._predict(model, listed, Progress("validation", say=say), validation=True)
         scores = score(found.probabilities, torch.from_numpy(listed.labels)[found.rows])
         unread = f", {len(found.bad)} could not be read" if found.bad else ""
         say(
-            f"validation after step {state.step}: top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  "
+            f"validation after step {state.step}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  "
             f"loss {scores.loss:.4f}  ({scores.videos} videos{unread})"
         )
         if scores.top1 > state.plan["best_top1"]:
@@ -80,7 +81,7 @@ class Validation:
         self._state.world.gather(None)  # the main rank may still be writing best.pth
         model = self._weights()
         model.load_state_dict(read_model(self._best)[0])
-        found = self._predict(model, listed)
+        found = self._predict(model, listed, Progress("test", say=say))
         if not self._state.world.main:
             return
         folder, views = config.run.folder / "test", [config.test.segments, config.test.crops]
@@ -88,8 +89,8 @@ class Validation:
         scores = write_report(folder, found, listed, about)
         unread = f"; {len(found.bad)} could not be read, see test.json" if found.bad else ""
         say(
-            f"test, {config.test.segments} x {config.test.crops} views: top-1 {scores.top1:.2f}  "
-            f"top-5 {scores.top5:.2f}  mean per class {scores.mean_class:.2f}  ({scores.videos} videos{unread}); "
+            f"test, {config.test.segments} x {config.test.crops} views: top-1 {scores.top1:.2f}%  "
+            f"top-5 {scores.top5:.2f}%  mean per class {scores.mean_class:.2f}%  ({scores.videos} videos{unread}); "
             f"report in {folder}"
         )
 
@@ -109,11 +110,23 @@ class Validation:
         copy.load_state_dict({key: parallel.whole(value) for key, value in model.state_dict().items()})
         return copy
 
-    def _predict(self, model: nn.Module, listed: LabelledVideos, *, validation: bool = False) -> Predictions:
+    def _predict(
+        self, model: nn.Module, listed: LabelledVideos, on_progress: Progress, *, validation: bool = False
+    ) -> Predictions:
         data, test = self._config.data, self._config.test
         views = Views.of(self._config.classifier, data, test, validation)
         clips, merge, world = test.clips_per_pass, test.merge, self._state.world
-        return predict(model, listed.videos, views, data, world, clips_per_pass=clips, bf16=self._bf16, merge=merge)
+        return predict(
+            model,
+            listed.videos,
+            views,
+            data,
+            world,
+            clips_per_pass=clips,
+            bf16=self._bf16,
+            merge=merge,
+            on_progress=on_progress,
+        )
 
     def _save_best(self, model: nn.Module, top1: float | None) -> None:
         """Write best.pth: weights, settings and class names; `load_encoder` and `train.evaluate` read it.

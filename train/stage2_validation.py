@@ -19,12 +19,14 @@ from umt_fast.evaluation.qa import PUBLISHED_K
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, embed_set
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
 from umt_fast.run.checkpoint import write_tensors
+from umt_fast.run.progress import Progress
 from umt_fast.run.train_state import TrainState
 
 BEST = "best.pth"
 Bad = list[tuple[str, str]]
-Test = Callable[[Loaded], tuple[float, str, dict[str, Any], Bad]]
-"""Model -> the score that selects the best checkpoint, a line of the log, all figures, and the unreadable videos."""
+Test = Callable[[Loaded, Callable[[str], None]], tuple[float, str, dict[str, Any], Bad]]
+"""Model, and a function that prints a line -> the score that selects the best checkpoint, a line of the log, all
+figures, and the unreadable videos."""
 
 
 class Validation:
@@ -62,7 +64,7 @@ class Validation:
         state.plan["validated"] = state.step
         device = state.world.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), retrieval.evaluating(model):
-            score, line, figures, bad = test(Loaded(model, self._tokenizer, ""))
+            score, line, figures, bad = test(Loaded(model, self._tokenizer, ""), say)
         unread = f"; {len(bad)} could not be read, the first one {bad[0][0]}: {bad[0][1]}" if bad else ""
         say(f"validation after step {state.step}: {line}{unread}")
         if self._config.job != "pretrain" and score > state.plan["best"]:
@@ -88,41 +90,54 @@ class Validation:
                 raise ConfigError(f"no question of {source.path} has an answer to compare with")
             check_files(VideoList.of_paths(question.path for question in known), [(data.validation, 0)])
 
-            def ask(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
+            def ask(loaded: Loaded, say: Callable[[str], None]) -> tuple[float, str, dict[str, Any], Bad]:
                 said, bad = report.answer_questions(
-                    loaded, known, answers, self._settings, data, PUBLISHED_K, max_answer_words=data.max_answer_words
+                    loaded,
+                    known,
+                    answers,
+                    self._settings,
+                    data,
+                    PUBLISHED_K,
+                    max_answer_words=data.max_answer_words,
+                    on_progress=Progress("validation", "questions", say),
                 )
                 right = report.question_accuracy(said, known)
-                return right, f"accuracy {right:.2f} of {len(known)} questions", {"accuracy": right}, bad
+                return right, f"accuracy {right:.2f}% of {len(known)} questions", {"accuracy": right}, bad
 
             return ask
         if data.validation_job == "multiple_choice":
             choices = report.read_choices(data.validation)
             check_files(VideoList.of_paths(one.path for one in choices), [(data.validation, 0)])
 
-            def choose(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
-                chosen, bad = report.choose_options(loaded, choices, self._settings, data)
+            def choose(loaded: Loaded, say: Callable[[str], None]) -> tuple[float, str, dict[str, Any], Bad]:
+                on_progress = Progress("validation", say=say)
+                chosen, bad = report.choose_options(loaded, choices, self._settings, data, on_progress)
                 right = report.choice_accuracy(chosen, choices)
-                return right, f"accuracy {right:.2f} of {len(choices)} videos", {"accuracy": right}, bad
+                return right, f"accuracy {right:.2f}% of {len(choices)} videos", {"accuracy": right}, bad
 
             return choose
         found = read_retrieval(data.validation, data.join_captions, data.read_timeout)
         check_files(found.videos, [(data.validation, 0)])
 
-        def retrieve(loaded: Loaded) -> tuple[float, str, dict[str, Any], Bad]:
-            recalls, bad = self._retrieve(loaded, found)
+        def retrieve(loaded: Loaded, say: Callable[[str], None]) -> tuple[float, str, dict[str, Any], Bad]:
+            recalls, bad = self._retrieve(loaded, found, say)
             text, video = (
                 " / ".join(f"{recalls[f'{way}_r{n}']:.1f}" for n in retrieval.RECALLS) for way in ("img", "txt")
             )
-            line = f"R@1 / 5 / 10 text to video {text}, video to text {video} of {len(found.videos)} videos"
+            line = f"R@1 / 5 / 10 in percent, text to video {text}, video to text {video} of {len(found.videos)} videos"
             return recalls["r_mean"], line, recalls, bad
 
         return retrieve
 
-    def _retrieve(self, loaded: Loaded, found: RetrievalSet) -> tuple[dict[str, float], Bad]:
+    def _retrieve(
+        self, loaded: Loaded, found: RetrievalSet, say: Callable[[str], None]
+    ) -> tuple[dict[str, float], Bad]:
         world, model = self._state.world, loaded.model
         assert isinstance(model, VideoTextModel)
-        embedded, bad = embed_set(loaded, found, self._settings, self._config.data, world.rank, world.size)
+        on_progress = Progress("validation, embedding", say=say)
+        data = self._config.data
+        embedded, bad = embed_set(loaded, found, self._settings, data, world.rank, world.size, on_progress=on_progress)
         bad = [file for part in world.gather(bad) for file in part]
         with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16, enabled=self._settings.bf16):
-            return retrieval.score(model, embedded, found.texts_of_videos).recalls, bad
+            on_progress = Progress("validation, re-ranking", say=say)
+            return retrieval.score(model, embedded, found.texts_of_videos, on_progress=on_progress).recalls, bad

@@ -235,7 +235,7 @@ def test_evaluate_runs_each_job(trained, listed, tmp_path, capsys):
     (tmp_path / "mc.json").write_text(json.dumps(choices))
     out, folder = run("multiple_choice", "retrieval", str(tmp_path / "mc.json"))
     chosen = json.loads((folder / "multiple_choice.json").read_text())["chosen"]
-    assert f"accuracy {100 * list(chosen.values()).count(1) / 8:.2f} of 8 videos" in out
+    assert f"accuracy {100 * list(chosen.values()).count(1) / 8:.2f}% of 8 videos" in out
     (tmp_path / "answers.json").write_text('["star", "circle"]')
     asked = [{"video": entry["video"], "question": "what is it?", "answer": "star"} for entry in entries]
     (tmp_path / "qa.json").write_text(json.dumps(asked))

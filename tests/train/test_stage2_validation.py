@@ -52,7 +52,7 @@ def test_the_best_epoch_is_kept_and_training_does_not_notice(runner, start, caps
     folder = tune(runner, "validated", start, *validation)
     assert len(found) == 2  # two epochs of 4 steps
     out = capsys.readouterr().out
-    assert "validation after step 4: R@1 / 5 / 10 text to video" in out
+    assert "validation after step 4: R@1 / 5 / 10 in percent, text to video" in out
     assert "of 8 videos" in out
     for part in ("model", "optimizer", "rng"):
         assert_equal(last_checkpoint(folder)[part], last_checkpoint(plain)[part], part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +13,7 @@ from umt_fast.config import DataConfig
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipLoader, NothingReadable
 from umt_fast.evaluation.views import Views, view_stream
+from umt_fast.run.progress import OnProgress, silent
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ def predict(
     clips_per_pass: int = 16,
     bf16: bool = False,
     merge: Merge = "probabilities",
-    say: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Predictions:
     """Predictions of a list by all processes together; every rank returns all of them.
 
-    Every forward pass has the same clips for any number of processes, so the result is bit-identical. `say` gets the
-    number of finished batches of this rank and their total. Raises NothingReadable if no video can be read.
+    Every forward pass has the same clips for any number of processes, so the result is bit-identical. `on_progress` is
+    called after every batch. Raises NothingReadable if no video can be read.
     """
     count, group = views.clips, max(clips_per_pass // views.clips, 1)
     groups = -(-len(videos) // group)
@@ -177,7 +177,7 @@ def predict(
                 )
                 merged.append(merge_views(logits, of_clip, count, merge))
                 rows += batch.rows
-            say(done, len(own))
+            on_progress(len(videos) * done // len(own), len(videos))
     model.train(training)
     gathered = world.gather((rows, torch.cat(merged) if merged else None, bad))
     found = torch.tensor([row for rows, _, _ in gathered for row in rows], dtype=torch.int64)

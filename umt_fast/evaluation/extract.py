@@ -28,6 +28,7 @@ from umt_fast.evaluation.views import Views, view_stream
 from umt_fast.files import expand_home, read_small, replacing, write_whole
 from umt_fast.models.encoder import VideoEncoder
 from umt_fast.run.folder import hold_folder
+from umt_fast.run.progress import OnProgress, Progress, silent
 from umt_fast.run.world import World
 from umt_fast.weights.files import save_safetensors
 from umt_fast.weights.torchscript import refuse_bomb
@@ -87,11 +88,12 @@ def extract(
     *,
     bf16: bool = False,
     say: Callable[[str], None] = print,
-) -> None:
+) -> list[tuple[str, str]]:
     """Write the features of all videos to `folder`. Processes divide the shards among them; existing shards are kept.
 
     `about` is stored in features.json. It, the settings and the list must be the same when an extraction is continued.
-    Raises FeaturesError if they differ, ConfigError while another extraction writes to the folder.
+    Raises FeaturesError if they differ, ConfigError while another extraction writes to the folder. Returns name and
+    reason of each unreadable video of the shards that were written now.
     """
     count = -(-len(videos) // settings.shard)
     facts = asdict(settings)
@@ -109,8 +111,8 @@ def extract(
             problem = error
         if (problem := world.gather(problem)[0]) is not None:
             raise problem
-        _write_missing(encoder, videos, labels, settings, config, world, folder, bf16, say)
-        world.gather(None)
+        bad = _write_missing(encoder, videos, labels, settings, config, world, folder, bf16, say)
+        return [one for part in world.gather(bad) for one in part]
 
 
 def _write_missing(
@@ -123,18 +125,22 @@ def _write_missing(
     folder: Path,
     bf16: bool,
     say: Callable[[str], None],
-) -> None:
-    """Write this process's share of the missing shards."""
+) -> list[tuple[str, str]]:
+    """Write this process's share of the missing shards. Returns the unreadable videos."""
     share = range(world.rank, -(-len(videos) // settings.shard), world.size)
     own = [number for number in share if not shard_path(folder, number, settings.format).exists()]
     if world.main and len(own) < len(share):
         say(f"{len(share) - len(own)} of {len(share)} shards are there already")
+    bad: list[tuple[str, str]] = []
     for done, number in enumerate(own, 1):
         first = number * settings.shard
         last = min(first + settings.shard, len(videos))
-        _write_shard(encoder, videos, labels, range(first, last), settings, config, world, folder, number, bf16)
+        progress = Progress(f"shard {done} of {len(own)}", say=say) if world.main else silent
+        rows = range(first, last)
+        bad += _write_shard(encoder, videos, labels, rows, settings, config, world, folder, number, bf16, progress)
         if world.main:
             say(f"shard {done} of {len(own)}: videos {first + 1} to {last}")
+    return bad
 
 
 def check_same(path: Path, index: dict[str, Any]) -> None:
@@ -164,30 +170,34 @@ def _write_shard(
     folder: Path,
     number: int,
     bf16: bool,
-) -> None:
+    on_progress: OnProgress,
+) -> list[tuple[str, str]]:
     views, parts, found, bad = settings.views, [], [], []
     group = max(settings.clips_per_pass // views.clips, 1)
+    batches = -(-len(rows) // group)
     loader = ClipLoader(
         view_stream(videos, views, config),
         start=rows.start * views.clips,
         end=rows.stop,
-        batches=-(-len(rows) // group),
+        batches=batches,
         batch_size=group * views.clips,
         pin_memory=world.device.type == "cuda",
     )
     with loader:
-        for batch in loader:
+        for done, batch in enumerate(loader, 1):
             bad += batch.bad
             if batch.rows:
                 made = features_of(encoder, batch.clip.to(world.device), settings, bf16)
                 parts.append(made.unflatten(0, (len(batch.rows), views.clips)).cpu())
                 found += batch.rows
+            on_progress(len(rows) * done // batches, len(rows))
     tensors = {
         "features": torch.cat(parts) if parts else torch.zeros(0, views.clips, encoder.config.width),
         "rows": torch.tensor(found, dtype=torch.int64),
         "labels": torch.tensor([NO_LABEL if labels is None else int(labels[row]) for row in found], dtype=torch.int64),
     }
     _write_tensors(shard_path(folder, number, settings.format), tensors, json.dumps(bad))
+    return bad
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], unreadable: str) -> None:

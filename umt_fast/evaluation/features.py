@@ -38,6 +38,8 @@ _HEADS = {1280: 16, 1408: 16}
 """Heads by width: VideoMAE's ViT-H and ViT-g."""
 
 
+_RULE = "frames of a clip: sparse, over the whole video; dense or strided, every --rate frames; segment, as SSv2"
+
 _MOST_TOKENS = 1 << 18
 """Most tokens per clip that a file may imply: a table of more positions could exhaust the memory."""
 
@@ -193,11 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the features")
     parser.add_argument("--prefix", default="", help="folder that relative paths of the list start from")
     parser.add_argument("--classes", default="", help="class file that numbers the labels' names")
-    parser.add_argument("--kind", choices=("pooled", "tokens"), default="pooled")
+    parser.add_argument("--kind", choices=("pooled", "tokens"), default="pooled", help="default %(default)s")
     parser.add_argument("--layer", type=int, default=-1, help="block, negative from the end (default: the last)")
     parser.add_argument("--segments", type=int, default=1, help="views in time (default 1)")
     parser.add_argument("--crops", type=int, default=1, help="views in space (default 1)")
-    parser.add_argument("--rule", choices=("sparse", "dense", "strided", "segment"), default="sparse")
+    parser.add_argument("--rule", choices=("sparse", "dense", "strided", "segment"), default="sparse", help=_RULE)
     parser.add_argument("--rate", type=float, default=4, help="frames of the video per frame of a dense clip")
     parser.add_argument("--frames", type=int, help="frames of a clip (default: the checkpoint's)")
     parser.add_argument("--image-size", type=int, help="side of a clip (default: the checkpoint's)")
@@ -205,10 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shard", type=int, default=512, help="videos in a file (default 512)")
     parser.add_argument("--half", action="store_true", help="store float16")
     parser.add_argument("--format", choices=("safetensors", "npz"), default="safetensors", help="kind of file")
-    parser.add_argument("--clips-per-pass", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--clips-per-pass", type=int, default=16, help="clips of a forward pass (default 16)")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode (default 4)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default %(default)s")
+    parser.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast"
+    )
     from umt_fast.run import launch, world  # load_encoder must not need these imports
 
     with launch.one_line_errors():
@@ -225,7 +229,8 @@ def _extract(given: argparse.Namespace, world: World) -> None:
     from umt_fast.data.manifest import check_files, read_manifest
     from umt_fast.evaluation.extract import Extraction, FeaturesError, extract
     from umt_fast.evaluation.views import Views
-    from umt_fast.run.hardware import resolve_precision
+    from umt_fast.run.hardware import describe, resolve_precision
+    from umt_fast.run.log import say
 
     encoder = load_encoder(
         given.checkpoint, frames=given.frames, image_size=given.image_size, heads=given.heads, device=world.device
@@ -243,10 +248,17 @@ def _extract(given: argparse.Namespace, world: World) -> None:
             raise
     videos = read_manifest(given.data, given.prefix) if listed is None else listed.videos
     check_files(videos, given.data, given.prefix)
+    bf16 = resolve_precision(given.precision, world.device)
+    if world.main:
+        say(describe(world.device, bf16, "pyav"))
+        say(
+            f"encoder {sizes.width} x {depth}, {sizes.frames} frames of {sizes.image_size} px; {len(videos)} videos, "
+            f"{given.segments} x {given.crops} views"
+        )
     views = Views(sizes.frames, sizes.image_size, given.rule, given.rate, segments=given.segments, crops=given.crops)
     settings = Extraction(views, given.kind, given.layer, given.shard, given.half, given.clips_per_pass, given.format)
     about = {"checkpoint": str(given.checkpoint), "classes": None if listed is None else list(listed.classes)}
-    extract(
+    bad = extract(
         encoder,
         videos,
         None if listed is None else listed.labels.tolist(),
@@ -255,10 +267,13 @@ def _extract(given: argparse.Namespace, world: World) -> None:
         world,
         given.out,
         about,
-        bf16=resolve_precision(given.precision, world.device),
+        bf16=bf16,
     )
     if world.main:
-        print(f"features of {len(videos)} videos{' without labels' if listed is None else ''} in {given.out}")
+        for name, reason in bad:
+            say(f"could not be read: {name}: {reason}")
+        labels = "" if listed is not None else ", without labels"
+        say(f"features of {len(videos) - len(bad)} of {len(videos)} videos{labels} in {given.out}")
 
 
 if __name__ == "__main__":

@@ -188,21 +188,21 @@ def check(kind: str, train: Features, test: Features) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("knn", "linear", "attentive"))
+    parser.add_argument("kind", choices=("knn", "linear", "attentive"), help="the probe")
     parser.add_argument("--train", required=True, help="folder of features to fit on")
     parser.add_argument("--test", required=True, help="folder of features to test on")
     parser.add_argument("--out", type=Path, help="JSON file for the scores")
-    parser.add_argument("--neighbours", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=AttentiveSettings.epochs)
-    parser.add_argument("--lr", type=float, default=AttentiveSettings.lr)
-    parser.add_argument("--heads", type=int, default=AttentiveSettings.heads)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--neighbours", type=int, default=20, help="knn: training videos that vote (default 20)")
+    parser.add_argument("--epochs", type=int, default=AttentiveSettings.epochs, help="attentive: default %(default)s")
+    parser.add_argument("--lr", type=float, default=AttentiveSettings.lr, help="attentive: default %(default)s")
+    parser.add_argument("--heads", type=int, default=AttentiveSettings.heads, help="attentive: default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="linear, attentive: of what is drawn (default 0)")
     given = parser.parse_args(arguments)
     try:
         settings = AttentiveSettings(epochs=given.epochs, lr=given.lr, heads=given.heads, seed=given.seed)
         scores = probe(given.kind, read_features(given.train), read_features(given.test), settings, given.neighbours)
         print(
-            f"{given.kind}: top-1 {scores.top1:.2f}  top-5 {scores.top5:.2f}  mean per class {scores.mean_class:.2f}"
+            f"{given.kind}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  mean per class {scores.mean_class:.2f}%"
             f"  ({scores.videos} videos)"
         )
         if given.out is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from umt_fast.models.text import Context, Pairing, cut_padding
 from umt_fast.models.video_text import VideoTextModel, bare_video_text
+from umt_fast.run.progress import OnProgress, silent
 
 T = TypeVar("T")
 
@@ -124,6 +125,7 @@ def score(
     texts_of_videos: Sequence[Sequence[int]],
     k: int = PUBLISHED_K,
     group: Any = None,
+    on_progress: OnProgress = silent,
 ) -> Retrieval:
     """Score matrices and recalls of embedded videos and texts.
 
@@ -147,7 +149,8 @@ def score(
     best_t2v = _best(coarse.T, k) & read
     first = sum(len(part) for part in parts[: rank_and_size(group)[0]])
     own = slice(first, first + len(embedded.video))
-    pairs = torch.cat(gather(match_pairs(model, embedded, (best_v2t | best_t2v.T)[own]), group))
+    wanted = (best_v2t | best_t2v.T)[own]
+    pairs = torch.cat(gather(match_pairs(model, embedded, wanted, on_progress=on_progress), group))
     v2t = torch.where(best_v2t, pairs, NOT_RANKED)
     t2v = torch.where(best_t2v, pairs.T, NOT_RANKED)
     return judge(coarse, v2t, t2v, texts_of_videos)
@@ -173,7 +176,11 @@ def judge(
 
 
 def match_pairs(
-    model: VideoTextModel, embedded: Embedded, wanted: Shaped[Tensor, "v n"], texts_at_once: int = TEXTS_AT_ONCE
+    model: VideoTextModel,
+    embedded: Embedded,
+    wanted: Shaped[Tensor, "v n"],
+    texts_at_once: int = TEXTS_AT_ONCE,
+    on_progress: OnProgress = silent,
 ) -> Float[Tensor, "v n"]:
     """Logit of "match" for the wanted pairs of this rank's videos and all texts; 0 elsewhere."""
     device = model.temp.device
@@ -186,6 +193,7 @@ def match_pairs(
             states = hidden[texts.to(device), : kept.shape[1]]
             context = Context(tokens, Pairing(((None, len(texts)),)))
             logits[number, texts] = model.match(states, kept.to(device), context)[:, 1].cpu()
+        on_progress(number + 1, len(wanted))
     return logits
 
 

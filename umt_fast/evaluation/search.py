@@ -35,6 +35,7 @@ from umt_fast.evaluation.video_text import Loaded, digest_files, load_model
 from umt_fast.files import expand_home
 from umt_fast.models.text import Context, Pairing
 from umt_fast.models.video_text import VideoTextModel
+from umt_fast.run.progress import OnProgress, Progress, silent
 from umt_fast.weights.files import save_safetensors
 
 if TYPE_CHECKING:
@@ -77,12 +78,13 @@ class Match:
     """Cosine similarity in the joint space, which selects the candidates."""
 
 
-def build_index(loaded: Loaded, videos: VideoList, seconds: float) -> SearchIndex:
+def build_index(loaded: Loaded, videos: VideoList, seconds: float, on_progress: OnProgress = silent) -> SearchIndex:
     """Embed every video in parts of about `seconds`; unreadable videos are listed in `bad`. Raises SearchError."""
     parts: list[tuple[int, tuple[float, float]]] = []
     vectors, bad = [], []
     waiting: list[np.ndarray] = []
     for row in range(len(videos)):
+        on_progress(row, len(videos))
         try:
             found = list(_read_parts(loaded, videos, row, seconds))
         except (BadVideo, OSError, RunError) as error:
@@ -222,7 +224,7 @@ def _embed(loaded: Loaded, clips: Sequence[np.ndarray]) -> torch.Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("query", nargs="+")
+    parser.add_argument("query", nargs="+", help="texts to search for")
     parser.add_argument("--checkpoint", required=True, help="a stage-2 file, or one fine-tuned for retrieval")
     parser.add_argument("--videos", required=True, help="a folder of videos, or a list")
     parser.add_argument("--vocabulary", default="", help="vocab.txt or BERT folder; default: that of the run")
@@ -230,7 +232,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of a part (default %(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a part (default: those of training)")
     parser.add_argument("--count", type=int, default=5, help="parts shown for a query (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s"
+    )
     options = parser.parse_args(arguments)
     try:
         _run(options)
@@ -261,7 +265,8 @@ def _run(options: argparse.Namespace) -> None:
     index = read_index(path, key, len(videos), loaded.model.config.joint_width)
     if index is None:
         print(f"indexing {len(videos)} videos ...", file=sys.stderr)
-        index = build_index(loaded, videos, options.seconds)
+        progress = Progress("index", say=lambda line: print(line, file=sys.stderr))
+        index = build_index(loaded, videos, options.seconds, progress)
         save_index(path, index, key)
     for name, reason in index.bad:
         print(f"not searched: {name}: {reason}", file=sys.stderr)

@@ -24,6 +24,7 @@ from umt_fast.data.tokens import Tokenizer
 from umt_fast.evaluation.retrieval import Embedded, embed_texts
 from umt_fast.files import expand_home
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
+from umt_fast.run.progress import OnProgress, silent
 from umt_fast.weights import TensorDict, WeightsError, load_video_text, read_model, section_of, using_settings_of
 from umt_fast.weights.files import save_safetensors
 
@@ -208,6 +209,7 @@ def embed_set(
     rank: int = 0,
     world_size: int = 1,
     cache: Path | None = None,
+    on_progress: OnProgress = silent,
 ) -> tuple[Embedded, list[tuple[str, str]]]:
     """Embed this rank's part of the videos, and all texts, for `retrieval.score`; also returns the unreadable videos.
 
@@ -225,7 +227,7 @@ def embed_set(
         return _read(path)
     device = model.temp.device
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        tokens, video, bad = _embed_videos(model, found.videos, rows, settings, data)
+        tokens, video, bad = _embed_videos(model, found.videos, rows, settings, data, on_progress)
         hidden, attention_mask, text = embed_texts(model, ids, mask)
     embedded = Embedded(tokens, video, hidden, attention_mask, text)
     if path is not None:
@@ -234,7 +236,12 @@ def embed_set(
 
 
 def _embed_videos(
-    model: VideoTextModel, videos: VideoList, rows: range, settings: EmbedSettings, data: DataConfig
+    model: VideoTextModel,
+    videos: VideoList,
+    rows: range,
+    settings: EmbedSettings,
+    data: DataConfig,
+    on_progress: OnProgress,
 ) -> tuple[Float[Tensor, "v m d"], Float[Tensor, "v e"], list[tuple[str, str]]]:
     vision, device = model.config.vision, model.temp.device
     stream = ClipStream(
@@ -257,13 +264,14 @@ def _embed_videos(
     if not rows:
         return tokens, video, bad
     with open_loader(stream, device, end=rows.stop, **options) as loader:
-        for _ in range(batches):
+        for done in range(1, batches + 1):
             batch = next(loader)
             bad += batch.bad
             if len(batch.clip):
                 places = torch.tensor(batch.visits) - rows.start
                 seen, pooled = model.embed_video(batch.clip.to(device, non_blocking=True))
                 tokens[places], video[places] = seen.to("cpu", dtype), pooled.float().cpu()
+            on_progress(len(videos) * done // batches, len(videos))
     return tokens, video, bad
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from umt_fast.evaluation.retrieval import Retrieval, gather, rank_and_size
 from umt_fast.evaluation.video_text import EmbedSettings, Loaded, digest_test, embed_set, keep_tensors
 from umt_fast.files import write_whole
 from umt_fast.models.video_text import VideoQaModel, VideoTextModel
+from umt_fast.run.progress import OnProgress, Progress, silent
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,12 +49,14 @@ def run_retrieval(
     data: DataConfig,
     k: int = retrieval.PUBLISHED_K,
     about: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Retrieval, list[tuple[str, str]]]:
     """Test retrieval in both directions; writes retrieval.json, scores.safetensors and retrieval.png to `folder`.
 
     With several processes each embeds a part of the videos; the result is the same, and rank 0 writes it. Embeddings
     and scores are cached in `folder`: a second test of the same model and list computes nothing, a test with another k
-    decodes nothing. Returns the scores and the unreadable videos, which count as not found.
+    decodes nothing. `say` gets lines on the progress. Returns the scores and the unreadable videos, which count as not
+    found.
     """
     model = loaded.model
     assert isinstance(model, VideoTextModel)
@@ -64,11 +67,13 @@ def run_retrieval(
         (coarse, v2t, t2v), bad = kept
         result = retrieval.judge(coarse, v2t, t2v, found.texts_of_videos)
     else:
-        embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder)
+        on_progress = Progress("embedding", say=say)
+        embedded, bad = embed_set(loaded, found, settings, data, rank, world_size, folder, on_progress)
         bad = [file for part in gather(bad) for file in part]
         device = model.temp.device
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            result = retrieval.score(model, embedded, found.texts_of_videos, k)
+            on_progress = Progress("re-ranking", say=say)
+            result = retrieval.score(model, embedded, found.texts_of_videos, k, on_progress=on_progress)
     if rank == 0:
         _write(folder, found, result, bad, about or {}, key)
     return result, bad
@@ -130,7 +135,7 @@ def _label(found: RetrievalSet, video: int, scores: Float[Tensor, " v"]) -> str:
 
 def recall_table(recalls: dict[str, float], coarse: dict[str, float], chance: dict[str, float] | None = None) -> str:
     """A text table of the recalls of both scores, and of chance."""
-    lines = [f"{'':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
+    lines = [f"{'percent':16}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'mean':>8}"]
     for name, values in (("re-ranked", recalls), ("coarse", coarse)):
         for key, way in (("img", "text to video"), ("txt", "video to text")):
             figures = "".join(f"{values[f'{key}_{part}']:8.2f}" for part in ("r1", "r5", "r10", "r_mean"))
@@ -203,7 +208,11 @@ def read_choices(source: str) -> list[Choices]:
 
 @torch.no_grad()
 def choose_options(
-    loaded: Loaded, questions: Sequence[Choices], settings: EmbedSettings, data: DataConfig
+    loaded: Loaded,
+    questions: Sequence[Choices],
+    settings: EmbedSettings,
+    data: DataConfig,
+    on_progress: OnProgress = silent,
 ) -> tuple[dict[int, int], list[tuple[str, str]]]:
     """The best option of each video, by its row in the list; and the unreadable videos.
 
@@ -214,7 +223,7 @@ def choose_options(
     device = model.temp.device
     chosen: dict[int, int] = {}
     bad: list[tuple[str, str]] = []
-    for batch in _batches(loaded, [question.path for question in questions], settings, data):
+    for batch in _batches(loaded, [question.path for question in questions], settings, data, on_progress):
         bad += batch.bad
         if len(batch.clip):
             texts = [clean_text(caption) for row in batch.rows for caption in questions[row].captions]
@@ -231,7 +240,9 @@ def choice_accuracy(chosen: dict[int, int], questions: Sequence[Choices]) -> flo
     return 100 * sum(chosen.get(i) == question.answer for i, question in enumerate(questions)) / len(questions)
 
 
-def _batches(loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data: DataConfig) -> Iterator[Batch]:
+def _batches(
+    loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data: DataConfig, on_progress: OnProgress
+) -> Iterator[Batch]:
     """Clips of this rank's part of a list, in order; unreadable videos are left out."""
     rank, world_size = rank_and_size()
     rows = range(len(paths) * rank // world_size, len(paths) * (rank + 1) // world_size)
@@ -248,8 +259,9 @@ def _batches(loaded: Loaded, paths: Sequence[str], settings: EmbedSettings, data
     device = loaded.model.vision_encoder.position.device
     options: dict[str, Any] = {"start": rows.start, "batches": batches, "batch_size": settings.batch_size}
     with open_loader(stream, device, end=rows.stop, **options) as loader:
-        for _ in range(batches):
+        for done in range(1, batches + 1):
             yield next(loader)
+            on_progress(len(paths) * done // batches, len(paths))
 
 
 @torch.no_grad()
@@ -262,6 +274,7 @@ def answer_questions(
     k: int = 128,
     first_token: FirstToken = "twice",
     max_answer_words: int = 5,
+    on_progress: OnProgress = silent,
 ) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """The best answer of a list for each question, by the question's id; and the unreadable videos.
 
@@ -278,7 +291,7 @@ def answer_questions(
     answer_ids, answer_mask = (x.to(device) for x in listed)
     said: dict[str, str] = {}
     bad: list[tuple[str, str]] = []
-    for batch in _batches(loaded, [question.path for question in questions], settings, data):
+    for batch in _batches(loaded, [question.path for question in questions], settings, data, on_progress):
         bad += batch.bad
         if not len(batch.clip):
             continue
