@@ -142,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--as-they-are", action="store_true", help="VIDEOS are the originals; none are made")
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}), help="processes")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, by turns (default 3)")
     parser.add_argument("--batch", type=int, default=8, help="clips")
     parser.add_argument("--pipelines", type=int, nargs="+", help="of DALI on a GPU; default: one, and one per NVDEC")
     step = parser.add_mutually_exclusive_group()

@@ -115,9 +115,9 @@ def measure(contenders: Mapping[str, Callable[[VideoList], int]], videos: VideoL
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", help="a list or folder of labelled videos")
-    parser.add_argument("--prefix", default="")
-    parser.add_argument("--passes", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--prefix", default="", help="folder that relative paths of the list start from")
+    parser.add_argument("--passes", type=int, default=3, help="measurements, of which the median counts (default 3)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     given = parser.parse_args()
     torch.set_num_threads(1)
     videos = read_labelled(given.videos, given.prefix).videos

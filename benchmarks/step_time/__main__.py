@@ -46,7 +46,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--job", choices=JOBS, default="pretrain", help="default %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="default here: %(default)s"
+    )
     parser.add_argument("--models", nargs="+", help="default: all sizes on a GPU, the smallest on a CPU")
     parser.add_argument("--batch", nargs="+", type=int, help="clips per step; default: the job's, 64 and on a CPU 2")
     parser.add_argument("--rungs", nargs="+", help="names, as the table has them; default: all but + fp8 student")

@@ -28,6 +28,7 @@ class AugmentConfig:
     magnitude: float = 7.0
     """Mean level of an operation, from 0 to 10."""
     magnitude_std: float = 0.5
+    """Standard deviation of the level."""
     chance: float = 0.5
     """Chance that a drawn operation is applied."""
     crop_area: tuple[float, float] = (0.08, 1.0)
@@ -212,6 +213,7 @@ class CaptionDataConfig(DataConfig):
     max_words: int = 32
     """Longest text or question, in tokens."""
     max_answer_words: int = 5
+    """Longest answer, in tokens."""
     join_captions: bool = False
     """Retrieval: all captions of an entry are one text (DiDeMo, ActivityNet)."""
     same_caption: bool = False

@@ -49,6 +49,7 @@ class PretrainConfig:
     compute: LowPrecisionConfig = field(default_factory=LowPrecisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     objective: Literal["alignment"] = "alignment"
+    """Set by the recipe."""
 
     def __post_init__(self) -> None:
         check_fit(self.student, self.teacher)
@@ -90,6 +91,7 @@ class Stage2Config:
     """Stage 2 and its fine-tunings: video and text."""
 
     job: Stage2Job = "pretrain"
+    """pretrain: all four losses; retrieval: contrast and matching; qa: answers to questions."""
     init: str = ""
     """Starting weights: a stage-2 checkpoint; for pre-training also a stage-1 checkpoint."""
     bert: str = "bert-base-uncased"
@@ -165,6 +167,7 @@ class VideoMaePretrainConfig(_PixelsConfig):
     """VideoMAE, VideoMAE V2 and AdaMAE: pixels of hidden tokens; in AdaMAE a learned network draws the visible ones."""
 
     objective: Literal["videomae", "adamae"] = "videomae"
+    """Set by the recipe."""
     model: VideoMaeConfig = field(default_factory=VideoMaeConfig)
 
     def __post_init__(self) -> None:
@@ -186,6 +189,7 @@ class MaeStPretrainConfig(_PixelsConfig):
     """MAE-ST: pixels of hidden tokens, learned positions."""
 
     objective: Literal["mae_st"] = "mae_st"
+    """Set by the recipe."""
     model: MaeStConfig = field(default_factory=MaeStConfig)
     mask: PixelMaskConfig = field(default_factory=lambda: PixelMaskConfig("mae_st"))
     data: DataConfig = field(default_factory=lambda: DataConfig(crop_area=(0.5, 1.0)))

@@ -24,6 +24,8 @@ class MaskConfig:
     """Which tokens the student sees."""
 
     rule: Masking = "attention"
+    """attention: drawn in each frame by the teacher's attention; random, mae_st: any tokens of the clip; tube: one draw
+    for all frames; frame: tokens of few frames."""
     ratio: float = 0.8
     """Share of the patches that the student does not see."""
     masks_per_clip: int = 1

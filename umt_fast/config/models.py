@@ -38,8 +38,11 @@ class VitConfig:
     frames: int = 8
     """Frames per clip."""
     width: int = 768
+    """Channels of a token."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Attention heads."""
 
     _section = "model"
     """Name of the section in error messages."""
@@ -106,6 +109,7 @@ class ClassifierConfig(VitConfig):
     """The video ViT that classifies pooled tokens, as UMT, VideoMAE and MAE-ST fine-tune it."""
 
     num_classes: int = 400
+    """Outputs of the head."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
     pool: Literal["mean", "first"] = "mean"
@@ -150,11 +154,15 @@ class VideoMaeConfig(VitConfig):
     """VideoMAE (arXiv 2203.12602) and VideoMAE V2 (arXiv 2303.16727). Defaults are ViT-B."""
 
     tubelet_size: int = 2
+    """Frames per token."""
     frames: int = 16
+    """Frames per clip."""
     decoder_width: int = 384
     """Width of the model's decoder, the network that predicts pixels."""
     decoder_depth: int = 4
+    """Number of the decoder's blocks."""
     decoder_heads: int = 6
+    """Attention heads of the decoder."""
     mlp_width: int | None = None
     """Hidden width of the encoder's MLPs; None: 4 x width. The decoder has the same ratio, rounded down."""
     drop_path: float = 0.0
@@ -182,20 +190,29 @@ class MaeStConfig(VitConfig):
     """MAE-ST (arXiv 2205.09113). Defaults are ViT-L with the published recipe's decoder."""
 
     tubelet_size: int = 2
+    """Frames per token."""
     frames: int = 16
+    """Frames per clip."""
     width: int = 1024
+    """Channels of a token."""
     depth: int = 24
+    """Number of blocks."""
     heads: int = 16
+    """Attention heads."""
     decoder_width: int = 512
     """Width of the model's decoder, the network that predicts pixels."""
     decoder_depth: int = 4
+    """Number of the decoder's blocks."""
     decoder_heads: int = 16
+    """Attention heads of the decoder."""
     target_frames: int = 8
     """Frames of the clip that are predicted, spread evenly from the first to the last."""
     class_token: bool = True
+    """A class token before the others."""
     separable_positions: bool = True
     """Learned positions are the sum of a table over space and a table over time; otherwise one table of all tokens."""
     qkv_bias: bool = True
+    """Biases of queries, keys and values."""
     normalise_targets: bool = True
     """Normalise the targets of each token to mean 0 and variance 1; otherwise they are normalised pixels."""
 
@@ -230,8 +247,11 @@ class TeacherConfig:
     input_size: int | None = None
     """Side of the clip, pixels; it is resized to image_size (bicubic). None: the same."""
     width: int = 768
+    """Channels of a token."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Attention heads."""
     target_width: int = 512
     """Width of the output."""
     align_layers: int = 6
@@ -288,19 +308,29 @@ class TextConfig:
     """The text encoder of stage 2. Defaults are bert-base-uncased with three fusion layers."""
 
     width: int = 768
+    """Channels of a token."""
     depth: int = 12
+    """Number of blocks."""
     heads: int = 12
+    """Attention heads."""
     fusion_layer: int = 9
     """First layer that cross-attends to the video."""
     vocab_size: int = 30522
+    """Words of the vocabulary."""
     max_positions: int = 512
+    """Longest text, in tokens."""
     mlp_width: int = 3072
+    """Width inside the MLPs."""
     dropout: float = 0.0
     """Dropout of hidden states and attention in training; BERT's own is 0.1."""
     pad_id: int = 0
+    """Number of [PAD] in the vocabulary."""
     cls_id: int = 101
+    """Number of [CLS]."""
     sep_id: int = 102
+    """Number of [SEP]."""
     mask_id: int = 103
+    """Number of [MASK]."""
 
     def __post_init__(self) -> None:
         check_divides("text", "width", self.width, "heads", self.heads)
@@ -320,6 +350,7 @@ class VideoTextConfig:
     """None: no alignment, so no mask either, as in fine-tuning."""
     text: TextConfig = field(default_factory=TextConfig)
     joint_width: int = 512
+    """Channels of the joint space."""
     temperature: float = 0.07
     """Initial temperature, the learned divisor of similarities."""
     language_head: bool | None = None

@@ -12,7 +12,9 @@ class OptimConfig:
     """AdamW, its schedule and its batches."""
 
     epochs: int = 200
+    """Visits of every video."""
     warmup_epochs: float = 40
+    """Epochs in which the learning rate rises to its peak."""
     batch_size: int = 64
     """Clips per process and forward pass."""
     accumulate: int = 1
@@ -25,7 +27,9 @@ class OptimConfig:
     """Whether both the last step of the warm-up and the first step after it have the peak rate (UMT, VideoMAE); false:
     only the latter (MAE-ST)."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moving averages."""
     eps: float = 1e-8
+    """Added to AdamW's denominator."""
     weight_decay: float = 0.05
     """Not applied to biases and 1-D parameters."""
     clip_grad: float | None = None
@@ -46,14 +50,19 @@ class FinetuneOptimConfig(OptimConfig):
     """AdamW with layer-wise learning rates, its schedule, its batches, and a moving average of the weights."""
 
     epochs: int = 5
+    """Visits of every video."""
     warmup_epochs: float = 1
+    """Epochs in which the learning rate rises to its peak."""
     batch_size: int = 32
     """Clips per process and forward pass; each video gives data.crops_per_clip of them."""
     lr: float = 2e-5
+    """Peak learning rate for 256 clips per step; scaled linearly with the global batch."""
     min_lr: float = 1e-6
+    """Learning rate at the end, scaled in the same way."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step, for 256 clips per step like `lr`."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's two moving averages."""
     layer_decay: float = 0.75
     """Factor of the learning rate from each block to the previous one; 1: equal rates."""
     ema_decay: float = 0.0

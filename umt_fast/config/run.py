@@ -17,8 +17,11 @@ class RunConfig:
     name: str = "pretrain"
     """The run's folder under `dir`."""
     dir: str = "runs"
+    """Folder of all runs."""
     seed: int = 0
+    """Seed of the weights, the order of the videos, their frames and crops, and the masks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
     log_every: int = 10
     """Steps between log lines. In between, the host does not read from the device."""
     save_every: int = 1000

@@ -26,6 +26,7 @@ class VideoTextObjective:
     video_mask_ratio: float = 0.8
     """Share of a video's patches that are hidden."""
     image_mask_ratio: float = 0.5
+    """Share of a picture's patches that are hidden."""
     mlm_probability: float = 0.5
     """Share of the words that are hidden and predicted."""
     negatives: Literal["hard", "uniform"] = "hard"
@@ -47,6 +48,7 @@ class JointConfig:
     """The joint space of video and text, and the settings of stage 2's video encoder that differ from stage 1."""
 
     width: int = 512
+    """Channels of the joint space."""
     temperature: float = 0.07
     """Initial temperature, the learned divisor of similarities."""
     align_eps: float = 1e-5
