@@ -50,7 +50,7 @@ def test_doctor_names_what_is_in_use_and_how_to_install_what_is_missing(monkeypa
     for part in ("torch " + torch.__version__, "device", "decoder", "attention", "kernels", "precision"):
         assert part in text
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else object())
-    assert "MISSING, pip install av" in doctor.report()
+    assert "MISSING: pip install av" in doctor.report()
 
 
 @pytest.mark.parametrize("missing", ["einops", "av", "triton", "tyro"])
@@ -58,7 +58,8 @@ def test_doctor_works_with_a_part_missing(missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import umt_fast.doctor as d; print(d.report())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     install = "'umt-fast[train]'" if missing == "tyro" else missing
-    assert f"MISSING, pip install {install}" in done.stdout
+    lack = "not installed" if missing == "triton" else "MISSING"
+    assert f"{lack}: pip install {install}" in done.stdout
 
 
 def test_the_example_in_the_readme_runs():

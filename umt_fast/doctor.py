@@ -10,6 +10,13 @@ from umt_fast.models.attention import NAMES, fault, load
 from umt_fast.packages import PACKAGES
 from umt_fast.run.hardware import in_use, resolve_precision
 
+GROUPS = {
+    "library": "packages of the library",
+    "programs": "packages of the programs that train, test and prepare",
+    "optional": "optional packages",
+}
+"""Title of each group of packages."""
+
 
 def attention_backends(device: torch.device) -> list[str]:
     """Names of the backends that work on `device` with heads of 64 and gradients, in the precision `auto` chooses."""
@@ -36,11 +43,15 @@ def report() -> str:
             "  no GPU: torch sees none"
             + (f" (built for CUDA {torch.version.cuda})" if torch.version.cuda else " (a CPU build of torch)")
         )
-    lines += ["", "packages"]
-    for package in PACKAGES:
-        found = package.version()
-        state = found if found is not None else f"MISSING, {package.install}"
-        lines.append(f"  {package.distribution:<16} {package.purpose:<30} {state}")
+    left = max(len(package.distribution) for package in PACKAGES)
+    middle = max(len(package.purpose) for package in PACKAGES)
+    for group, title in GROUPS.items():
+        lines += ["", title]
+        for package in PACKAGES:
+            if package.group == group:
+                lack = "not installed" if group == "optional" else "MISSING"
+                state = package.version() or f"{lack}: {package.install}"
+                lines.append(f"  {package.distribution:<{left}}  {package.purpose:<{middle}}  {state}")
     return "\n".join(lines)
 
 

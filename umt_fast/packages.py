@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
+from typing import Literal
 
 from umt_fast.models.attention import LIBRARIES
 
@@ -17,6 +18,8 @@ class Package:
     distribution: str
     purpose: str
     install: str
+    group: Literal["library", "programs", "optional"] = "optional"
+    """Part of the project that does not work without it."""
 
     def version(self) -> str | None:
         """Version of the installed package, None if it is missing."""
@@ -33,20 +36,23 @@ class Package:
 
 TRAIN = "pip install 'umt-fast[train]'"
 PACKAGES = (
-    Package("umt_kernels", "umt-kernels", "the ops", "pip install -e kernels"),
+    Package("umt_kernels", "umt-kernels", "the ops", "pip install -e kernels", "library"),
+    Package("av", "av", "video decoding on the CPU", "pip install av", "library"),
+    Package("einops", "einops", "tensor reshaping", "pip install einops", "library"),
+    Package("fsspec", "fsspec", "data from URLs", "pip install fsspec", "library"),
+    Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors", "library"),
+    Package("tyro", "tyro", "command line", TRAIN, "programs"),
+    Package("tqdm", "tqdm", "progress bars", TRAIN, "programs"),
+    Package("filelock", "filelock", "locks on folders", TRAIN, "programs"),
+    Package("pebble", "pebble", "processes that make copies", TRAIN, "programs"),
+    Package("PIL", "pillow", "pictures, RandAugment", "pip install pillow", "programs"),
+    Package("tokenizers", "tokenizers", "captions as tokens", "pip install tokenizers", "programs"),
+    Package("tensorboard", "tensorboard", "TensorBoard logs", TRAIN, "programs"),
+    Package("matplotlib", "matplotlib", "pictures of losses", TRAIN, "programs"),
     Package("triton", "triton", "fused kernels on GPUs", "pip install triton"),
-    Package("av", "av", "video decoding on the CPU", "pip install av"),
     Package("nvidia.dali", "nvidia-dali-cuda130", "video decoding on the GPU", "pip install 'umt-fast[dali]'"),
-    Package("einops", "einops", "tensor reshaping", "pip install einops"),
-    Package("safetensors", "safetensors", ".safetensors weights", "pip install safetensors"),
-    Package("PIL", "pillow", "drawing the demo's videos", "pip install pillow"),
-    Package("tokenizers", "tokenizers", "captions as tokens", "pip install tokenizers"),
-    Package("tyro", "tyro", "command line", TRAIN),
-    Package("tqdm", "tqdm", "progress bars", TRAIN),
-    Package("tensorboard", "tensorboard", "TensorBoard logs", TRAIN),
-    Package("matplotlib", "matplotlib", "pictures", TRAIN),
-    Package("filelock", "filelock", "locks on folders", TRAIN),
-    Package("huggingface_hub", "huggingface_hub", "teacher weights by repo id", "pip install huggingface_hub"),
+    Package("torchao", "torchao", "8-bit matmuls", "pip install 'umt-fast[low-precision]'"),
+    Package("huggingface_hub", "huggingface_hub", "weights by repo id", "pip install huggingface_hub"),
     *(
         Package(lib.module, lib.distribution, f"--compute.attention {name}", lib.install)
         for name, lib in LIBRARIES.items()
