@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from umt_fast.config import ConfigError, DataConfig
 from umt_fast.data.captions import read_videos
 from umt_fast.data.index import INDEX_NAME, STATE_NAME, describe_part, write_index
@@ -25,7 +23,7 @@ from umt_fast.data.manifest import check_files
 from umt_fast.data.prepare.encode import Recipe
 from umt_fast.data.prepare.journal import Journal
 from umt_fast.data.prepare.plan import CannotPrepare, Item, Plan, Shard, make_plan
-from umt_fast.data.prepare.work import TIME_LIMIT, CopyTask, Died, Failed, PackTask, Workers, run_task
+from umt_fast.data.prepare.work import TIME_LIMIT, CopyTask, Died, Failed, PackTask, Workers, progress_bar, run_task
 from umt_fast.data.shards import Sample
 from umt_fast.data.video import Limits, is_url
 from umt_fast.files import LOCK_NAMES, lock_folder, write_reasons, write_whole
@@ -184,7 +182,7 @@ class _Preparation:
         started = time.monotonic()
         waiting = list(self._waiting())
         total = len(self.plan.items)
-        bar = tqdm(total=total, initial=total - len(waiting), unit="video", desc="prepare", smoothing=0.1)
+        bar = progress_bar("prepare", total, total - len(waiting))
         try:
             with bar, Workers(run_task, self.settings.processes) as pool:
                 for item in waiting:

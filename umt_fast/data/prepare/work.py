@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -145,6 +146,12 @@ class _Assignment:
     time_limit: float | None
     deaths: int = 0
     """Number of workers that died while doing this task."""
+
+
+def progress_bar(task: str, total: int, done: int = 0) -> tqdm:
+    """A bar of videos; in a file, such as a job's log, it is written every 10 seconds."""
+    seconds = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, initial=done, unit="video", desc=task, smoothing=0.1, mininterval=seconds)
 
 
 class Workers:
