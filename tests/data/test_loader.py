@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 
 from umt_fast.config import DataConfig
 from umt_fast.data import loader as loading
+from umt_fast.data import open_loader
 from umt_fast.data.batch import Batch
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.index import VideoList
 from umt_fast.data.loader import ClipDataset, ClipLoader, NothingReadable
+from umt_fast.data.manifest import read_manifest
 from umt_fast.data.shared_memory import BufferPool, NoSharedMemory
 from umt_fast.errors import RunError
 
@@ -492,3 +494,14 @@ def test_workers_that_are_not_forked_change_nothing(videos, monkeypatch, method)
         "umt_fast.data.workers.DataLoader", functools.partial(DataLoader, multiprocessing_context=context)
     )
     _assert_same(_batches(_stream(videos, workers=1), batches=4, batch_size=2), alone)
+
+
+def test_a_library_opens_a_loader_at_the_first_clip_without_a_word(demo_videos, capsys, recwarn):
+    """More workers than this machine may have cores; torch warns of that at each start."""
+    stream = ClipStream(read_manifest(str(demo_videos)), DataConfig(workers=8), FRAMES, SIDE, seed=0)
+    with open_loader(stream, torch.device("cpu"), batches=1, batch_size=2, start=0) as loader:
+        first = next(loader)
+    with open_loader(stream, torch.device("cpu"), batches=1, batch_size=2) as loader:
+        assert torch.equal(next(loader).clip, first.clip)
+    assert not [warning for warning in recwarn if "DataLoader" in str(warning.message)]
+    assert capsys.readouterr().out == ""

@@ -20,8 +20,9 @@ __all__ = ["open_loader"]
 def open_loader(stream: ClipStream, device: torch.device, say: Callable[[str], None] = print, **options: Any) -> Loader:
     """The loader of the decoder that `stream.config.decoder` chooses; of files for a stream that needs whole frames.
 
-    The options are those of `workers.WorkerBatches`; worker processes, prefetched batches and time limits are in
-    `stream.config`, the run's section `data`.
+    The options are those of `workers.WorkerBatches`: `batches` and `batch_size` (clips), and `start`, the clip to begin
+    at. Worker processes, prefetched batches and time limits are in `stream.config`, the run's section `data`. Use the
+    loader in a `with`, or close it.
     """
     choice = choose_decoder(stream.file_decoder if stream.needs_frames else stream.config.decoder, device)
     pinned = device.type == "cuda"

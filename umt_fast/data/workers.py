@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ class WorkerBatches(Iterator[T]):
         dataset: Dataset[T],
         stream: ClipStream,
         *,
-        start: int,
+        start: int = 0,
         batches: int,
         batch_size: int,
         rank: int = 0,
@@ -102,18 +103,21 @@ class WorkerBatches(Iterator[T]):
             # share with this process. `freeze` excludes all existing objects from it while the workers run.
             gc.collect()
             gc.freeze()
-        loader = DataLoader(
-            self._dataset,
-            sampler=self._visits(self._next, self._left),
-            batch_size=None,  # the data set makes whole batches
-            num_workers=config.workers,
-            worker_init_fn=functools.partial(_begin_worker, os.getpid(), self._watch),
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # otherwise the loader draws from the run's default generator
-            **options,
-        )
-        with ignore_dead_workers():
-            items = iter(loader)
+        with warnings.catch_warnings(), ignore_dead_workers():
+            # More workers than cores are the user's choice; the log shows what the run waits for.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            items = iter(
+                DataLoader(
+                    self._dataset,
+                    sampler=self._visits(self._next, self._left),
+                    batch_size=None,  # the data set makes whole batches
+                    num_workers=config.workers,
+                    worker_init_fn=functools.partial(_begin_worker, os.getpid(), self._watch),
+                    pin_memory=self._pin_memory,
+                    generator=torch.Generator(),  # otherwise the loader draws from the run's default generator
+                    **options,
+                )
+            )
         if config.workers:
             self._watch.start()
         return items
