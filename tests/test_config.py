@@ -246,3 +246,10 @@ def test_configs_made_in_code_are_checked_too(make, words):
 
 def test_config_errors_are_value_errors():
     assert issubclass(ConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "says"), [(None, "step 9 of 9 is reached; raise --optim.epochs"), (4, "--run.stop-at")]
+)
+def test_a_finished_run_says_which_setting_ends_it(stop_at, says):
+    assert says in RunConfig(stop_at=stop_at).nothing_left(9, 9)

@@ -60,6 +60,8 @@ DATA_SETS: dict[str, FrameRule] = {
     **{f"Kinetics-{classes}": "strided" for classes in (400, 600, 700, 710)},  # VideoMAE's names
 }
 """Frame rules by the published name of the data set; all other data sets are `sparse`."""
+JOBS = ("labels", "retrieval", "multiple_choice", "qa")
+"""Names of the tests; all but the first are those of `train.evaluate_video_text`."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
         clips_per_pass=test.clips_per_pass,
         bf16=bf16,
         merge=test.merge,
-        on_progress=Progress("test") if world.main else silent,
+        on_progress=Progress("test", say=say) if world.main else silent,
     )
     if not world.main:
         return
@@ -168,7 +170,10 @@ def main(arguments: list[str] | None = None) -> None:
         job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         job.add_argument("--job", default="labels")
         given = sys.argv[1:] if arguments is None else arguments
-        if job.parse_known_args(given)[0].job != "labels":
+        named = job.parse_known_args(given)[0].job
+        if named not in JOBS:
+            raise ConfigError(f"--job {named}: there are {', '.join(JOBS)}")
+        if named != "labels":
             from train import evaluate_video_text
 
             evaluate_video_text.main(given)

@@ -195,7 +195,7 @@ def ask(
 
 
 def _progress(world: World, unit: str = "videos") -> OnProgress:
-    return Progress("test", unit) if world.main else silent
+    return Progress("test", unit, say) if world.main else silent
 
 
 def _say_nothing(line: str) -> None:

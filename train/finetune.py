@@ -68,8 +68,7 @@ def train(config: FinetuneConfig, world: World) -> bool:
     state, model, schedule, log, run, optim = job.state, job.model, job.schedule, job.log, config.run, config.optim
     losses, start, validation, step_clips = LossBuffer(), state.step, job.validation, optim.step_clips(world.size)
     if start >= job.last:
-        longer = "--optim.epochs" if job.last == schedule.total_steps else "--run.stop-at"
-        log.say(f"nothing to train: step {start} of {job.last} is reached; raise {longer} or add --run.name NEW")
+        log.say(run.nothing_left(start, schedule.total_steps))
 
     def report() -> None:
         if len(losses):

@@ -63,7 +63,7 @@ def train(config: Any, world: World) -> bool:
     state, model, log, run, optim = job.state, job.model, job.log, config.run, config.optim
     losses, start, out, step_clips = LossBuffer(), state.step, None, optim.step_clips(world.size)
     if start >= job.last:
-        log.say(f"nothing to do: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
+        log.say(run.nothing_left(start, job.schedule.total_steps))
         job.loader.close()
         return True
 

@@ -77,7 +77,7 @@ def train(config: Stage2Config, world: World) -> bool:
     if validation.missed():
         validation.run(log.say)
     if start >= job.last:
-        log.say(f"nothing to do: step {start} of {job.last} is reached; raise --optim.epochs or add --run.name NEW")
+        log.say(run.nothing_left(start, job.total))
         return True
 
     def report() -> None:

@@ -85,6 +85,9 @@ def test_an_interrupted_extraction_goes_on(checkpoint, listing, tmp_path, capsys
     out = tmp_path / "f"
     again = command(checkpoint, listing, out, "--format", kind)
     features.main(again)
+    said = capsys.readouterr().out
+    assert "none.mp4: No such file" in said
+    assert f"features of 5 of 6 videos in {out}" in said
     whole = read_features(out)
     shard_path(out, 1, kind).unlink()
     with pytest.raises(FeaturesError, match="lacks 1 of 3 shards"):
@@ -176,7 +179,7 @@ def test_the_attentive_probe_finds_the_token():
     assert scores.top1 > 90
     again = probe.probe("attentive", clusters(150, tokens=6), clusters(61, tokens=6), settings)
     assert again == scores
-    with pytest.raises(FeaturesError, match="needs tokens features"):
+    with pytest.raises(FeaturesError, match="needs features of kind tokens"):
         probe.probe("attentive", clusters(30), clusters(30), settings)
 
 
@@ -194,10 +197,20 @@ def test_the_probe_command(checkpoint, listing, tmp_path, capsys):
     probe.main(["knn", *folders, "--out", f"{tmp_path / 'scores.json'}"])
     assert "knn: top-1" in capsys.readouterr().out
     assert json.loads((tmp_path / "scores.json").read_text())["videos"] == 5
-    with pytest.raises(SystemExit, match="the attentive probe needs tokens features"):
+    with pytest.raises(SystemExit, match="the attentive probe needs features of kind tokens"):
         probe.main(["attentive", *folders])
     with pytest.raises(SystemExit, match=r"cannot read .*none"):
         probe.main(["knn", "--train", f"{tmp_path / 'none'}", "--test", f"{tmp_path / 'f'}"])
+    for flag, value in (("--neighbours", "0"), ("--epochs", "0"), ("--lr", "nan"), ("--heads", "0")):
+        with pytest.raises(SystemExit, match=f"error: .*{flag} {value}"):
+            probe.main(["knn", *folders, flag, value])
+
+
+def test_features_of_other_classes_say_which():
+    train, test = clusters(30), clusters(30)
+    test.classes = ["cat", "dog"]
+    with pytest.raises(FeaturesError, match=r"the classes differ: --train .*; --test cat, dog; .*--classes FILE"):
+        probe.probe("knn", train, test, probe.AttentiveSettings())
 
 
 def _features(**other: torch.Tensor) -> dict[str, torch.Tensor]:

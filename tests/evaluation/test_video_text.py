@@ -186,6 +186,7 @@ def test_a_folder_is_indexed_once_and_searched(trained, demo_videos, tmp_path, m
     assert scores == sorted(scores, reverse=True)
     assert all(str(folder) in line for line in lines[1:5])
     assert "broken.mp4" in err
+    assert err.splitlines()[-2].split() == ["match", "cosine", "part", "video"]
     assert (folder / ".umt-fast-search" / "found.png").stat().st_size > 2000
     monkeypatch.setattr(search, "build_index", None)
     decoded = []

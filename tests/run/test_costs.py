@@ -255,13 +255,13 @@ def test_the_dry_run_prints_the_plan(capsys):
     batch = costs.step_memory(load_recipe(PretrainConfig, pretrain.RECIPES / "umt_b16_k710.toml"), True).largest_batch(
         40 * costs.GIB
     )
-    assert f"a GPU with 40 GiB takes {batch} clips" in text
+    assert f"a GPU with 40 GiB has room for {batch} clips" in text
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["--dry-run"], 0, "a GPU with 80 GiB takes"),
+        (["--dry-run"], 0, "a GPU with 80 GiB has room for"),
         (["--data.train", "x.csv"], 1, "error: video decoding on the CPU needs av, which is missing: pip install av"),
     ],
     ids=["a dry run", "a run"],

@@ -40,8 +40,8 @@ def test_the_best_epoch_is_kept_and_training_does_not_notice(runner, start, caps
     found = []
     score = video_text_report.retrieval.score
 
-    def worse_each_time(*arguments):
-        result = score(*arguments)
+    def worse_each_time(*arguments, **options):
+        result = score(*arguments, **options)
         found.append(result)
         result.recalls["r_mean"] = 50.0 - len(found)
         return result
@@ -80,7 +80,7 @@ def test_questions_are_validated_by_accuracy(runner, start, capsys):
     answers = ("--data.answers", str(runner.folder / "answers.json"))
     folder = tune(runner, "asked", start, *options, *answers, job="qa")
     best = torch.load(folder / "best.pth", weights_only=True)
-    assert f"accuracy {best['validation']['accuracy']:.2f} of 4 questions" in capsys.readouterr().out
+    assert f"accuracy {best['validation']['accuracy']:.2f}% of 4 questions" in capsys.readouterr().out
     assert "text_decoder.bert.embeddings.word_embeddings.weight" in best["model"]
     with pytest.raises(SystemExit, match=r"needs data\.answers"):
         tune(runner, "unanswered", start, *options, job="qa")

@@ -66,3 +66,9 @@ class RunConfig:
     def last_step(self, total: int) -> int:
         """The step to stop after: `stop_at`, but at most `total`, the steps of the schedule."""
         return total if self.stop_at is None else min(self.stop_at, total)
+
+    def nothing_left(self, step: int, total: int) -> str:
+        """Message of a run that has reached its last step already."""
+        last = self.last_step(total)
+        longer = "--optim.epochs" if last == total else "--run.stop-at"
+        return f"nothing to train: step {step} of {last} is reached; raise {longer} or add --run.name NEW"

@@ -31,6 +31,7 @@ FORMS = (
     "may be separated by `;` or tabs too; a line that begins with # is a comment. A .json file is a list of objects "
     "with these names"
 )
+JSON_FORM = 'Give a list of objects, as [{"path": "a.mp4", "label": 3}]; label, start, end and caption may be left out'
 _COLUMNS = {
     "path": ("path", "video", "video_path", "image", "file", "filename", "file_path"),
     "label": ("label", "class", "class_id"),
@@ -65,10 +66,10 @@ def parse_json(content: bytes, source: str, prefix: str) -> VideoList:
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{source} is not a JSON list: {error}") from None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ManifestError(f"{source} is not a JSON list of objects that name a video. {FORMS}")
+        raise ManifestError(f"{source} is not a JSON list of objects that name a video. {JSON_FORM}")
     columns = _find_columns({key: None for entry in entries for key in entry})
     if "path" not in columns:
-        raise ManifestError(f"{source}: its first entry names no video: {json.dumps(entries[0])[:200]}. {FORMS}")
+        raise ManifestError(f"{source}: its first entry names no video: {json.dumps(entries[0])[:200]}. {JSON_FORM}")
     rows = ({name: entry[key] for name, key in columns.items() if entry.get(key) is not None} for entry in entries)
     try:
         return VideoList.of_rows({**_named(row), "path": _join(prefix, row["path"])} for row in rows)

@@ -55,7 +55,8 @@ def check_files(videos: Sequence[Video], source: str, prefix: str = "", advice: 
     first = listed[0]
     label = "no label" if first.label is None else f"label {first.label}"
     read = f"{first.path!r}, {label}" + (f", {first.part}" if first.part else "")
-    advice = advice or f"relative paths start from --data.prefix {prefix or os.getcwd()!r}. {FORMS}"
+    start = f"the prefix {prefix!r}" if prefix else f"the working directory {os.getcwd()!r}, unless a prefix is given"
+    advice = advice or f"relative paths start from {start}. {FORMS}"
     raise ManifestError(
         f"none of the first {len(listed)} files of {source} is there. Its first video was read as {read}; {advice}"
     )
@@ -89,7 +90,7 @@ def _read(source: str, prefix: str, read_timeout: float, max_bytes: int) -> Vide
             return VideoList.of_paths(found)
         raise ManifestError(f"no video matches the pattern {source}")
     if suffix in VIDEO_SUFFIXES:
-        raise ManifestError(f"{source} is one video; give --data.train a list file or a folder of videos")
+        raise ManifestError(f"{source} is one video; give a folder of videos or a list of them")
     try:
         content = read(source, timeout=read_timeout, max_bytes=max_bytes)
     except OSError as error:

@@ -268,6 +268,7 @@ def _extract(given: argparse.Namespace, world: World) -> None:
         given.out,
         about,
         bf16=bf16,
+        say=say,
     )
     if world.main:
         for name, reason in bad:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class AttentiveProbe(nn.Module):
 
 @dataclass(frozen=True)
 class AttentiveSettings:
-    """Training settings of the attentive probe."""
+    """Training settings of the attentive probe. Raises FeaturesError for a value out of range."""
 
     epochs: int = 20
     batch_size: int = 64
@@ -126,6 +127,10 @@ class AttentiveSettings:
     weight_decay: float = 0.01
     heads: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.heads < 1 or not 0 < self.lr < math.inf:
+            raise FeaturesError(f"--epochs {self.epochs} --lr {self.lr} --heads {self.heads}: give finite numbers > 0")
 
 
 def fit_attentive(
@@ -180,9 +185,13 @@ def check(kind: str, train: Features, test: Features) -> int:
             raise FeaturesError(f"{name} has features without labels; extract them from a list with labels")
         if found.features.dim() != wanted:
             made = "tokens" if wanted == 4 else "pooled"
-            raise FeaturesError(f"the {kind} probe needs {made} features; extract {name} with --kind {made}")
-    if train.features.shape[-1] != test.features.shape[-1] or train.classes != test.classes:
-        raise FeaturesError("--train and --test differ in their classes or in the width of their features")
+            raise FeaturesError(f"the {kind} probe needs features of kind {made}; extract {name} with --kind {made}")
+    if train.features.shape[-1] != test.features.shape[-1]:
+        widths = f"--train {train.features.shape[-1]}, --test {test.features.shape[-1]}"
+        raise FeaturesError(f"the features differ in width: {widths}; extract both with one checkpoint")
+    if train.classes != test.classes:
+        names = [f"{name} {', '.join(found.classes[:5])}" for name, found in (("--train", train), ("--test", test))]
+        raise FeaturesError(f"the classes differ: {'; '.join(names)}; extract both with one --classes FILE")
     return max(len(train.classes), int(torch.cat((train.labels, test.labels)).max()) + 1)
 
 
@@ -199,6 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="linear, attentive: of what is drawn (default 0)")
     given = parser.parse_args(arguments)
     try:
+        if given.neighbours < 1:
+            raise FeaturesError(f"--neighbours {given.neighbours}: must be an integer >= 1")
         settings = AttentiveSettings(epochs=given.epochs, lr=given.lr, heads=given.heads, seed=given.seed)
         scores = probe(given.kind, read_features(given.train), read_features(given.test), settings, given.neighbours)
         print(
@@ -206,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"  ({scores.videos} videos)"
         )
         if given.out is not None:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps({"probe": given.kind, **scores.as_dict()}, indent=2) + "\n")
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")

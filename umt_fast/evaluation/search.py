@@ -3,8 +3,8 @@
     python -m umt_fast.evaluation.search --checkpoint stage2.pth --videos DIR "a red ball rolls" "a dog"
 
 The videos of DIR (or of a list) are indexed once, in parts of --seconds; the index is kept in --index, by default
-DIR/.umt-fast-search. Each query prints the best parts, re-ranked by the fusion layers, with paths, times and scores;
-found.png shows them.
+DIR/.umt-fast-search. Each query prints the best parts by their match score (a logit of the fusion layers) with cosine
+similarity, times and paths; found.png shows them.
 """
 
 from __future__ import annotations
@@ -271,6 +271,7 @@ def _run(options: argparse.Namespace) -> None:
     for name, reason in index.bad:
         print(f"not searched: {name}: {reason}", file=sys.stderr)
     shown = []
+    print(f"  {'match':>8}  {'cosine':>6}  {'part':>16}  video", file=sys.stderr)
     for query in options.query:
         print(query)
         matches = search(loaded, videos, index, query, options.count)

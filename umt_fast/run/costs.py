@@ -271,13 +271,16 @@ def plan(config: PretrainConfig, bf16: bool, gpu_memory: float | None) -> str:
     flops = lean_flops(student, config.teacher, optim.batch_size, seen, config.mask.masks_per_clip)
     memory = step_memory(config, bf16)
     lines = [
+        f"student {student.width} x {student.depth}, teacher {config.teacher.width} x {config.teacher.depth}: "
         f"one forward and backward pass of {optim.batch_size} clips per process, {seen} visible tokens each, "
         f"{'bf16' if bf16 else 'float32'}, recompute {config.compute.recompute}",
         f"  {flops.total / 1e12:.2f} TFLOP: " + ", ".join(f"{n} {f / 1e12:.2f}" for n, f in flops.by_phase().items()),
-        f"  {memory.peak(optim.batch_size) / GIB:.1f} GiB at the peak, by arithmetic: {memory.states / GIB:.1f} of "
+        f"  {memory.peak(optim.batch_size) / GIB:.1f} GiB at the peak, by arithmetic: {memory.states / GIB:.1f} GiB of "
         f"weights, gradients and optimiser, {memory.per_clip / 2**20:.0f} MiB per clip",
     ]
     for size in (24, 40, 80, 141) if gpu_memory is None else (gpu_memory,):
         batch = memory.largest_batch(int(size * GIB))
-        lines.append(f"  a GPU with {size:g} GiB takes {batch} clips" if batch else f"  {size:g} GiB are too little")
+        lines.append(
+            f"  a GPU with {size:g} GiB has room for {batch} clips" if batch else f"  {size:g} GiB are too little"
+        )
     return "\n".join(lines)

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from umt_fast.run.log import say as print_line
-
 OnProgress = Callable[[int, int], None]
 """Called with how many items are done, and how many there are."""
 
@@ -20,7 +18,7 @@ class Progress:
     """An OnProgress that prints a line every `seconds` at most, with the time that is left; none for a short task."""
 
     def __init__(
-        self, task: str, unit: str = "videos", say: Callable[[str], None] = print_line, seconds: float = 10.0
+        self, task: str, unit: str = "videos", say: Callable[[str], None] = print, seconds: float = 10.0
     ) -> None:
         self._task, self._unit, self._say, self._seconds = task, unit, say, seconds
         self._begun = self._last = time.monotonic()

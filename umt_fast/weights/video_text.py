@@ -134,7 +134,9 @@ def bert_folder(source: str | Path) -> Path:
         raise WeightsError(f"no folder {source}; to fetch it as a repo: pip install huggingface_hub") from None
     except Exception as error:  # offline, missing, gated: the hub has many classes for it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"cannot fetch {source} from the Hugging Face hub: {reason}") from error
+        raise WeightsError(
+            f"cannot fetch {source} from the Hugging Face hub: {reason}; without a network, give --bert a folder"
+        ) from error
 
 
 def read_bert(source: str | Path) -> TensorDict:
