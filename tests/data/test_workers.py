@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from umt_fast.config import DataConfig
 from umt_fast.data import loader
@@ -18,7 +21,7 @@ from umt_fast.data.clips import ClipStream
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_manifest
 from umt_fast.data.watch import WorkerWatch
-from umt_fast.data.workers import WorkerDied
+from umt_fast.data.workers import WorkerBatches, WorkerDied
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +57,29 @@ def test_a_killed_worker_is_replaced_and_the_clips_stay_the_same(demo_videos):
         assert torch.equal(batch.clip, clip)
         assert batch.paths == paths
     assert any("begin again at the same clips" in line for line in said)
+
+
+class LargeBatches(Dataset[tuple[list[int], str]]):
+    """Batches that a pipe cannot hold, as those of many videos with long names and captions."""
+
+    def __getitem__(self, visits: list[int]) -> tuple[list[int], str]:
+        return visits, "x" * 200_000
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_are_killed_in_the_middle_of_a_message_are_replaced(demo_videos):
+    stream = ClipStream(read_manifest(str(demo_videos)), DataConfig(workers=2), 2, 32, seed=0)
+    batches = WorkerBatches(LargeBatches(), stream, start=0, batches=6, batch_size=1, say=said.append)
+    reader, waiting, before = batches._items._worker_result_queue._reader, 0, -1
+    while waiting == 0 or waiting > before:  # until the pipe is full, and the writers wait
+        time.sleep(0.2)
+        before = waiting
+        waiting = int.from_bytes(fcntl.ioctl(reader.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+    for worker in batches._items._workers:
+        worker.kill()
+    assert [visits for visits, _ in batches] == [[visit] for visit in range(6)]
+    assert len(said) == 1
+    batches.close()
 
 
 def test_workers_that_are_killed_again_and_again_end_the_run(demo_videos, monkeypatch):

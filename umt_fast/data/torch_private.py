@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,20 @@ def stop_workers(batches: Iterator[Any], grace: float) -> None:
         late.cancel()
 
 
+def end_if_one_died(batches: Iterator[Any]) -> None:
+    """Where a worker of a DataLoader's iterator was killed, end the others, and with them the wait for their batches.
+
+    A worker that is killed in the middle of a message holds the lock of the pipe for ever, and the reader waits for the
+    rest of the message. It gets an error once nobody can write to the pipe, and then notices the dead worker.
+    """
+    if isinstance(batches, _MultiProcessingDataLoaderIter) and any(worker.exitcode for worker in batches._workers):
+        _kill(batches._workers)
+        # Not closed: torch may still write to it when it shuts the workers down.
+        queue: Any = batches._worker_result_queue
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), queue._writer.fileno(), inheritable=False)
+
+
 def is_dead_worker(error: BaseException | None) -> bool:
     """Whether this is DataLoader's error about a killed worker, which has no class of its own."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
@@ -75,6 +90,6 @@ def ignore_dead_workers() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _kill(workers: list[BaseProcess]) -> None:
+def _kill(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         worker.kill()

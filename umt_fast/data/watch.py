@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from umt_fast.data.video import BadVideo
@@ -41,7 +42,7 @@ class Activity:
 class WorkerWatch:
     """Shared memory in which every worker forked from this process writes its current row and start time.
 
-    A thread kills workers that read one video for more than `limit` seconds.
+    A thread kills workers that read one video for more than `limit` seconds, and checks for others that have died.
     """
 
     _INTERVAL = 1.0  # seconds between two checks
@@ -61,10 +62,10 @@ class WorkerWatch:
         """A spawned worker shares no memory: it gets a board of its own, which is not read."""
         return WorkerWatch, (len(self._board) // 3, self._limit, dict(self.stalled))
 
-    def start(self) -> None:
-        """Start the checks, after the workers have started."""
+    def start(self, check_for_dead: Callable[[], None] = lambda: None) -> None:
+        """Start the checks, after the workers have started; `check_for_dead` is called every second."""
         self._closed.clear()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._look, args=(check_for_dead,), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -95,8 +96,9 @@ class WorkerWatch:
         for place in range(1, len(self._board), 3):
             self._board[place] = IDLE
 
-    def _look(self) -> None:
+    def _look(self, check_for_dead: Callable[[], None]) -> None:
         while not self._closed.wait(min(self._INTERVAL, self._limit / 2)):
+            check_for_dead()
             now = time.monotonic_ns()
             for place in range(0, len(self._board), 3):
                 pid, row, since = self._board[place : place + 3].tolist()

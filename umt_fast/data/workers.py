@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.shared_memory import BufferPool, NoSharedMemory
-from umt_fast.data.torch_private import ignore_dead_workers, is_dead_worker, stop_workers
+from umt_fast.data.torch_private import end_if_one_died, ignore_dead_workers, is_dead_worker, stop_workers
 from umt_fast.data.watch import WorkerWatch, end_with_parent
 from umt_fast.errors import RunError
 
@@ -119,7 +119,7 @@ class WorkerBatches(Iterator[T]):
                 )
             )
         if config.workers:
-            self._watch.start()
+            self._watch.start(functools.partial(end_if_one_died, items))
         return items
 
     def __next__(self) -> T:
