@@ -13,6 +13,7 @@ from umt_fast.config import ConfigError
 from umt_fast.run.world import advise_restarts, agree_on_attempt, read_environment, shorten
 
 MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+PAIR = {"RANK": "0", "WORLD_SIZE": "2", **MASTER}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
         ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", **MASTER}, (3, 4, 1)),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (0, 1, 0)),
         ({"SLURM_NTASKS": "8"}, (0, 1, 0)),  # a shell of salloc
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}, (0, 1, 0)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "2", **MASTER}, (1, 2, 0)),
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", **MASTER}, (1, 2, 0)),
     ],
 )
@@ -40,6 +43,12 @@ def test_ranks_that_are_clear(environment, expected):
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE = 2, but MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", **MASTER}, "RANK = 2, but WORLD_SIZE = 2"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "SLURM started 2 tasks.* start one torchrun per node"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, r"mpirun started 2 processes \(OMPI_COMM_WORLD_SIZE\), but RANK is not set"),
+        ({"PMI_SIZE": "4"}, r"mpirun started 4 processes \(PMI_SIZE\)"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK = -1: start with torchrun"),
+        ({**PAIR, "MASTER_PORT": "abc"}, "MASTER_PORT = 'abc' is not a number"),
+        ({**PAIR, "MASTER_PORT": "70000"}, "MASTER_PORT = 70000 is not a port"),
+        ({"RANK": "9" * 5000}, "RANK = '9{40}' is not a number"),
     ],
 )
 def test_errors_name_the_variables_that_are_missing_or_wrong(environment, message):

@@ -24,6 +24,8 @@ ANSWER_SECONDS = 10.0
 """Seconds that the main rank waits for the other ranks' answers when it searches for a lost rank."""
 
 _POLL_SECONDS = 0.05
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Number of processes that mpirun started: Open MPI, MPICH and Intel MPI, MVAPICH."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +163,9 @@ def advise_restarts(environment: Mapping[str, str]) -> str | None:
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """Rank, number of ranks and local rank, as torchrun sets them. Raises ConfigError if only some are set."""
     numbers: dict[str, int] = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
-        if (text := environment.get(name)) is None:
-            continue
-        try:
-            numbers[name] = int(text)
-        except ValueError:
-            raise ConfigError(f"{name} = {text!r} is not a number: start with torchrun, or unset {name}") from None
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID", *_MPI_SIZES):
+        if (text := environment.get(name)) is not None:
+            numbers[name] = _read_number(name, text)
     if "RANK" not in numbers:
         if (size := numbers.get("WORLD_SIZE", 1)) != 1:
             raise ConfigError(f"WORLD_SIZE = {size}, but RANK is not set: start with torchrun, or unset WORLD_SIZE")
@@ -176,12 +174,29 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
                 f"SLURM started {numbers['SLURM_NTASKS']} tasks, but RANK is not set: start one torchrun per node with "
                 "srun --ntasks-per-node 1 (docs/reliability.md), or unset SLURM_PROCID to train in this process alone"
             )
+        for name in _MPI_SIZES:
+            if (size := numbers.get(name, 1)) > 1:
+                raise ConfigError(
+                    f"mpirun started {size} processes ({name}), but RANK is not set: start one torchrun per node with "
+                    f"mpirun --map-by ppr:1:node, or unset {name} to train in this process alone"
+                )
     rank, size = numbers.get("RANK", 0), numbers.get("WORLD_SIZE", 1)
     if not 0 <= rank < size:
         has = f"WORLD_SIZE = {size}" if "WORLD_SIZE" in numbers else "WORLD_SIZE is not set"
         raise ConfigError(f"RANK = {rank}, but {has}: start with torchrun, or unset RANK")
+    if (local := numbers.get("LOCAL_RANK", 0)) < 0:
+        raise ConfigError(f"LOCAL_RANK = {local}: start with torchrun, or unset LOCAL_RANK")
     if size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not environment.get(name):
                 raise ConfigError(f"WORLD_SIZE = {size}, but {name} is not set: start with torchrun")
-    return rank, size, numbers.get("LOCAL_RANK", 0)
+        if not 0 <= (port := _read_number("MASTER_PORT", environment["MASTER_PORT"])) < 1 << 16:
+            raise ConfigError(f"MASTER_PORT = {port} is not a port, 0 to 65535: start with torchrun")
+    return rank, size, local
+
+
+def _read_number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"{name} = {text[:40]!r} is not a number: start with torchrun, or unset {name}") from None
