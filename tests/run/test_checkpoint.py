@@ -19,13 +19,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 STUDENT = StudentConfig(image_size=32, frames=2, width=32, depth=2, heads=2, align_layers=2, target_width=16)
 
 
+NOTHING_ELSE: dict = {"optimizer": {}, "rng": [], "config": {}, "schedule": {}}
+
+
 def names(folder: Path) -> list[str]:
     """Everything in the folder, hidden files too."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def content(value: float, size: int = 10) -> dict:
-    return {"model": {"weight": torch.full((size,), value)}}
+    return {"model": {"weight": torch.full((size,), value)}, **NOTHING_ELSE}
 
 
 @pytest.fixture
@@ -56,6 +59,7 @@ def test_round_trip(tmp_path):
         "optimizer": optimizer.state_dict(),
         "rng": [rng],
         "config": {"name": "a", "betas": (0.9, 0.95), "clip_grad": None},
+        "schedule": {},
     }
     path = checkpoint.save_checkpoint(tmp_path / "new" / "folder", 3, state, keep=1)
     assert path == checkpoint.checkpoint_path(tmp_path / "new" / "folder", 3)
@@ -75,7 +79,7 @@ def test_round_trip(tmp_path):
 
 def test_a_checkpoint_is_readable_as_weights(tmp_path):
     student = VideoStudent(STUDENT)
-    path = checkpoint.save_checkpoint(tmp_path, 3, {"model": umt_state_dict(student)}, keep=1)
+    path = checkpoint.save_checkpoint(tmp_path, 3, {"model": umt_state_dict(student), **NOTHING_ELSE}, keep=1)
     assert torch.load(path, weights_only=True)["model"].keys() == student.state_dict().keys()
 
 
@@ -204,7 +208,7 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 )
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, content, words):
     """Found by fuzzing."""
-    torch.save(content, tmp_path / "clips_0000000004.pth")
+    torch.save({**NOTHING_ELSE, **content}, tmp_path / "clips_0000000004.pth")
     with pytest.raises(WeightsError, match=words):
         checkpoint.load_checkpoint(tmp_path / "clips_0000000004.pth")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,3 +256,83 @@ def test_settings_that_hold_themselves_are_refused(tmp_path):
             torch.save({**whole, name: settings}, path)
             with pytest.raises(WeightsError, match=f"{name} does not hold settings"):
                 checkpoint.load_checkpoint(path)
+
+
+def _set(*keys: object) -> Callable[[dict], None]:
+    """Sets content[keys[0]][keys[1]]... to the last of them."""
+
+    def change(content: dict) -> None:
+        *way, last, value = keys
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+MOMENTS = ("optimizer", "state", "0.weight")
+STRANGE: list[tuple[Callable[[dict], object], str]] = [
+    (lambda content: content.pop("optimizer"), "optimizer missing"),
+    (lambda content: content.pop("rng"), "rng missing"),
+    (_set("clips_seen", -1), "clips_seen missing or of another kind"),
+    (_set("format", torch.zeros(2)), "is not a checkpoint of a run"),
+    (_set("config", "run", {"seed": torch.zeros(2)}), r"run\.seed is a Tensor"),
+    (_set("schedule", "videos", 1 << 70), "videos is a int"),
+    (_set("schedule", 3, 3), "3 is not a name"),
+    (_set("model", "0.weight", torch.eye(3).to_sparse()), "sparse"),
+    (_set("model", {}), "it holds no weights"),
+    # Each of these four made torch read or write memory that is not the tensor's.
+    (_set(*MOMENTS, "exp_avg", torch.zeros(1)), r"exp_avg of 0\.weight is not a tensor of shape \[3, 3\]"),
+    (_set(*MOMENTS, "exp_avg_sq", torch.zeros(3, 1).expand(3, 3)), "not stored as floating-point numbers in order"),
+    (_set(*MOMENTS, "step", torch.zeros(3, 3)), r"step of 0\.weight is not a tensor of shape \[\]"),
+    (lambda content: content["optimizer"]["state"]["0.weight"].pop("exp_avg"), r"exp_avg of 0\.weight is not a tensor"),
+    (_set("optimizer", "state", "other", {}), "a state of other, which this model lacks"),
+    (_set("optimizer", "param_groups", None), "is not of this model"),
+    (_set("rng", [{"cpu": torch.zeros(3)}]), "is not of this model"),
+    (_set("rng", [3]), "is not of this model"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), STRANGE)
+def test_a_checkpoint_with_strange_content_is_refused(folder, change, says):
+    path = checkpoint.list_checkpoints(folder)[-1]
+    content = checkpoint.load_checkpoint(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(RunError, match=says):
+        new_state().go_on(checkpoint.Checkpoint(path, checkpoint.load_checkpoint(path)), step_clips=4)
+
+
+def test_an_optimisers_settings_are_the_resumed_runs_own(folder):
+    path = checkpoint.list_checkpoints(folder)[-1]
+    content = checkpoint.load_checkpoint(path)
+    content["optimizer"]["param_groups"][0] |= {"amsgrad": True, "lr": "x", "fused": False, "maximize": True}
+    torch.save(content, path)
+    state = new_state()
+    before = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    assert state.restore(folder, step_clips=4)
+    after = [{key: value for key, value in group.items() if key != "params"} for group in state.optimizer.param_groups]
+    assert before == after
+    step(state)
+
+
+def test_a_run_with_a_moving_average_refuses_a_checkpoint_without_one(folder):
+    state = new_state()
+    state.companions["average"] = nn.Linear(1, 1)
+    with pytest.raises(RunError, match="it holds no average; resume with the settings of the run that saved it"):
+        state.restore(folder, step_clips=4)
+
+
+def test_a_score_that_is_not_a_number_is_refused(folder):
+    found = find_checkpoint(folder, ALONE)
+    assert found is not None
+    found.content["schedule"]["best_top1"] = "x"
+    with pytest.raises(RunError, match="its best_top1 is not a number"):
+        new_state().go_on(found, step_clips=4, kept=("best_top1",))
+
+
+def test_notes_of_changed_settings_are_one_line(folder):
+    found = find_checkpoint(folder, ALONE)
+    assert found is not None
+    found.content["config"]["run"]["seed"] = "x\x1b[31m\ny"
+    assert checkpoint.list_changes(found, CONFIG, {}) == [r"note: run.seed was x\x1b[31m\ny when it was saved, now 0"]

@@ -12,14 +12,16 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from umt_fast.errors import RunError
-from umt_fast.files import check_regular, expand_home, replacing
+from umt_fast.files import check_regular, escape, expand_home, replacing
 from umt_fast.run.world import World
 from umt_fast.weights import WeightsError
-from umt_fast.weights.files import find_not_finite
+from umt_fast.weights.files import find_not_finite, refuse_odd_tensors
 from umt_fast.weights.torchscript import refuse_bomb
 
+_MOST_CLIPS = 10**15
 FORMAT = 2
 """Format 2 keys the optimiser's state by parameter name, format 1 (version 0.1) by number. Both are read."""
 
@@ -153,19 +155,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # truncated, missing, not a checkpoint
         fix = "remove it to go on from the one before, or name another with --run.resume"
         raise WeightsError(f"cannot read checkpoint {path}, {fix}: {error}") from error
-    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
+    if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] not in (1, FORMAT):
         raise WeightsError(f"{path} is not a checkpoint of a run (format 1 or {FORMAT}); for weights use read_weights")
     kinds = {"clips_seen": int, "model": dict, "optimizer": dict, "rng": list, "config": dict, "schedule": dict}
-    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name, kind()), kind)]
-    wrong += [name for name in ("clips_seen", "model") if name not in content]
+    wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
+    if "clips_seen" not in wrong and not 0 <= content["clips_seen"] <= _MOST_CLIPS:
+        wrong.append("clips_seen")
     if wrong:
         raise WeightsError(f"{path} is not a checkpoint of a run: {', '.join(wrong)} missing or of another kind")
+    refuse_odd_tensors({key: value for key, value in content["model"].items() if isinstance(value, Tensor)}, path)
     bad = find_not_finite(content["model"])
     if bad is not None:
         raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
     try:
         for name in ("config", "schedule", "attention"):
-            flatten(content.get(name, {}))
+            check_plain(flatten(content.get(name, {})))
     except (ValueError, AttributeError) as error:
         raise WeightsError(f"{path} is not a checkpoint of a run: {name} does not hold settings: {error}") from None
     try:
@@ -190,9 +194,10 @@ def check_same(checkpoint: Checkpoint, config: Any, names: tuple[str, ...]) -> N
     """
     then = {**flatten(asdict(type(config)())), **flatten(checkpoint.content["config"])}
     for key, value in flatten(asdict(config)).items():
-        if then[key] != value and any(key == name or key.startswith(f"{name}.") for name in names):
+        if then.get(key) != value and any(key == name or key.startswith(f"{name}.") for name in names):
             raise RunError(
-                f"{checkpoint.path} was made with {key} = {then[key]}, this run has {value}; choose another --run.name"
+                f"{checkpoint.path} was made with {key} = {_short(then.get(key))}, this run has {_short(value)}; "
+                "choose another --run.name"
             )
 
 
@@ -213,7 +218,7 @@ def list_changes(
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = escape(str(value))
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -232,6 +237,8 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat: dict[str, Any] = {}
     for key, value in tree.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{prefix}{key} is not a name")
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             if name.count(".") >= _DEEPEST:
@@ -244,3 +251,12 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def check_plain(flat: Mapping[str, Any]) -> None:
+    """Raise ValueError unless all values are those of settings: numbers, words, None, or lists of them."""
+    for name, value in flat.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            plain = part is None or isinstance(part, bool | float | str)
+            if not plain and not (isinstance(part, int) and abs(part) < 1 << 63):
+                raise ValueError(f"{escape(name)} is a {type(part).__name__}")

@@ -28,13 +28,11 @@ from umt_fast.run.checkpoint import (
     remove_unfinished,
     save_checkpoint,
 )
-from umt_fast.run.lost_rank import RandomStates
+from umt_fast.run.lost_rank import RandomStates, is_lost_rank
 from umt_fast.run.world import World
 from umt_fast.weights.files import find_not_finite
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_OWN = ("betas", "eps", "weight_decay", "capturable", "lr_scale")
-"""Optimiser settings that a resumed run takes from its own settings, not from the checkpoint."""
 
 
 @dataclass
@@ -151,7 +149,10 @@ class TrainState:
         if found is None:
             return []
         self.restore(folder, found, step_clips)
-        self.plan |= {name: found.content["schedule"][name] for name in kept if name in found.content["schedule"]}
+        stored = {name: found.content["schedule"][name] for name in kept if name in found.content["schedule"]}
+        if wrong := [name for name, value in stored.items() if type(value) not in (int, float)]:
+            raise RunError(f"{found.path} is not of this job: its {wrong[0]} is not a number")
+        self.plan |= stored
         changes = list_changes(found, self.config, self.plan, self.attention)
         return [f"going on from {found.path} at step {self.step}", *changes]
 
@@ -164,27 +165,58 @@ class TrainState:
         found = found if found is not None else find_checkpoint(folder, self.world)
         if found is None:
             return False
-        content = found.content
         try:
-            set_model_state_dict(self.model, content["model"], options=StateDictOptions(full_state_dict=True))
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()
+            self._fill(found.content)
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, RuntimeError) and is_lost_rank(error):
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunError(f"{found.path} is not of this model: {' '.join(reason[:2])}") from None
-        own = [{key: group[key] for key in _OWN if key in group} for group in self.optimizer.param_groups]
+        self.clips_seen = found.clips_seen
+        self.step = self.clips_seen // step_clips
+        self.last_saved = found.path
+        return True
+
+    def _fill(self, content: dict[str, Any]) -> None:
+        """Copy a checkpoint's tensors into this state. Raises what torch raises for those of another model."""
+        options = StateDictOptions(full_state_dict=True)
+        if not content["model"]:
+            raise ValueError("it holds no weights")
+        set_model_state_dict(self.model, content["model"], options=options)
+        # Rates, decay and kernels are the resumed run's own.
+        own = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         state = content["optimizer"]
         if content["format"] == 1:
             state = _name_parameters(state, self.model, self.optimizer)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+        _check_moments(state["state"], self.model)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         if self.world.rank < len(content["rng"]):
             set_rng_state(content["rng"][self.world.rank], self.world.device)
         for name, module in self.companions.items():
+            if name not in content:
+                raise ValueError(f"it holds no {name}; resume with the settings of the run that saved it")
+            if (bad := find_not_finite(content[name])) is not None:
+                raise ValueError(f"{bad} of its {name} holds values that are not finite")
             module.load_state_dict(content[name])
-        self.clips_seen = found.clips_seen
-        self.step = self.clips_seen // step_clips
-        self.last_saved = found.path
-        return True
+
+
+def _check_moments(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise ValueError unless AdamW's state of each parameter is there as the parameter is.
+
+    torch's fused AdamW does not look: with tensors that are too small it reads and writes other memory.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, values in state.items():
+        if name not in shapes:
+            raise ValueError(f"its optimiser has a state of {name}, which this model lacks")
+        for key, shape in (("step", ()), ("exp_avg", shapes[name]), ("exp_avg_sq", shapes[name])):
+            value = values.get(key)
+            if not isinstance(value, Tensor) or value.layout != torch.strided or tuple(value.shape) != shape:
+                raise ValueError(f"its optimiser's {key} of {name} is not a tensor of shape {list(shape)}")
+            if not value.is_floating_point() or not value.is_contiguous():
+                raise ValueError(f"its optimiser's {key} of {name} is not stored as floating-point numbers in order")
 
 
 def _name_parameters(state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -220,14 +220,19 @@ def _tensors_of(content: Any, path: Path) -> TensorDict:
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path} holds no tensors by name")
     found = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    for key, value in found.items():
+    refuse_odd_tensors(found, path)
+    return found
+
+
+def refuse_odd_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise WeightsError unless all hold real numbers, each one in its own place."""
+    for key, value in tensors.items():
         if value.is_nested or value.is_meta or value.layout != torch.strided or value.is_quantized:
             raise WeightsError(f"{path}: {key} is a sparse, nested or quantized tensor, or one without values")
         if value.is_complex():
             raise WeightsError(f"{path}: {key} holds complex numbers, which no model here has")
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():  # or a huge model follows
             raise WeightsError(f"{path}: {key} is {list(value.shape)}, but the file holds fewer values")
-    return found
 
 
 _MOST_NESTED = 16
