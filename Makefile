@@ -61,8 +61,8 @@ test-kernels: .venv/.dev .venv-kernels/.done ## run the Triton kernels in the in
 test-dali: .venv/.dali ## test the DALI loader against PyAV's
 	$(BIN)/python -m pytest tests/data/test_dali_loader.py tests/train/test_dali_run.py
 
-soak: .venv/.dev ## kill runs at random and compare with an undisturbed one; about 15 minutes
-	PYTHONPATH=.:kernels $(BIN)/python -m tests.soak
+soak: .venv/.dev ## kill runs at random and compare with an undisturbed one; about half an hour
+	PYTHONPATH=.:kernels:tests/support $(BIN)/python -m tests.soak
 
 gate: .venv/.dev ## compile every kernel for sm_80, sm_90 and sm_100 and check registers, spills and SASS; needs no GPU
 	$(BIN)/python -m benchmarks.kernels.compile_report --gate -q

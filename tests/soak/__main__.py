@@ -1,14 +1,20 @@
-"""Kill runs at random and compare what they leave with an undisturbed run: `make soak`, a quarter of an hour.
+"""Interrupt runs at random and compare what they leave with an undisturbed run: `make soak`, half an hour.
 
-    python -m tests.soak [kill] [elastic] [agents] [end] [--tries N] [--seed N] [--folder DIR]
+    python -m tests.soak [KIND ...] [--job pretrain finetune stage2] [--tries N] [--seed N] [--folder DIR]
 
-kill     kill -9 of the training process, its workers left alone, and the same command again at once
+Kinds for each job, on one rank and, with `-2`, on two ranks; after the end of a run the same command again, at once:
+process  kill -9 of one rank, its workers left alone
+saving   the same while a checkpoint is being written
+worker   kill -9 of a data worker
+node     kill -9 of everything at once
+stop     SIGTERM or SIGINT
+Kinds of pre-training under torchrun:
 elastic  kill -9 of a rank under one torchrun with --max-restarts
 agents   the same under two torchruns that meet at a c10d rendezvous, as on two nodes
 end      the same at most a second after the last step, while the ranks end
 
-Prints a line per try and a table at the end. Exits with 1 if a run hung, failed, left a damaged checkpoint or ended
-with other weights than the undisturbed one.
+Prints a line per try and a table at the end. Exits with 1 if a run hung, failed, damaged a checkpoint, left a process,
+shared memory or a file behind, or has other results than the undisturbed one.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,23 +31,24 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
+from forked import Forked, start_ranks
 
-from umt_fast.data import synthetic
+from tests.soak.jobs import MAINS, ROOT, Jobs, differences, run_job
 from umt_fast.run import checkpoint
+from umt_fast.run.stop import EXIT_STOPPED
 
-ROOT = Path(__file__).parents[2]
 SILENCE = 120.0
 """Seconds without a line after which a run counts as hung."""
 PATIENCE = 3.0
-"""Most seconds between a step and the next kill."""
-STEPS = 90
-"""Steps of a run; a checkpoint every 3."""
-RECIPE = ROOT / "tests" / "support" / "small.toml"
+"""Most seconds between the start of a run, or the last kill, and the next kill."""
+LINGER = 3.0
+"""Most seconds for which a process may outlive its run."""
+KINDS = ("process", "saving", "worker", "node", "stop")
+TORCHRUN_KINDS = ("elastic", "agents", "end")
 
 
 @dataclass
@@ -53,122 +61,173 @@ class Tally:
     hung: int = 0
     failed: int = 0
     damaged: int = 0
+    left: int = 0
+    """Processes and shared memory that outlived their run."""
     different: int = 0
 
     def __str__(self) -> str:
-        faults = f"{self.hung} | {self.failed} | {self.damaged} | {self.different}"
+        faults = f"{self.hung} | {self.failed} | {self.damaged} | {self.left} | {self.different}"
         return f"| {self.attack} | {self.tries} | {self.runs} | {faults} |"
+
+    @property
+    def bad(self) -> bool:
+        return bool(self.hung or self.failed or self.damaged or self.left or self.different)
 
 
 class Run:
     """The processes of one run, and what they print."""
 
-    def __init__(self, log: Path, commands: list[list[str]]) -> None:
-        self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-        with open(log, "ab") as output:
-            self.processes = [
-                subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-                for command in commands
-            ]
+    def __init__(self, log: Path, processes: Sequence[subprocess.Popen[bytes] | Forked]) -> None:
+        self.log, self.processes = log, processes
+        self._shared = set(os.listdir("/dev/shm"))
 
     def steps(self) -> int:
-        return self.log.read_text(errors="replace").count("\nstep ")
+        return self.log.read_text(errors="replace").count("\nstep ") if self.log.exists() else 0
+
+    def running(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
 
     def wait_for_steps(self, more: int) -> bool:
         """Whether the run makes so many steps more before it ends. Raises TimeoutError when it is silent for long."""
-        begun = self.steps()
-        size, since = self.log.stat().st_size, time.monotonic()
+        begun, size, since = self.steps(), -1, time.monotonic()
         while self.steps() < begun + more:
-            if all(process.poll() is not None for process in self.processes):
+            if not self.running():
                 return False
-            if self.log.stat().st_size != size:
+            if self.log.exists() and self.log.stat().st_size != size:
                 size, since = self.log.stat().st_size, time.monotonic()
             if time.monotonic() - since > SILENCE:
                 self.end()
                 raise TimeoutError
-            time.sleep(0.05)
+            time.sleep(0.02)
         return True
 
-    def finish(self) -> bool:
-        """Whether all processes end well. Raises TimeoutError."""
+    def finish(self) -> list[int]:
+        """Exit statuses of all processes. Raises TimeoutError."""
         self.wait_for_steps(10**9)
-        return not any(process.returncode for process in self.processes)
+        return [process.returncode or 0 for process in self.processes]
 
     def end(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
+
+    def leftovers(self) -> list[str]:
+        """Processes and shared memory of a run that has ended, once they had `LINGER` seconds to go."""
+        sessions, until = {process.pid for process in self.processes}, time.monotonic() + LINGER
+        while (found := _sessions(sessions)) and time.monotonic() < until:
+            time.sleep(0.05)
+        shared = set(os.listdir("/dev/shm")) - self._shared
+        dead = [name for name in shared if (pid := re.search(r"_(\d+)_", name)) and not Path("/proc", pid[1]).exists()]
+        return [f"process {pid}" for pid in found] + dead
 
 
 class Soak:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.random = random.Random(seed)
-        self.videos = synthetic.write_videos(folder / "videos", count=8)
+        self.jobs = Jobs(folder)
 
-    def start(self, name: str, ranks: int, agents: int = 1, restarts: int = 0) -> Run:
-        options = {"--recipe": RECIPE, "--data.train": self.videos, "--run.dir": self.folder, "--run.name": name}
-        options |= {"--optim.epochs": 60, "--optim.batch-size": 4 // ranks, "--compute.attention": "math"}
-        options |= {"--run.stop-at": STEPS, "--run.log-every": 1, "--run.save-every": 3}
-        train = ["-m", "train.pretrain", *(str(part) for option in options.items() for part in option)]
-        torchrun = []
-        if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                meeting = f"127.0.0.1:{free.getsockname()[1]}"
-            torchrun = ["-m", "torch.distributed.run", "--nnodes", str(agents), "--max-restarts", str(restarts)]
-            torchrun += ["--nproc-per-node", str(ranks // agents), "--rdzv-backend", "c10d", "--rdzv-id", name]
-            torchrun += ["--rdzv-endpoint", meeting]
-        return Run(self.folder / f"{name}.log", [[sys.executable, *torchrun, *train]] * agents)
+    def start(self, job: str, name: str, ranks: int) -> Run:
+        """A run without torchrun, forked from a process that has imported everything."""
+        log = self.folder / f"{name}.log"
+        given = (job, self.jobs.arguments(job, name, ranks), str(log))
+        return Run(log, start_ranks(run_job, [given] * ranks))
 
-    def undisturbed(self, ranks: int) -> Path:
-        """Checkpoints of a run that nobody kills."""
-        name = f"whole-{ranks}"
-        if not (self.folder / name).exists() and not self.start(name, ranks).finish():
+    def start_torchrun(self, name: str, agents: int = 1, restarts: int = 0) -> Run:
+        """Pre-training on two ranks under torchrun."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = f"127.0.0.1:{free.getsockname()[1]}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(agents), "--rdzv-id", name]
+        command += ["--nproc-per-node", str(2 // agents), "--max-restarts", str(restarts), "--rdzv-backend", "c10d"]
+        command += ["--rdzv-endpoint", meeting, "-m", "train.pretrain", *self.jobs.arguments("pretrain", name, 2)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        log = self.folder / f"{name}.log"
+        with open(log, "ab") as output:
+            processes = [
+                subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+                for _ in range(agents)
+            ]
+        return Run(log, processes)
+
+    def undisturbed(self, job: str, ranks: int) -> Path:
+        """Folder of a run that nobody interrupts."""
+        name = f"{job}-{ranks}-whole"
+        if not (self.folder / name).exists() and any(self.start(job, name, ranks).finish()):
             raise SystemExit(f"the undisturbed run failed: {self.folder / name}.log")
-        return self.folder / name / "checkpoints"
+        return self.folder / name
 
-    def judge(self, tally: Tally, name: str, ranks: int, ended: bool) -> None:
-        folder, whole = self.folder / name / "checkpoints", self.undisturbed(ranks)
+    def judge(self, tally: Tally, job: str, name: str, ranks: int, ended: bool) -> None:
+        folder = self.folder / name
         tally.runs += 1
         tally.failed += not ended
-        tally.damaged += len(list(folder.glob("*.damaged")))
+        tally.damaged += len(list((folder / "checkpoints").glob("*.damaged")))
         if not ended:
-            print(f"  {name}: failed, see {self.folder / name}.log", flush=True)
+            print(f"  {name}: failed, see {folder}.log", flush=True)
             return
-        left, right = (checkpoint.load_checkpoint(checkpoint.list_checkpoints(path)[-1]) for path in (folder, whole))
-        same = left["clips_seen"] == right["clips_seen"]
-        same = same and all(torch.equal(value, right["model"][key]) for key, value in left["model"].items())
-        tally.different += not same
-        print(f"  {name}: {'bit-identical to' if same else 'DIFFERS from'} the undisturbed run", flush=True)
+        found = differences(folder, self.undisturbed(job, ranks))
+        tally.different += bool(found)
+        print(f"  {name}: {'DIFFERS: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)
 
-    def kill(self, tries: int) -> Tally:
-        tally = Tally("kill -9 of the process, the same command at once")
-        self.undisturbed(1)
+    def interrupt(self, job: str, kind: str, ranks: int, tries: int) -> Tally:
+        """Attack runs until there were so many tries, starting each again until it ends by itself."""
+        tally = Tally(f"{job}, {kind}, {ranks} rank{'s' if ranks > 1 else ''}")
+        self.undisturbed(job, ranks)
         while tally.tries < tries:
-            name, ended = f"kill-{tally.runs}", False
+            name, ended = f"{job}-{kind}-{ranks}-{tally.runs}", False
             while not ended:
-                run = self.start(name, 1)
+                run = self.start(job, name, ranks)
+                before, allowed = tally.tries, {0}
                 try:
-                    # One in five dies before its first step.
-                    if tally.tries < tries and (self.random.random() < 0.2 or run.wait_for_steps(1)):
-                        time.sleep(self.random.uniform(0, PATIENCE))
-                        if run.processes[0].poll() is None:
-                            run.processes[0].kill()  # not its workers
-                            tally.tries += 1
-                            print(f"  try {tally.tries} after {run.steps()} lines", flush=True)
-                            run.processes[0].wait()
-                            continue
-                    ended = run.finish()
+                    if tally.tries < tries:
+                        allowed |= self.attack(run, kind, name, tally)
+                    statuses = run.finish()
                 except TimeoutError:
                     tally.hung += 1
                     break
-                if not ended:
+                if tally.tries > before:
+                    print(f"  try {tally.tries} after {run.steps()} lines: {statuses}", flush=True)
+                for left in run.leftovers():
+                    tally.left += 1
+                    print(f"  {left} is left", flush=True)
+                ended = not any(statuses)
+                if not set(statuses) <= allowed:
                     break
-            self.judge(tally, name, 1, ended)
+            self.judge(tally, job, name, ranks, ended)
         return tally
+
+    def attack(self, run: Run, kind: str, name: str, tally: Tally) -> set[int]:
+        """Interrupt a run at some time, if it has not ended by then. Returns the exit statuses that may follow."""
+        victim = self.random.choice(run.processes)
+        if kind == "worker":
+            while run.wait_for_steps(self.random.randrange(1, 12)):
+                workers = [pid for pid in _sessions({victim.pid}) if pid != victim.pid]
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(self.random.choice(workers), signal.SIGKILL)
+                    tally.tries += 1
+            return set()
+        if kind == "saving":
+            victim = run.processes[0]
+            run.wait_for_steps(self.random.randrange(1, 9))
+            _wait_for_aside(self.folder / name / "checkpoints", run)
+        else:
+            time.sleep(self.random.uniform(0.2, PATIENCE))
+        if not run.running():
+            return set()
+        tally.tries += 1
+        if kind == "node":
+            for process in run.processes:
+                os.killpg(process.pid, signal.SIGKILL)
+        elif kind == "stop":
+            number = self.random.choice((signal.SIGTERM, signal.SIGINT))
+            for process in run.processes if number == signal.SIGINT else [victim]:  # Ctrl-C reaches all
+                process.send_signal(number)
+            early = {-signal.SIGTERM, 130}  # before the first step
+            return {EXIT_STOPPED} | early | ({1} if len(run.processes) > 1 else set())
+        else:
+            victim.kill()
+        return {-signal.SIGKILL} | ({1} if len(run.processes) > 1 else set())
 
     def kill_rank(self, run: Run) -> bool:
         """Kill one rank of a run under torchrun, if any is there."""
@@ -181,10 +240,10 @@ class Soak:
 
     def elastic(self, agents: int, tries: int) -> Tally:
         tally = Tally(f"kill -9 of a rank, {agents} torchrun{'s' if agents > 1 else ''} with --max-restarts")
-        self.undisturbed(2)
+        self.undisturbed("pretrain", 2)
         while tally.tries < tries:
             name, ended = f"elastic-{agents}-{tally.runs}", False
-            run = self.start(name, 2, agents, restarts=100)
+            run = self.start_torchrun(name, agents, restarts=100)
             try:
                 while tally.tries < tries and run.wait_for_steps(1):
                     time.sleep(self.random.uniform(0, PATIENCE))
@@ -192,29 +251,32 @@ class Soak:
                         tally.tries += 1
                         print(f"  try {tally.tries} after {run.steps()} lines", flush=True)
                         time.sleep(1)  # the lines of the dead attempt
-                ended = run.finish()
+                ended = not any(run.finish())
             except TimeoutError:
                 tally.hung += 1
-            self.judge(tally, name, 2, ended)
+            tally.left += len(run.leftovers())
+            self.judge(tally, "pretrain", name, 2, ended)
         return tally
 
     def end(self, tries: int) -> Tally:
         tally = Tally("kill -9 of a rank after the last step, 2 torchruns with --max-restarts")
-        whole = self.undisturbed(2)
+        whole = self.undisturbed("pretrain", 2)
         while tally.runs < tries:
             name, ended = f"end-{tally.runs}", False
             folder = self.folder / name / "checkpoints"
             folder.mkdir(parents=True)
-            shutil.copy(checkpoint.list_checkpoints(whole)[-2], folder)  # three steps are left
-            run = self.start(name, 2, 2, restarts=5)
+            shutil.copy(checkpoint.list_checkpoints(whole / "checkpoints")[-2], folder)  # three steps are left
+            shutil.copy(whole / "metrics.jsonl", folder.parent)
+            run = self.start_torchrun(name, 2, restarts=5)
             try:
                 if run.wait_for_steps(3):
                     time.sleep(self.random.uniform(0, 1))
                     tally.tries += self.kill_rank(run)
-                ended = run.finish()
+                ended = not any(run.finish())
             except TimeoutError:
                 tally.hung += 1
-            self.judge(tally, name, 2, ended)
+            tally.left += len(run.leftovers())
+            self.judge(tally, "pretrain", name, 2, ended)
         return tally
 
 
@@ -223,32 +285,55 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in found.split()]
 
 
+def _sessions(leaders: set[int]) -> list[int]:
+    """Living processes of these sessions."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) in leaders and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+def _wait_for_aside(folder: Path, run: Run) -> None:
+    """Until a checkpoint is being written, or the run ends."""
+    while run.running():
+        with contextlib.suppress(OSError):
+            if any(name.startswith(".clips_") for name in os.listdir(folder)):
+                return
+        time.sleep(0.0002)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=["kill", "elastic", "agents", "end"])
-    parser.add_argument("--tries", type=int, help="kills of each kind; by default 30 of the first and 20 of the others")
+    every = [kind + ranks for ranks in ("", "-2") for kind in KINDS]
+    parser.add_argument("kinds", nargs="*", default=[*every, *TORCHRUN_KINDS], metavar="KIND")
+    parser.add_argument("--job", nargs="*", default=list(MAINS), choices=list(MAINS))
+    parser.add_argument("--tries", type=int, default=10, help="interruptions of each kind and job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
+    if unknown := set(given.kinds) - {*every, *TORCHRUN_KINDS}:
+        parser.error(f"no kind {', '.join(unknown)}")
     os.environ["UMT_FAST_CACHE"] = tempfile.mkdtemp(prefix="umt-fast-soak-")
     soak = Soak(given.folder or Path(tempfile.mkdtemp(prefix="umt-fast-soak-")), given.seed)
     print(f"runs and logs in {soak.folder}", flush=True)
     tallies = []
     for kind in given.kinds:
         print(kind, flush=True)
-        tries = given.tries or (30 if kind == "kill" else 20)
-        attacks = {
-            "kill": soak.kill,
-            "elastic": partial(soak.elastic, 1),
-            "agents": partial(soak.elastic, 2),
-            "end": soak.end,
-        }
-        tallies.append(attacks[kind](tries))
+        if kind in TORCHRUN_KINDS:
+            tallies.append(
+                soak.end(given.tries) if kind == "end" else soak.elastic(1 + (kind == "agents"), given.tries)
+            )
+            continue
+        name, _, ranks = kind.partition("-")
+        tallies += [soak.interrupt(job, name, int(ranks or 1), given.tries) for job in given.job]
     print(
-        "| attack | tries | runs | hung | failed | damaged checkpoints | other weights |\n|---|---|---|---|---|---|---|"
+        "| attack | tries | runs | hung | failed | damaged checkpoints | left behind | different |\n" + 8 * "|---" + "|"
     )
     print("\n".join(map(str, tallies)))
-    sys.exit(any(tally.hung or tally.failed or tally.damaged or tally.different for tally in tallies))
+    sys.exit(any(tally.bad for tally in tallies))
 
 
 if __name__ == "__main__":
