@@ -151,7 +151,7 @@ class VideoTransformer(nn.Module):
 
         clip       uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W], any T that the tubelet divides.
         position   table of the clip's N tokens in (t, h, w) order, added to the embeddings.
-        token_ids  tokens that enter the blocks; None: all. Of r = M * B rows, M i to M (i + 1) - 1 belong to clip i.
+        token_ids  tokens that enter the blocks; None: all. Of r = M * B rows, clip i has the M rows from M * i on.
 
         Raises ValueError for a clip of another size, a table of another length, r that is not a multiple of B, or a
         block that does not exist.
