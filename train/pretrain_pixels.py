@@ -13,7 +13,7 @@ from umt_kernels import patch_embed
 from umt_fast import masking
 from umt_fast.config import ConfigError, MaeStConfig, MaeStPretrainConfig, VideoMaeConfig, VideoMaePretrainConfig
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.guides import GuidedStream
+from umt_fast.data.guides import GUIDES, GuidedStream
 from umt_fast.data.index import VideoList
 from umt_fast.models.pixels import MaeSt, MaskedAutoencoder, VideoMae
 from umt_fast.models.token_sampler import AdaMae
@@ -46,8 +46,9 @@ class PixelObjective:
         sizes, mask = config.model, config.mask
         shape = (videos, config.data, sizes.frames, sizes.image_size, config.run.seed)
         needs = masking.find_rule(mask.rule).needs
-        if needs == "motion" or needs == "regions":
-            return GuidedStream(*shape, guide=needs, grid=sizes.grid, folder=mask.regions)
+        for guide in GUIDES:
+            if needs == guide:
+                return GuidedStream(*shape, guide=guide, grid=sizes.grid, folder=mask.regions)
         return ClipStream(*shape)
 
     @staticmethod

@@ -21,7 +21,7 @@ from torch import nn
 
 from train.stage2_data import VOCABULARY, Alternation, find_tokenizer, make_stream, read_lists
 from train.stage2_model import accelerate, build_model, fit_text, freeze_unused
-from train.stage2_objective import Objective, make_answering, make_objective
+from train.stage2_objective import LossFunction, make_answering, make_objective
 from train.stage2_validation import Validation
 from umt_fast.config import ConfigError, Stage2Config
 from umt_fast.data.captions import CaptionList
@@ -57,7 +57,7 @@ class Job(NamedTuple):
     """The model as its processes train it: bare or in DDP's wrapper."""
     alternation: Alternation
     loaders: dict[str, Loader]
-    objective: Objective
+    objective: LossFunction
     validation: Validation
     log: RunLog
     clock: KindClock

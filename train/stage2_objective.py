@@ -31,7 +31,7 @@ class Work(NamedTuple):
     """FLOP of the forward and backward pass."""
 
 
-Objective = Callable[[str, "Batch"], Work]
+LossFunction = Callable[[str, "Batch"], Work]
 """A kind (image or video) and a batch of it -> its losses."""
 
 
@@ -43,7 +43,7 @@ def make_objective(
     streams: dict[str, ClipStream],
     bf16: bool,
     say: Callable[[str], None],
-) -> Objective:
+) -> LossFunction:
     """Returns (kind, batch with captions) -> the losses of `video_text_step` and, as `loss`, their weighted sum.
 
     A batch in which all samples match each other has no negatives: it trains without VTM, and `say` reports the first
@@ -88,7 +88,7 @@ def make_objective(
 
 def make_answering(
     config: Stage2Config, model: nn.Module, tokenizer: Tokenizer, questions: list[Question], bf16: bool
-) -> Objective:
+) -> LossFunction:
     """Returns (kind, batch of questions) -> the negative log likelihood of the answers, weighted by their votes."""
     data, device, sizes = config.data, next(model.parameters()).device, config.video_text
 

@@ -9,7 +9,7 @@ import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Guide = Literal["motion", "regions"]
+GUIDES: tuple[Guide, ...] = get_args(Guide)
 MOTION_SCALE = 4
 """The channel's value for one pixel of motion: codecs count quarter pixels. It saturates near 64 pixels."""
 
