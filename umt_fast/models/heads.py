@@ -55,7 +55,7 @@ def predict_aligned(
     position: Float[Tensor, "n d"],
     token_ids: Int[Tensor, "b m"],
 ) -> Predictions:
-    """For each aligned block's outputs: apply the encoder's `norm`, add the tokens' positions, then the block's head."""
+    """For each aligned block: apply the encoder's `norm`, add the tokens' positions, then the block's head."""
     features = [
         gather_layer_norm(x, norm.weight, norm.bias, norm.eps, position=position, position_ids=token_ids)
         for x in hidden
