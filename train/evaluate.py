@@ -28,7 +28,7 @@ from umt_fast.config import (
     RunConfig,
     TestConfig,
 )
-from umt_fast.data.labels import read_classes, read_labelled
+from umt_fast.data.labels import LabelledVideos, read_classes, read_labelled
 from umt_fast.data.manifest import check_files
 from umt_fast.evaluation.classification import predict
 from umt_fast.evaluation.features import infer_sizes
@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
             f"{len(listed.videos)} videos, {test.segments} x {test.crops} views of {sizes.frames} frames ({data.rule}) "
             f"at {sizes.image_size} px, {sizes.num_classes} classes"
         )
-        say("\n".join(lines))
+        say("\n".join([*explain_numbers(listed), *lines]))
     found = predict(
         model,
         listed.videos,
@@ -163,6 +163,16 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
         f"loss {scores.loss:.4f}  ({scores.videos} videos, {len(found.bad)} could not be read); "
         f"report in {config.run.folder}"
     )
+
+
+def explain_numbers(listed: LabelledVideos) -> list[str]:
+    """A note on what the numbers of a list mean, if the classes have names: another list may number them otherwise."""
+    numbered = isinstance(next(listed.videos.rows()).get("label"), int)
+    if not numbered or all(name.isdigit() for name in listed.classes):
+        return []
+    named = ", ".join(f"{number} {name}" for number, name in enumerate(listed.classes[:3]))
+    more = ", ..." if len(listed.classes) > 3 else ""
+    return [f"note: the list has numbers, which are taken for the checkpoint's classes: {named}{more}"]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from umt_fast.config import FinetuneConfig
+from umt_fast.config import ClassifierConfig, FinetuneConfig
 from umt_fast.data.fast_augment import augment_batch
 from umt_fast.data.labels import LabelledVideos
+from umt_fast.evaluation.features import infer_sizes
 from umt_fast.models.classifier import Classifier
 from umt_fast.objectives.classification import mix, soft_cross_entropy
 from umt_fast.run.attention_choice import Use
 from umt_fast.run.compute import accelerate_model
 from umt_fast.run.world import World
-from umt_fast.weights import WeightsError, load_classifier, read_class_map, read_model, section_of
+from umt_fast.weights import (
+    TensorDict,
+    WeightsError,
+    load_classifier,
+    read_class_map,
+    read_model,
+    section_of,
+    strip_prefixes,
+)
 
 if TYPE_CHECKING:
     from umt_fast.data.batch import Batch
@@ -44,8 +54,18 @@ def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
     )
     if init.strict and (unforeseen := report.unforeseen()):
         shown = "\n  ".join(unforeseen[:8] + ([f"and {len(unforeseen) - 8} more"] if len(unforeseen) > 8 else []))
-        raise WeightsError(f"{init.checkpoint} does not fit (--init.strict false loads what does):\n  {shown}")
+        sizes = _compare_sizes(config.classifier, state, settings)
+        raise WeightsError(f"{init.checkpoint} does not fit{sizes} (--init.strict false loads what does):\n  {shown}")
     return [f"init: {len(report.loaded)} tensors from {init.checkpoint}", *(f"  {line}" for line in report.lines())]
+
+
+def _compare_sizes(config: ClassifierConfig, state: TensorDict, settings: dict[str, Any]) -> str:
+    """How a file's encoder differs from the model's in depth and width; empty if it does not, or if it holds none."""
+    with contextlib.suppress(WeightsError):
+        found = infer_sizes(strip_prefixes(state), settings, "")
+        if (found.depth, found.width) != (config.depth, config.width):
+            return f": it has {found.depth} blocks of width {found.width}, the model {config.depth} of {config.width}"
+    return ""
 
 
 def accelerate(

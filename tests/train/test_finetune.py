@@ -182,10 +182,15 @@ def test_a_run_leaves_its_report_and_best_weights(config, capsys):
     arguments = ["--checkpoint", f"{folder / 'best.pth'}", "--data.test", config.data.test, "--data.workers", "0"]
     arguments += ["--compute.precision", "fp32", "--run.dir", config.run.dir, "--test.clips-per-pass", "4"]
     evaluate.main(arguments)
+    assert "the checkpoint's classes" not in capsys.readouterr().out
     again = np.load(Path(config.run.dir) / "evaluate" / "predictions.npz")
     before = np.load(folder / "test" / "predictions.npz")
     assert np.allclose(again["probabilities"], before["probabilities"], atol=1e-6)
     assert again["path"].tolist() == before["path"].tolist()
+    numbered = Path(config.run.dir) / "numbered.csv"
+    numbered.write_text("".join(f"{path},1\n" for path in before["path"]))
+    evaluate.main([*arguments, "--data.test", str(numbered)])
+    assert "taken for the checkpoint's classes: 0 orbit, 1 spin\n" in capsys.readouterr().out
 
 
 def train_as_a_rank(*configs: FinetuneConfig) -> None:
@@ -241,7 +246,10 @@ def test_starts_from_a_pre_trained_encoder(config, tmp_path: Path):
     wider = VideoStudent(StudentConfig(**{**SIZES, "width": 64}, align_layers=1, target_width=8))
     write_weights(tmp_path / "wider.pth", wider.state_dict())
     other = change(config, "init", checkpoint=f"{tmp_path / 'wider.pth'}")
-    with pytest.raises(WeightsError, match=r"does not fit .*\n.*\[64, 3, 1, 16, 16\] in the file, \[32, 3, 1, "):
+    sizes = "it has 2 blocks of width 64, the model 2 of 32"
+    with pytest.raises(
+        WeightsError, match=rf"does not fit: {sizes} .*\n.*\[64, 3, 1, 16, 16\] in the file, \[32, 3, 1, "
+    ):
         finetune.load_init(model, other)
     finetune.load_init(model, change(other, "init", strict=False))
     with pytest.raises(WeightsError, match=r"no weights at .*none\.pth: no such file or folder\.$"):
