@@ -1,7 +1,7 @@
 """Ops of Unmasked Teacher pre-training (arXiv 2303.16058), usable on their own.
 
-On CUDA tensors every op runs Triton kernels; on others, and for dtypes the kernels do not take, the plain PyTorch
-definition in `umt_kernels.reference`, which the kernels are held to.
+On CUDA tensors every op runs Triton kernels. On other devices, and for dtypes without a kernel, it runs its definition
+in plain PyTorch, `umt_kernels.reference`. Tests compare the kernels with this definition.
 """
 
 from umt_kernels.add_layer_norm import add_layer_norm

@@ -40,12 +40,12 @@ def add_layer_norm(
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
     """The new residual x = residual + scale * (branch + branch_bias) in its own dtype, and LayerNorm(x) in `out_dtype`.
 
-    scale         a number, or a factor of each sample's branch as stochastic depth (arXiv 1603.09382) draws it, which
-                  gets no gradient.
-    row_ids       rows of the residual that the branch's rows belong to, none twice where it has a gradient; None: all.
+    scale         a number, or one factor per sample, as stochastic depth (arXiv 1603.09382) draws them; it gets no
+                  gradient.
+    row_ids       row of the residual for each row of the branch, none twice if the residual has a gradient. None: all.
     position      table whose rows `position_ids` are added after the norm; it must not require a gradient.
     out_dtype     dtype of the second output; None is the residual's.
-    rms           RMSNorm (arXiv 1910.07467) in place of LayerNorm; `weight` and `bias` may be None for either.
+    rms           RMSNorm (arXiv 1910.07467) instead of LayerNorm. With both, `weight` and `bias` may be None.
     post_norm     the normalised sum itself is the new residual (arXiv 1706.03762); the plain sum is not stored.
 
     Statistics are float32, of x as it is stored. Every input is read once and every output written once. Raises
@@ -100,7 +100,7 @@ def _runs_kernel(residual: Tensor, branch: Tensor, *others: Any) -> bool:
 
 
 MOST_ROWS = 2**31 - 2**16
-"""Rows are counted in int32, whose divisions are cheap."""
+"""Rows are counted in int32, because its divisions are fast."""
 
 
 def _check(
@@ -115,7 +115,7 @@ def _check(
     position_ids: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> None:
-    """Everything but the values of ids."""
+    """Check all arguments except the values of ids."""
     floats = {
         "residual": residual, "branch": branch, "weight": weight, "bias": bias,
         "branch_bias": branch_bias, "scale": scale, "position": position,
@@ -222,11 +222,11 @@ def _fake(
 
 
 FORWARD_REGISTERS = 64
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+"""Most registers per thread in the compiler's report at the models' widths; a test compares them."""
 
 
 def forward_config(width: int) -> dict[str, int]:
-    """Eight numbers of each of two rows to a thread: both are on their way at once."""
+    """Each thread holds eight numbers of each of two rows, so both rows load at the same time."""
     block = next_power_of_2(width)
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4 if block <= 2048 else 8}
 
@@ -337,12 +337,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        # Every tile is [ROWS, BLOCK], w and b too: from another layout, warps would wait for each other to exchange it.
+        # Every tile is [ROWS, BLOCK], w and b too: to change another layout, warps would have to wait for each other.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         first = tl.program_id(0) * rows_per_program
         for start in range(first, min(first + rows_per_program, rows), ROWS):
-            row = start + tl.arange(0, ROWS)  # int32, whose division is cheap
+            row = start + tl.arange(0, ROWS)  # int32, for fast division
             here = row < rows
             mask = here[:, None] & inside
             sample = row // kept

@@ -59,7 +59,7 @@ def _prepare(
 def _branch_shape(
     grad_y: Tensor, x: Tensor, scale: Tensor | None, row_ids: Tensor | None, branch_dtype: torch.dtype, factor: float
 ) -> tuple[int, ...]:
-    """Shape of the branch's gradient, (0,) where it is the residual's."""
+    """Shape of the branch's gradient; (0,) if it is the same tensor as the residual's."""
     same = scale is None and factor == 1 and row_ids is None and branch_dtype == x.dtype
     return (0,) if same else grad_y.shape
 
@@ -82,7 +82,7 @@ def _launch(
     post_norm: bool,
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the residual, of the branch (empty where it is the residual's), of weight, bias and branch_bias.
+    """Gradients of residual, branch (empty if it equals the residual's), weight, bias and branch_bias.
 
     `x` is the new residual [b,m,d], or with `post_norm` the old one [b,l,d]: then the sum is computed again.
     """
@@ -133,8 +133,8 @@ if triton is not None:
         row_ids_ptr,
         statistics_ptr,  # [2, B, M]
         dresidual_ptr,  # [B, L, D], contiguous, zero where no row is kept
-        dbranch_ptr,  # [B, M, D], contiguous; None where it is dresidual
-        partial_ptr,  # [3, programs * ROWS, D]: of weight, bias, branch_bias
+        dbranch_ptr,  # [B, M, D], contiguous; None if it is dresidual
+        partial_ptr,  # [3, programs * ROWS, D]: sums for weight, bias, branch_bias
         rows,
         kept,
         length,
@@ -158,7 +158,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         program = tl.program_id(0)
-        # Every tile is [ROWS, BLOCK], w too: from another layout, warps would wait for each other to exchange it.
+        # Every tile is [ROWS, BLOCK], w too: to change another layout, warps would have to wait for each other.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         dw = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -166,7 +166,7 @@ if triton is not None:
         dbranch_bias = tl.zeros((ROWS, BLOCK), tl.float32)
         first = program * rows_per_program
         for start in range(first, min(first + rows_per_program, rows), ROWS):
-            row = start + tl.arange(0, ROWS)  # int32, whose division is cheap
+            row = start + tl.arange(0, ROWS)  # int32, for fast division
             here = row < rows
             mask = here[:, None] & inside
             row_sample = row // kept

@@ -1,4 +1,4 @@
-"""Where an op runs: its Triton kernels, or the reference."""
+"""Choice between Triton kernels and the reference, by device, dtype and environment."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 try:
     import triton
-except ImportError:  # the CPU build of torch does not bring it
+except ImportError:  # the CPU build of torch does not include it
     triton = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter runs the kernels on CPU tensors: for tests."""
 
 REFERENCE_ONLY = os.environ.get("UMT_KERNELS_REFERENCE", "0") == "1"
-"""Every op runs its reference, to find out whether a kernel is at fault."""
+"""Run the reference of every op, to find out whether a kernel causes a fault."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs_triton(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: CUDA, or any under the interpreter, and of a dtype they know."""
+    """Whether the kernels support these tensors: on CUDA, or anywhere under the interpreter, with a supported dtype."""
     if triton is None or REFERENCE_ONLY:
         return False
     for tensor in tensors:
@@ -36,7 +36,7 @@ def runs_triton(*tensors: Tensor | None) -> bool:
 
 
 def lacking(device: torch.device) -> str | None:
-    """What is missing for tensors on `device` to use the kernels, with its fix; None if nothing is."""
+    """Why tensors on `device` cannot use the kernels, with a fix; None if they can."""
     if device.type != "cuda" and not INTERPRETED:
         return "a CUDA GPU"
     if triton is None:

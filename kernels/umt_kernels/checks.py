@@ -13,16 +13,16 @@ from umt_kernels.backend import KERNEL_DTYPES
 from umt_kernels.dispatch import is_plain, is_transformed
 
 EVERYWHERE = os.environ.get("UMT_KERNELS_CHECK_IDS", "0") == "1"
-"""Debug switch: look at ids on GPUs too, which waits for the device at every call."""
+"""Debug switch: check ids on GPUs too, which makes every call wait for the device."""
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not while a program is traced or transformed."""
+    """Whether the values of `x` can be read, which is impossible while a program is traced or transformed."""
     return not torch.compiler.is_compiling() and is_plain(x) and not is_transformed(x)
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Raise unless all that are given are tensors on one device."""
+    """Raise unless all arguments that are not None are tensors on one device."""
     first = None
     for name, tensor in tensors.items():
         if tensor is None:
@@ -36,14 +36,14 @@ def check_tensors(**tensors: Tensor | None) -> None:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Raise unless all that are given are of a dtype that the ops compute with."""
+    """Raise unless all arguments that are not None have a dtype that the ops support."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (*KERNEL_DTYPES, torch.float64):
             raise TypeError(f"{name} has dtype {tensor.dtype}; give float32, bfloat16, float16 or float64")
 
 
 def check_ints(**numbers: Any) -> list[Any]:
-    """The numbers as ints; NumPy's integers and torch.compile's symbolic ones count as such, bools do not."""
+    """The numbers as ints. NumPy's integers and torch.compile's symbolic integers are accepted, bools are not."""
     found = []
     for name, number in numbers.items():
         if type(number) is int or isinstance(number, torch.SymInt):
@@ -70,17 +70,17 @@ def check_ids(name: str, ids: Tensor, batch: int, *, sets: bool = False) -> None
 
 
 def sees_ids(ids: Tensor) -> bool:
-    """Whether `check_id_values` looks at these."""
+    """Whether `check_id_values` reads these ids."""
     return (ids.is_cpu or EVERYWHERE) and not ids.is_meta and reads_values(ids)
 
 
 def check_id_values(
     name: str, ids: Tensor, limit: int, meaning: str, *, once: bool = False, padded: bool = False
 ) -> None:
-    """Raise unless all ids are in [0, limit), with `once` none twice in a row; with `padded` -1 as often as it likes.
+    """Raise unless all ids are in [0, limit), with `once` no id twice in a row; `padded` allows -1 any number of times.
 
-    Values are read on the CPU; on a GPU that would stop the host, so an id that is wrong is undefined there unless the
-    environment has UMT_KERNELS_CHECK_IDS=1.
+    Values are read on the CPU only, because on a GPU the host would wait. There a wrong id gives undefined results
+    unless UMT_KERNELS_CHECK_IDS=1 is set in the environment.
     """
     if not sees_ids(ids):
         return

@@ -1,4 +1,4 @@
-"""cls_scores: how much the class token attends to each patch."""
+"""cls_scores: attention of the class token to each patch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if triton is not None:
     import triton.language as tl
 
 LONGEST = 4096
-"""Keys per head that the kernel takes; longer rows take the reference."""
+"""Most keys per head for the kernel; longer rows run the reference."""
 
 
 def cls_scores(
@@ -95,7 +95,7 @@ def _plan(kernel, grid: tuple[int, ...], k: Tensor, prefix: int, outputs: tuple)
 
 
 def config(length: int, depth: int, key_bytes: int) -> dict[str, int]:
-    """All keys of a head, `CHUNK` of their columns at a time: a tile of 16 KiB, which fits into registers."""
+    """A tile holds `CHUNK` columns of all keys of a head, 16 KiB, which fits into registers."""
     block = next_power_of_2(length)
     chunk = max(8, min(next_power_of_2(depth), (16 << 10) // (block * key_bytes)))
     return {"LENGTH": block, "CHUNK": chunk, "num_warps": max(4, min(16, block * chunk * key_bytes // 2048))}
@@ -212,7 +212,7 @@ if triton is not None:
         grad = tl.load(grad_ptr + place, mask=(token >= prefix) & (token < length), other=0.0).to(tl.float32) / heads
         logits = weights * (grad - tl.sum(weights * grad, axis=0)) * scale
         dk_row = (base * length + token) * depth
-        for start in range(0, depth, CHUNK):  # the keys again: they are in a cache, and too many for registers
+        for start in range(0, depth, CHUNK):  # the keys again, from a cache: registers cannot hold them all
             column = start + tl.arange(0, CHUNK)
             q = tl.load(q_ptr + column, mask=column < depth, other=0.0).to(tl.float32)
             k, mask = _load_keys(k_ptr, token, column, length, depth, k_l)

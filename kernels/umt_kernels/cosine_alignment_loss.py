@@ -1,4 +1,4 @@
-"""cosine_alignment_loss, and alignment_loss with other distances: how far predictions are from targets."""
+"""cosine_alignment_loss, and alignment_loss for other distances between predictions and targets."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def cosine_alignment_loss(
     """Mean of 2 - 2 cos(prediction, target) over all rows (UMT, arXiv 2303.16058, section 3.1).
 
     predictions   [k, b, m, c], or [b, m, c] for a single layer.
-    target_ids    row of `targets` that belongs to each prediction; None pairs them in order (then n = m). With more
-                  sets of predictions than samples of targets, sets 0 .. r/b - 1 belong to sample 0, and so on.
+    target_ids    row of `targets` for each prediction; None pairs the rows in order (then n = m). With more sets of
+                  predictions than samples of targets, sets 0 .. r/b - 1 belong to sample 0, and so on.
     weight, bias  LayerNorm of each layer k, applied to the predictions first, with `eps`; give both or neither.
     row_weights   factor of each row, the same for all layers if it has no axis k; it gets no gradient.
-    padded        target_ids may be -1: such a row counts for nothing.
-    reduction     mean (sum of weight * loss / sum of weights), sum, or none: [*k, r, m], each times its weight.
+    padded        target_ids may be -1: such a row does not count.
+    reduction     mean (sum of weight * loss / sum of weights), sum, or none: weight * loss of each row, [*k, r, m].
 
-    Rows are L2-normalised inside, in float32; neither input needs to be. A prediction shorter than 1e-12 (float16:
-    1e-4) has no direction: its cosine is 0 and it gets no gradient. For a mean or a sum, the gradients of predictions,
-    weight and bias are written during the forward pass, so every input is read once. `targets` get none.
+    The op L2-normalises the rows itself, in float32. A prediction shorter than 1e-12 (float16: 1e-4) has no direction:
+    its cosine is 0 and it gets no gradient. For a mean or a sum, the forward pass writes the gradients of predictions,
+    weight and bias, so every input is read once. `targets` get no gradient.
 
     Raises ValueError when shapes or devices differ, there is no row, or an id is out of range; TypeError for a dtype
     that does not fit.
@@ -70,7 +70,7 @@ def alignment_loss(
     padded: bool = False,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ...]:
-    """`cosine_alignment_loss` with the distance chosen: `cosine`, or `l1`, `smooth_l1`, `mse` averaged over columns.
+    """`cosine_alignment_loss` with another distance: `cosine`, or `l1`, `smooth_l1`, `mse` averaged over columns.
 
     `l1` is V-JEPA 2's (arXiv 2506.09985), `mse` MAE's (arXiv 2111.06377); `beta` is where `smooth_l1` turns linear.
     """
@@ -118,7 +118,7 @@ def _on_shards(
     predictions: Tensor, targets: Tensor, distance: Distance, target_ids: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, eps: float, beta: float, row_weights: Tensor | None, padded: bool, reduction: Reduction,
 ) -> Tensor:  # fmt: skip
-    """The loss of DTensors; a mean is the sum of the parts over the number, or weight, of all rows."""
+    """The loss of DTensors. A mean divides the sum of the parts by the number, or weight, of all rows."""
     samples = predictions.dim() - 3
     axes: dict[str, Axes] = {
         "predictions": (samples,), "targets": (samples,), "target_ids": (0,), "weight": None, "bias": None,
@@ -145,7 +145,7 @@ def _settings(
     predictions: Tensor, weight: Tensor | None, bias: Tensor | None, distance: str, eps: float, beta: float,
     row_weights: Tensor | None, padded: bool, reduction: str,
 ) -> tuple:  # fmt: skip
-    """Settings of the kernel: the distance, eps, beta, floor, padded, a factor of every row, per row, with gradient."""
+    """Settings of the kernel: distance, eps, beta, floor, padded, factor of all rows, loss per row, with gradient."""
     kind = DISTANCES["l1" if distance == "smooth_l1" and beta == 0 else distance]
     half = predictions.dtype == torch.float16
     per_row = reduction == "none"
@@ -159,7 +159,7 @@ def _settings(
 def _weigh(
     predictions: Tensor, target_ids: Tensor | None, row_weights: Tensor | None, padded: bool, reduction: str
 ) -> tuple[Tensor | None, float | Tensor | None]:
-    """Weights of the rows, and what is left to multiply the loss with after the kernel."""
+    """Weights of the rows for the kernel, and the factor of its result."""
     if padded and target_ids is not None:
         valid = (target_ids >= 0).float()
         row_weights = valid if row_weights is None else row_weights.float() * valid
@@ -170,7 +170,7 @@ def _weigh(
         return None, 1.0 / count
     row_weights = row_weights.float()
     after = 1.0 / (row_weights.sum() * (count // row_weights.numel()))
-    # float16 has no room for the gradient of a mean over many rows: the loss is divided at the end.
+    # The gradient of a mean over many rows would underflow in float16, so the loss is divided at the end.
     return (row_weights, after) if predictions.dtype == torch.float16 else (row_weights * after, None)
 
 
@@ -197,7 +197,7 @@ def _check(
     bias: Tensor | None,
     row_weights: Tensor | None,
 ) -> None:
-    """Everything but the values of ids."""
+    """Check all arguments except the values of ids."""
     floats = {"predictions": predictions, "targets": targets, "weight": weight, "bias": bias}
     check_tensors(**floats, target_ids=target_ids, row_weights=row_weights)
     check_floats(**floats, row_weights=row_weights)

@@ -49,7 +49,7 @@ if triton is not None:
     ):
         program = tl.program_id(0)
         layer = tl.program_id(1).to(tl.int64)
-        # Every tile is [ROWS, BLOCK], w and b too: from another layout, warps would wait for each other to exchange it.
+        # Every tile is [ROWS, BLOCK], w and b too: to change another layout, warps would have to wait for each other.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         if NORM:
@@ -88,7 +88,7 @@ if triton is not None:
             else:
                 y = x
             if KIND == 0:
-                # All sums at once: those of the norm's backward, over dy = a t + c y, follow from sums over t and y.
+                # One reduction for all sums: the sums over dy = a t + c y, of the norm's backward, follow from t and y.
                 if NORM and WITH_GRAD:
                     tw, yw = t * w, y * w
                     yy, tt, yt, t_shift, y_shift, t_share, y_share, _ = eight_sums(
@@ -135,7 +135,7 @@ if triton is not None:
                 loss = loss / width
             if WITH_GRAD:
                 if NORM:
-                    slope = tl.where(width > 1, rstd, 0.0)  # one column alone is normalised to 0 whatever it is
+                    slope = tl.where(width > 1, rstd, 0.0)  # a single column is always normalised to 0
                     dy = (dy - (shift / width)[:, None] - x * (share / width)[:, None]) * slope[:, None]
                 dx_row = (layer * rows + row) * width
                 tl.store(dx_ptr + dx_row[:, None] + column, dy.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -15,7 +15,7 @@ if triton is not None:
     from umt_kernels.cosine_alignment_loss_kernel import finish_kernel, kernel, scale_kernel
 
 DISTANCES = {"cosine": 0, "l1": 1, "smooth_l1": 2, "mse": 3}
-"""Numbers of the distances in the kernel and in `reference.alignment_rows`."""
+"""Number of each distance in the kernel and in `reference.alignment_rows`."""
 
 
 def _prepare(
@@ -98,8 +98,8 @@ def _launch(
     per_row: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each row [k,r,m] or of all, times `scale`; and its gradients for predictions [k,r,m,c] and for weight
-    and bias together [2,k,c], which are None or empty where there is nothing to differentiate."""
+    """The loss of each row [k,r,m], or one of all rows, times `scale`; and its gradients of predictions [k,r,m,c] and
+    of weight and bias [2,k,c], which are None or empty if not needed."""
     loss, grad, affine, partial = plan.allocate(predictions.device)
     plan.launch((predictions, targets, target_ids, weight, bias, row_weights), (loss, grad, partial))
     if partial is not None:
@@ -108,13 +108,14 @@ def _launch(
 
 
 REGISTERS = 96
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+"""Most registers per thread in the compiler's report at the models' widths; a test compares them."""
 
 
 def launch_shape(device: torch.device, layers: int, rows: int, width: int) -> tuple[int, int, dict[str, int]]:
     """Programs per layer, rows per program, and the compile-time settings of the kernel.
 
-    Eight numbers of a row to a thread, 16 bytes of bf16: with more, registers let too few programs run at a time.
+    Each thread holds eight numbers of a row, 16 bytes of bf16: more would need so many registers that too few programs
+    run at a time.
     """
     block = next_power_of_2(width)
     tile = max(1, 1024 // block)
@@ -144,7 +145,7 @@ def _differentiate(ctx, grad_loss, *_):
     if grad_loss is None:
         return None, None, None, None, None, *nothing[2:]
     *settings, per_row, _ = ctx.settings
-    if per_row:  # its upstream gradient is only known now: one pass more over the inputs
+    if per_row:  # the gradient of each row is known only now, so the inputs are read once more
         factors = grad_loss if row_weights is None else grad_loss * row_weights
         settings = (*settings, False, True)
         _, grad, affine = alignment(predictions, targets, target_ids, weight, bias, factors, *settings)
@@ -183,7 +184,7 @@ alignment = KernelOp(
 
 
 def _scale(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor. Where nobody else will read `grad`, in place, and a factor of 1 costs no traffic."""
+    """grad * factor, in place if `grad` has no other reader; then a factor of 1 moves no memory."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or not is_plain(grad, factor) or keeps_graph():
         return _scale_op(grad, factor)

@@ -1,4 +1,4 @@
-"""Which form of an op runs: its Triton kernels called directly, the custom op around them, or the reference."""
+"""Choice of an op's form: its Triton kernels called directly, a custom op around them, or the reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from umt_kernels.launch import Plan
 COMPILED_KERNELS = frozenset({"sample_visible", "eight_bit"})
 """Ops whose kernels also run under torch.compile.
 
-Inductor gets the plain form of the others and fuses it with what stands around it: a custom op would be a wall
-between the two. An op joins this list when a measurement shows its kernel faster than Inductor's. `sample_visible` is
-here because Inductor generates no code for top-k and sort, the 8-bit ops because their plain form computes in float32.
+Inductor gets the plain form of all other ops and fuses it with neighbouring operations, which a custom op would
+prevent. An op joins this list when a measurement shows its kernel faster than Inductor's. `sample_visible` is here
+because Inductor generates no code for top-k and sort, the 8-bit ops because their plain form computes in float32.
 """
 
 _PLAIN = {Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", Tensor)}
@@ -28,7 +28,7 @@ _SETTINGS = {type(None), bool, int, float, str, torch.dtype}
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors of PyTorch itself: not fake, functional or distributed ones."""
+    """Whether all are ordinary tensors of PyTorch, not fake, functional or distributed ones."""
     return all(x is None or type(x) in _PLAIN for x in tensors)
 
 
@@ -48,14 +48,14 @@ def _is_transformed(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
-    """Whether `op` runs its own kernels on these tensors; else the reference, which can do all that PyTorch can."""
+    """Whether `op` runs its own kernels on these tensors; otherwise it runs the reference, which has no such limits."""
     if torch.compiler.is_compiling():  # where Dynamo handles transforms itself
         return op in COMPILED_KERNELS and backend.runs_triton(*tensors)
     return backend.runs_triton(*tensors) and not _is_transformed(tensors)
 
 
 def _hashable(settings: tuple) -> tuple | None:
-    """The settings with lists of numbers as tuples; None if there are other objects among them."""
+    """The settings with lists of numbers as tuples; None if they contain other objects."""
     found: list[Any] = []
     for x in settings:
         if type(x) in _SETTINGS:
@@ -68,7 +68,7 @@ def _hashable(settings: tuple) -> tuple | None:
 
 
 def call_key(op: str, tensors: Sequence[Tensor | None], settings: tuple) -> tuple | None:
-    """All about a call but the tensors' data, as the key of its plan. None where plans are not kept: inside
+    """Key of a call's plan: everything about the call except the tensors' data. None where plans are not kept: inside
     torch.compile, torch.func and forward mode, and for fake or distributed tensors."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -93,8 +93,8 @@ def call_key(op: str, tensors: Sequence[Tensor | None], settings: tuple) -> tupl
 class KernelOp:
     """An op's kernels, called with little overhead in eager mode and as a custom op everywhere else.
 
-    A public function asks for the `key` of its arguments and for the plan kept under it. If there is one, an earlier
-    call had the same shapes, strides, dtypes, devices and settings, and its checks hold for this call too:
+    A public function looks up the plan under the `key` of its arguments. If there is one, an earlier call had the same
+    shapes, strides, dtypes, devices and settings, so this call needs no checks:
 
         key = _forward.key((x, weight), (eps,))
         plan = PLANS.get(key)
@@ -103,16 +103,16 @@ class KernelOp:
             return _forward(x, weight, eps, key=key)
         return _forward.planned(plan, x, weight)
 
-    prepare   inputs -> Plan: all that does not depend on the tensors' data. Tensors come first among the inputs.
-    launch    (plan, *inputs) -> tensors; annotated, as torch.library.custom_op infers the schema from it. None may
-              stand for an empty tensor, which costs a microsecond to make.
+    prepare   inputs -> Plan: all work that does not depend on the tensors' data. Tensors are the first inputs.
+    launch    (plan, *inputs) -> tensors; annotated, because torch.library.custom_op infers the schema from it. It may
+              return None for an empty tensor, which would take a microsecond to make.
     fake      inputs without data -> tensors without data.
-    save      (ctx, inputs, output): keep on `ctx` what `backward` wants. None: the op has no gradient.
+    save      (ctx, inputs, output): keep on `ctx` what `backward` needs. None: the op has no gradient.
     backward  (ctx, *gradients) -> a gradient for each input. With several outputs a gradient may be None.
-    again     the same from operations that PyTorch can differentiate once more, for create_graph=True.
-    visible   how many outputs have a gradient; the others are for `save`. A call in eager mode returns only those.
-    strided   of tensors that the kernel reads with other strides than contiguous ones: a function that copies the
-              tensor if even those do not fit. `prepare` and `launch` get all tensors in a form that the kernel reads.
+    again     `backward` from operations that PyTorch can differentiate once more, for create_graph=True.
+    visible   number of outputs with a gradient, which a call in eager mode returns; the others are for `save`.
+    strided   for each tensor that may be non-contiguous: a function that copies it if the kernel cannot read its
+              strides. `prepare` and `launch` get all tensors in a form that the kernel reads.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class KernelOp:
         return (output,) if self.several and self.visible == 1 else output
 
     def planned(self, plan: Plan, *tensors: Tensor | None) -> Any:
-        """A call that fits a kept plan: its visible outputs."""
+        """The visible outputs of a call by its kept plan."""
         if plan.differentiable:
             return self.apply(*tensors, plan)  # type: ignore[misc]
         output = self._run(plan, tensors)
@@ -199,7 +199,7 @@ class KernelOp:
         return run
 
     def _save_for_custom(self, save: Callable) -> Callable:
-        """`save` where all outputs are visible to autograd: those of them that nobody uses get no gradient of zeros."""
+        """`save` for the custom op, whose outputs are all visible to autograd. Unused ones get no gradient of zeros."""
 
         def save_all(ctx: Any, inputs: tuple, output: Any) -> None:
             save(ctx, inputs, output)
@@ -210,7 +210,7 @@ class KernelOp:
     def _function(self, save: Callable, backward: Callable, again: Callable | None) -> Any:
         run, launch, several, visible, count = self._run, self.launch, self.several, self.visible, self.num_tensors
 
-        def forward(ctx: Any, *arguments: Any) -> Any:  # autograd looks at each argument: settings are in the plan
+        def forward(ctx: Any, *arguments: Any) -> Any:  # settings are in the plan, as autograd inspects each argument
             plan = arguments[count]
             inputs = arguments[:count] + plan.inputs
             output = run(plan, arguments[:count]) if plan.copies else launch(plan, *inputs)
@@ -219,7 +219,7 @@ class KernelOp:
                 ctx.set_materialize_grads(False)
             if not several:
                 return output
-            return output[0] if visible == 1 else output[:visible]  # the others would be wrapped for nothing
+            return output[0] if visible == 1 else output[:visible]  # wrapping the others would cost time
 
         def differentiate(ctx: Any, *gradients: Any) -> Any:
             function = again if again is not None and torch.is_grad_enabled() else backward
@@ -234,7 +234,7 @@ def differentiate_reference(
 ) -> list[Tensor | None]:
     """Gradients of `reference(*inputs)` that can be differentiated again; None for inputs that require none.
 
-    Of several outputs each has its gradient, or None where it was not used.
+    With several outputs, `gradients` has one for each; None if the output was not used.
     """
     with torch.enable_grad():
         wanted = [x for x in inputs if x is not None and x.requires_grad]

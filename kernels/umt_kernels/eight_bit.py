@@ -1,11 +1,11 @@
-"""Inference in int8 or float8: rows with scales, written by a norm or by the epilogue of the product before.
+"""Inference in int8 or float8: rows with scales, written by a norm or by the epilogue of the preceding product.
 
     x, rows = add_layer_norm_8bit(x, branch, ...)                               one pass
     hidden = linear_8bit(rows, fc1, bias, activation="quick_gelu", out_dtype=torch.int8)
     branch = linear_8bit(hidden, fc2, bias)
 
-Weights have a scale per output channel, activations one per row, or per 128 columns of a row where an epilogue writes
-them: it does not see the whole row. Nothing here has a gradient.
+Weights have a scale per output channel. Activations have one per row, or one per 128 columns if an epilogue writes
+them, because it does not see the whole row. No function here has a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if triton is not None:
 
 
 class EightBit(NamedTuple):
-    """values * scale, where a scale is of a row, or of 128 columns of a row."""
+    """The numbers values * scale, with a scale per row or per 128 columns of a row."""
 
     values: Shaped[Tensor, "... k"]
     """int8 or float8_e4m3fn."""
@@ -41,7 +41,7 @@ class EightBit(NamedTuple):
 
 
 def quantize_rows(x: Float[Tensor, "... k"], dtype: torch.dtype) -> EightBit:
-    """x in int8 or float8_e4m3fn, the largest number of each row at the end of the dtype's range.
+    """x in int8 or float8_e4m3fn. Each row's scale maps its largest magnitude to the largest number of the dtype.
 
     Raises TypeError for another dtype.
     """
@@ -64,7 +64,8 @@ def add_layer_norm_8bit(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "... d"], EightBit]:
-    """residual + branch in the dtype of the residual, and `quantize_rows` of its LayerNorm. No branch: residual itself.
+    """residual + branch in the residual's dtype, and `quantize_rows` of its LayerNorm. `branch` None: the residual
+    itself.
 
     Raises ValueError for shapes or devices that do not fit, TypeError for a dtype that does not.
     """
@@ -93,7 +94,7 @@ def linear_8bit(
     activation: Activation | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor | EightBit:
-    """activation(x @ weight.T + bias), products in 8 bits: int8 sums are int32, float8 sums float32.
+    """activation(x @ weight.T + bias) from 8-bit operands. Sums are int32 for int8 and float32 for float8.
 
     weight     `quantize_rows` of the [n,k] matrix.
     out_dtype  int8 or float8_e4m3fn give an `EightBit` with a scale for every 128 columns of a row.
@@ -168,7 +169,7 @@ def _prepare(
 
 
 REGISTERS = 80
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+"""Most registers per thread in the compiler's report at the models' widths; a test compares them."""
 
 
 def _launch(
@@ -181,7 +182,7 @@ def _launch(
     dtype: torch.dtype,
     norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + branch (empty without a branch), 8-bit values of it or of its norm, and their scales [rows]."""
+    """x + branch (empty without a branch), 8-bit values of this sum or of its norm, and their scales [rows]."""
     total, values, scale = plan.allocate(x.device)
     plan.launch((x, branch, weight, bias), (None if branch is None else total, values, scale))
     return total, values, scale
@@ -203,7 +204,7 @@ if triton is not None:
 
     @triton.jit
     def _kernel(
-        x_ptr,  # [rows, D], as all of that size
+        x_ptr,  # [rows, D], as are the branch, the total and the values
         branch_ptr,  # or None
         w_ptr,  # [D]
         b_ptr,

@@ -1,4 +1,4 @@
-"""gather_layer_norm and gather_rms_norm: the norm of chosen rows, plus the position of each."""
+"""gather_layer_norm and gather_rms_norm: the norm of chosen rows, plus their positions."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def gather_layer_norm(
 ) -> Float[Tensor, "*k r m d"]:
     """LayerNorm(x[b, row_ids[r, m]]) + position[position_ids[r, m]] in `out_dtype`, by default that of x.
 
-    x             [b, l, d], or [k, b, l, d]: layers that share ids and positions, each position read once for all.
+    x             [b, l, d], or [k, b, l, d] for k layers with the same ids and positions; each position is read once.
     weight, bias  either may be None.
-    row_ids       rows to keep, none twice in a set where x has a gradient; None keeps all. With r a multiple of b,
-                  sets 0 .. r/b - 1 are of sample 0, and so on.
+    row_ids       rows to keep, no row twice in a set if x has a gradient; None keeps all. With r a multiple of b,
+                  sets 0 .. r/b - 1 belong to sample 0, and so on.
     position      table added after the norm; its gradient is summed in float32.
-    position_ids  row of the table for each row kept.
-    padded        ids may be -1: such a row id gives a row of zeros, such a position id adds nothing.
-    rms           RMSNorm (arXiv 1910.07467) in place of LayerNorm: x / sqrt(mean(x^2) + eps).
+    position_ids  row of the table for each kept row.
+    padded        ids may be -1: this row id gives a row of zeros, this position id adds nothing.
+    rms           RMSNorm (arXiv 1910.07467) instead of LayerNorm: x / sqrt(mean(x^2) + eps).
 
-    Statistics are float32. No atomics: gradients are the same every time. Raises ValueError for shapes or devices that
-    do not fit, an id out of range, or one given twice for an x that has a gradient; TypeError for a dtype.
+    Statistics are float32. Gradients are deterministic, as no atomics are used. Raises ValueError for shapes or devices
+    that do not fit, an id out of range, or a repeated id if x has a gradient; TypeError for a dtype.
     """
     key = _forward.key((x, weight, bias, row_ids, position, position_ids), (eps, out_dtype, padded, rms))
     plan = PLANS.get(key)  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def gather_layer_norm(
 def gather_rms_norm(
     x: Float[Tensor, "*k b l d"], weight: Float[Tensor, " d"] | None, eps: float, **settings: Any
 ) -> Float[Tensor, "*k r m d"]:
-    """`gather_layer_norm` with `rms`, without a bias; `settings` are its keywords."""
+    """`gather_layer_norm` with rms=True and no bias; `settings` are its other keywords."""
     return gather_layer_norm(x, weight, None, eps, rms=True, **settings)
 
 
@@ -102,7 +102,7 @@ def _runs_kernel(
 
 
 MOST_ROWS = 2**31 - 2**16
-"""Rows are counted in int32, whose divisions are cheap."""
+"""Rows are counted in int32, because its divisions are fast."""
 
 
 def _check(
@@ -114,7 +114,7 @@ def _check(
     position_ids: Tensor | None,
     out_dtype: torch.dtype | None,
 ) -> None:
-    """Everything but the values of ids."""
+    """Check all arguments except the values of ids."""
     check_tensors(x=x, weight=weight, bias=bias, row_ids=row_ids, position=position, position_ids=position_ids)
     check_floats(x=x, weight=weight, bias=bias, position=position)
     width = x.shape[-1:]
@@ -166,7 +166,7 @@ def _prepare(
     masks = 1 if row_ids is None else len(row_ids) // max(1, batch)
     rows = batch * masks * kept if layers * width else 0
     config = forward_config(width)
-    # Twice as many as can run at a time: few rows to each, and a wave of them is never half empty for long.
+    # Twice as many programs as run at a time: each has few rows, so multiprocessors are not idle for long at the end.
     programs = 2 * resident_programs(x.device, config["num_warps"], FORWARD_REGISTERS)
     per_program, programs = share(rows, programs, config["ROWS"])
     settings = {
@@ -208,7 +208,7 @@ def _fake(x, weight, bias, row_ids, position, position_ids, eps, dtype, padded, 
 
 
 FORWARD_REGISTERS = 96
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+"""Most registers per thread in the compiler's report at the models' widths; a test compares them."""
 
 
 def forward_config(width: int) -> dict[str, int]:
@@ -303,7 +303,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        # Every tile is [ROWS, BLOCK], w and b too: from another layout, warps would wait for each other to exchange it.
+        # Every tile is [ROWS, BLOCK], w and b too: to change another layout, warps would have to wait for each other.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         if WEIGHT:

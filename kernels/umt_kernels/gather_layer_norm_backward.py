@@ -58,7 +58,7 @@ def _launch(
     padded: bool,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; for those that are None one that is empty."""
+    """Gradients of x, weight and bias; an empty tensor where weight or bias is None."""
     grad_x, partial = plan.allocate(x.device)
     if grad.numel() == 0:
         nothing = [x.new_zeros(0) if p is None else torch.zeros_like(p) for p in (weight, bias)]
@@ -78,8 +78,8 @@ def _fake(grad, x, weight, bias, statistics, row_ids, padded, rms):
 
 
 def plan_inversion(row_ids: Tensor | None, length: int) -> Plan:
-    """For each row of x the place of it in `row_ids`, -1 for none: [r, l]. It lets every row of the gradient be written
-    once, zeros included, by the one program that reads its row of x."""
+    """Plan for the index of each row of x in `row_ids`, -1 for none: [r, l]. With this index the program that reads a
+    row of x also writes its row of the gradient, once, zeros included."""
     sets, kept = (0, 1) if row_ids is None else row_ids.shape
     settings = {"BLOCK": min(1024, next_power_of_2(max(1, length, kept))), "num_warps": 4}
     return Plan(_invert_kernel, (sets,), (kept, length), settings, (((sets, length), torch.int32),))
@@ -91,13 +91,13 @@ def row_strides(x: Tensor) -> tuple[int, ...]:
 
 
 BACKWARD_REGISTERS = 80
-"""Per thread, at most, by the compiler's report at the widths of the models; a test of the report holds it."""
+"""Most registers per thread in the compiler's report at the models' widths; a test compares them."""
 
 
 def backward_config(width: int) -> dict[str, int]:
-    """Eight numbers of a row to a thread, 16 bytes of bf16: few enough registers for eight programs at a time.
+    """Each thread holds eight numbers of a row, 16 bytes of bf16: few enough registers for eight programs at a time.
 
-    `add_layer_norm_backward`, which holds three inputs and three sums of them, has the same.
+    `add_layer_norm_backward`, with three inputs and three sums in registers, uses the same.
     """
     block = next_power_of_2(width)
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
@@ -144,7 +144,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         program = tl.program_id(0)
-        # Every tile is [ROWS, BLOCK], w too: from another layout, warps would wait for each other to exchange it.
+        # Every tile is [ROWS, BLOCK], w too: to change another layout, warps would have to wait for each other.
         column = tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK)[None, :]
         inside = column < width
         if WEIGHT:
@@ -164,7 +164,7 @@ if triton is not None:
             sample = image - layer * batch
             there = here
             if GATHER:
-                # A row of x may be in several sets; their gradients add up before the norm's, which is the same.
+                # A row of x may be in several sets, with the same norm: their gradients are summed before its backward.
                 g = tl.zeros((ROWS, BLOCK), tl.float32)
                 mean = tl.zeros((ROWS,), tl.float32)
                 rstd = tl.zeros((ROWS,), tl.float32)

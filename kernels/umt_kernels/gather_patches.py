@@ -1,4 +1,4 @@
-"""gather_patches: the pixels of the asked-for tokens, normalised, as rows ready for one GEMM."""
+"""gather_patches: the normalised pixels of chosen tokens, as rows for one GEMM."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Layout = Literal["BTHWC", "BTCHW", "BCTHW", "BHWC", "BCHW"]
 
 _VIDEO = {"BHWC": "BTHWC", "BCHW": "BCTHW"}  # an image as a clip of one frame
-_WEIGHT_AXES = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4)}  # of a convolution's weight, in a clip's order
+_WEIGHT_AXES = {"BTHWC": (0, 2, 3, 4, 1), "BTCHW": (0, 2, 1, 3, 4)}  # from a convolution's weight to a clip's order
 MOST_CHANNELS = 16
-"""Channels that the kernel normalises, each with constants of its own in the code; more run the reference."""
+"""Most channels for the kernel, whose code has constants for each channel; more run the reference."""
 
 
 def gather_patches(
@@ -45,16 +45,16 @@ def gather_patches(
     layout: Layout | None = None,
     padded: bool = False,
 ) -> Float[Tensor, "r m f"]:
-    """Rows of pixels of the tokens `token_ids` (all tokens if None), one row per token.
+    """Pixels of the tokens `token_ids` (all tokens if None), one row per token.
 
     clip       a video or an image. Without `layout`: uint8 [B,T,H,W,3] or [B,H,W,3]; float [B,3,T,H,W] or [B,3,H,W].
-    patch_size, halo  one number, or (height, width). A halo of pixels surrounds each patch, the clip's border
-               replicated: windows then overlap.
+    patch_size, halo  one number, or (height, width). The halo widens each window by these pixels on every side, so
+    windows
+               overlap; the clip's border is replicated.
     token_ids  index of each token in the flattened (t, h, w) grid, int32 or int64. With r a multiple of b, sets
-               0 .. r/b - 1 are of clip 0, and so on.
-    mean, std  of each channel. uint8 pixels / 255 are normalised with them, by default ImageNet's; floats as they are,
-               by default not at all.
-    layout     order of the axes in memory, for another order or another number of channels.
+               0 .. r/b - 1 belong to clip 0, and so on.
+    mean, std  per channel. Default: ImageNet's, applied to uint8 pixels / 255; none for floats. Floats are not divided.
+    layout     order of the axes in memory, if it is another one or there are not three channels.
     padded     ids may be -1, which gives a row of zeros.
 
     Returns [R, M, F] in `dtype`, F = channels * tubelet * window, in the order of the clip's memory: (time, row,
@@ -62,7 +62,7 @@ def gather_patches(
     `weight_matrix` puts a convolution's weight into the same order. The clip gets no gradient.
 
     Raises TypeError for a dtype that does not fit, ValueError for a size that patches do not divide, an id out of
-    range, tensors on two devices, or `mean` and `std` that are not one number per channel, of `std` positive ones.
+    range, tensors on two devices, or unless `mean` and `std` have one number per channel and `std` is positive.
     """
     key = _forward.key((clip, token_ids), (patch_size, tubelet_size, halo, mean, std, dtype, layout, padded))
     plan = PLANS.get(key)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def gather_patches(
 
 
 def planned_patches(plan: Plan, clip: Tensor, token_ids: Tensor | None) -> Tensor:
-    """The rows, by a plan that an earlier call like this one left."""
+    """The rows, by the plan of an earlier call with the same key."""
     settings: tuple[Any, ...] = plan.inputs
     order, patch, tubelet, *_, padded = settings
     clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
@@ -101,7 +101,7 @@ def checked_patches(
     padded: bool,
     key: tuple | None,
 ) -> Tensor:
-    """The rows of tensors on one device, once the arguments are checked. The plan is kept under `key`."""
+    """Check the arguments and return the rows of tensors on one device. The plan is kept under `key`."""
     clip, order = as_video(clip, layout)
     patch, tubelet, around = _sizes(clip, order, patch_size, tubelet_size, halo)
     means, stds = _normalisation(clip, clip.shape[order.index("C")], mean, std)
@@ -146,13 +146,13 @@ def _sizes(
 def weight_matrix(
     weight: Float[Tensor, "d c ..."], clip: Shaped[Tensor, "b ..."], layout: Layout | None = None
 ) -> Float[Tensor, "d f"]:
-    """A Conv3d's or Conv2d's weight as the matrix [D, F] that goes with `gather_patches(clip, ..., layout=layout)`:
-    rows @ matrix.T embeds."""
+    """A Conv3d's or Conv2d's weight as a matrix [D, F]: rows @ matrix.T embeds the rows of
+    `gather_patches(clip, ..., layout=layout)`."""
     return as_matrix(weight, default_layout(clip) if layout is None else _VIDEO.get(layout, layout))
 
 
 def as_matrix(weight: Tensor, order: str) -> Tensor:
-    """`weight_matrix` by the order of a video's axes."""
+    """`weight_matrix` for a video whose axes have this order."""
     weight = weight if weight.dim() == 5 else weight.unsqueeze(2)
     if order == "BCTHW":
         return weight.flatten(1)
@@ -163,12 +163,12 @@ def as_matrix(weight: Tensor, order: str) -> Tensor:
 
 
 def default_layout(clip: Tensor) -> str:
-    """Layout of a video; that of an image lacks the T."""
+    """Layout of a video; without the T, of an image."""
     return "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
 
 
 def as_video(clip: Tensor, layout: str | None) -> tuple[Tensor, str]:
-    """The clip with an axis of time, and the order of its five axes."""
+    """The clip with a time axis, and the order of its five axes."""
     if clip.dtype != torch.uint8 and not clip.is_floating_point():
         raise TypeError(f"clip has dtype {clip.dtype}; give uint8 [B,T,H,W,3] or normalised float [B,3,T,H,W]")
     if layout is None:
@@ -292,7 +292,7 @@ def _launch(
 
 
 def readable(clip: Tensor, layout: str) -> Tensor:
-    """The clip, copied where the pixels of a line are not side by side."""
+    """The clip, copied unless the pixels of a line are contiguous."""
     *_, before, last = clip.stride()
     side_by_side = last == 1 and (layout != "BTHWC" or before == clip.shape[4])
     return clip if side_by_side else clip.contiguous()
@@ -306,18 +306,18 @@ def geometry(clip: Tensor, layout: str, patch: list[int]) -> tuple[int, ...]:
 
 
 def normalisation(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """Compile-time scale and shift of each channel, which bring a pixel to its normalised value."""
+    """Compile-time scale and shift of each channel, which normalise a pixel."""
     top = 255 if clip.dtype == torch.uint8 else 1
     scales = tuple(1 / (top * s) for s in std)
     return {"SCALES": scales, "SHIFTS": tuple(-m / s for m, s in zip(mean, std, strict=True)), "NORMALISE": bool(std)}
 
 
 def config(layout: str, patch: Sequence[int], tubelet: int, halo: Sequence[int], channels: int) -> dict[str, int]:
-    """A line is what a window reads from one row of the frame: of BTHWC all channels, of the others one."""
+    """Tile sizes. A line is a window's part of one row of the frame: all channels in BTHWC, else one channel."""
     interleaved = layout == "BTHWC"
     columns = (channels if interleaved else 1) * (patch[1] + 2 * halo[1])
     block = next_power_of_2(columns)
-    tile = 1024 if halo[1] or patch[1] % 16 else 4096  # narrow loads each need an address: fewer of them per thread
+    tile = 1024 if halo[1] or patch[1] % 16 else 4096  # narrow loads need more address registers per element
     return {
         "INTERLEAVED": interleaved,
         "TIME_FIRST": layout == "BTCHW",
@@ -346,7 +346,7 @@ if triton is not None:
 
     @triton.jit
     def normalised(values, channel, SCALES: tl.constexpr, SHIFTS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Pixels of any dtype, each of the channel that `channel` gives, as float32."""
+        """Pixels of any dtype, normalised by their `channel`, as float32."""
         scale = tl.zeros_like(channel).to(tl.float32)
         shift = tl.zeros_like(channel).to(tl.float32)
         for index in tl.static_range(CHANNELS):

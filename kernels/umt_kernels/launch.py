@@ -1,4 +1,4 @@
-"""Launches: how many programs a device can hold, and plans, which are made once per combination of shapes."""
+"""Kernel launches: number of programs that a device can hold, and plans, made once per combination of shapes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def _multiprocessors(device: torch.device) -> tuple[int, int]:
 
 
 def resident_programs(device: torch.device, warps: int, registers: int) -> int:
-    """Programs of `warps` warps that the device can run at a time, each thread with `registers` registers."""
+    """Number of programs that the device can run at a time, each of `warps` warps, with `registers` per thread."""
     count, threads = _multiprocessors(device)
     return count * max(1, min(32, threads // (32 * warps), REGISTERS // (32 * warps * registers)))
 
 
 def share(rows: int, programs: int, tile: int) -> tuple[int, int]:
-    """Rows per program, a multiple of `tile`, and how many of at most `programs` programs have any."""
+    """Rows per program, a multiple of `tile`, and the number of programs with rows, at most `programs`."""
     per_program = max(1, triton.cdiv(triton.cdiv(rows, programs), tile)) * tile
     return per_program, triton.cdiv(rows, per_program)
 
@@ -49,12 +49,12 @@ def as_is(x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x, copied unless it can be read as a matrix: all dimensions but the last as one."""
+    """x, copied unless all dimensions but the last can be read as one."""
     return x.contiguous() if row_stride(x) is None else x
 
 
 def row_stride(x: Tensor) -> int | None:
-    """Distance between two rows of x; None if it differs from row to row, or if rows are not contiguous."""
+    """Distance between two rows of x; None if this varies, or if rows are not contiguous."""
     if x.is_contiguous():
         return x.shape[-1]
     if x.stride(-1) != 1:
@@ -76,20 +76,19 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 class Plan:
     """A kernel with its grid, numbers and compile-time settings, for one combination of shapes, dtypes and strides.
 
-    Triton inspects every argument at every launch, to find the compiled kernel that fits: 15 us on a CPU core. The
-    combination decides all of that but the alignment of the pointers, so a plan keeps the compiled kernel for aligned
-    ones and launches it directly. The kernel's parameters are tensors, then numbers, then settings, in that order. A
-    grid of 0 launches nothing.
+    At every launch Triton inspects all arguments to find the compiled kernel, 15 us on a CPU core. Only the pointers'
+    alignment can change between calls, so a plan keeps the compiled kernel for aligned pointers and launches it
+    directly. The kernel's parameters are tensors, numbers and settings, in this order. A grid of 0 launches nothing.
 
-    outputs    shape and dtype of each tensor that `allocate` makes; None in place of one that is not requested.
+    outputs    shape and dtype of each tensor that `allocate` makes; None for one that is not requested.
     parts      plans of other kernels of the same call.
-    unaligned  plan that replaces this one where a tensor is not aligned, for kernels with tensor descriptors.
+    unaligned  plan to use instead if a tensor is not aligned, for kernels with tensor descriptors.
 
-    `KernelOp` sets the rest, about calls that use this plan:
+    `KernelOp` sets the other fields, which describe the calls that use this plan:
 
-    inputs          settings of the op, which are the same in all of them.
-    copies          (place among the tensors, function that copies) of those whose strides the kernel cannot read.
-    differentiable  whether autograd records them.
+    inputs          settings of the op.
+    copies          (index, copying function) of each tensor whose strides the kernel cannot read.
+    differentiable  whether autograd records the calls.
     """
 
     __slots__ = (
@@ -133,7 +132,7 @@ class Plan:
         self.differentiable = False
 
     def allocate(self, device: torch.device) -> list[Any]:
-        """Unwritten, contiguous outputs. The quickest of PyTorch's ways to get one."""
+        """Uninitialised contiguous outputs, allocated by the fastest of PyTorch's functions."""
         return [x if x is None else torch.empty_strided(x[0], x[1], dtype=x[2], device=device) for x in self.outputs]
 
     def launch(
@@ -142,10 +141,10 @@ class Plan:
         outputs: Sequence[Tensor | None] = (),
         pointers: Sequence[Tensor | None] | None = None,
     ) -> None:
-        """Launch on tensors or None, a tensor first, then `outputs`, in the order of the kernel's parameters.
+        """Launch on `tensors` (the first is not None), then `outputs`, in the order of the kernel's parameters.
 
-        outputs   are from `allocate`, which aligns them.
-        pointers  are the tensors whose alignment counts, where `tensors` holds tensor descriptors.
+        outputs   from `allocate`, which aligns them.
+        pointers  tensors whose alignment is checked, if `tensors` holds tensor descriptors.
         """
         if self.nothing:
             return None
@@ -160,7 +159,7 @@ class Plan:
                 addresses |= x.data_ptr()
         if addresses & 15:
             self.kernel[self.grid](*tensors, *outputs, *self.numbers, **self.settings)
-        elif self.compiled is None:  # and stays so in the interpreter
+        elif self.compiled is None:  # always, in the interpreter
             self.compiled = self.kernel[self.grid](*tensors, *outputs, *self.numbers, **self.settings)
         else:
             self.compiled[self.grid](*tensors, *outputs, *self.tail)
@@ -169,7 +168,7 @@ class Plan:
 
 PLANS: dict[tuple, Plan] = {}
 MOST_PLANS = 4096
-"""Beyond them all are forgotten: a program whose shapes change at every step must not grow for ever."""
+"""At this number all plans are dropped: the memory of a program whose shapes change at every step must not grow."""
 
 
 def keep(key: tuple, plan: Plan) -> Plan:

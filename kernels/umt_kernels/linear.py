@@ -29,10 +29,10 @@ def linear(
     """activation(x @ weight.T + bias) + residual, in the dtype of the residual if there is one.
 
     activation  "gelu" (exact, arXiv 1606.08415) or "quick_gelu" (x sigmoid(1.702 x), arXiv 2103.00020).
-    backend     "triton": one kernel, which writes the result once; "torch": PyTorch's matmul, then what torch.compile
-                or the eager mode makes of the rest; "auto": the faster by measurement (`umt_kernels.matmul.FASTER`).
+    backend     "triton": one kernel, which writes the result once; "torch": PyTorch's matmul and other operations;
+                "auto": the faster by measurement (`umt_kernels.matmul.FASTER`).
 
-    Products are in autocast's dtype if that is on and else in that of x; sums and the epilogue are float32. Raises
+    Products are in autocast's dtype if it is on, else in that of x; sums and the epilogue are float32. Raises
     ValueError for shapes, devices or names that do not fit, TypeError for a dtype that does not.
     """
     dtype = compute_dtype(x) if isinstance(x, Tensor) else None
@@ -56,7 +56,7 @@ def records(*tensors: Tensor | None) -> bool:
 def check_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None, name: str = ""
 ) -> None:
-    """Raise unless the arguments fit. `name` goes before those of weight and bias in messages: `fc1_`."""
+    """Raise unless the arguments fit. In messages `name` precedes `weight` and `bias`, as in `fc1_weight`."""
     given = {"x": x, f"{name}weight": weight, f"{name}bias": bias, "residual": residual}
     check_tensors(**given)
     check_floats(**given)
@@ -71,7 +71,7 @@ def check_linear(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of a product of x: autocast's where that is on. It leaves float64 alone and knows no meta device."""
+    """Dtype of a product of x: autocast's if it is on, except for float64 and on the meta device."""
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # the type's string costs 0.3 us
     if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -84,7 +84,7 @@ def activation_backward(grad: Tensor, before: Tensor, activation: str | None) ->
         return grad.to(before.dtype)
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad.to(before.dtype), before)
-    scaled = reference.QUICK * before.float()  # beyond float16's range in float16
+    scaled = reference.QUICK * before.float()  # the product can exceed float16's range
     gate = torch.sigmoid(scaled)
     return (grad * (gate * (1 + scaled * (1 - gate)))).to(before.dtype)
 
@@ -111,7 +111,7 @@ def _launch(
     activation: str | None,
     keeps: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The result [...,n], and if `keeps` what the activation was applied to [m,n]."""
+    """The result [...,n], and if `keeps` the activation's input [m,n]."""
     return multiply(plan, x, weight, bias, residual)[:2]
 
 

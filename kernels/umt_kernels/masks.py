@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def mask_to_ids(mask: Bool[Tensor, "r n"], num_ids: int) -> Int[Tensor, "r m"]:
-    """Ids of the True entries of each row, ascending int32 [R, num_ids]; -1 fills the rest of a row with fewer.
+    """Ids of the True entries of each row, ascending int32 [R, num_ids]; -1 fills the rest of a shorter row.
 
-    `mask_to_ids(~mask, n)` gives what a mask of hidden tokens (VideoMAE's, MAE's) leaves visible, and `ids >= 0` which
-    ids are real: ids with -1 go into the ops with `padded=True`. For rows of equal counts no id is -1.
+    For a mask of hidden tokens (VideoMAE's, MAE's), `mask_to_ids(~mask, n)` gives the visible ids. Pass ids with -1 to
+    the ops with `padded=True`; `ids >= 0` marks the real ones. Rows with `num_ids` True entries have no -1.
 
-    Raises ValueError if `mask` is not [r, n], or on the CPU if a row has more True entries; on a GPU, where a look at
-    the values would stop the host, those beyond `num_ids` are left out. TypeError unless `mask` is bool.
+    Raises TypeError unless `mask` is bool, ValueError if it is not [r, n], and on the CPU if a row has more than
+    `num_ids` True entries. On a GPU this check would make the host wait, so the extra entries are dropped.
     """
     check_tensors(mask=mask)
     (num_ids,) = check_ints(num_ids=num_ids)
@@ -37,14 +37,14 @@ def mask_to_ids(mask: Bool[Tensor, "r n"], num_ids: int) -> Int[Tensor, "r m"]:
             row = int(over[0, 0])
             raise ValueError(f"mask[{row}] has {int(counts[row])} True entries, but num_ids = {num_ids}")
     place = mask.cumsum(1) - 1
-    place = torch.where(mask & (place < num_ids), place, num_ids)  # a last column takes what is not wanted
+    place = torch.where(mask & (place < num_ids), place, num_ids)  # an extra last column takes the other entries
     tokens = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device).expand(mask.shape)
     ids = torch.full((mask.shape[0], num_ids + 1), -1, dtype=torch.int32, device=mask.device)
     return ids.scatter(1, place, tokens)[:, :num_ids]
 
 
 def ids_to_mask(ids: Int[Tensor, "r m"], num_tokens: int) -> Bool[Tensor, "r n"]:
-    """True at the ids of each row; -1 stands for no id.
+    """A mask that is True at the ids of each row; -1 means no id.
 
     Raises ValueError if `ids` is not [r, m] or, on the CPU, an id is not in -1 .. num_tokens - 1; TypeError unless it
     is int32 or int64.

@@ -1,7 +1,7 @@
-"""The matrix product under `linear`, `mlp` and `eight_bit`: where its kernel runs, with which tiles, and its launch.
+"""The matrix product of `linear`, `mlp` and `eight_bit`: choice of kernel or PyTorch, tile sizes, and launch.
 
-On Hopper and datacentre Blackwell GPUs the tiles come and go by tensor descriptors (TMA) and one program per
-multiprocessor walks over the output; elsewhere each program computes one tile and its loads are pipelined by cp.async.
+On Hopper and datacentre Blackwell GPUs, tensor descriptors (TMA) load and store the tiles, and one program per
+multiprocessor computes many tiles. On others each program computes one tile, with loads pipelined by cp.async.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if triton is not None:
     from umt_kernels.matmul_kernel import kernel
 
 Activation = Literal["gelu", "quick_gelu"]
-"""Exact GELU (arXiv 1606.08415) and x sigmoid(1.702 x), as CLIP has it."""
+"""Exact GELU (arXiv 1606.08415), and CLIP's x sigmoid(1.702 x)."""
 Backend = Literal["auto", "torch", "triton"]
 GROUP = 128
-"""Columns that share a scale where the epilogue quantises a row."""
+"""Columns with a common scale when the epilogue quantises a row."""
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 TENSOR_DESCRIPTORS = (90, 100, 103)
-"""Compute capabilities, times ten, whose tiles move by TMA."""
+"""Compute capabilities, times ten, that load and store tiles by TMA."""
 FORCED = os.environ.get("UMT_KERNELS_LINEAR", "auto")
-"""`triton` or `torch`: what `linear` and `mlp` run with backend="auto", instead of what was measured."""
+"""`triton` or `torch` for `linear` and `mlp` with backend="auto", instead of the choice by measurement."""
 FASTER: frozenset[tuple[str, int]] = frozenset()
 """Ops and compute capabilities, times ten, where a measurement (`benchmarks/results`) shows this kernel faster than
-PyTorch's matmul with its own epilogue, eager and compiled. Nothing is measured yet, so everything runs PyTorch's."""
+PyTorch's matmul with its own epilogue, eager and compiled. Nothing is measured yet, so all ops run PyTorch's matmul."""
 ABSENT_GPU = (80, 108)
-"""Capability and multiprocessors that the interpreter pretends: an A100's."""
+"""Capability, times ten, and multiprocessors that the interpreter assumes: an A100's."""
 
 
 def _shapes(
@@ -68,7 +68,7 @@ def prepare(
     keep_before: bool,
     column_sums: bool,
 ) -> Plan:
-    """Plan for `multiply`. All dimensions of a and residual but the last count as one."""
+    """Plan for `multiply`. All dimensions of `a` and `residual` except the last are read as one."""
     m, k, n = a.shape[:-1].numel(), a.shape[-1], b.shape[1] if transposed else b.shape[0]
     a_row, b_row, residual_row = (None if x is None else row_stride(x) for x in (a, b, residual))
     capability, multiprocessors = target(a.device)
@@ -104,7 +104,7 @@ def prepare(
 
 
 def _describable(row: int | None, dtype: torch.dtype) -> bool:
-    """Whether TMA can move rows that are `row` elements apart: they must begin on different 16-byte boundaries.
+    """Whether TMA can load rows that are `row` elements apart: each must begin at its own 16-byte boundary.
 
     Triton 3.5's interpreter counts elements.
     """
@@ -129,12 +129,12 @@ def _launch(
     """activation(a @ b.T * scales + bias) + residual in `out_dtype`, from a [m,k] and b [n,k] ([k,n] if `transposed`).
 
     derivative_at   [m,n]; multiply by the activation's derivative there instead of applying the activation.
-    a_scale         [m], or of every GROUP columns of a [k / GROUP, m]; b_scale [n]. For int8 and float8 operands.
-    out_dtype       int8 or float8 too: then every GROUP columns of a row have a scale, the fourth output.
+    a_scale         [m], or [k / GROUP, m] for groups of GROUP columns; b_scale [n]. For int8 and float8 operands.
+    out_dtype       also int8 or float8, with a scale for every GROUP columns of a row (the fourth output).
 
-    Returns the result [m,n]; with `keep_before` what the activation was applied to, in the dtype of the result; with
-    `column_sums` the sums over rows of every tile [tiles,n], float32; scales [n / GROUP, m]. Others are None, or empty
-    under torch.compile.
+    Returns the result [m,n]; with `keep_before` the activation's input, in the dtype of the result; with `column_sums`
+    the sums over rows of every tile [tiles,n], float32; scales [n / GROUP, m]. Other outputs are None, or empty under
+    torch.compile.
     """
     return multiply(plan, a, b, bias, residual, derivative_at, a_scale, b_scale)
 
@@ -149,7 +149,7 @@ def multiply(
     a_scale: Tensor | None = None,
     b_scale: Tensor | None = None,
 ) -> tuple[Tensor, Any, Any, Any]:
-    """Launch a plan of `prepare` on tensors that its kernel reads as they lie; `_launch` says what it returns."""
+    """Launch a plan of `prepare` on tensors whose strides fit the kernel. Returns the outputs of `_launch`."""
     out, before, sums, out_scale = plan.allocate(a.device)
     moved = (a, b, out, residual, derivative_at if before is None else before)
     rest = (bias, sums, a_scale, b_scale, out_scale)
@@ -213,7 +213,7 @@ def matmul(
     a_scale: Tensor | None = None,
     b_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel; `_launch` says what its arguments are."""
+    """The kernel, with the arguments and outputs of `_launch`."""
     return _matmul(
         a, b, bias, residual, derivative_at, a_scale, b_scale, out_dtype, transposed, activation, keep_before,
         column_sums,
@@ -221,7 +221,7 @@ def matmul(
 
 
 def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
-    """Whether `op` runs the kernel of this file on these tensors; else PyTorch's matmul. The only place that decides.
+    """Whether `op` runs the kernel of this file on these tensors, not PyTorch's matmul. Only this function decides it.
 
     Raises ValueError for an unknown backend, RuntimeError for "triton" where it cannot run.
     """
@@ -258,15 +258,15 @@ def _cuda_target(index: int | None) -> tuple[int, int]:
 def config(
     m: int, n: int, itemsize: int, capability: int, grouped: bool = False, quantised: bool = False, two: bool = False
 ) -> dict[str, int]:
-    """Tile sizes for an [m,n] result of operands of `itemsize` bytes, `two` if it is stored before and after.
+    """Tile sizes for an [m,n] result of operands of `itemsize` bytes; `two`: the activation's input is stored as well.
 
-    A row of a tile is 128 bytes deep, the widest swizzle of shared memory. 128 x 256 needs the fewest bytes per
-    product. A GPU that it would leave half empty gets 128 x 128, as do epilogues that would spill: `grouped` scales
-    hold two accumulators, `quantised` rows are finished GROUP columns at a time, all others 64. The choices come from
-    registers and shared memory as compiled (`benchmarks.kernel_report`); none is tuned on a GPU yet.
+    A row of a tile has 128 bytes, the widest swizzle of shared memory. Tiles of 128 x 256 read the fewest bytes per
+    product. 128 x 128 is used where these would leave half of the GPU idle, or the epilogue would spill registers:
+    `grouped` scales need two accumulators, `quantised` rows are finished GROUP columns at a time, all others 64. The
+    choices follow the compiled registers and shared memory (`benchmarks.kernels.compile_report`), not a measurement.
     """
     rows, depth = _tile_rows(itemsize), 128 // itemsize
-    if itemsize == 4:  # for tests: the tensor cores do not multiply float32
+    if itemsize == 4:  # only in tests: tensor cores do not multiply float32
         columns, parts, warps, stages = 64, 1, 4, 2
     else:
         full = -(-m // 128) * -(-n // 256) >= 100
@@ -276,7 +276,7 @@ def config(
         warps = 8
         if capability in TENSOR_DESCRIPTORS:
             stages = 3 if columns == 256 else 4
-        else:  # the compiler holds one buffer fewer than stages
+        else:  # the compiler allocates one buffer fewer than stages
             stages = 4 if capability in (80, 87) else 3
     tile = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PARTS": parts, "SWATH": 8}
     return {**tile, "num_warps": warps, "num_stages": stages}

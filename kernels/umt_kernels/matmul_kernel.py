@@ -1,4 +1,4 @@
-"""The Triton kernel of `matmul`: tiles of a product, multiplied on the tensor cores and finished by an epilogue."""
+"""The Triton kernel of `matmul`: a product on the tensor cores, tile by tile, with an epilogue."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ if triton is not None:
         row_tiles = tl.cdiv(m, ROWS)
         column_tiles = tl.cdiv(n, COLUMNS)
         for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-            # Down SWATH tiles, then right: what programs side by side read stays in the L2.
+            # Down SWATH tiles, then right, so that neighbouring programs read the same data from the L2 cache.
             swath = tile // (SWATH * column_tiles)
             height = tl.minimum(row_tiles - swath * SWATH, SWATH)
             inside = tile % (SWATH * column_tiles)
@@ -203,7 +203,7 @@ if triton is not None:
 
     @triton.jit
     def _rounded(x, DTYPE: tl.constexpr):
-        """Round to the nearest number of an 8-bit dtype; x is in its range. The float8 conversion rounds by itself."""
+        """Round x, which is in range, for an 8-bit dtype. The conversion to float8 rounds already."""
         if DTYPE.is_int():
             x = tl.floor(x + 0.5)
         return x.to(DTYPE)

@@ -30,10 +30,10 @@ def mlp(
 ) -> Float[Tensor, "... n"]:
     """activation(x @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias + residual.
 
-    With "triton" no pass over the hidden layer remains: forward, the first product's epilogue applies the activation;
-    backward, the epilogue of the product that gives the hidden layer's gradient multiplies by the activation's
-    derivative and sums the columns, which are the gradient of `fc1_bias`. The layer is kept before and after the
-    activation, as PyTorch does. `backend`, dtypes and errors are those of `umt_kernels.linear`.
+    With "triton", epilogues of the products do all elementwise work. Forward, the first product's epilogue applies the
+    activation. Backward, the epilogue of the product that gives the hidden layer's gradient multiplies by the
+    activation's derivative and sums the columns for the gradient of `fc1_bias`. The hidden layer is saved before and
+    after the activation, as in PyTorch. `backend`, dtypes and errors are those of `umt_kernels.linear`.
     """
     dtype = compute_dtype(x) if isinstance(x, Tensor) else None
     key = _mlp.key((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, residual), (activation, backend, dtype))
@@ -72,7 +72,7 @@ def _prepare(
     activation: str,
     keeps: bool,
 ) -> Plan:
-    """The plan of the first product, and as its part that of the second."""
+    """The plan of the first product; its only part is the plan of the second."""
     first = prepare(x, weight1, bias1, None, None, None, None, x.dtype, False, activation, keeps, False)
     hidden = x.new_empty(*x.shape[:-1], weight1.shape[0])
     out_dtype = x.dtype if residual is None else residual.dtype

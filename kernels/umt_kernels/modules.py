@@ -1,4 +1,4 @@
-"""The ops that have parameters, as modules: FSDP2 and other wrappers gather parameters in hooks on a module's call."""
+"""Modules of the ops with parameters: FSDP2 and other wrappers gather parameters in hooks on a module's call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class GatherLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last dimension, called as `gather_layer_norm` is: `norm(x, row_ids=..., position=...)`."""
+    """nn.LayerNorm over the last dimension, called like `gather_layer_norm`: `norm(x, row_ids=..., position=...)`."""
 
     def forward(  # type: ignore[override]
         self, x: Float[Tensor, "*k b l d"], **settings: Any
@@ -25,7 +25,7 @@ class GatherLayerNorm(nn.LayerNorm):
 
 
 class GatherRMSNorm(nn.RMSNorm):
-    """nn.RMSNorm over the last dimension, called as `gather_rms_norm` is."""
+    """nn.RMSNorm over the last dimension, called like `gather_rms_norm`."""
 
     def forward(self, x: Float[Tensor, "*k b l d"], **settings: Any) -> Float[Tensor, "*k r m d"]:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
@@ -33,7 +33,7 @@ class GatherRMSNorm(nn.RMSNorm):
 
 
 class AddLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last dimension, called as `add_layer_norm` is: `norm(residual, branch, scale=...)`."""
+    """nn.LayerNorm over the last dimension, called like `add_layer_norm`: `norm(residual, branch, scale=...)`."""
 
     def forward(  # type: ignore[override]
         self, residual: Float[Tensor, "b l d"], branch: Float[Tensor, "b m d"], **settings: Any

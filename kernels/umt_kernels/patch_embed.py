@@ -1,4 +1,4 @@
-"""patch_embed: a vision transformer's patch embedding, for the asked-for tokens only."""
+"""patch_embed: a vision transformer's patch embedding, for chosen tokens only."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def patch_embed(
     """The Conv3d of stride (t, *patch_size) at the tokens `token_ids` (all if None), plus their positions.
 
     clip      a video or an image, normalised as `gather_patches` says; it gets no gradient.
-    weight    the Conv3d's [d, c, t, kh, kw] or Conv2d's [d, c, kh, kw]; where its kernel is larger than patch_size,
+    weight    the Conv3d's [d, c, t, kh, kw] or Conv2d's [d, c, kh, kw]. If its kernel is larger than patch_size,
               windows overlap and the border is replicated.
-    position  table of every token's position, added to the tokens kept.
+    position  table of all tokens' positions, added to the kept tokens.
     padded    ids may be -1, which gives a row of zeros.
 
-    token_ids, mean, std and layout are those of `gather_patches`. One gather and one GEMM, in autocast's dtype if that
-    is on and else in that of `weight`. Raises ValueError for shapes or devices that do not fit, TypeError for a dtype.
+    token_ids, mean, std and layout are those of `gather_patches`. Runs one gather and one GEMM, in autocast's dtype if
+    it is on, else in that of `weight`. Raises ValueError for shapes or devices that do not fit, TypeError for a dtype.
     """
     dtype = compute_dtype(weight) if isinstance(weight, Tensor) else torch.float32
     tensors = (clip, weight, bias, token_ids, position)
@@ -89,7 +89,7 @@ def _check_sizes(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {list(bias.shape)}; give [{weight.shape[0]}]")
     patch, window = as_pair("patch_size", patch_size), weight.shape[-2:]
-    halo = [(outer - inner) // 2 for outer, inner in zip(window, patch, strict=True)]  # Dynamo has no divmod for these
+    halo = [(outer - inner) // 2 for outer, inner in zip(window, patch, strict=True)]  # Dynamo lacks divmod here
     for outer, inner, around in zip(window, patch, halo, strict=True):
         if around < 0 or inner + 2 * around != outer:
             raise ValueError(f"weight is {outer} px wide and patch_size = {inner}; give it 0, 2, 4... more")
@@ -97,7 +97,7 @@ def _check_sizes(
 
 
 def _check_position(position: Tensor, weight: Tensor, tokens: int | None) -> None:
-    """Raise unless a row of the table fits a token, and, if `tokens` is given, the table has that many rows."""
+    """Raise unless the table's rows fit the weight and, if `tokens` is given, the table has `tokens` rows."""
     if position.dim() != 2 or position.shape[1] != weight.shape[0]:
         raise ValueError(f"position has shape {list(position.shape)}; give [tokens, {weight.shape[0]}]")
     if tokens is not None and len(position) != tokens:

@@ -1,4 +1,4 @@
-"""pixel_loss: mean squared error between predictions and the clip's own pixels, which are never written as targets."""
+"""pixel_loss: mean squared error between predictions and a clip's pixels, without targets in memory."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def pixel_loss(
     predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
     clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T. A target pixel is `clip * scale + shift`, per
                  colour; `scale` None is 1/255 for uint8 and 1 for float.
-    token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
-    normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
-                 together (MAE, arXiv 2111.06377); none. The variance is unbiased.
+    token_ids    with r a multiple of b, sets 0 .. r/b - 1 belong to clip 0, and so on.
+    normalise    to mean 0 and variance 1 (unbiased). channel: each colour of a token separately (VideoMAE); token: all
+                 values of a token together (MAE, arXiv 2111.06377); none: not at all.
     eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
     weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
-    padded       token_ids may be -1: such a row counts for nothing.
+    padded       token_ids may be -1: such a row does not count.
     reduction    mean over all rows, or none: the error of each row, [R,M].
 
     Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
@@ -115,7 +115,7 @@ def pixel_loss(
 
 
 def _weigh(token_ids: Tensor, weights: Tensor | None, padded: bool) -> Tensor:
-    """Weight of each row in the mean: 0 where there is no token."""
+    """Weight of each row in the mean; 0 for an id of -1."""
     if not padded:
         assert weights is not None
         return weights.detach()
@@ -149,7 +149,7 @@ def _check(
     weights: Tensor | None,
     reduction: str,
 ) -> None:
-    """Everything but the values of ids."""
+    """Check all arguments except the values of ids."""
     check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
     check_floats(predictions=predictions, weights=weights)
     check_ints(patch_size=patch_size, tubelet_size=tubelet_size)
@@ -268,9 +268,9 @@ def _launch_gradient(
     padded: bool,
     mean: bool,
 ) -> Tensor:
-    """Gradient for `predictions`, where the errors of rows have the gradients `factors` [R,M], or their mean `factors`.
+    """Gradient of `predictions`; `factors` are the gradients of the rows' errors [R,M], or of their mean.
 
-    The pixels are read again: that moves fewer bytes than keeping the differences would.
+    The pixels are read again, which moves fewer bytes than saved differences would.
     """
     (grad,) = plan.allocate(predictions.device)
     plan.launch((predictions, clip, token_ids, factors), (grad,))
@@ -278,7 +278,7 @@ def _launch_gradient(
 
 
 def config(patch_size: int, tubelet_size: int) -> dict[str, int]:
-    """A program holds a whole row, as its statistics need: eight values to a thread keep it in registers."""
+    """A program holds a whole row, which its statistics need, in registers: eight values per thread."""
     block = next_power_of_2(3 * tubelet_size * patch_size**2)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 

@@ -1,6 +1,6 @@
-"""Sums that several kernels share: of a few tiles at once, and of what the programs of a kernel have summed apart.
+"""Sums for several kernels: over a few tiles at once, and over the partial sums of a kernel's programs.
 
-Each reduction across warps is a barrier or two, at which all of them wait: tiles that are summed together share it.
+Each reduction across warps has one or two barriers, at which all warps wait; tiles that are summed together share them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if triton is not None:
     import triton.language as tl
 
 SUM_CONFIG = {"ROWS": 128, "BLOCK": 32, "num_warps": 8}
-"""Columns of 128 bytes, and as many loads on their way as a thread has registers for: the sum is all latency."""
+"""Columns of 128 bytes, and as many loads in flight as registers allow: latency is the whole cost of the sum."""
 
 
 def plan_sums(programs: int, width: int) -> Plan:
@@ -24,7 +24,7 @@ def plan_sums(programs: int, width: int) -> Plan:
 
 
 def add_up(plan: Plan, partial: Tensor, *like: Tensor | None) -> list[Tensor]:
-    """Sums over each plane of `partial`, in shape and dtype of the tensor in its place; None gives an empty one."""
+    """Sum of each plane of `partial`, in shape and dtype of its tensor in `like`; None gives an empty tensor."""
     sums = [
         partial.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in like
     ]
@@ -42,7 +42,7 @@ if triton is not None:
 
     @triton.jit
     def largest_magnitudes(x):
-        """The largest magnitude of each row; infinity where a NaN is, which tl.max alone passes over."""
+        """The largest magnitude of each row; infinity for a row with a NaN, which tl.max would ignore."""
         return tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
 
     @triton.jit

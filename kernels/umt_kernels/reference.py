@@ -1,7 +1,7 @@
-"""The ops in plain PyTorch: their definition, and what every faster version is compared with.
+"""Definitions of the ops in plain PyTorch. Tests compare every faster version with these.
 
-Nothing here checks its arguments; the public functions of the same names do. Arithmetic is float32, or float64
-for float64 inputs, whatever autocast says.
+These functions do not check arguments; the public functions of the same names do. Arithmetic is float32, or float64 for
+float64 inputs, also under autocast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Op = TypeVar("Op", bound=Callable)
 
 
 def _outside_autocast(op: Op) -> Op:
-    """Run `op` with autocast off, where there is any: it would turn the float32 arithmetic below into bf16."""
+    """Run `op` with autocast off, because autocast would turn its float32 arithmetic into bf16."""
 
     @functools.wraps(op)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -56,7 +56,7 @@ def gather_patches(
     layout: str | None = None,
     padded: bool = False,
 ) -> Float[Tensor, "r m f"]:
-    """Windows of the clip, 5-D, in the order of its memory; see `umt_kernels.gather_patches`."""
+    """Windows of a 5-D clip as rows, in the clip's order of axes; see `umt_kernels.gather_patches`."""
     if layout is None:
         layout = "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
     halos, sizes = ((x, x) if isinstance(x, int) else x for x in (halo, patch_size))
@@ -68,7 +68,7 @@ def gather_patches(
             pixels = pixels.index_select(axis, index)
     for axis, size, around in zip((2, 3), sizes, halos, strict=True):
         pixels = pixels.unfold(axis, size + 2 * around, size)
-    # A view: [B, T/t, h, w, C, window, window, t]. Only the windows that are asked for are read.
+    # A view: [B, T/t, h, w, C, window, window, t]. Only the chosen windows are read.
     windows = pixels.unfold(1, tubelet_size, tubelet_size)
     if token_ids is None:
         rows = windows.flatten(1, 3)
@@ -82,7 +82,7 @@ def gather_patches(
     if mean is not None and std is not None:
         rows = _wide(rows)
         top = 255 if clip.dtype == torch.uint8 else 1
-        # Channel by channel with Python numbers: constants in a tensor would be a copy that stops the host.
+        # Channel by channel with Python numbers: constants in a tensor need a copy to the device, and the host waits.
         channels = zip(rows.unbind(2), mean, std, strict=True)
         rows = torch.stack([pixels * (1 / (top * s)) - m / s for pixels, m, s in channels], dim=2)
     rows = rows.permute(_FEATURES[layout]).flatten(2).to(dtype)
@@ -97,15 +97,15 @@ def sample_visible(
 ) -> Int[Tensor, "r n"]:
     """Exponential race: patch j arrives at time e_j / score_j; the first n to arrive are the draw.
 
-    The order of arrival is that of successive draws without replacement, hence the law of torch.multinomial. Arrivals
-    are compared as logarithms, in which no score is too large.
+    The order of arrival equals successive draws without replacement, so the distribution is that of torch.multinomial.
+    Arrivals are compared as logarithms, so that no score overflows.
     """
-    # Not empty_like: in the layout of scores, the same seed would draw otherwise.
+    # Not empty_like: with the strides of scores, the same seed would give other draws.
     waits = torch.empty(scores.shape, dtype=torch.float32, device=scores.device).exponential_(generator=generator)
     waits = waits.clamp_min(torch.finfo(torch.float32).tiny).double()
     scores = scores.detach().double()
     largest = torch.finfo(torch.float64).max
-    # Score 0: after all others, in the order of their waits.
+    # Patches with score 0 arrive after all others, in the order of their waits.
     early = torch.where(scores > 0, scores.clamp_max(largest).log() - waits.log(), -1e6 * (1 + waits))
     if counts is None:
         return early.topk(num_visible, dim=-1, sorted=False).indices.sort(dim=-1).values.int()
@@ -126,7 +126,7 @@ def cls_scores(q: Float[Tensor, "r h d"], k: Float[Tensor, "r h l d"], prefix: i
 
 
 def _choose(x: Shaped[Tensor, "*k b l d"], ids: Int[Tensor, "r m"], padded: bool) -> Shaped[Tensor, "*k r m d"]:
-    """Rows of each sample; sets r/b i .. r/b (i + 1) - 1 are of sample i, and with `padded` id -1 gives zeros."""
+    """Rows of each sample; sets r/b i .. r/b (i + 1) - 1 belong to sample i. With `padded`, id -1 gives zeros."""
     per_sample = (ids[..., None] if len(ids) == x.shape[-3] else ids.reshape(x.shape[-3], -1, 1)).long()
     chosen = x.gather(-2, (per_sample.clamp_min(0) if padded else per_sample).expand(*x.shape[:-2], -1, x.shape[-1]))
     if padded:
@@ -203,7 +203,7 @@ def alignment_rows(
         return F.smooth_l1_loss(y, t.to(y.dtype), reduction="none", beta=beta).mean(-1)
     if kind == 3:
         return (y - t).square().mean(-1)
-    # A row without a direction: its norm is replaced before the division, or 0 * inf would be its gradient.
+    # The norm of a row without a direction is replaced before the division, otherwise its gradient would be 0 * inf.
     square = y.square().sum(-1, keepdim=True)
     short = square <= floor**2
     y = (y / square.masked_fill(short, 1).sqrt()).masked_fill(short, 0)
@@ -211,7 +211,7 @@ def alignment_rows(
 
 
 def reduce_rows(rows: Float[Tensor, "*k r m"], weights: Float[Tensor, ...] | None, reduction: str) -> Tensor:
-    """Rows times their weights, their sum, or that over the sum of the weights."""
+    """`none`: rows times weights; `sum`: their sum; `mean`: their sum divided by the sum of the weights."""
     if weights is not None:
         weights = weights.to(rows.dtype).expand(rows.shape)
         rows = rows * weights
@@ -366,7 +366,7 @@ def mlp(
 
 
 def _in_eight_bits(x: Float[Tensor, "... k"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """float32 x over the last dimension's largest magnitude, rounded; and the scale that was taken out."""
+    """float32 x divided by its scale and rounded, and the scale, from the last dimension's largest magnitude."""
     largest = 127.0 if dtype == torch.int8 else 448.0
     scale = x.abs().amax(-1).clamp(min=1e-12) / largest
     x = x / scale[..., None]

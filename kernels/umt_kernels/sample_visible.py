@@ -33,15 +33,15 @@ def sample_visible(
 ) -> Int[Tensor, "r n"]:
     """`num_visible` different ids per row, ascending int32, drawn without replacement in proportion to `scores`.
 
-    The law is that of `torch.multinomial(scores, num_visible)` (UMT, arXiv 2303.16058, section 3.1, semantic
-    masking), which does not need the rows to sum to 1. A row with fewer positive scores than `num_visible` gives
-    all of them, and the rest uniformly among its other ids; a score that is not above 0, NaN included, counts as 0.
+    The distribution is that of `torch.multinomial(scores, num_visible)` (UMT, arXiv 2303.16058, section 3.1, semantic
+    masking); rows need not sum to 1. A row with fewer positive scores than `num_visible` gives all of these, and the
+    rest uniformly among its other ids. A negative score or NaN counts as 0.
 
-    generator  on the scores' device; torch.compile supports none. It gives one 8-byte seed, a launch of its own.
+    generator  on the scores' device; not supported under torch.compile. It draws one 8-byte seed, in one launch.
     counts     how many ids each row draws, 0 to `num_visible`; -1 fills the rest of the row.
 
-    No value is read on the host. The kernel's own numbers come from Philox, so they differ from the reference's, with
-    the same law. Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P, `counts` is not [R] or a
+    No value is read on the host. The kernel draws from Philox, so its ids differ from the reference's but have the same
+    distribution. Raises ValueError if `scores` is not [R, P], `num_visible` is not in 1..P, `counts` is not [R] or a
     device differs.
     """
     key = _draw.key((scores, counts), (num_visible,))
@@ -104,7 +104,7 @@ def _launch(plan: Plan, scores: Tensor, seed: Tensor, counts: Tensor | None, num
 
 
 def config(patches: int) -> dict[str, int]:
-    """Whole rows in registers, 8 scores to a thread; a row of up to 256 scores in one warp, which need not wait."""
+    """Whole rows in registers, 8 scores per thread; one warp per row of up to 256 scores, which needs no barrier."""
     block = next_power_of_2(patches)
     return {"ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": max(4, min(16, block // 256))}
 
@@ -133,7 +133,7 @@ if triton is not None:
         counter = tl.zeros_like(score).to(tl.int32) + patch[None, :]
         uniform = (tl.randint(seed + row[:, None], counter).to(tl.uint32, bitcast=True) >> 9).to(tl.float32)
         wait = -tl.log((uniform + 0.5) * (1.0 / 8388608.0))
-        # By its bits: where floats too small to be normal are read as 0, such a score still comes before a real 0.
+        # Compare its bits: a subnormal score must come before 0 even where the hardware reads subnormals as 0.
         bits = score.to(tl.int32, bitcast=True)
         positive = (bits > 0) & (bits <= 0x7F800000)
         score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)
@@ -160,7 +160,7 @@ if triton is not None:
         here = row < rows
         mask = here[:, None] & (patch < patches)[None, :]
         key = _keys(scores_ptr, tl.load(seed_ptr), row, stride, patch, mask)
-        # Order of floats as that of unsigned integers: flip all bits of a negative number, the sign of another.
+        # Flip all bits of negative floats, the sign bit of others: their order is then that of unsigned integers.
         bits = key.to(tl.uint32, bitcast=True)
         order = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
         wanted = tl.zeros((ROWS,), tl.int32) + num_visible

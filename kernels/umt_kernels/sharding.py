@@ -1,7 +1,7 @@
-"""The ops on DTensors: which shardings each can compute with, and how its outputs are sharded then.
+"""The ops on DTensors: the shardings that an op supports, and the shardings of its outputs.
 
-Samples, and mostly rows, are treated apart, so an op runs on each process's part as it does on the whole. What all of
-them share, as weights, is gathered; its gradient is the sum over the processes.
+An op treats samples, and mostly rows, independently, so each process runs it on its part. Tensors without samples, such
+as weights, are gathered; their gradients are summed over the processes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 Axes = tuple[int | None, ...] | None
-"""Axes of a tensor that can be sharded, in an order that is the same for all tensors of an op: samples, then rows. None
-in the place of one that the tensor does not have; None for a tensor that has none, as a weight."""
+"""Axes of a tensor that can be sharded: (samples, rows), in this order for all tensors of an op. None in a place: the
+tensor lacks this axis; None alone: it has neither, such as a weight."""
 
 
 def is_distributed(*tensors: Any) -> bool:
-    """Whether one of them is a DTensor. Until its module is imported there can be none."""
+    """Whether an argument is a DTensor. None can exist until the module of DTensor is imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(x, module.DTensor) for x in tensors)
 
@@ -30,10 +30,10 @@ def is_distributed(*tensors: Any) -> bool:
 def on_shards(op: Callable[..., Any], axes: dict[str, Axes], outputs: tuple[Axes, ...], **arguments: Any) -> Any:
     """`op(**arguments)` on DTensors that are sharded or replicated over each dimension of their mesh.
 
-    axes     of every tensor among the arguments; the first decides how the op is sharded, the others follow.
+    axes     for every tensor argument; the first tensor decides how the op is sharded.
     outputs  axes of each output; None: a sum over samples and rows, of which each process has a part.
 
-    Raises ValueError if some tensors are no DTensors, for two meshes, and for an axis that cannot be sharded.
+    Raises ValueError if only some tensors are DTensors, for two meshes, and for an axis that cannot be sharded.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -50,7 +50,7 @@ def on_shards(op: Callable[..., Any], axes: dict[str, Axes], outputs: tuple[Axes
     order = [_sharded_axis(first, placement, axes[first] or ()) for placement in given[first].placements]
 
     def placements(found: Axes, otherwise: Any) -> list[Any]:
-        """Placements like those of the first tensor; `otherwise` where that is sharded along an axis this one lacks."""
+        """The first tensor's placements, with `otherwise` where it is sharded along an axis that this tensor lacks."""
         result = []
         for place in order:
             axis = None if place is None or found is None else found[place]
@@ -87,7 +87,7 @@ def on_shards(op: Callable[..., Any], axes: dict[str, Axes], outputs: tuple[Axes
 
 
 def _sharded_axis(name: str, placement: Any, allowed: Any) -> int | None:
-    """Which of the allowed axes is sharded; None for none."""
+    """Index of the sharded axis among the allowed axes; None if no axis is sharded."""
     if placement.is_replicate():
         return None
     possible = [axis for axis in allowed if axis is not None]
@@ -98,7 +98,7 @@ def _sharded_axis(name: str, placement: Any, allowed: Any) -> int | None:
 
 
 def _check_parts(given: dict[str, Any], local: dict[str, Tensor], axes: dict[str, Axes]) -> None:
-    """Raise if the samples of one tensor and the sets of another were split at different places."""
+    """Raise if the samples of one tensor and the sets of another are split at different places."""
     sizes = [(n, x.shape[a[0]], local[n].shape[a[0]]) for n, x in given.items() if (a := axes[n]) and a[0] is not None]
     name, whole, part = sizes[0]
     for other, all_sets, sets in sizes[1:]:
