@@ -40,12 +40,12 @@ def add_layer_norm(
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
     """The new residual x = residual + scale * (branch + branch_bias) in its own dtype, and LayerNorm(x) in `out_dtype`.
 
-    scale         a number, or one factor per sample, as stochastic depth (arXiv 1603.09382) draws them; it gets no
-                  gradient.
-    row_ids       row of the residual for each row of the branch, none twice if the residual has a gradient. None: all.
+    scale         a number, or a factor of each sample's branch as stochastic depth (arXiv 1603.09382) draws it, which
+                  gets no gradient.
+    row_ids       rows of the residual that the branch's rows belong to, none twice where it has a gradient; None: all.
     position      table whose rows `position_ids` are added after the norm; it must not require a gradient.
     out_dtype     dtype of the second output; None is the residual's.
-    rms           RMSNorm (arXiv 1910.07467) instead of LayerNorm. With both, `weight` and `bias` may be None.
+    rms           RMSNorm (arXiv 1910.07467) in place of LayerNorm; `weight` and `bias` may be None for either.
     post_norm     the normalised sum itself is the new residual (arXiv 1706.03762); the plain sum is not stored.
 
     Statistics are float32, of x as it is stored. Every input is read once and every output written once. Raises

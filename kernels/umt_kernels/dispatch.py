@@ -55,7 +55,7 @@ def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
 
 
 def _hashable(settings: tuple) -> tuple | None:
-    """The settings with lists of numbers as tuples; None if they contain other objects."""
+    """The settings with lists of numbers as tuples; None if there are other objects among them."""
     found: list[Any] = []
     for x in settings:
         if type(x) in _SETTINGS:

@@ -97,7 +97,7 @@ def _check_sizes(
 
 
 def _check_position(position: Tensor, weight: Tensor, tokens: int | None) -> None:
-    """Raise unless the table's rows fit the weight and, if `tokens` is given, the table has `tokens` rows."""
+    """Raise unless a row of the table fits a token, and, if `tokens` is given, the table has that many rows."""
     if position.dim() != 2 or position.shape[1] != weight.shape[0]:
         raise ValueError(f"position has shape {list(position.shape)}; give [tokens, {weight.shape[0]}]")
     if tokens is not None and len(position) != tokens:

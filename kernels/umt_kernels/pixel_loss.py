@@ -55,9 +55,9 @@ def pixel_loss(
     predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
     clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T. A target pixel is `clip * scale + shift`, per
                  colour; `scale` None is 1/255 for uint8 and 1 for float.
-    token_ids    with r a multiple of b, sets 0 .. r/b - 1 belong to clip 0, and so on.
-    normalise    to mean 0 and variance 1 (unbiased). channel: each colour of a token separately (VideoMAE); token: all
-                 values of a token together (MAE, arXiv 2111.06377); none: not at all.
+    token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
+    normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
+                 together (MAE, arXiv 2111.06377); none. The variance is unbiased.
     eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
     weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
     padded       token_ids may be -1: such a row does not count.
@@ -149,7 +149,7 @@ def _check(
     weights: Tensor | None,
     reduction: str,
 ) -> None:
-    """Check all arguments except the values of ids."""
+    """Everything but the values of ids."""
     check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
     check_floats(predictions=predictions, weights=weights)
     check_ints(patch_size=patch_size, tubelet_size=tubelet_size)
@@ -278,7 +278,7 @@ def _launch_gradient(
 
 
 def config(patch_size: int, tubelet_size: int) -> dict[str, int]:
-    """A program holds a whole row, which its statistics need, in registers: eight values per thread."""
+    """A program holds a whole row, as its statistics need: eight values to a thread keep it in registers."""
     block = next_power_of_2(3 * tubelet_size * patch_size**2)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 

@@ -133,7 +133,7 @@ if triton is not None:
         counter = tl.zeros_like(score).to(tl.int32) + patch[None, :]
         uniform = (tl.randint(seed + row[:, None], counter).to(tl.uint32, bitcast=True) >> 9).to(tl.float32)
         wait = -tl.log((uniform + 0.5) * (1.0 / 8388608.0))
-        # Compare its bits: a subnormal score must come before 0 even where the hardware reads subnormals as 0.
+        # By its bits: where floats too small to be normal are read as 0, such a score still comes before a real 0.
         bits = score.to(tl.int32, bitcast=True)
         positive = (bits > 0) & (bits <= 0x7F800000)
         score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)
