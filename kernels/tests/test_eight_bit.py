@@ -85,6 +85,18 @@ def test_zero_rows_stay_zero(device, form):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-9, 1.0, 3e38])
+def test_the_largest_number_is_the_end_of_the_range(device, form, dtype, size):
+    """Neither wraps around nor becomes NaN, whatever a row's size."""
+    x = size * torch.tensor([[1.0, -1.0, 0.5, 0.0], [-1.0, 0.999, 0.25, 1e-30]], device=device)
+    values, scale = quantize_rows(x, dtype)
+    largest = DTYPES[dtype][0]
+    assert values.double().abs().amax(1).tolist() == [largest, largest]
+    assert torch.equal(values.double().sign()[0].cpu(), torch.tensor([1.0, -1.0, 1.0, 0.0], dtype=torch.float64))
+    assert (scale.double() / size * largest - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(150, 80, 208), (33, 256, 72), (1, 16, 8)])
 @pytest.mark.parametrize("activation", [None, "gelu", "quick_gelu"])
 def test_products_match_float64(device, form, dtype, shape, activation, assert_near):
@@ -170,6 +182,19 @@ def test_an_epilogue_that_counts_the_wrong_groups_is_seen(device, form):
             ValueError,
             ["bias", "[8]", "[6]"],
         ),
+        (
+            lambda x, w: linear_8bit(quantize_rows(x, torch.int8), quantize_rows(w, torch.int8), activation="relu"),
+            ValueError,
+            ["activation = 'relu'", "quick_gelu"],
+        ),
+        (
+            lambda x, w: linear_8bit(quantize_rows(x, torch.int8), quantize_rows(w, torch.int8), out_dtype=torch.int32),
+            TypeError,
+            ["out_dtype = torch.int32", "bfloat16"],
+        ),
+        (lambda x, w: quantize_rows(x[:, :0], torch.int8), ValueError, ["x has shape [4, 0]"]),
+        (lambda x, w: quantize_rows(x[0, 0], torch.int8), ValueError, ["x has shape []"]),
+        (lambda x, w: add_layer_norm_8bit(x, x, None, x[0], 1e-5, torch.int8), TypeError, ["weight is None", "[8]"]),
     ],
 )
 def test_errors_name_the_value_and_the_place(call, error, words):
@@ -180,10 +205,11 @@ def test_errors_name_the_value_and_the_place(call, error, words):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_a_row_with_a_nan_is_no_row_of_numbers(device, dtype):
-    """An int8 cannot be NaN, so the scale must show it; other rows are not touched."""
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_a_nan_or_infinity_is_no_row_of_numbers(device, dtype, odd):
+    """An int8 cannot be either, so the scale must show it; other rows are not touched."""
     x = torch.ones(3, 24, device=device)
-    x[1, 5] = float("nan")
+    x[1, 5] = odd
     values, scale = quantize_rows(x, dtype)
     rows = values.double() * scale.double()[:, None]
     assert rows.isfinite().all(1).tolist() == [True, False, True]

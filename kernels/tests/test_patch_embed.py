@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +140,66 @@ def test_a_second_call_of_the_same_shapes(device, assert_near):
         run({**few, "token_ids": given["token_ids"].clamp_max(10)})
         with pytest.raises(ValueError, match=r"token_ids\[0, 1\] = 11, but position has 11 rows"):
             run(few)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"position": torch.zeros(12, 1)}, ValueError, r"position has shape \[12, 1\]"),
+        (
+            {"position": torch.zeros(1, 5), "token_ids": None},
+            ValueError,
+            "position has 1 rows, but a clip has 12 tokens",
+        ),
+        ({"patch_size": 4.0}, TypeError, "patch_size = 4.0"),
+        ({"patch_size": (4, 4.0)}, TypeError, r"patch_size\[1\] = 4.0"),
+    ],
+)
+def test_a_call_is_refused_every_time(device, change, error, words):
+    """Also after one that was not, and that equals it in all but the argument's type."""
+    given = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in {**case(device, "uint8"), **change}.items()
+    }
+    patch = given.pop("patch_size", PATCH)
+    arguments = [given.pop(name) for name in ("clip", "weight", "bias")]
+    for size in (PATCH, (PATCH, PATCH)):
+        patch_embed(*arguments, size)
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            patch_embed(*arguments, patch, **{k: v for k, v in given.items() if k in change or k == "token_ids"})
+
+
+def test_what_a_kept_plan_does_not_depend_on(device, assert_near):
+    """One call after another of the same shapes, in every order of what may differ."""
+    given, ways = case(device, "uint8"), []
+    exact = convolved(**given)
+    for ids, table, size, std in itertools.product(
+        (torch.int64, torch.int32),
+        (torch.float32, torch.float64, torch.bfloat16),
+        (PATCH, np.int64(PATCH), [PATCH, PATCH]),
+        (IMAGENET_STD, list(IMAGENET_STD), None),
+    ):
+        ways.append(
+            ({**given, "token_ids": given["token_ids"].to(ids), "position": given["position"].to(table)}, size, std)
+        )
+    for wrap, grad in ((torch.nn.Parameter, True), (lambda x: x, False)):
+        for changed, size, std in ways:
+            clip, weight, bias = (changed[name] for name in ("clip", "weight", "bias"))
+            rest = {name: changed[name] for name in ("token_ids", "position")}
+            mode = contextlib.nullcontext() if grad else torch.inference_mode()
+            with mode:
+                weight, bias = wrap(weight.clone()), wrap(bias.clone())
+                embedded = patch_embed(clip, weight, bias, size, std=std, **rest)
+            assert embedded.requires_grad == grad
+            assert embedded.dtype == torch.promote_types(torch.float32, rest["position"].dtype)
+            assert_near(embedded.detach().float(), convolved(**changed))
+            if grad:
+                embedded.sum().backward()
+                assert (bias.grad == 6).all()
+    with torch.autocast(device.type, torch.bfloat16):
+        rounded = run({**given, "position": None})
+    assert rounded.dtype == torch.bfloat16
+    assert_near(run(given), exact)
 
 
 def test_empty_batch(device):

@@ -14,19 +14,27 @@ EPS = 1e-2  # large enough to be seen
 
 
 def targets(
-    clip: Tensor, ids: Tensor, patch: int, tubelet: int, normalise: str, eps_in_root: bool, scale: float, shift: float
+    clip: Tensor,
+    ids: Tensor,
+    patch: int | tuple[int, int],
+    tubelet: int,
+    normalise: str,
+    eps_in_root: bool,
+    scale: float | Tensor,
+    shift: float | Tensor,
+    order: str | None = None,
 ) -> Tensor:
     """Token by token and pixel by pixel, float64."""
-    pixels = (clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)).double() * scale + shift
-    height, width = (side // patch for side in pixels.shape[2:4])
+    order = order or ("BTHWC" if clip.dtype == torch.uint8 else "BCTHW")
+    tall, wide = (patch, patch) if isinstance(patch, int) else patch
+    pixels = clip.permute([order.index(axis) for axis in "BTHWC"]).double() * scale + shift
+    height, width = pixels.shape[2] // tall, pixels.shape[3] // wide
     sets = len(ids) // len(clip)
     rows = []
     for sample, token in itertools.product(range(len(ids)), range(ids.shape[1])):
         frame, rest = divmod(max(0, int(ids[sample, token])), height * width)
-        top, left = rest // width * patch, rest % width * patch
-        cube = pixels[sample // sets, frame * tubelet :, top : top + patch, left : left + patch][:tubelet].reshape(
-            -1, 3
-        )
+        top, left = rest // width * tall, rest % width * wide
+        cube = pixels[sample // sets, frame * tubelet :, top : top + tall, left : left + wide][:tubelet].flatten(0, 2)
         if normalise == "token":
             cube = cube.reshape(-1, 1)
         if normalise != "none":
@@ -109,6 +117,51 @@ def test_several_masks_of_a_clip_and_ids_of_nothing(device, assert_near, uint8, 
     assert_near(weighted, (errors * weights).sum() / (there * weights).sum())
 
 
+# layout, channels, dtype of the clip, patch, tubelet; the last one is beyond the kernel's channels
+FORMS = [
+    ("BTHWC", 1, torch.uint8, (2, 6), 2),
+    ("BTHWC", 5, torch.float32, (6, 4), 1),
+    ("BTCHW", 3, torch.uint8, (4, 6), 2),
+    ("BCTHW", 4, torch.float16, (4, 3), 1),
+    ("BHWC", 2, torch.float32, (3, 4), 1),
+    ("BCHW", 9, torch.uint8, (6, 2), 1),
+    ("BTCHW", 17, torch.float32, (2, 3), 2),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("normalise", ["none", "channel", "token"])
+def test_forms_for_other_models(device, form, normalise, assert_near):
+    layout, channels, dtype, patch, tubelet = form
+    generator = torch.Generator().manual_seed(channels)
+    sizes = dict(zip("BTHWC", (2, 2 * tubelet, 12, 24, channels), strict=True))
+    shape = [sizes[axis] for axis in layout]
+    clip = torch.randint(0, 256, shape, generator=generator) if dtype == torch.uint8 else torch.rand(shape)
+    clip = clip.to(device, dtype)
+    scale, shift = ([(i + start) / channels for i in range(channels)] for start in (0.5, 2.0))
+    tokens = (
+        sizes["T"] // tubelet * (12 // patch[0]) * (24 // patch[1])
+        if "T" in layout
+        else 12 * 24 // patch[0] // patch[1]
+    )
+    ids = torch.stack([torch.randperm(tokens, generator=generator)[:4] for _ in range(4)]).to(device)
+    predictions = torch.randn(4, 4, channels * tubelet * patch[0] * patch[1], generator=generator).to(device)
+    predictions.requires_grad_()
+    options = {"normalise": normalise, "eps": EPS, "scale": scale, "shift": shift, "layout": layout}
+    order = layout if "T" in layout else layout[0] + "T" + layout[1:]
+    video = clip if "T" in layout else clip.unsqueeze(1)
+    of_channels = [torch.tensor(x, dtype=torch.float64, device=device) for x in (scale, shift)]
+    wanted = targets(video, ids, patch, tubelet, normalise, False, *of_channels, order)
+    errors = (predictions.detach().double() - wanted).square().mean(-1)
+    rows = pixel_loss(predictions, clip, ids, patch, tubelet, **options, reduction="none")
+    assert_near(rows.detach(), errors)
+    again = pixel_loss(predictions, clip, ids, patch, tubelet, **options)  # by its own plan, then by a kept one
+    for mean in (again, pixel_loss(predictions, clip, ids, patch, tubelet, **options)):
+        assert_near(mean.detach(), errors.mean())
+        (grad,) = torch.autograd.grad(mean, predictions)
+        assert_near(grad, 2 * (predictions.detach().double() - wanted) / predictions.numel())
+
+
 @pytest.mark.parametrize("uint8", [False, True])
 def test_images_are_clips_of_one_frame(device, uint8):
     predictions, clip, ids = inputs(device, uint8, 4, 1, torch.float32)
@@ -162,14 +215,19 @@ def test_float64_is_differentiable(device):
     [
         ({"predictions": torch.zeros(2, 5, 95)}, ValueError, "predictions have shape [2, 5, 95]; give [2, 5, 96]"),
         ({"token_ids": torch.full((2, 5), 24)}, ValueError, "token_ids[0, 0] = 24, but a clip has 24 tokens"),
-        ({"clip": torch.zeros(2, 6, 8, 16, 3)}, ValueError, "give uint8 [B,T,H,W,3] or float [B,3,T,H,W]"),
+        ({"clip": torch.zeros(2, 6, 8, 16, 3)}, ValueError, "a torch.float32 clip is [B,3,T,H,W], others need layout="),
+        ({"clip": torch.zeros(2, 6, 8, 16, 3, dtype=torch.int32)}, TypeError, "clip has dtype torch.int32"),
+        ({"layout": "BTCHW"}, ValueError, "clip has W = 3, which is not a positive multiple of 4"),
+        ({"layout": "BHWC"}, ValueError, "but layout = 'BHWC'"),
+        ({"patch_size": (4, 6)}, ValueError, "W = 16, which is not a positive multiple of 6"),
+        ({"patch_size": (4, 4, 4)}, ValueError, "patch_size = (4, 4, 4)"),
         ({"token_ids": torch.full((2, 5), -1)}, ValueError, "token_ids[0, 0] = -1"),
         ({"token_ids": torch.zeros(3, 5, dtype=torch.int64)}, ValueError, "or a multiple of that many rows"),
         ({"patch_size": 5}, ValueError, "H = 8, which is not a positive multiple of 5"),
         ({"normalise": "colour"}, ValueError, "normalise = 'colour'"),
         ({"reduction": "sum"}, ValueError, "reduction = 'sum'"),
         ({"weights": torch.ones(2, 4)}, ValueError, "weights [2, 4]"),
-        ({"scale": (1.0, 1.0)}, ValueError, "three numbers each"),
+        ({"scale": (1.0, 1.0)}, ValueError, "3 numbers each"),
         ({"eps": -1.0}, ValueError, "eps = -1.0"),
         ({"predictions": torch.zeros(2, 5, 96, dtype=torch.int64)}, TypeError, "predictions has dtype torch.int64"),
     ],

@@ -214,6 +214,26 @@ def test_infinite_and_subnormal_scores(device):
     assert (drawn < 2).all()
 
 
+@pytest.mark.parametrize("unit", [2.0**-149, 1e-40, 2.0**-126, 1e-3, 5e37])
+def test_the_law_holds_at_any_size_of_the_scores(device, unit):
+    """1 : 2 : 5, from the smallest float32 on, beside a score of 0 that is never drawn."""
+    rows = 3000
+    scores = torch.tensor([1.0, 0.0, 2.0, 5.0], dtype=torch.float64).mul(unit).float().to(device).expand(rows, -1)
+    included = indicators(sample_visible(scores, 1, generator(2, device)).cpu(), 4).mean(0)
+    wanted = torch.tensor([1.0, 0.0, 2.0, 5.0], dtype=torch.float64) / 8
+    assert included[1] == 0
+    assert ((included - wanted).abs() <= 4 * (wanted * (1 - wanted) / rows).sqrt()).all()
+
+
+def test_counts_from_none_to_all(device):
+    scores = torch.rand(4, 12, generator=generator()).to(device)
+    counts = torch.tensor([0, 12, 1, 11], device=device)
+    drawn = sample_visible(scores, 12, generator(1, device), counts=counts)
+    assert (drawn >= 0).sum(1).tolist() == counts.tolist()
+    assert drawn[1].tolist() == list(range(12))
+    assert (drawn[0] == -1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_each_row_may_draw_its_own_count(device, dtype):
     scores = torch.rand(6, 20, generator=generator()).to(device)

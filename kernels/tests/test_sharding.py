@@ -79,6 +79,11 @@ def cases() -> dict[str, Case]:
             added | {"row_ids": ids(4, 3, 5), "branch": drawn(4, 3, 6)},
             both | {"row_ids": 0},
         ),
+        "sum and norm of several sets": (
+            lambda **t: add_layer_norm(**t, eps=1e-3, padded=True)[1],
+            added | {"row_ids": ids(8, 3, 5, padded=True), "branch": drawn(8, 3, 6), "scale": drawn(8)},
+            both | {"row_ids": 0, "scale": 0},
+        ),
         "scores": (cls_scores, {"q": drawn(4, 2, 3), "k": drawn(4, 2, 5, 3)}, {"q": 0, "k": 0}),
         "loss": (lambda **t: cosine_alignment_loss(**t), loss | affine, samples),
         "loss of uneven samples": (
@@ -108,6 +113,11 @@ def cases() -> dict[str, Case]:
             pixels | {"weights": drawn(4, 3).abs()},
             {"predictions": 0, "clip": 0, "token_ids": 0, "weights": 0},
         ),
+        "pixels of frames": (
+            lambda **t: pixel_loss(**t, patch_size=(4, 2), tubelet_size=1, layout="BCHW", scale=(0.5, 1.0)),
+            {"predictions": drawn(4, 3, 16), "clip": drawn(4, 2, 8, 8), "token_ids": ids(4, 3, 8)},
+            {"predictions": 0, "clip": 0, "token_ids": 0},
+        ),
         "pixels of several sets": (
             lambda **t: pixel_loss(**t, patch_size=4, tubelet_size=1, padded=True),
             pixels | {"predictions": drawn(8, 3, 48), "token_ids": ids(8, 3, 8, padded=True)},
@@ -118,7 +128,7 @@ def cases() -> dict[str, Case]:
     }  # fmt: skip
 
 
-UNTRACKED = ("targets", "scale", "row_weights", "weights")
+UNTRACKED = ("targets", "scale", "row_weights", "weights", "clip")
 
 
 def value_and_gradients(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

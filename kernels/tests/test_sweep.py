@@ -218,28 +218,33 @@ def _loss(draw: Draw, kind: str, dtype: torch.dtype) -> Call:
 
 
 def _pixels(draw: Draw, kind: str, dtype: torch.dtype) -> Call:
-    batch, patch, tubelet = draw.number(1, 2), draw.one_of((2, 3, 4)), draw.number(1, 2)
-    frames, height, width = tubelet * draw.number(1, 2), patch * draw.number(1, 3), patch * draw.number(1, 3)
-    tokens = frames // tubelet * (height // patch) * (width // patch)
+    batch, patch, tubelet = draw.number(1, 2), (draw.number(2, 4), draw.number(2, 4)), draw.number(1, 2)
+    frames, height, width = tubelet * draw.number(1, 2), patch[0] * draw.number(1, 3), patch[1] * draw.number(1, 3)
+    channels, layout = draw.number(1, 6), draw.one_of(("BTHWC", "BTCHW", "BCTHW"))
+    tokens = frames // tubelet * (height // patch[0]) * (width // patch[1])
     ids = draw.ids(batch, draw.number(1, tokens), tokens, False)
     normalise, root = draw.one_of(("none", "channel", "token")), draw.flag()
-    shape = (*ids.shape, 3 * tubelet * patch**2)
+    shape = (*ids.shape, channels * tubelet * patch[0] * patch[1])
     tensors = {"predictions": draw.values(kind, *shape, dtype=dtype)}
+    sizes = dict(zip("BTHWC", (batch, frames, height, width, channels), strict=True))
     if draw.flag():
-        clip = torch.randint(0, 256, (batch, frames, height, width, 3), generator=draw.generator, dtype=torch.uint8)
+        clip = torch.randint(0, 256, [sizes[a] for a in layout], generator=draw.generator, dtype=torch.uint8)
         scale = None
     else:
-        clip = draw.values("normal", batch, 3, frames, height, width, dtype=torch.float32)
-        scale = (0.5, 2.0, 1.0)
+        clip = draw.values("normal", *(sizes[a] for a in layout), dtype=torch.float32)
+        scale = [0.5 + i / 2 for i in range(channels)]
     if draw.flag():
         tensors["weights"] = draw.values("normal", *ids.shape, dtype=torch.float32).abs() + 0.1
     reduction = "mean" if "weights" in tensors else draw.one_of(("mean", "none"))
     settings = {"normalise": normalise, "eps": 1e-3, "eps_in_root": root, "scale": scale, "reduction": reduction}
+    settings["layout"] = layout
 
     def run(**t: Tensor) -> Tensor:
         return pixel_loss(t.pop("predictions"), clip, ids, patch, tubelet, **settings, **t)
 
-    return Call("pixel_loss", run, tensors, ("predictions",), f"{normalise} {reduction} uint8={scale is None}")
+    return Call(
+        "pixel_loss", run, tensors, ("predictions",), f"{normalise} {reduction} {layout} {channels} {clip.dtype}"
+    )
 
 
 def _product(draw: Draw, kind: str, dtype: torch.dtype) -> Call:

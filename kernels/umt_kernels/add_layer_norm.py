@@ -24,37 +24,41 @@ if triton is not None:
 
 def add_layer_norm(
     residual: Float[Tensor, "b l d"],
-    branch: Float[Tensor, "b m d"],
+    branch: Float[Tensor, "r m d"],
     weight: Float[Tensor, " d"] | None,
     bias: Float[Tensor, " d"] | None,
     eps: float,
     *,
     branch_bias: Float[Tensor, " d"] | None = None,
-    scale: Float[Tensor, " b"] | float | None = None,
-    row_ids: Int[Tensor, "b m"] | None = None,
+    scale: Float[Tensor, " r"] | float | None = None,
+    row_ids: Int[Tensor, "r m"] | None = None,
     position: Float[Tensor, "n d"] | None = None,
-    position_ids: Int[Tensor, "b m"] | None = None,
+    position_ids: Int[Tensor, "r m"] | None = None,
+    padded: bool = False,
     out_dtype: torch.dtype | None = None,
     rms: bool = False,
     post_norm: bool = False,
-) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b m d"]]:
+) -> tuple[Float[Tensor, "r m d"], Float[Tensor, "r m d"]]:
     """The new residual x = residual + scale * (branch + branch_bias) in its own dtype, and LayerNorm(x) in `out_dtype`.
 
     scale         a number, or a factor of each sample's branch as stochastic depth (arXiv 1603.09382) draws it, which
                   gets no gradient.
-    row_ids       rows of the residual that the branch's rows belong to, none twice where it has a gradient; None: all.
+    row_ids       rows of the residual that the branch's rows belong to, none twice in a set where it has a gradient;
+                  None: all. With r a multiple of b, sets 0 .. r/b - 1 are of sample 0, and so on.
     position      table whose rows `position_ids` are added after the norm; it must not require a gradient.
+    padded        ids may be -1: such a row id gives rows of zeros, such a position id adds nothing.
     out_dtype     dtype of the second output; None is the residual's.
     rms           RMSNorm (arXiv 1910.07467) in place of LayerNorm; `weight` and `bias` may be None for either.
     post_norm     the normalised sum itself is the new residual (arXiv 1706.03762); the plain sum is not stored.
 
-    Statistics are float32, of x as it is stored. Every input is read once and every output written once. Raises
-    ValueError for shapes, devices or ids that do not fit, TypeError for a dtype that does not.
+    Statistics are float32, of x as it is stored. Every input is read once and every output written once; with `padded`
+    or several sets, the chosen rows of the residual are copied first. Raises ValueError for shapes, devices or ids that
+    do not fit, TypeError for a dtype that does not.
     """
     factor, scale = (scale, None) if isinstance(scale, (int, float)) else (None, scale)
     key = _forward.key(
         (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids),
-        (eps, out_dtype, rms, post_norm, factor),
+        (eps, out_dtype, rms, post_norm, factor, padded),
     )
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None and is_distributed(residual, branch, weight, bias, branch_bias, scale, row_ids):
@@ -68,17 +72,24 @@ def add_layer_norm(
         return on_shards(
             add_layer_norm, axes, (rows, rows), residual=residual, branch=branch, weight=weight, bias=bias, eps=eps,
             branch_bias=branch_bias, scale=scale if factor is None else factor, row_ids=row_ids, position=position,
-            position_ids=position_ids, out_dtype=out_dtype, rms=rms, post_norm=post_norm,
+            position_ids=position_ids, padded=padded, out_dtype=out_dtype, rms=rms, post_norm=post_norm,
         )  # fmt: skip
     if plan is None:
         check_eps(eps)
         _check(residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids, out_dtype)
     if row_ids is not None:
         once = residual.requires_grad and torch.is_grad_enabled()
-        check_id_values("row_ids", row_ids, residual.shape[1], "residual has {} rows per sample", once=once)
+        limit = residual.shape[1]
+        check_id_values("row_ids", row_ids, limit, "residual has {} rows per sample", once=once, padded=padded)
     if position_ids is not None:
         assert position is not None
-        check_id_values("position_ids", position_ids, len(position), "position has {} rows")
+        check_id_values("position_ids", position_ids, len(position), "position has {} rows", padded=padded)
+    if plan is None and (padded or (row_ids is not None and len(row_ids) != len(residual))):
+        return _of_sets(
+            residual, branch, row_ids, position, position_ids, padded, weight=weight, bias=bias, eps=eps,
+            branch_bias=branch_bias, scale=scale if factor is None else factor, out_dtype=out_dtype, rms=rms,
+            post_norm=post_norm,
+        )  # fmt: skip
     if scale is not None and scale.requires_grad:
         scale = scale.detach()
     tensors = (residual, branch, weight, bias, branch_bias, scale, row_ids, position, position_ids)
@@ -91,6 +102,29 @@ def add_layer_norm(
             return reference.add_layer_norm(*tensors, *settings)
         x, y = _forward(*tensors, *settings, key=key)[:2]
     return (y, y) if post_norm and dtype == residual.dtype else (x, y)
+
+
+def _of_sets(
+    residual: Tensor, branch: Tensor, row_ids: Tensor | None, position: Tensor | None, position_ids: Tensor | None,
+    padded: bool, **settings: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Several sets of rows per sample, or ids of -1: each set becomes a sample of its own."""
+    nothing = None
+    if row_ids is not None:
+        samples = torch.arange(len(row_ids), device=row_ids.device) // max(1, len(row_ids) // max(1, len(residual)))
+        # By indices: their gradients are summed in a fixed order, on a GPU too.
+        residual = residual[samples[:, None], (row_ids.clamp_min(0) if padded else row_ids).long()]
+        if padded:  # what lies there may be NaN, and a NaN times 0 would be part of the weight's gradient
+            nothing = (row_ids < 0)[..., None]
+            residual, branch = residual.masked_fill(nothing, 0), branch.masked_fill(nothing, 0)
+    if padded and position is not None and position_ids is not None:
+        position_ids = torch.where(position_ids < 0, len(position), position_ids)
+        position = torch.cat((position, position.new_zeros(1, position.shape[1])))
+    x, y = add_layer_norm(residual, branch, position=position, position_ids=position_ids, **settings)
+    if nothing is None:
+        return x, y
+    masked = y.masked_fill(nothing, 0)
+    return masked if x is y else x.masked_fill(nothing, 0), masked
 
 
 def _runs_kernel(residual: Tensor, branch: Tensor, *others: Any) -> bool:
@@ -126,26 +160,26 @@ def _check(
         raise ValueError(f"residual has shape {list(residual.shape)}; give [b, l, d]")
     batch, length, width = residual.shape
     if row_ids is not None:
-        check_ids("row_ids", row_ids, batch)
-    kept = length if row_ids is None else row_ids.shape[1]
-    if branch.shape != (batch, kept, width):
-        raise ValueError(f"branch has shape {list(branch.shape)}; give [{batch}, {kept}, {width}]")
+        check_ids("row_ids", row_ids, batch, sets=True)
+    sets, kept = (batch, length) if row_ids is None else row_ids.shape
+    if branch.shape != (sets, kept, width):
+        raise ValueError(f"branch has shape {list(branch.shape)}; give [{sets}, {kept}, {width}]")
     for name, vector in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
         if vector is not None and vector.shape != (width,):
             raise ValueError(f"{name} has shape {list(vector.shape)}; give [{width}]")
-    if scale is not None and scale.shape != (batch,):
-        raise ValueError(f"scale has shape {list(scale.shape)}; give [{batch}], one factor per sample")
+    if scale is not None and scale.shape != (sets,):
+        raise ValueError(f"scale has shape {list(scale.shape)}; give [{sets}], one factor per sample")
     if (position is None) != (position_ids is None):
         raise ValueError("position and position_ids belong together: give both or neither")
     if position is not None and position_ids is not None:
-        if position.dim() != 2 or position.shape[1] != width or position_ids.shape != (batch, kept):
+        if position.dim() != 2 or position.shape[1] != width or position_ids.shape != (sets, kept):
             raise ValueError(
                 f"position {list(position.shape)}, position_ids {list(position_ids.shape)}: "
-                f"give [n, {width}] and [{batch}, {kept}]"
+                f"give [n, {width}] and [{sets}, {kept}]"
             )
         if torch.is_grad_enabled() and position.requires_grad:
             raise ValueError("position requires a gradient, which add_layer_norm does not compute; add it afterwards")
-        check_ids("position_ids", position_ids, batch)
+        check_ids("position_ids", position_ids, sets)
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype = {out_dtype}; give a floating-point dtype")
 

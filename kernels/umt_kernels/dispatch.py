@@ -55,13 +55,13 @@ def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
 
 
 def _hashable(settings: tuple) -> tuple | None:
-    """The settings with lists of numbers as tuples; None if there are other objects among them."""
+    """The settings with lists of numbers as tuples of them and their types; None if there are other objects."""
     found: list[Any] = []
     for x in settings:
         if type(x) in _SETTINGS:
             found.append(x)
         elif type(x) in (tuple, list) and _NUMBERS.issuperset(map(type, x)):
-            found.append(tuple(x))
+            found.append((*x, *map(type, x)))
         else:
             return None
     return tuple(found)
@@ -74,12 +74,13 @@ def call_key(op: str, tensors: Sequence[Tensor | None], settings: tuple) -> tupl
         return None
     if forward_ad._current_level >= 0 or backend.REFERENCE_ONLY:
         return None
-    if not _SETTINGS.issuperset(map(type, settings)):
+    kinds = tuple(map(type, settings))  # 4.0 equals 4, and True 1, but an op may refuse one of them
+    if not _SETTINGS.issuperset(kinds):
         found = _hashable(settings)
         if found is None:
             return None
         settings = found
-    parts: list[Any] = [op, torch.is_grad_enabled(), backend.INTERPRETED, settings]
+    parts: list[Any] = [op, torch.is_grad_enabled(), backend.INTERPRETED, settings, kinds]
     for x in tensors:
         if x is None:
             parts.append(None)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from umt_kernels import reference
-from umt_kernels.backend import next_power_of_2, triton
+from umt_kernels.backend import KERNEL_DTYPES, next_power_of_2, triton
 from umt_kernels.checks import check_eps, check_floats, check_tensors
 from umt_kernels.dispatch import KernelOp, runs_kernel
 from umt_kernels.launch import PLANS, Plan, resident_programs, share
-from umt_kernels.matmul import GROUP, LARGEST, Activation, matmul
+from umt_kernels.matmul import GROUP, LARGEST, Activation, check_activation, matmul
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -29,6 +29,9 @@ if triton is not None:
     import triton.language as tl
 
     from umt_kernels.reductions import largest_magnitudes
+
+
+_RESULTS = frozenset((*LARGEST, *KERNEL_DTYPES))
 
 
 class EightBit(NamedTuple):
@@ -52,6 +55,7 @@ def quantize_rows(x: Float[Tensor, "... k"], dtype: torch.dtype) -> EightBit:
         _check_dtype(dtype)
         check_tensors(x=x)
         check_floats(x=x)
+        _check_width("x", x)
     _, values, scale = _run(inputs, key, plan)
     return EightBit(values, scale)
 
@@ -79,7 +83,10 @@ def add_layer_norm_8bit(
         check_floats(residual=residual, branch=branch, weight=weight, bias=bias)
         if branch is not None and branch.shape != residual.shape:
             raise ValueError(f"branch has shape {list(branch.shape)}; give {list(residual.shape)}")
+        _check_width("residual", residual)
         for name, vector in (("weight", weight), ("bias", bias)):
+            if vector is None:
+                raise TypeError(f"{name} is None; give a tensor [{residual.shape[-1]}], of ones or zeros")
             if vector.shape != residual.shape[-1:]:
                 raise ValueError(f"{name} has shape {list(vector.shape)}; give [{residual.shape[-1]}]")
     x, values, scale = _run(inputs, key, plan)
@@ -99,11 +106,14 @@ def linear_8bit(
     weight     `quantize_rows` of the [n,k] matrix.
     out_dtype  int8 or float8_e4m3fn give an `EightBit` with a scale for every 128 columns of a row.
 
-    Raises ValueError for shapes or devices that do not fit, TypeError for a dtype that does not.
+    Raises ValueError for shapes, devices or an activation that do not fit, TypeError for a dtype that does not.
     """
     check_tensors(x=x.values, scale=x.scale, weight=weight.values, weight_scale=weight.scale, bias=bias)
-    check_floats(bias=bias)
+    check_floats(bias=bias, scale=x.scale, weight_scale=weight.scale)
+    check_activation(activation)
     _check_dtype(x.values.dtype)
+    if out_dtype not in _RESULTS:
+        raise TypeError(f"out_dtype = {out_dtype}; give bfloat16, float16, float32, int8 or float8_e4m3fn")
     if weight.values.dtype != x.values.dtype:
         raise TypeError(f"weight is {weight.values.dtype}, but x is {x.values.dtype}; quantise both alike")
     if weight.values.dim() != 2 or x.values.shape[-1] != weight.values.shape[1]:
@@ -131,6 +141,11 @@ def linear_8bit(
 def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in LARGEST:
         raise TypeError(f"dtype = {dtype}; give torch.int8 or torch.float8_e4m3fn")
+
+
+def _check_width(name: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {list(x.shape)}; a row needs a number to have a scale")
 
 
 def _run(inputs: tuple, key: tuple | None, plan: Plan | None) -> tuple[Tensor, Tensor, Tensor]:

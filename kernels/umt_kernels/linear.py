@@ -11,7 +11,7 @@ from umt_kernels import reference
 from umt_kernels.checks import check_floats, check_tensors
 from umt_kernels.dispatch import KernelOp, differentiate_reference
 from umt_kernels.launch import PLANS, Plan, as_rows
-from umt_kernels.matmul import Activation, Backend, multiply, prepare, runs_here
+from umt_kernels.matmul import Activation, Backend, check_activation, multiply, prepare, runs_here
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,8 +66,7 @@ def check_linear(
         raise ValueError(f"{name}bias has shape {list(bias.shape)}; give [{weight.shape[0]}]")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {list(residual.shape)}; give {[*x.shape[:-1], weight.shape[0]]}")
-    if activation not in (None, "gelu", "quick_gelu"):
-        raise ValueError(f'activation = {activation!r}; give "gelu", "quick_gelu" or None')
+    check_activation(activation)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -26,6 +26,7 @@ if triton is not None:
 
 Activation = Literal["gelu", "quick_gelu"]
 """Exact GELU (arXiv 1606.08415) and x sigmoid(1.702 x), as CLIP has it."""
+_ACTIVATIONS = (None, *get_args(Activation))
 Backend = Literal["auto", "torch", "triton"]
 GROUP = 128
 """Columns with a common scale when the epilogue quantises a row."""
@@ -218,6 +219,11 @@ def matmul(
         a, b, bias, residual, derivative_at, a_scale, b_scale, out_dtype, transposed, activation, keep_before,
         column_sums,
     )  # fmt: skip
+
+
+def check_activation(activation: str | None) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f'activation = {activation!r}; give "gelu", "quick_gelu" or None')
 
 
 def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:

@@ -62,11 +62,13 @@ def patch_embed(
         check_floats(weight=weight, bias=bias, position=position)
         order, patch, halo = _check_sizes(clip, weight, bias, patch_size, layout)
         tubelet = weight.shape[2] if weight.dim() == 5 else 1
+        if position is not None:  # before a plan is kept, with which a second call would not look again
+            _check_position(position, weight)
         rows = checked_patches(clip, patch, tubelet, token_ids, halo, mean, std, dtype, layout, padded, key)
-        if position is not None:
-            _check_position(position, weight, None if token_ids is not None else rows.shape[1])
     embedded = F.linear(rows, as_matrix(weight, order), bias if bias is None or bias.dtype == dtype else bias.to(dtype))
     if position is not None and token_ids is None:
+        if len(position) != rows.shape[1]:
+            raise ValueError(f"position has {len(position)} rows, but a clip has {rows.shape[1]} tokens")
         embedded = embedded + position
     elif position is not None and token_ids is not None:
         check_id_values("token_ids", token_ids, len(position), "position has {} rows", padded=padded)
@@ -96,9 +98,6 @@ def _check_sizes(
     return order, (patch[0], patch[1]), (halo[0], halo[1])
 
 
-def _check_position(position: Tensor, weight: Tensor, tokens: int | None) -> None:
-    """Raise unless a row of the table fits a token, and, if `tokens` is given, the table has that many rows."""
+def _check_position(position: Tensor, weight: Tensor) -> None:
     if position.dim() != 2 or position.shape[1] != weight.shape[0]:
         raise ValueError(f"position has shape {list(position.shape)}; give [tokens, {weight.shape[0]}]")
-    if tokens is not None and len(position) != tokens:
-        raise ValueError(f"position has {len(position)} rows, but a clip has {tokens} tokens")

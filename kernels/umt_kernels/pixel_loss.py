@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from umt_kernels.checks import (
     sees_ids,
 )
 from umt_kernels.dispatch import KernelOp, differentiate_reference, runs_kernel
+from umt_kernels.gather_patches import MOST_CHANNELS, Layout, as_pair, as_video
 from umt_kernels.launch import PLANS, Plan, as_is, last_contiguous
 from umt_kernels.sharding import Axes, is_distributed, on_shards
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 if triton is not None:
     import triton.language as tl
 
+    from umt_kernels.gather_patches import normalised
     from umt_kernels.reductions import four_sums
 
 Normalise = Literal["none", "channel", "token"]
@@ -38,26 +41,30 @@ def pixel_loss(
     predictions: Float[Tensor, "r m f"],
     clip: Shaped[Tensor, "b ..."],
     token_ids: Int[Tensor, "r m"],
-    patch_size: int,
+    patch_size: int | tuple[int, int],
     tubelet_size: int = 2,
     *,
     normalise: Normalise = "channel",
     eps: float = 1e-6,
     eps_in_root: bool = False,
-    scale: tuple[float, float, float] | None = None,
-    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    scale: Sequence[float] | None = None,
+    shift: Sequence[float] | None = None,
+    layout: Layout | None = None,
     weights: Float[Tensor, "r m"] | None = None,
     padded: bool = False,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Float[Tensor, ...]:
     """Mean squared error of `predictions` against the pixels of the tokens `token_ids` (VideoMAE, arXiv 2203.12602).
 
-    predictions  one row per token, f = tubelet * patch^2 * 3 in the order (time, row, column, colour).
-    clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T. A target pixel is `clip * scale + shift`, per
-                 colour; `scale` None is 1/255 for uint8 and 1 for float.
+    predictions  one row per token, f = tubelet * height * width * channels of a patch, in this order of axes whatever
+                 the clip's is: (time, row, column, channel).
+    clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T; it gets no gradient.
+    layout       another order of the clip's axes, with any number of channels.
     token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
-    normalise    channel: each token's colours apart to mean 0 and variance 1 (VideoMAE); token: all of its values
+    patch_size   one number, or (height, width).
+    normalise    channel: each token's channels apart to mean 0 and variance 1 (VideoMAE); token: all of its values
                  together (MAE, arXiv 2111.06377); none. The variance is unbiased.
+    scale, shift of each channel: a target pixel is `clip * scale + shift`. None: 1/255 for uint8, 1 for float; 0.
     eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
     weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
     padded       token_ids may be -1: such a row does not count.
@@ -66,45 +73,40 @@ def pixel_loss(
     Computes in float32, float64 if `predictions` are. Raises ValueError for shapes, sizes or ids that do not fit,
     TypeError for a dtype that does not.
     """
-    if isinstance(clip, Tensor) and clip.dim() == 4:
-        clip = clip.unsqueeze(1 if clip.dtype == torch.uint8 else 2)
     key = _errors.key(
         (predictions, clip, token_ids, weights),
-        (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, padded, reduction, *shift),
+        (patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, layout, padded, reduction),
     )
     plan = PLANS.get(key)  # type: ignore[arg-type]
     if plan is None and is_distributed(predictions, clip, token_ids, weights):
         return _on_shards(
             predictions, clip, token_ids, weights, reduction, patch_size=patch_size, tubelet_size=tubelet_size,
-            normalise=normalise, eps=eps, eps_in_root=eps_in_root, scale=scale, shift=shift, padded=padded,
+            normalise=normalise, eps=eps, eps_in_root=eps_in_root, scale=scale, shift=shift, layout=layout,
+            padded=padded,
         )  # fmt: skip
     if plan is None:
         check_eps(eps)
-        _check(predictions, clip, token_ids, patch_size, tubelet_size, normalise, weights, reduction)
-        if scale is None:
-            scale = (1 / 255,) * 3 if clip.dtype == torch.uint8 else (1.0,) * 3
-        if len(scale) != 3 or len(shift) != 3:
-            raise ValueError(f"scale = {scale} and shift = {shift}; give three numbers each, one per colour")
-        numbers = ([float(x) for x in scale], [float(x) for x in shift])
+        check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
+        check_floats(predictions=predictions, weights=weights)
+        clip, order = as_video(clip, layout)
+        patch, (tubelet,) = as_pair("patch_size", patch_size), check_ints(tubelet_size=tubelet_size)
+        _check(predictions, clip, token_ids, order, patch, tubelet, normalise, weights, reduction)
+        mean = weights is None and reduction == "mean" and not padded
+        colours = _colours(clip, order, scale, shift)
         settings: tuple[Any, ...] = (
-            int(patch_size),
-            int(tubelet_size),
-            normalise,
-            float(eps),
-            bool(eps_in_root),
-            *numbers,
-            bool(padded),
-            weights is None and reduction == "mean" and not padded,
-        )
+            patch, tubelet, normalise, float(eps), bool(eps_in_root), *colours, order, bool(padded), mean
+        )  # fmt: skip
     else:
         settings = plan.inputs
+        order = settings[ORDER]
+        clip = clip if clip.dim() == 5 else clip.unsqueeze(order.index("T"))
     if sees_ids(token_ids):
-        tokens = _num_tokens(clip, *settings[:2])
+        tokens = _num_tokens(clip, order, *settings[:2])
         check_id_values("token_ids", token_ids, tokens, "a clip has {} tokens", padded=padded)
     clip = clip.detach() if clip.requires_grad else clip
     if plan is not None:
         errors = _errors.planned(plan, predictions, clip, token_ids)
-    elif runs_kernel("pixel_loss", predictions, clip):
+    elif runs_kernel("pixel_loss", predictions, clip) and clip.shape[order.index("C")] <= MOST_CHANNELS:
         errors = _errors(predictions, clip, token_ids, *settings, key=key)
     else:
         errors = reference.pixel_errors(predictions, clip, token_ids, *settings)
@@ -143,32 +145,24 @@ def _check(
     predictions: Tensor,
     clip: Tensor,
     token_ids: Tensor,
-    patch_size: int,
-    tubelet_size: int,
+    order: str,
+    patch: list[int],
+    tubelet: int,
     normalise: str,
     weights: Tensor | None,
     reduction: str,
 ) -> None:
-    """Everything but the values of ids."""
-    check_tensors(predictions=predictions, clip=clip, token_ids=token_ids, weights=weights)
-    check_floats(predictions=predictions, weights=weights)
-    check_ints(patch_size=patch_size, tubelet_size=tubelet_size)
+    """Shapes and names."""
     if normalise not in ("none", "channel", "token"):
         raise ValueError(f"normalise = {normalise!r}; give none, channel or token")
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction = {reduction!r}; give mean or none")
-    uint8 = clip.dtype == torch.uint8
-    if not uint8:
-        check_floats(clip=clip)
-    layout = "uint8 [B,T,H,W,3] or float [B,3,T,H,W], or images without T"
-    if clip.dim() != 5 or clip.shape[4 if uint8 else 1] != 3:
-        raise ValueError(f"clip is {clip.dtype} {list(clip.shape)}; give {layout}")
-    frames, height, width = clip.shape[1:4] if uint8 else clip.shape[2:]
-    for name, size, step in (("T", frames, tubelet_size), ("H", height, patch_size), ("W", width, patch_size)):
+    channels, *sizes = (clip.shape[order.index(axis)] for axis in "CTHW")
+    for name, size, step in zip("THW", sizes, (tubelet, *patch), strict=True):
         if step < 1 or size % step or size == 0:
             raise ValueError(f"clip has {name} = {size}, which is not a positive multiple of {step}")
     check_ids("token_ids", token_ids, clip.shape[0], sets=True)
-    wanted = [*token_ids.shape, 3 * tubelet_size * patch_size**2]
+    wanted = [*token_ids.shape, channels * tubelet * patch[0] * patch[1]]
     if list(predictions.shape) != wanted:
         raise ValueError(f"predictions have shape {list(predictions.shape)}; give {wanted}")
     if token_ids.numel() == 0 and reduction == "mean":
@@ -180,37 +174,48 @@ def _check(
         )
 
 
-def _num_tokens(clip: Tensor, patch_size: int, tubelet_size: int) -> int:
-    frames, height, width = clip.shape[1:4] if clip.dtype == torch.uint8 else clip.shape[2:]
-    return frames // tubelet_size * (height // patch_size) * (width // patch_size)
+def _colours(
+    clip: Tensor, order: str, scale: Sequence[float] | None, shift: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """Scale and shift of each channel."""
+    channels = clip.shape[order.index("C")]
+    scale = [1 / 255 if clip.dtype == torch.uint8 else 1.0] * channels if scale is None else scale
+    shift = [0.0] * channels if shift is None else shift
+    if len(scale) != channels or len(shift) != channels:
+        raise ValueError(f"scale = {scale} and shift = {shift}; give {channels} numbers each, one per channel")
+    return [float(x) for x in scale], [float(x) for x in shift]
+
+
+def _num_tokens(clip: Tensor, order: str, patch: list[int], tubelet: int) -> int:
+    frames, height, width = (clip.shape[order.index(axis)] for axis in "THW")
+    return frames // tubelet * (height // patch[0]) * (width // patch[1])
+
+
+ORDER = 7
+"""Place of the clip's order of axes among the settings."""
 
 
 def _prepare(
     predictions: Tensor,
     clip: Tensor,
     token_ids: Tensor,
-    patch_size: int,
-    tubelet_size: int,
+    patch: list[int],
+    tubelet: int,
     normalise: str,
     eps: float,
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    order: str,
     padded: bool,
     mean: bool,
     backward: bool = False,
 ) -> Plan:
-    if clip.dtype == torch.uint8:
-        height, width = clip.shape[2:4]
-        stride_b, stride_t, stride_h, stride_w, stride_c = clip.stride()
-    else:
-        height, width = clip.shape[3:]
-        stride_b, stride_c, stride_t, stride_h, stride_w = clip.stride()
-    grid_height, grid_width = height // patch_size, width // patch_size
+    grid_height, grid_width = (clip.shape[order.index(axis)] // size for axis, size in zip("HW", patch, strict=True))
+    strides = (clip.stride(order.index(axis)) for axis in "BTHWC")
     numbers = (
         token_ids.shape[1], len(token_ids) // max(1, len(clip)), grid_height, grid_width, *predictions.stride()[:2],
-        stride_b, stride_t, stride_h, stride_w, stride_c, *scale, *shift, eps,
-        1 / token_ids.numel() if mean else 1.0,
+        *strides, eps, 1 / token_ids.numel() if mean else 1.0,
     )  # fmt: skip
     settings = {
         "NORMALISE": normalise,
@@ -219,9 +224,13 @@ def _prepare(
         "PADDED": padded,
         "MEAN": mean,
         "ALIGN": math.gcd(8, *predictions.stride()[:2]),
-        "PATCH": patch_size,
-        "TUBELET": tubelet_size,
-        **config(patch_size, tubelet_size),
+        "SCALES": tuple(scale),
+        "SHIFTS": tuple(shift),
+        "CHANNELS": len(scale),
+        "PATCH_HEIGHT": patch[0],
+        "PATCH_WIDTH": patch[1],
+        "TUBELET": tubelet,
+        **config(len(scale) * tubelet * patch[0] * patch[1]),
     }
     outputs = ((predictions.shape, predictions.dtype) if backward else (token_ids.shape, torch.float32),)
     return Plan(_kernel, (token_ids.numel(),), numbers, settings, outputs)
@@ -232,13 +241,14 @@ def _launch(
     predictions: Tensor,
     clip: Tensor,
     token_ids: Tensor,
-    patch_size: int,
-    tubelet_size: int,
+    patch: list[int],
+    tubelet: int,
     normalise: str,
     eps: float,
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    order: str,
     padded: bool,
     mean: bool,
 ) -> Tensor:
@@ -258,13 +268,14 @@ def _launch_gradient(
     clip: Tensor,
     token_ids: Tensor,
     factors: Tensor,
-    patch_size: int,
-    tubelet_size: int,
+    patch: list[int],
+    tubelet: int,
     normalise: str,
     eps: float,
     eps_in_root: bool,
     scale: list[float],
     shift: list[float],
+    order: str,
     padded: bool,
     mean: bool,
 ) -> Tensor:
@@ -277,9 +288,9 @@ def _launch_gradient(
     return grad
 
 
-def config(patch_size: int, tubelet_size: int) -> dict[str, int]:
+def config(features: int) -> dict[str, int]:
     """A program holds a whole row, as its statistics need: eight values to a thread keep it in registers."""
-    block = next_power_of_2(3 * tubelet_size * patch_size**2)
+    block = next_power_of_2(features)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 
 
@@ -291,7 +302,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_errors):
     predictions, clip, token_ids = ctx.saved_tensors
     grad = _gradient(predictions, clip, token_ids, grad_errors, *ctx.settings)
-    return grad, *(None,) * 11
+    return grad, *(None,) * 12
 
 
 def _differentiate_again(ctx, grad_errors):
@@ -300,7 +311,7 @@ def _differentiate_again(ctx, grad_errors):
     def run(predictions):
         return reference.pixel_errors(predictions, clip, token_ids, *ctx.settings)
 
-    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 11
+    return *differentiate_reference(run, (predictions,), grad_errors), *(None,) * 12
 
 
 _gradient = KernelOp(
@@ -344,12 +355,6 @@ if triton is not None:
         stride_h,
         stride_w,
         stride_c,
-        scale_r,
-        scale_g,
-        scale_b,
-        shift_r,
-        shift_g,
-        shift_b,
         eps,
         share,  # of a row in the result
         NORMALISE: tl.constexpr,
@@ -358,65 +363,74 @@ if triton is not None:
         PADDED: tl.constexpr,
         MEAN: tl.constexpr,
         ALIGN: tl.constexpr,  # a row of predictions begins at a multiple of so many numbers
-        PATCH: tl.constexpr,
+        SCALES: tl.constexpr,
+        SHIFTS: tl.constexpr,
+        CHANNELS: tl.constexpr,
+        PATCH_HEIGHT: tl.constexpr,
+        PATCH_WIDTH: tl.constexpr,
         TUBELET: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        PIXELS: tl.constexpr = TUBELET * PATCH * PATCH
+        PIXELS: tl.constexpr = TUBELET * PATCH_HEIGHT * PATCH_WIDTH
+        FEATURES: tl.constexpr = PIXELS * CHANNELS
         row = tl.program_id(0)
         row_set = row // kept
         sample = (row_set // masks).to(tl.int64)
         token = tl.load(ids_ptr + row).to(tl.int32)
         frame = token // (grid_height * grid_width) * TUBELET
-        top = token // grid_width % grid_height * PATCH
-        left = token % grid_width * PATCH
+        top = token // grid_width % grid_height * PATCH_HEIGHT
+        left = token % grid_width * PATCH_WIDTH
 
         column = tl.arange(0, BLOCK)
-        written = column < 3 * PIXELS
+        written = column < FEATURES
         inside = written
         if PADDED:
             inside = written & (tl.zeros((BLOCK,), tl.int32) + token >= 0)
-        colour = column % 3
-        pixel = column // 3
-        time = frame + pixel // (PATCH * PATCH)
+        channel = column % CHANNELS
+        pixel = column // CHANNELS
+        time = frame + pixel // (PATCH_HEIGHT * PATCH_WIDTH)
         offset = (
             sample * stride_b
             + time.to(tl.int64) * stride_t
-            + (top + pixel // PATCH % PATCH).to(tl.int64) * stride_h
-            + (left + pixel % PATCH).to(tl.int64) * stride_w
-            + colour.to(tl.int64) * stride_c
+            + (top + pixel // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64) * stride_h
+            + (left + pixel % PATCH_WIDTH).to(tl.int64) * stride_w
+            + channel.to(tl.int64) * stride_c
         )
-        scale = tl.where(colour == 0, scale_r, tl.where(colour == 1, scale_g, scale_b))
-        shift = tl.where(colour == 0, shift_r, tl.where(colour == 1, shift_g, shift_b))
-        target = tl.load(clip_ptr + offset, mask=inside, other=0).to(tl.float32) * scale + shift
+        target = tl.load(clip_ptr + offset, mask=inside, other=0)
+        target = tl.where(inside, normalised(target, channel, SCALES, SHIFTS, CHANNELS), 0.0)
         if NORMALISE == "token":
-            target = tl.where(inside, target, 0.0)
-            target = tl.where(inside, target - tl.sum(target) / (3 * PIXELS), 0.0)
-            variance = tl.sum(target * target) / (3 * PIXELS - 1)
+            target = tl.where(inside, target - tl.sum(target) / FEATURES, 0.0)
+            variance = tl.sum(target * target) / (FEATURES - 1)
             target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
         if NORMALISE == "channel":
-            of_0 = inside & (colour == 0)
-            of_1 = inside & (colour == 1)
-            of_2 = inside & (colour == 2)
-            zero = tl.zeros_like(target)
-            mean_0, mean_1, mean_2, _ = four_sums(
-                tl.where(of_0, target, 0.0), tl.where(of_1, target, 0.0), tl.where(of_2, target, 0.0), zero, 0
-            )
-            mean = tl.where(colour == 0, mean_0, tl.where(colour == 1, mean_1, mean_2)) / PIXELS
-            target -= mean
-            square = target * target
-            var_0, var_1, var_2, _ = four_sums(
-                tl.where(of_0, square, 0.0), tl.where(of_1, square, 0.0), tl.where(of_2, square, 0.0), zero, 0
-            )
-            variance = tl.where(colour == 0, var_0, tl.where(colour == 1, var_1, var_2)) / (PIXELS - 1)
+            target = tl.where(inside, target - _channel_sums(target, channel, CHANNELS) / PIXELS, 0.0)
+            variance = _channel_sums(target * target, channel, CHANNELS) / (PIXELS - 1)
             target = target / (tl.sqrt(variance + eps) if EPS_IN_ROOT else tl.sqrt(variance) + eps)
         place = (row % kept).to(tl.int64)
         start = tl.multiple_of(row_set.to(tl.int64) * x_b + place * x_m, ALIGN)
         x = tl.load(x_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         difference = tl.where(inside, x - target, 0.0)
         if BACKWARD:
-            factor = tl.load(row_ptr + (0 if MEAN else row)).to(tl.float32) * (2.0 / (3 * PIXELS)) * share
-            to = row.to(tl.int64) * (3 * PIXELS) + column
+            factor = tl.load(row_ptr + (0 if MEAN else row)).to(tl.float32) * (2.0 / FEATURES) * share
+            to = row.to(tl.int64) * FEATURES + column
             tl.store(dx_ptr + to, (difference * factor).to(dx_ptr.dtype.element_ty), mask=written)
         else:
-            tl.store(row_ptr + row, tl.sum(difference * difference) / (3 * PIXELS))
+            tl.store(row_ptr + row, tl.sum(difference * difference) / FEATURES)
+
+    @triton.jit
+    def _channel_sums(x, channel, CHANNELS: tl.constexpr):
+        """In the place of each value the sum over its channel. Four channels share a reduction."""
+        sums = tl.zeros_like(x)
+        for first in tl.static_range(0, CHANNELS, 4):
+            a, b, c, d = four_sums(
+                tl.where(channel == first, x, 0.0),
+                tl.where(channel == first + 1, x, 0.0),
+                tl.where(channel == first + 2, x, 0.0),
+                tl.where(channel == first + 3, x, 0.0),
+                0,
+            )
+            sums = tl.where(channel == first, a, sums)
+            sums = tl.where(channel == first + 1, b, sums)
+            sums = tl.where(channel == first + 2, c, sums)
+            sums = tl.where(channel == first + 3, d, sums)
+        return sums

@@ -272,28 +272,32 @@ def add_layer_norm(
 def pixel_targets(
     clip: Shaped[Tensor, "b ..."],
     token_ids: Int[Tensor, "r m"],
-    patch_size: int,
-    tubelet_size: int,
+    patch_size: int | Sequence[int],
+    tubelet: int,
     normalise: str,
     eps: float,
     eps_in_root: bool,
     scale: Sequence[float],
     shift: Sequence[float],
+    order: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "r m f"]:
-    """Targets of `pixel_loss`: pixels in the order (time, row, column, colour), normalised per token.
+    """Targets of `pixel_loss`: pixels in the order (time, row, column, channel), normalised per token.
 
     The targets of an id of -1 have no meaning.
     """
-    pixels = clip if clip.dtype == torch.uint8 else clip.permute(0, 2, 3, 4, 1)  # [B, T, H, W, 3]
-    cubes = pixels.unfold(1, tubelet_size, tubelet_size).unfold(2, patch_size, patch_size)
-    cubes = cubes.unfold(3, patch_size, patch_size)  # a view [B, t, h, w, 3, u, p, p]
+    if order is None:
+        order = "BTHWC" if clip.dtype == torch.uint8 else "BCTHW"
+    rows_of, columns_of = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    pixels = clip.permute(_TO_CHANNELS_LAST[order])  # [B, T, H, W, C]
+    cubes = pixels.unfold(1, tubelet, tubelet).unfold(2, rows_of, rows_of)
+    cubes = cubes.unfold(3, columns_of, columns_of)  # a view [B, t, h, w, C, u, p, q]
     height, width = cubes.shape[2:4]
     ids = token_ids.long().clamp_min(0)
     sample = torch.arange(len(ids), device=clip.device)[:, None] // max(1, len(ids) // max(1, len(clip)))
-    rows = cubes[sample, ids // (height * width), ids // width % height, ids % width]  # [B, M, 3, u, p, p]
+    rows = cubes[sample, ids // (height * width), ids // width % height, ids % width]  # [R, M, C, u, p, q]
     channels = zip(rows.to(dtype).unbind(2), scale, shift, strict=True)
-    rows = torch.stack([x * a + b for x, a, b in channels], dim=-1).flatten(2, 4)  # [B, M, u * p * p, 3]
+    rows = torch.stack([x * a + b for x, a, b in channels], dim=-1).flatten(2, 4)  # [R, M, u * p * q, C]
     if normalise != "none":
         over = 2 if normalise == "channel" else (2, 3)
         variance = rows.var(over, unbiased=True, keepdim=True)
@@ -307,19 +311,20 @@ def pixel_errors(
     predictions: Float[Tensor, "r m f"],
     clip: Shaped[Tensor, "b ..."],
     token_ids: Int[Tensor, "r m"],
-    patch_size: int,
-    tubelet_size: int,
+    patch_size: int | Sequence[int],
+    tubelet: int,
     normalise: str,
     eps: float,
     eps_in_root: bool,
     scale: Sequence[float],
     shift: Sequence[float],
+    order: str | None = None,
     padded: bool = False,
     mean: bool = False,
 ) -> Tensor:
     wide = _wide(predictions)
     targets = pixel_targets(
-        clip, token_ids, patch_size, tubelet_size, normalise, eps, eps_in_root, scale, shift, wide.dtype
+        clip, token_ids, patch_size, tubelet, normalise, eps, eps_in_root, scale, shift, order, wide.dtype
     )
     difference = wide - targets
     if padded:

@@ -133,11 +133,13 @@ if triton is not None:
         counter = tl.zeros_like(score).to(tl.int32) + patch[None, :]
         uniform = (tl.randint(seed + row[:, None], counter).to(tl.uint32, bitcast=True) >> 9).to(tl.float32)
         wait = -tl.log((uniform + 0.5) * (1.0 / 8388608.0))
-        # By its bits: where floats too small to be normal are read as 0, such a score still comes before a real 0.
         bits = score.to(tl.int32, bitcast=True)
         positive = (bits > 0) & (bits <= 0x7F800000)
-        score = tl.minimum(tl.maximum(score, 1.1754943508222875e-38), 3.4028234663852886e38)
-        key = tl.where(positive, tl.log(score) - tl.log(wait), -1099511627776.0 * wait)
+        # A score too small to be normal counts by its bits, in steps of 2^-149: the GPU may read it as 0.
+        small = bits < 0x00800000
+        score = tl.where(small, tl.maximum(bits, 1).to(tl.float32), tl.minimum(score, 3.4028234663852886e38))
+        speed = tl.log(score) - tl.where(small, 103.27892990343185, 0.0)
+        key = tl.where(positive, speed - tl.log(wait), -1099511627776.0 * wait)
         return tl.where(mask, key, float("-inf"))
 
     @triton.jit
