@@ -160,13 +160,14 @@ def test_a_call_is_refused_every_time(device, change, error, words):
     given = {
         name: x.to(device) if isinstance(x, Tensor) else x for name, x in {**case(device, "uint8"), **change}.items()
     }
-    patch = given.pop("patch_size", PATCH)
-    arguments = [given.pop(name) for name in ("clip", "weight", "bias")]
+    patch, ids = given.pop("patch_size", PATCH), given["token_ids"]
+    clip, weight, bias, position = (given[name] for name in ("clip", "weight", "bias", "position"))
+    position = position if "position" in change else None
     for size in (PATCH, (PATCH, PATCH)):
-        patch_embed(*arguments, size)
+        patch_embed(clip, weight, bias, size, token_ids=ids)
     for _ in range(2):
         with pytest.raises(error, match=words):
-            patch_embed(*arguments, patch, **{k: v for k, v in given.items() if k in change or k == "token_ids"})
+            patch_embed(clip, weight, bias, patch, token_ids=ids, position=position)
 
 
 def test_what_a_kept_plan_does_not_depend_on(device, assert_near):

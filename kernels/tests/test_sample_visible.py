@@ -207,6 +207,7 @@ def test_infinite_and_subnormal_scores(device):
     scores = torch.tensor([[float("inf"), 0.0, 1e-42, 0.0, 1.0]], device=device).expand(60, -1)
     assert (sample_visible(scores, 3, generator(0, device)) == torch.tensor([0, 2, 4], device=device)).all()
     assert (sample_visible(scores, 1, generator(0, device)) == 0).all()
+    assert (sample_visible(scores[:, 2:], 1, generator(0, device)) == 2).all()  # the subnormal score is no rival
 
     two = torch.tensor([[float("inf"), float("inf"), 1.0]], device=device).expand(40, -1)
     drawn = sample_visible(two, 1, generator(0, device))
