@@ -61,6 +61,7 @@ class Jobs:
         options: dict[str, object] = {"--run.name": name, "--run.dir": self.folder, "--compute.attention": "math"}
         options |= {"--run.stop-at": STEPS, "--run.log-every": 1, "--run.save-every": 3, "--data.workers": 1}
         options |= {"--optim.batch-size": 4 // ranks, "--optim.epochs": 60}
+        options |= {"--run.start-timeout": 30}  # a rank that dies before it joins is not missed sooner
         if job == "pretrain":
             options |= {"--recipe": ROOT / "tests" / "support" / "small.toml", "--data.train": self.videos}
         elif job == "finetune":
