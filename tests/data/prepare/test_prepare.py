@@ -765,10 +765,38 @@ def test_verify_command(made, capsys, monkeypatch):
         main(["--verify", str(out / "b")])
 
 
+def copy_record(name: str) -> dict:
+    row = {"path": name, "bytes": 1, "sha256": "0", "codec": "mjpeg", "width": 1, "height": 1, "frames": 1, "fps": 1.0}
+    return {"row": row, "source_bytes": 1, "seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["row"].pop("path"),
+        lambda content: content["row"].update(bytes="1"),
+        lambda content: content.update(row=[]),
+        lambda content: content.update(source_bytes=None),
+        lambda content: content.pop("seconds"),
+        lambda content: content.update(offsets=[]),
+    ],
+)
+def test_a_journal_of_another_shape_ends_before_the_strange_line(tmp_path, change):
+    """Found by fuzzing."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    for name in ("a", "b", "c"):
+        content = copy_record(name)
+        if name == "b":
+            change(content)
+        journal.add("copy", name, content)
+    journal.close()
+    assert list(Journal(tmp_path / "journal.jsonl").copies) == ["a"]
+
+
 def test_journal_order(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     for name in ("c", "a", "b"):
-        journal.add("copy", name, {"row": {}})
+        journal.add("copy", name, copy_record(name))
     journal.add("copy", "a", None)
     journal.close()
     journal.compact(["b", "c"])

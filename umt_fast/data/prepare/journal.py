@@ -10,6 +10,10 @@ from typing import Any, BinaryIO
 
 from umt_fast.files import write_whole
 
+_ROW = {"path": str, "bytes": int, "sha256": str, "codec": str, "width": int, "height": int, "frames": int}
+_COPY = {"source_bytes": int, "seconds": (int, float)}
+_SHARD = {"bytes": int, "digest": str, "offsets": dict}
+
 
 class Journal:
     """The finished copies and shards, one line each, written after the file is in place."""
@@ -23,8 +27,8 @@ class Journal:
         content = path.read_bytes() if path.exists() else b""
         for line in content.split(b"\n")[:-1]:  # the last line may be incomplete
             try:
-                self._apply(json.loads(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+                self._apply(_checked(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 break
         self._file: BinaryIO | None = None
 
@@ -58,3 +62,17 @@ class Journal:
             for name in sorted(known, key=lambda name: (ranks.get(name, len(ranks)), name)):
                 lines.append(json.dumps({"kind": kind, "name": name, "content": known[name]}).encode() + b"\n")
         write_whole(self._path, b"".join(lines))
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A line of the journal. Raises ValueError for what this program does not write: the folder may be anyone's."""
+    content = record["content"]
+    if content is not None:
+        parts = ((content["row"], _ROW), (content, _COPY)) if record["kind"] == "copy" else ((content, _SHARD),)
+        for part, kinds in parts:
+            for name, kind in kinds.items():
+                if not isinstance(part[name], kind) or isinstance(part[name], bool):
+                    raise ValueError(f"{name} = {part[name]!r}")
+        if any(type(offset) is not int for offset in content.get("offsets", {}).values()):
+            raise ValueError("an offset is not a number")
+    return record
