@@ -101,6 +101,7 @@ def test_known_classes_number_the_names(tmp_path: Path):
         ("a.mp4,run\nb.mp4,hop\n", ("walk", "run"), "line 2: no class 'hop' among the 2 known: walk, run"),
         ("a.mp4,-1\n", 3, "line 1: label -1 is not one of 3 classes"),
         ("a.mp4," + "9" * 5000, 3, "is not one of 3 classes"),
+        ('a.mp4,run\nb.mp4 "c\rd\n', None, "line 2: .* is not a line of CSV"),
         ("a.mp4,run\nb.mp4,walk\n", 1, "2 class names, but the model has 1 classes"),
     ],
 )

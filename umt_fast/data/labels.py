@@ -105,7 +105,10 @@ def _read(source: str, prefix: str, read_timeout: float) -> tuple[list[str], Vid
     rows = list(videos.rows())
     for place, (_, line) in enumerate(lines):
         if not labels[place] and rows[place].keys() == {"path"}:  # `path name`; pre-training reads all of it as a path
-            path, labels[place] = _split(line)
+            try:
+                path, labels[place] = _split(line)
+            except ValueError as error:
+                raise LabelError(f"{source}, {where[place]}: {error}") from None
             rows[place] = {"path": path if is_url(path) else os.path.join(os.path.expanduser(prefix), path)}
     return where, VideoList.of_rows(rows), labels
 
