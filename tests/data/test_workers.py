@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +22,8 @@ from umt_fast.data import loader
 from umt_fast.data.clips import ClipStream
 from umt_fast.data.loader import ClipLoader
 from umt_fast.data.manifest import read_manifest
+from umt_fast.data.prepare import Settings, prepare
+from umt_fast.data.shared_memory import NoSharedMemory
 from umt_fast.data.watch import WorkerWatch
 from umt_fast.data.workers import WorkerBatches, WorkerDied
 
@@ -129,6 +133,18 @@ def test_workers_end_with_their_parent(demo_videos):
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.05)
+
+
+def no_lock() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_system_without_room_for_locks_is_one_line(demo_videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "Lock", no_lock)
+    with pytest.raises(NoSharedMemory, match=r"need locks in /dev/shm.* No space left on device; .*--data.workers 0"):
+        open_loader(demo_videos)
+    with pytest.raises(NoSharedMemory, match="need locks in /dev/shm"):
+        prepare(Settings(str(demo_videos), str(tmp_path / "out")))
 
 
 def test_a_watch_that_never_started_closes():

@@ -106,6 +106,18 @@ def _free(leased: np.ndarray, opened: set[int], buffer: int, opened_by: int) -> 
         leased[buffer] = 0
 
 
+def check_locks() -> None:
+    """Raise NoSharedMemory where processes cannot share a lock, which lies in /dev/shm. Workers need some."""
+    try:
+        multiprocessing.Lock()
+    except (OSError, ImportError) as error:  # ImportError: a system without semaphores
+        reason = getattr(error, "strerror", None) or error
+        raise NoSharedMemory(
+            f"worker processes need locks in /dev/shm, where none can be made: {reason}; make it writable and larger "
+            "(docker run --shm-size 8g), or train with --data.workers 0"
+        ) from None
+
+
 def empty_for_parent(shape: tuple[int, ...]) -> UInt8[Tensor, ...]:
     """Memory that a worker fills and the training process reads without a copy. Raises NoSharedMemory."""
     if get_worker_info() is None or 0 in shape:

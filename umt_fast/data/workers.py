@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from umt_fast.data.clips import ClipStream
-from umt_fast.data.shared_memory import BufferPool, NoSharedMemory
+from umt_fast.data.shared_memory import BufferPool, NoSharedMemory, check_locks
 from umt_fast.data.torch_private import end_if_one_died, ignore_dead_workers, is_dead_worker, stop_workers
 from umt_fast.data.watch import WorkerWatch, end_with_parent
 from umt_fast.errors import RunError
@@ -98,6 +98,7 @@ class WorkerBatches(Iterator[T]):
         config = self._stream.config
         options: dict[str, Any] = {}
         if config.workers:
+            check_locks()
             options = {"prefetch_factor": config.prefetch}
             # Garbage collection writes to every object it visits, which would copy the 37 MB of pages that the workers
             # share with this process. `freeze` excludes all existing objects from it while the workers run.

@@ -26,6 +26,7 @@ from umt_fast.data.index import describe
 from umt_fast.data.prepare.encode import Recipe, write_copy
 from umt_fast.data.prepare.plan import Item, Shard
 from umt_fast.data.shards import Sample, write_shard
+from umt_fast.data.shared_memory import check_locks
 from umt_fast.data.storage import file_size, read_video
 from umt_fast.data.video import BadVideo, Video
 from umt_fast.files import put_in_place
@@ -218,6 +219,7 @@ class Workers:
         return (Died(f"its worker process ended by {ending}, {ATTEMPTS} times; is there memory enough?"),)
 
     def _new_pool(self) -> ProcessPool:
+        check_locks()
         return ProcessPool(self._size, initializer=_begin_worker)
 
 
