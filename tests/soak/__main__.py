@@ -43,8 +43,8 @@ from umt_fast.run.stop import EXIT_STOPPED
 
 SILENCE = 120.0
 """Seconds without a line after which a run counts as hung."""
-PATIENCE = 3.0
-"""Most seconds between the start of a run, or the last kill, and the next kill."""
+PATIENCE = 4.0
+"""Most seconds, for each rank, between the start of a run, or the last kill, and the next kill."""
 LINGER = 3.0
 """Most seconds for which a process may outlive its run."""
 KINDS = ("process", "saving", "worker", "node", "stop")
@@ -212,7 +212,7 @@ class Soak:
             run.wait_for_steps(self.random.randrange(1, 9))
             _wait_for_aside(self.folder / name / "checkpoints", run)
         else:
-            time.sleep(self.random.uniform(0.2, PATIENCE))
+            time.sleep(self.random.uniform(0.2, PATIENCE * len(run.processes)))
         if not run.running():
             return set()
         tally.tries += 1

@@ -10,9 +10,17 @@ from typing import Any, BinaryIO
 
 from umt_fast.files import write_whole
 
-_ROW = {"path": str, "bytes": int, "sha256": str, "codec": str, "width": int, "height": int, "frames": int}
-_COPY = {"source_bytes": int, "seconds": (int, float)}
-_SHARD = {"bytes": int, "digest": str, "offsets": dict}
+_ROW: dict[str, Any] = {
+    "path": str,
+    "bytes": int,
+    "sha256": str,
+    "codec": str,
+    "width": int,
+    "height": int,
+    "frames": int,
+}
+_COPY: dict[str, Any] = {"source_bytes": int, "seconds": (int, float)}
+_SHARD: dict[str, Any] = {"bytes": int, "digest": str, "offsets": dict}
 
 
 class Journal:
