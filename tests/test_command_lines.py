@@ -36,11 +36,12 @@ def test_every_flag_of_a_program_has_a_text(name: str, monkeypatch: pytest.Monke
         raise Parser(parser)
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", catch)
-    monkeypatch.setattr("sys.argv", [name])
+    monkeypatch.setattr("sys.argv", ["x"])
     with pytest.raises(Parser) as caught:
         program.main()
-    bare = [action.dest for action in caught.value.args[0]._actions if not action.help]
-    assert bare == []
+    parser = caught.value.args[0]
+    assert parser.prog == "python -m " + name.removesuffix(".__main__")
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)

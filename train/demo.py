@@ -140,7 +140,9 @@ def compare(init: str, lists: tuple[Path, Path], out: Path) -> dict[str, list[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m train.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--init", required=True, help="checkpoint of the stage-1 demo")
     parser.add_argument("--out", type=Path, default=Path("runs/demo-finetune"), help="default %(default)s")
     parser.add_argument("--videos", type=int, default=VIDEOS, help="seed of the labelled videos (default %(default)s)")

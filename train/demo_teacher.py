@@ -172,7 +172,9 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m train.demo_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="file for the weights, .safetensors or .pth")
     parser.add_argument("--frames", type=int, default=8000, help="frames to train on (default %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="steps of 64 frames (default %(default)s)")

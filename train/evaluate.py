@@ -83,7 +83,7 @@ def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDi
     first.add_argument("--checkpoint", default="")
     named, _ = first.parse_known_args(arguments)
     if not named.checkpoint:
-        tyro.cli(EvaluateConfig, args=arguments, prog="train.evaluate", description=__doc__)  # for --help
+        tyro.cli(EvaluateConfig, args=arguments, prog="python -m train.evaluate", description=__doc__)  # for --help
         raise ConfigError("give --checkpoint a fine-tuned classifier")
     state, settings = read_model(named.checkpoint)
     state = strip_prefixes(state)
@@ -104,7 +104,9 @@ def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDi
                 merge=test.get("merge", "probabilities"),
             ),
         )
-    config = tyro.cli(EvaluateConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
+    config = tyro.cli(
+        EvaluateConfig, args=arguments, default=default, prog="python -m train.evaluate", description=__doc__
+    )
     return config, state, settings.get("classes")
 
 

@@ -105,7 +105,9 @@ def read_settings(arguments: list[str]) -> VideoTextTestConfig:
             )
         except TypeError as error:
             raise WeightsError(f"{checkpoint}: its data settings cannot be used: {error}") from None
-    config = tyro.cli(VideoTextTestConfig, args=arguments, default=default, prog="train.evaluate", description=__doc__)
+    config = tyro.cli(
+        VideoTextTestConfig, args=arguments, default=default, prog="python -m train.evaluate", description=__doc__
+    )
     if not config.checkpoint or not config.data.test:
         raise ConfigError("give --checkpoint a stage-2 model and --data.test a list")
     return config

@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
         given = short_flags(sys.argv[1:] if arguments is None else arguments)
         config, named = launch.read_settings(
-            FinetuneConfig, RECIPES, "k400_b16", "train.finetune", __doc__ or "", given
+            FinetuneConfig, RECIPES, "k400_b16", "python -m train.finetune", __doc__ or "", given
         )
         if named.dry_run:
             raise ConfigError("--dry-run is for train.pretrain")

@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
         config: Any
         config, named = launch.read_settings(
-            SETTINGS, RECIPES, "umt_b16_k710", "train.pretrain", __doc__ or "", arguments
+            SETTINGS, RECIPES, "umt_b16_k710", "python -m train.pretrain", __doc__ or "", arguments
         )
         if named.dry_run:
             print(OBJECTIVES[config.objective].objective.plan(config, named.gpu_memory))

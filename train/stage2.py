@@ -234,7 +234,9 @@ def describe(
 
 def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
-        config, named = launch.read_settings(Stage2Config, RECIPES, "5m_b16", "train.stage2", __doc__ or "", arguments)
+        config, named = launch.read_settings(
+            Stage2Config, RECIPES, "5m_b16", "python -m train.stage2", __doc__ or "", arguments
+        )
         if named.dry_run:
             raise ConfigError("--dry-run is for train.pretrain; stage 2 has no plan of its costs")
         launch.run(config, train)

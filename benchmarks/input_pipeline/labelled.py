@@ -113,7 +113,11 @@ def measure(contenders: Mapping[str, Callable[[VideoList], int]], videos: VideoL
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.input_pipeline.labelled",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("videos", help="a list or folder of labelled videos")
     parser.add_argument("--prefix", default="", help="folder that relative paths of the list start from")
     parser.add_argument("--passes", type=int, default=3, help="measurements, of which the median counts (default 3)")

@@ -10,6 +10,7 @@ operations (the weight's order and a matmul, also timed alone; a mean), which co
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import time
 from collections.abc import Callable, Iterator
@@ -139,6 +140,11 @@ def measure(rounds: int = 30, repeats: int = 50) -> dict[str, tuple[float, float
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        "python -m benchmarks.kernels.host_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     torch.set_num_threads(1)
     for name, (forward, backward) in measure().items():
         print(f"{name:32}{forward:7.1f} us" + (f"{backward:9.1f} us backward" if backward else ""))

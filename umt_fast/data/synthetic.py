@@ -235,7 +235,9 @@ def _encode(path: Path, frames: list[np.ndarray]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m umt_fast.data.synthetic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="folder for the videos and their list")
     parser.add_argument("--count", type=int, default=32, help="videos to write (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other videos for another seed (default 0)")

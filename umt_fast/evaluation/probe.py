@@ -196,7 +196,9 @@ def check(kind: str, train: Features, test: Features) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m umt_fast.evaluation.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=("knn", "linear", "attentive"), help="the probe")
     parser.add_argument("--train", required=True, help="folder of features to fit on")
     parser.add_argument("--test", required=True, help="folder of features to test on")

@@ -118,7 +118,7 @@ def _draw_mistakes(found: Predictions, labels: Int[Tensor, " n"], listed: Labell
         except (BadVideo, OSError):  # removed or changed since the test
             axes.text(0.5, 0.5, "cannot be read any more", ha="center")
         guess = int(said[place, 0])
-        title = f"{_short(listed.classes[int(labels[place])])}\nsaid {_short(listed.classes[guess])}"
+        title = f"{_short(listed.classes[int(labels[place])])}\npredicted {_short(listed.classes[guess])}"
         title += f" ({100 * float(found.probabilities[place, guess]):.0f}%)\n{_short(os.path.basename(video.name))}"
         axes.set_title(title, fontsize=8)
     figure.savefig(path, dpi=110)

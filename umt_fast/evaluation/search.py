@@ -223,7 +223,11 @@ def _embed(loaded: Loaded, clips: Sequence[np.ndarray]) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m umt_fast.evaluation.search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("query", nargs="+", help="texts to search for")
     parser.add_argument("--checkpoint", required=True, help="a stage-2 file, or one fine-tuned for retrieval")
     parser.add_argument("--videos", required=True, help="a folder of videos, or a list")

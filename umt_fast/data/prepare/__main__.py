@@ -27,7 +27,7 @@ from umt_fast.errors import RunError
 def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
     """The settings, and the job: `copy`, `verify` the copies in `out`, or write a `list` to `out`."""
     parser = argparse.ArgumentParser(
-        "umt_fast.data.prepare",
+        "python -m umt_fast.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # the dataclasses have the defaults
