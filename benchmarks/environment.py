@@ -40,7 +40,7 @@ def describe() -> dict[str, str]:
 
 
 def _commit(root: Path = ROOT) -> str:
-    """The checkout's commit, with a + if files other than results differ from it; "unknown" outside a git checkout."""
+    """The checkout's commit, with a + if files outside the results differ from it; "unknown" outside a git checkout."""
     differing = ["status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results"]
     try:
         commit, status = (
@@ -53,8 +53,8 @@ def _commit(root: Path = ROOT) -> str:
 
 
 def sources_digest(root: Path = ROOT) -> str:
-    """Digest of all code that a measurement runs: results of the same digest and device can be continued, whatever
-    was committed between, such as the results themselves."""
+    """Digest of all code that a measurement runs. A measurement can continue results of the same digest and device,
+    even if other files were committed in between, such as the results."""
     digest = hashlib.sha256()
     for folder in ("umt_fast", "kernels/umt_kernels", "benchmarks"):
         for path in sorted((root / folder).rglob("*.py")):

@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, most important first, in one command that ends in time:
+"""All measurements that need a GPU, most important first, in one command with a time limit:
 
-    python -m benchmarks.gpu_session --minutes 9 --out DIR      # call it again to go on
+    python -m benchmarks.gpu_session --minutes 9 --out DIR      # the same command continues
     python -m benchmarks.gpu_session --rehearse --out DIR       # the same stages on a CPU, tiny models, 3 minutes
 
     1  smoke       one step of every rung on UMT-B with its loss, and the numbers of each op against float64
@@ -9,10 +9,10 @@
     4  kernels     each op beside eager, torch.compile and other libraries
     5  decoding    the loader, on NVDEC where DALI is installed
 
-Leaves session.json, session.md and session.log in DIR, and compile_cache.tar.gz where that is under 15 MiB: flat, for
-machines from which a few files come back. session.json and the page are written every few seconds, so that a killed
-session leaves what it had, and its stages end with it. A session goes on from the session.json in DIR or, failing that,
-in benchmarks/results/<gpu>: what the same sources have measured on the same device is not measured again.
+Writes session.json, session.md and session.log to DIR, and compile_cache.tar.gz if it is under 15 MiB; no subfolders,
+for machines that return only a few files. session.json and session.md are written every few seconds, so a killed
+session keeps its results; its stages end with it. A session continues from session.json in DIR, else from the one in
+benchmarks/results/<gpu>: results of the same sources and device are not measured again.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from benchmarks.environment import RESULTS, ROOT, describe, gpu_name
 from benchmarks.step_time.ladder import BEST, ladder
 
 GRACE = 10
-"""Seconds that a stage gets after its interrupt to write what it has."""
+"""Seconds that a stage has after its interrupt to write its results."""
 RESERVE = 15
-"""Seconds kept for the end of the session: the last results, the page, the cache."""
+"""Seconds reserved for the end of the session: the last results, the page, the cache."""
 LEAST = 10
-"""A stage is not begun with fewer seconds left."""
+"""No stage begins with fewer remaining seconds."""
 SAVE_EVERY = 5
 LARGEST_CACHE = 15 * 2**20
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -57,7 +57,7 @@ PARTS = {
     "kernels": "kernels/kernels.json",
     "decoding": "decoding/input_pipeline.json",
 }
-"""The results that session.json holds, and the file of the work folder that each comes from."""
+"""The results in session.json, and the file in the work folder for each."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Stage:
     limit: float = float("inf")
     """Seconds."""
     needs: tuple[str, ...] = ()
-    """Packages without which it is left out: a lent machine may lack them."""
+    """Packages that the stage needs; it is skipped without them."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ def stages(work: Path, rehearse: bool) -> list[Stage]:
     else:
         models = ("--models", "umt_b16")
         decode = (*decode, "--seconds", "3")
-    first = ("baseline", "+ lean math, eager", BEST)  # the others as far as the minute goes
+    first = ("baseline", "+ lean math, eager", BEST)  # then the others, until the minute is over
     rest = (rung.name for rung in ladder(torch.device("cpu" if rehearse else "cuda")) if rung.name not in first)
     time_smoke = (*time_step, "--rungs", *first, *rest)
     smoke = (*time_smoke, "--check-only", "1", "--models", base, "--out", str(work / "smoke"))
@@ -121,7 +121,7 @@ class Session:
         self.content: dict[str, Any] = {"facts": facts, "stages": []}
 
     def seed(self, before: dict[str, Any]) -> None:
-        """Give the stages the results of an earlier session; they keep what is of these sources and this device."""
+        """Give the stages the results of an earlier session. They keep those of these sources and this device."""
         for part, place in PARTS.items():
             found = before.get(part)
             if not found or (part == "decoding" and found["facts"].get("sources") != self.content["facts"]["sources"]):
@@ -131,14 +131,14 @@ class Session:
             path.write_text(json.dumps(found))
 
     def save(self) -> None:
-        """session.json from the files of the stages, in one move."""
+        """Write session.json from the files of the stages, by an atomic rename."""
         for part, place in PARTS.items():
             with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
                 self.content[part] = json.loads((self.work / place).read_text())
         self._write("session.json", json.dumps(self.content, indent=1) + "\n")
         with contextlib.suppress(
             Exception
-        ):  # half a result may miss what the page wants; the last one is not suppressed
+        ):  # a partial result may lack fields of the page; errors of the last call are not suppressed
             self._write("session.md", gpu_session_page.page(self.content))
 
     def _write(self, name: str, text: str) -> None:
@@ -147,7 +147,7 @@ class Session:
         new.replace(self.folder / name)
 
     def run(self, stage: Stage) -> StageEnd:
-        """One stage, ended at its limit or the session's deadline; its output goes to the log."""
+        """Run one stage until its limit or the session's deadline. Its output goes to the log."""
         begun = time.monotonic()
         end = StageEnd(stage.name, "running", 0.0)
         left = self.deadline - begun
@@ -193,13 +193,13 @@ class Session:
 
 
 def _end_with_parent() -> None:
-    """In a stage: a process group of its own, killed when this program is killed.
+    """Run in a stage's process: give it its own process group, and kill it when this program is killed.
 
-    Else a stage would go on after a kill -9, and the next call's measurements would share the GPU with it. Not a
-    session of its own: where a machine ends what a command leaves behind, it spares those.
+    Otherwise a stage would continue after a kill -9 and share the GPU with the next call's measurements. It does not
+    get its own session, because machines that end a command's leftover processes may spare other sessions.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # by which a stage is ended; a program in the background ignores it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGINT ends a stage, but background processes ignore it by default
     if _LIBC is not None:
         parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         _LIBC.prctl(parent_death_signal, signal.SIGKILL)
@@ -209,7 +209,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def unpack_cache(archive: Path, work: Path) -> None:
-    """The compiled kernels of an earlier session, from a folder that the user named or the tree's own results."""
+    """Unpack the compiled kernels of an earlier session, from a folder of the user or from the tree's results."""
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(work, filter="data")
@@ -218,7 +218,7 @@ def unpack_cache(archive: Path, work: Path) -> None:
 
 
 def pack_cache(work: Path, archive: Path) -> str:
-    """Keep the compiled kernels beside the results where they fit. Returns what was done."""
+    """Pack the compiled kernels beside the results if they are small enough. Returns a text for the user."""
     if not (work / "cache").is_dir():
         return "no compile cache"
     with tempfile.TemporaryDirectory() as folder:
@@ -233,7 +233,7 @@ def pack_cache(work: Path, archive: Path) -> str:
 
 
 def read_before(*folders: Path) -> tuple[dict[str, Any], Path | None]:
-    """The newest earlier session: of the first of the folders that holds one."""
+    """The session.json of the first folder that has one, and this folder."""
     for folder in folders:
         try:
             return json.loads((folder / "session.json").read_text()), folder
@@ -246,7 +246,7 @@ def read_before(*folders: Path) -> tuple[dict[str, Any], Path | None]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Inside, a request to end (SIGTERM) raises SystemExit, so that what there is gets written."""
+    """Inside this context SIGTERM raises SystemExit, so that the results so far are written."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(f"ended by signal {number}")

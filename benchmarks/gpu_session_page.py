@@ -1,4 +1,4 @@
-"""The page of a GPU session: per rung and kernel what was predicted, what was measured, and what to delete."""
+"""The page of a GPU session: per rung and kernel the prediction, the measurement, and what to delete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STANDS_ON = {
 
 
 def rates_of(content: dict[str, Any]) -> Rates | None:
-    """Rates to predict with: those of the session's own run, else the datasheet; a rehearsal goes by an H100's."""
+    """Rates for the predictions: from the session's own run, else from the datasheet; for a rehearsal an H100's."""
     facts = content["facts"]
     if facts["rehearsal"]:
         return GPUS["h100"]
@@ -35,7 +35,7 @@ def rates_of(content: dict[str, Any]) -> Rates | None:
 
 
 def rung_verdict(result: dict[str, Any], seconds: dict[str, float]) -> str:
-    """Whether a rung earns its place over the one it stands on."""
+    """Whether a rung is faster than the rung below it, and so stays."""
     if result["seconds"] is None:
         return result["not_run"] or ""
     below = STANDS_ON.get(result["rung"])
@@ -65,7 +65,7 @@ def rung_rows(content: dict[str, Any], rates: Rates | None) -> list[list[str]]:
 
 
 def page(content: dict[str, Any]) -> str:
-    """session.md from what session.json holds."""
+    """The text of session.md from the content of session.json."""
     facts, rates = content["facts"], rates_of(content)
     kind = "Rehearsal of a GPU session: no figure here is a result" if facts["rehearsal"] else "GPU session"
     parts = [

@@ -1,4 +1,4 @@
-"""Rates of GPUs: the peaks of their datasheets, and the share of a peak that real work reaches.
+"""Rates of GPUs: peaks from the datasheets, and the reachable share of a peak.
 
 | | source |
 |---|---|
@@ -8,7 +8,7 @@
 | attention on Ampere | FlashAttention-2 (arXiv 2307.08691): 50-73% of an A100's peak; the lower end, for heads of 64 |
 | attention on Hopper | FlashAttention-3 (arXiv 2407.08608): FlashAttention-2 reaches 35% of an H100's peak |
 
-A measurement replaces them: step_time.json holds the matmul and copy rates of its own run.
+Measured rates replace these: step_time.json holds the matmul and copy rates of its own run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COPY_SHARE = 4.3 / 4.8
 
 @dataclass(frozen=True)
 class Rates:
-    """What a GPU sustains, per second."""
+    """Sustained rates of a GPU, per second."""
 
     name: str
     matmul: float
@@ -37,7 +37,7 @@ class Rates:
     copy: float
     """Bytes read and written."""
     origins: tuple[str, str, str, str]
-    """Where each comes from, in this order."""
+    """Source of each rate, in this order."""
 
     def rows(self) -> list[list[str]]:
         """Lines of a table: the rate, its value, its source."""

@@ -1,20 +1,20 @@
-"""Clips per second that the data side delivers, from original videos and from training copies, and their cost.
+"""Clips per second of data loading, from original videos and from training copies, and its cost in memory.
 
     python -m benchmarks.input_pipeline VIDEOS --out benchmarks/results/<machine>
 
-VIDEOS is a list or folder as for --data.train. The videos are first made into originals as data sets hold them (10 s,
-340x256, 30 fps, H.264 with a key frame every 250, looped to fill), from which `umt_fast.data.prepare` makes copies with
-a key frame every 1, 4 and 8 frames; with --as-they-are, VIDEOS are the originals. The contenders are
+VIDEOS is a list or folder as for --data.train. From VIDEOS the benchmark makes originals like those of data sets (10 s,
+340x256, 30 fps, H.264 with a key frame every 250, looped if short), and from these `umt_fast.data.prepare` makes copies
+with a key frame every 1, 4 and 8 frames. With --as-they-are, VIDEOS are the originals. The contenders are
 
-    bare          PyAV alone: seek, decode and convert to RGB the frames that a clip needs, in as many processes
-    bare + crop   and then one crop and torch's resize of each frame, into the clip's memory
+    bare          PyAV alone: seek, decode and convert a clip's frames to RGB, in the same number of processes
+    bare + crop   the same with one crop and torch's resize of each frame, into the clip's memory
     pyav          the loader of a training run, crops and resizing included
     dali          the same with DALI, where it is installed, for the files that it supports: on NVDEC with --pipelines
                   pipelines, or on the CPU
 
-Every contender runs in turn, --rounds times; the table holds medians. With the clips per second of a training step
-(--step-rate, or --step-from a step_time.json), it also says what share of its time the step would wait for data.
---soak N watches the memory over N clips instead.
+Every contender runs in turn, --rounds times; the table has medians. With the clips per second of a training step
+(--step-rate, or --step-from a step_time.json), it also has the share of time that the step would wait for data.
+--soak N records the memory over N clips instead.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from umt_fast.errors import RunError
 
 
 def soaked(files: Files, device: torch.device) -> list[str]:
-    """The decoders whose memory these files show: copies of key frames only, in a codec that DALI supports here."""
+    """The decoders whose memory these files test: copies of key frames only, in a codec that DALI supports here."""
     if files.gop > 1:
         return []
     by_dali = files.codec == "h264" if device.type == "cuda" else files.codec == "mjpeg"
@@ -52,9 +52,9 @@ def soaked(files: Files, device: torch.device) -> list[str]:
 
 
 def soak(files: Files, decoder: str, workers: int, clips: int, batch: int, device: torch.device) -> dict[str, float]:
-    """Memory in MB over `clips` clips: when a tenth of them is through, the least and the most after that, the end.
+    """Memory in MB over `clips` clips: after a tenth of them, then the minimum and maximum, and at the end.
 
-    That of program files is not counted.
+    Pages of program files are not counted.
     """
     seen: list[float] = []
     with loader_of(files, decoder, workers, batch, device) as loader:
@@ -68,8 +68,8 @@ def soak(files: Files, decoder: str, workers: int, clips: int, batch: int, devic
 def plan_rows(
     files: list[Files], workers: list[int], pipelines: list[int] | None, engines: dict[str, nvdec.Limits] | None
 ) -> list[Row]:
-    """The contenders. `engines`: what NVDEC takes; None for DALI on the CPU. Files that DALI leaves to PyAV have no
-    row of its."""
+    """The contenders. `engines` are NVDEC's limits; None for DALI on the CPU. Files that DALI does not support have no
+    row for DALI."""
     rows = []
     for kept in files:
         rows += [Row(kept.name, decoder, count) for decoder in ("bare", "bare + crop", "pyav") for count in workers]
@@ -164,7 +164,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """All that was asked for, printed and written."""
+    """Measure, print and write what the options request."""
     step_rate, step_name = options.step_rate, "as given"
     if options.step_from is not None:
         step_rate, step_name = report.read_step(options.step_from, options.step_model)

@@ -1,4 +1,4 @@
-"""What delivers clips: PyAV in a bare loop, and the loader of a training run."""
+"""The sources of clips: PyAV in a bare loop, and the loader of a training run."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ CROP_SCALES = (1, 0.875, 0.75, 0.66)
 
 @dataclass
 class Row:
-    """A contender and what it delivered."""
+    """A contender and its measurements."""
 
     files: str
     decoder: str
     workers: int
     pipelines: int | None = None
-    """Number of DALI pipelines, each at work on its own batch; None: not on a GPU."""
+    """Number of DALI pipelines, each with its own batch; None: not on a GPU."""
     clips_per_second: float = 0.0
     memory_mb: float = 0.0
-    """Memory of all its processes; shared pages count once."""
+    """MB of memory of all its processes; shared pages count once."""
     gpu_memory_mb: float | None = None
     nvdec_percent: float | None = None
     rounds: list[float] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
-    """Messages of the loader: what it leaves to another decoder."""
+    """Messages of the loader about videos that another decoder reads."""
 
 
 def stream_of(files: Files, decoder: str, workers: int, pipelines: int | None = None) -> ClipStream:
@@ -59,7 +59,7 @@ def _leave(_what: object) -> None:
 
 
 def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], None] = _leave) -> None:
-    """Decode with PyAV and nothing else. Times and key frames are known beforehand, as if all frames were decoded."""
+    """Decode with PyAV only. Times and key frames are known before, as from an index."""
     assert video.facts is not None
     times, keys = video.facts.times, video.facts.keys
     with av.open(video.path) as container:
@@ -81,7 +81,7 @@ def decode_bare(video: Video, indices: list[int], then: Callable[[np.ndarray], N
 
 
 class Crop:
-    """Puts one square part of each picture, resized, into the next place of a clip."""
+    """Writes a resized square part of each frame to the next place of a clip."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.clip = np.empty((FRAMES, SIDE, SIDE, 3), np.uint8)
@@ -127,7 +127,7 @@ def measure_bare(files: Files, workers: int, seconds: float, crop: bool) -> tupl
         arguments = (stream, files.known, crop, rank, workers, seconds, done)
         process = context.Process(target=_bare_worker, args=arguments, daemon=True)
         process.start()
-        done.close()  # so that its end is seen here when the process ends
+        done.close()  # so that reading here fails when the process ends
         processes.append(process)
         answers.append(answer)
     try:
@@ -158,7 +158,7 @@ def loader_of(
 def measure_loader(
     files: Files, row: Row, seconds: float, batch: int, device: torch.device
 ) -> tuple[float, float, float | None, float | None]:
-    """Clips per second, memory of the processes, GPU memory and NVDEC use, once what was made ready is used up."""
+    """Clips per second, memory of the processes, GPU memory and NVDEC use, after the prefetched batches are used up."""
     workers, said = row.workers, set(row.said)
     with loader_of(files, row.decoder, workers, batch, device, row.pipelines, said.add) as loader:
         ready = 2 + workers * DataConfig().prefetch + (row.pipelines or 0)
@@ -168,7 +168,7 @@ def measure_loader(
         clips = 0
         use: list[float] = []
         while (spent := time.perf_counter() - begun) < seconds:
-            clips += sum(len(next(loader).clip) for _ in range(workers))  # they deliver in turn: one round
+            clips += sum(len(next(loader).clip) for _ in range(workers))  # one batch from each worker, in turn
             if device.type == "cuda" and len(use) < spent:  # once a second
                 use.append(cost.nvdec_use())
         rate = clips / (time.perf_counter() - begun)

@@ -10,21 +10,21 @@ import torch
 
 EVERYTHING = ("Pss:",)
 NO_FILES = ("Pss_Anon:", "Pss_Shmem:")
-"""Without the pages of program files: the part of those that falls to a process changes by tens of MB whenever any
-other program of the machine that uses the same libraries starts or ends."""
+"""Without the pages of program files: a process's share of these changes by tens of MB whenever another program with
+the same libraries starts or ends."""
 
 
 def own_memory(process: int | str = "self", kinds: tuple[str, ...] = EVERYTHING) -> float:
-    """MB of a process, its part of what it shares."""
+    """MB of a process, with its share of shared pages."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0.0
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith(kinds))
 
 
 def memory(kinds: tuple[str, ...] = EVERYTHING) -> float:
-    """MB of this process and those it started."""
+    """MB of this process and its child processes."""
     processes = [process.pid for process in multiprocessing.active_children()]
     return own_memory(kinds=kinds) + sum(own_memory(process, kinds) for process in processes if process is not None)
 

@@ -1,4 +1,4 @@
-"""The videos of the benchmark: originals as data sets hold them, and training copies of these."""
+"""The videos of the benchmark: originals like those of data sets, and training copies of these."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECONDS, FPS, SIZE, GOP = 10, 30, (340, 256), 250
 
 @dataclass(frozen=True)
 class Files:
-    """One way of keeping the videos."""
+    """The videos in one form: originals, or copies of one codec and GOP."""
 
     name: str
     codec: str
@@ -32,7 +32,7 @@ class Files:
     """Frames from one key frame to the next, on average."""
     videos: VideoList
     known: list[Video]
-    """The same videos with their facts, as in an index."""
+    """The videos with their sizes, times and key frames, as in an index."""
     bytes_per_video: float
 
 
@@ -60,7 +60,7 @@ def make_copies(source: Path | str, folder: Path, codec: str, gop: int) -> None:
 
 
 def read_files(name: str, source: Path | str) -> Files:
-    """The videos of `source` and what is in them."""
+    """The videos of `source` with their sizes, times and key frames."""
     videos = read_manifest(str(source))
     for video in videos:
         if video.remote or video.offset is not None:
@@ -80,7 +80,7 @@ def read_files(name: str, source: Path | str) -> Files:
 
 
 def _look_into(video: Video) -> Video:
-    """The video with its facts. Exits if the bare loop could not read it."""
+    """The video with its size, times and key frames. Exits if the bare loop could not read it."""
     try:
         facts = probe(video)
     except BadVideo as error:

@@ -1,10 +1,10 @@
-"""The data side of fine-tuning: training clips by each augmentation, and the 4 x 3 views of a test.
+"""Data loading of fine-tuning: training clips by each augmentation, and the 4 x 3 views of a test.
 
     python -m benchmarks.input_pipeline.labelled list.csv --out benchmarks/results/cpu/labelled.json
 
-One process with one thread decodes and augments, and its processor time is measured, which a busy machine changes
-little; passes of the contenders take turns. A test is compared with a plain loop that opens and decodes the video for
-every view, as the published data set does.
+One process with one thread decodes and augments. Its processor time is measured, which depends little on other load;
+passes of the contenders take turns. A test is compared with a plain loop that opens and decodes the video for every
+view, as the published data set does.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def train_published(videos: VideoList) -> int:
 
 
 def train_fast(videos: VideoList) -> int:
-    """The loader's share of the fast augmentation; the rest is the device's."""
+    """The loader's part of the fast augmentation; the device does the other part."""
     return _drain(CroppedStream(videos, CONFIG, FRAMES, SIDE, 0, TrainSampling(FRAMES)))
 
 
 def train_fast_whole(videos: VideoList) -> int:
-    """The same with the device's share, here on the CPU."""
+    """The fast augmentation with the device's part, here on the CPU."""
     stream = CroppedStream(videos, CONFIG, FRAMES, SIDE, 0, TrainSampling(FRAMES))
     return _drain(stream, lambda clips: augment_batch(clips, range(len(clips)), AugmentConfig()))
 
@@ -102,7 +102,7 @@ TEST: dict[str, Callable[[VideoList], int]] = {"per view": test_per_view, "once 
 
 
 def measure(contenders: Mapping[str, Callable[[VideoList], int]], videos: VideoList, passes: int) -> dict[str, float]:
-    """Clips per second of processor time by contender: the median of `passes`, each taking turns with the others."""
+    """Clips per second of processor time by contender: the median of `passes`, in turn with the others."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(passes):
         for name, run in contenders.items():

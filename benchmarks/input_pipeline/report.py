@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
-"""What input_pipeline.json holds."""
+"""Content of input_pipeline.json."""
 
 HEADER = (
     *("files", "codec", "GOP", "bytes", "decoder", "workers", "pipelines", "clips/s", "frames/s", "x original"),
     *("bare / this", "bare + crop / this", "memory MB", "GPU MB", "NVDEC %", "data stall %"),
 )
 NOT_EXACT = ("fp8", "int8")
-"""Parts of the names of rungs that do not compute the published step."""
+"""Parts of rung names that mark steps other than the published one."""
 
 
 def read_step(path: Path, model: str) -> tuple[float, str]:
-    """Clips per second of the fastest exact rung of `model` in a step_time.json, and which it is. Exits if none is."""
+    """Clips per second and name of the fastest exact rung of `model` in a step_time.json. Exits if there is none."""
     try:
         results = json.loads(path.read_text())["results"]
         exact = [
@@ -38,7 +38,7 @@ def read_step(path: Path, model: str) -> tuple[float, str]:
 
 
 def table(content: Content) -> str:
-    """Markdown."""
+    """The results as a Markdown table."""
     rows, files = content["rows"], content["files"]
     rates = {(row["files"], row["decoder"], row["workers"], row["pipelines"]): row["clips_per_second"] for row in rows}
     step = content["facts"].get("step_clips_per_second")
@@ -70,7 +70,7 @@ def table(content: Content) -> str:
 
 
 def notes(rows: list[dict[str, Any]]) -> str:
-    """What a loader left to another decoder, under the table."""
+    """Lines under the table: which videos another decoder read."""
     said = [f"- {row['files']}, {row['decoder']}: {text}\n" for row in rows for text in row["said"]]
     return "".join(["\n", *dict.fromkeys(said)]) if said else ""
 
@@ -98,7 +98,7 @@ def write(content: Content, folder: Path) -> None:
 
 
 def draw(content: Content, path: Path) -> None:
-    """Clips per second of each way of keeping the files, a group of bars each."""
+    """Draw clips per second, one group of bars for each form of the files."""
     import matplotlib as mpl
 
     mpl.use("Agg")

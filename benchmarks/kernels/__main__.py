@@ -1,12 +1,11 @@
-"""Time of every op of umt_kernels beside its published eager form, torch.compile and other libraries' kernels.
+"""Time of every op of umt_kernels, its published eager form, torch.compile and other libraries' kernels.
 
     python -m benchmarks.kernels                            # on a GPU, UMT-B/16 and UMT-L/16: minutes
-    python -m benchmarks.kernels --resume --out DIR         # goes on with what DIR/kernels.json lacks
-    python -m benchmarks.kernels --check                    # numbers only: each op once against float64
+    python -m benchmarks.kernels --resume --out DIR         # measures what DIR/kernels.json lacks
+    python -m benchmarks.kernels --check                    # results only: each op once against float64
 
-A contender whose numbers are wrong is refused, and the command exits with 1. kernels.json is written after each
-contender; kernels.md and kernels.png at the end. Without a GPU tiny shapes run through the plain PyTorch forms, to try
-the command.
+A contender with wrong results is refused, and the command exits with 1. kernels.json is written after each contender;
+kernels.md and kernels.png at the end. Without a GPU the plain PyTorch forms run with tiny shapes, to try the command.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ MODELS = {shapes.model: shapes for shapes in (UMT_B, UMT_L, TINY)}
 
 @functools.lru_cache(maxsize=1)
 def prepared(case: OpCase, device: torch.device) -> tuple[list[Inputs], tuple[Tensor, ...]]:
-    """Sets of inputs to rotate, and the right result of the first. Contenders of a case follow each other."""
+    """Sets of inputs to rotate, and the right result of the first. The last case is cached for its next contender."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     torch.manual_seed(0)
@@ -52,18 +51,18 @@ def prepared(case: OpCase, device: torch.device) -> tuple[list[Inputs], tuple[Te
 
 @contextmanager
 def fresh_memory_is_nan() -> Iterator[None]:
-    """Inside, torch.empty gives NaN, so that an element that nobody writes is seen."""
+    """Inside this context torch.empty gives NaN, which shows elements that a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about ops that are not deterministic: only the filling is wanted
+            warnings.simplefilter("ignore")  # about non-deterministic ops: only the fill value matters here
             yield
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def measure(case: OpCase, contender: str, device: torch.device, check: bool) -> KernelTime:
-    """Check a contender's numbers, then time it unless `check`. Its `not_run` says what went wrong."""
+    """Check a contender's results, then time it unless `check`. Errors are in `not_run` of the returned time."""
     found = KernelTime(
         case.op,
         case.form,
@@ -77,7 +76,7 @@ def measure(case: OpCase, contender: str, device: torch.device, check: bool) -> 
     try:
         sets, truth = prepared(case, device)
         run = case.run(contender)
-        # Deterministic mode would make torch.compile compile twice, and other libraries take other paths.
+        # In deterministic mode torch.compile would compile twice, and other libraries would run other code.
         with fresh_memory_is_nan() if contender == "triton" else nullcontext():
             results = case.step(run, contender, sets[0])
         fault = case.fault(contender, results, truth)
@@ -91,13 +90,13 @@ def measure(case: OpCase, contender: str, device: torch.device, check: bool) -> 
             found.seconds = timing.median_seconds(lambda: case.step(run, contender, next(rotation)), device)
     except Unavailable as reason:
         found.not_run = f"not run: {reason}"
-    except Exception as error:  # the others are measured all the same
+    except Exception as error:  # the other contenders are still measured
         found.not_run = f"failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
     return found
 
 
 def run(options: argparse.Namespace, path: Path | None) -> report.Content:
-    """Every contender of every case on request, written to `path` as it comes."""
+    """Measure every requested contender of every case, and write each to `path`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, Any] = {**describe(), "date": time.strftime("%Y-%m-%d"), "copy_bytes_per_second": None}
     content: report.Content = {"facts": facts, "results": []}

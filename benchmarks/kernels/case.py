@@ -1,4 +1,4 @@
-"""A case of the benchmark: an op at a model's shapes, its contenders, its least bytes, its right result."""
+"""A case of the benchmark: an op at a model's shapes, its contenders, its minimum of bytes, its right result."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class OpCase:
 
     op: str
     form: str
-    """Which use of the op: "rows", "visible tokens"..."""
+    """The use of the op: "rows", "visible tokens"..."""
     shapes: Shapes
     make: Callable[[torch.device], Inputs]
-    """Fresh random inputs, those of `leaves` requiring grad if `backward`."""
+    """Makes random inputs; the `leaves` require grad if `backward`."""
     triton: Run
     eager: Run
     plain: Callable[[Inputs, torch.dtype], Outputs]
-    """umt_kernels.reference's function, with its output in the dtype given: the truth, and what is compiled."""
+    """umt_kernels.reference's function with an output dtype: the right result, and the form for torch.compile."""
     read: int
     """Bytes of input that must be read, once in each direction."""
     written: int
@@ -41,11 +41,11 @@ class OpCase:
     leaves: tuple[str, ...] = ()
     """Names of the inputs that get a gradient."""
     eager_leaves: dict[str, str] = field(default_factory=dict)
-    """For a leaf that is only the first row of a tensor of the eager form: the name of that tensor."""
+    """For a leaf that is the first row of a tensor of the eager form: the name of this tensor."""
     libraries: dict[str, Run] = field(default_factory=dict)
-    """Contenders that may raise libraries.Unavailable when they are run."""
+    """Contenders that may raise libraries.Unavailable when called."""
     tolerance: float | None = None
-    """Largest error of an output, in place of TOLERANCE's."""
+    """Largest error of an output, instead of TOLERANCE's."""
 
     def __repr__(self) -> str:
         return self.group
@@ -71,7 +71,7 @@ class OpCase:
         """The contender's function. Raises libraries.Unavailable if it does not run here."""
         if contender == "compiled":
             torch.compiler.reset()
-            # Off the GPU only the tracing is of interest, and generating C++ takes minutes.
+            # On a CPU only the tracing matters, and generating C++ would take minutes.
             backend = "inductor" if torch.cuda.is_available() else "aot_eager"
 
             def plain(x: Inputs) -> Outputs:
@@ -81,7 +81,7 @@ class OpCase:
         return {"triton": self.triton, "eager": self.eager, **self.libraries}[contender]
 
     def step(self, run: Run, contender: str, x: Inputs) -> tuple[Tensor, ...]:
-        """The timed call: the outputs and, backwards, the gradients of `leaves` from x["grad"], x["grad1"]."""
+        """The timed call: the outputs and, for backward, the gradients of `leaves` from x["grad"], x["grad1"]."""
         given = run(x)
         outputs = given if isinstance(given, tuple) else (given,)
         if not self.backward:
@@ -100,7 +100,7 @@ class OpCase:
         return self.step(lambda inputs: self.plain(inputs, torch.float64), "truth", wide)
 
     def fault(self, contender: str, results: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> str | None:
-        """What is wrong with a contender's numbers, or None."""
+        """The fault of a contender's results, or None."""
         if self.op == "sample_visible":
             ids = self.shapes.tokens if self.form == "whole clip" else self.shapes.patches
             return draw_fault(results[0], truth[0], ids)
@@ -121,7 +121,7 @@ class OpCase:
 
 
 def draw_fault(drawn: Tensor, like: Tensor, ids: int) -> str | None:
-    """What is wrong with a draw of `ids`: [R, n] ascending and different, or the published mask, True where hidden."""
+    """The fault of a draw, or None. `drawn` must be [R, `ids`], ascending and distinct, or the published mask."""
     rows, count = like.shape
     expected = [rows, ids if drawn.dtype == torch.bool else count]
     if list(drawn.shape) != expected:

@@ -1,4 +1,4 @@
-"""The cases: each op as the models use it, with formulas of the bytes that must move."""
+"""The cases: each op as the models use it, with formulas for the bytes that must move."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gather_patches(s: Shapes) -> Iterator[OpCase]:
     """All tokens (the teacher's input without a resize), visible tokens (the student's), all with a halo."""
     yield _gather_patches(s, "all tokens")
     yield _gather_patches(s, "visible tokens", visible=True)
-    if s.halo:  # else this teacher resizes nothing
+    if s.halo:  # otherwise this teacher does not resize
         yield _gather_patches(s, "all tokens, halo", halo=s.halo)
 
 
@@ -57,7 +57,7 @@ def _gather_patches(s: Shapes, form: str, visible: bool = False, halo: int = 0) 
 
 
 def patch_embed(s: Shapes) -> Iterator[OpCase]:
-    """The student's (visible tokens, bias, positions; trained) and the teacher's (all tokens; frozen)."""
+    """The student's embedding (visible tokens, bias, positions; trained) and the teacher's (all tokens; frozen)."""
     item, features = s.dtype.itemsize, 3 * s.patch**2
     leaves = ("weight", "bias")
     table = sinusoid_positions(s.tokens, s.width)
@@ -106,7 +106,7 @@ def patch_embed(s: Shapes) -> Iterator[OpCase]:
             folded = torch.einsum("dctij,ip,jq->dctpq", weight.double(), resize, resize).to(s.dtype)
         return {"clip": make_clip(s, device), "conv1": weight, "weight": folded}
 
-    halo = s.halo  # here: torch.compile would trace its computation too
+    halo = s.halo  # read here, otherwise torch.compile would trace its computation too
     rows, window = s.batch * s.tokens, 3 * (s.patch + 2 * halo) ** 2
     yield OpCase(
         "patch_embed",
@@ -143,7 +143,7 @@ def _sample_visible(s: Shapes, form: str, rows: int, ids: int, count: int, sprea
 
 
 def cls_scores(s: Shapes) -> Iterator[OpCase]:
-    """The teacher's last block: keys as they come out of its joint projection of keys and values."""
+    """The teacher's last block, with the keys of a joint projection of keys and values."""
     length, depth = s.patches + 1, s.width // s.heads
     leaves = ("q", "k")
 
@@ -263,7 +263,7 @@ def cosine_alignment_loss(s: Shapes) -> Iterator[OpCase]:
             lambda x, dtype: reference.cosine_alignment_loss(
                 x["predictions"], x["targets"], None, x["weight"], x["bias"], LAYER_NORM_EPS
             ),
-            # The gradient needs nothing that is not known once a row is read: one pass does both.
+            # Loss and gradient of a row need only this row, so one pass computes both.
             read=2 * size + affine,
             written=4 + backward * (size + affine),
             backward=backward,
@@ -274,7 +274,7 @@ def cosine_alignment_loss(s: Shapes) -> Iterator[OpCase]:
 
 def _with_library(run: Callable[..., Tensor], backward: bool) -> dict[str, Run]:
     def contender(load: Callable[[], libraries.LayerNorm]) -> Run:
-        loaded: list[libraries.LayerNorm] = []  # at the first call, so that listing the cases imports nothing
+        loaded: list[libraries.LayerNorm] = []  # filled at the first call: listing the cases imports no library
 
         def call(x: Inputs) -> Tensor:
             if not loaded:

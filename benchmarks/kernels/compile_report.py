@@ -1,6 +1,6 @@
-"""`python -m benchmarks.kernels.compile_report`: the code of every kernel, for GPUs that this machine may lack.
+"""`python -m benchmarks.kernels.compile_report`: the code of every kernel, also for GPUs that this machine lacks.
 
-Each kernel is compiled in every form in which the models launch it, for each architecture. A row of the table says
+Each kernel is compiled in every form in which the models launch it, for each architecture. A row of the table has
 
     regs     registers per thread
     shared   bytes of shared memory per program
@@ -8,8 +8,8 @@ Each kernel is compiled in every form in which the models launch it, for each ar
     loads    global load instructions by width in bits (how many x how wide)
     stores   global store instructions, in the same form
     tensor   instructions of the matrix units
-    barr.    barriers, at which the warps of a program wait for each other
-    bulk     narrowest load of the bulk data / widest that the layout allows, in bits (memory-bound kernels)
+    barr.    barriers, where the warps of a program wait for each other
+    bulk     narrowest load of the bulk data / widest load for the layout, in bits (memory-bound kernels)
     moved    bytes requested from memory, before caches, as a multiple of the least possible
     occ.     share of a multiprocessor's warps that can be active
 
@@ -38,7 +38,7 @@ from benchmarks.kernels.launches import LaunchCase, cases
 from benchmarks.kernels.traffic import BULK, MATRIX_UNITS, layout_bytes, traffic
 
 PROCESSES = 2
-"""Each compiles on one core, and CI has two."""
+"""Number of processes: each compiles on one core, and CI has two."""
 
 
 _WIDE_DIVISION = re.compile(r"\b(?:div|rem)\.[su]64\b")
@@ -59,12 +59,12 @@ class Row:
     """Number of instructions by argument and width."""
     stores: dict[str, dict[int, int]]
     tensor: dict[str, int] | None
-    """Instructions of the matrix units by name, of kernels that should have them."""
+    """Instructions of the matrix units by name, for kernels that must use them."""
     barriers: int
     wide_divisions: int
-    """Divisions of 64-bit integers. A GPU has no instruction for them: each costs dozens of others."""
+    """Divisions of 64-bit integers. A GPU has no instruction for these: each takes dozens of others."""
     bulk: dict[str, tuple[int, int]]
-    """For each bulk argument, the narrowest load (0: none was found) and the widest that its layout allows."""
+    """For each bulk argument, its narrowest load (0: none was found) and the widest load for its layout."""
     moved: int
     least: int
     occupancy: float
@@ -72,7 +72,7 @@ class Row:
     note: str
 
     def failures(self) -> list[str]:
-        """The rules of the gate that this kernel breaks."""
+        """The gate's rules that this kernel breaks."""
         found = []
         if self.spill:
             found.append(f"spills {self.spill} bytes per thread")
@@ -99,10 +99,10 @@ def report(case: LaunchCase, arch: int) -> list[Row]:
 
 
 def make_row(launch: Launch, case: str, arch: int, bulk: tuple[str, ...] | None = None) -> Row:
-    """Read a launch's code. `bulk` names the arguments to be read in wide loads; None looks the kernel up."""
+    """Read a launch's code. `bulk` names the arguments that need wide loads; None: from the table of kernels."""
     code = read_code(launch.cubin, launch.ptx)
     widths = {}
-    if bulk is None:  # what tensor descriptors bring does not show as a load
+    if bulk is None:  # reads by tensor descriptors are not load instructions
         bulk = () if launch.arguments.get("DESCRIPTORS") else BULK.get(launch.kernel, ())
     for name in bulk:
         widths[name] = (min(code.loads.get(name, {0: 0})), 8 * layout_bytes(launch, name))
@@ -139,7 +139,7 @@ def _report(task: tuple[str, str, int]) -> list[Row]:
 
 
 def report_all(archs: list[int], op: str | None = None) -> list[Row]:
-    """Rows of every case of every op (or of one), in order."""
+    """Rows of every case of all ops (or of `op`), in order."""
     tasks = [
         (case.op, case.name, arch) for arch in archs for case in cases() if op in (None, case.op) and arch >= case.arch
     ]

@@ -23,7 +23,7 @@ MLP_RATIO = 4
 
 
 def add_layer_norm(s: Shapes) -> Iterator[OpCase]:
-    """The teacher's: every row, a half-precision residual, no gradient. The student's: a float32 residual, trained."""
+    """The teacher: every row, a half-precision residual, no gradient. The student: a float32 residual, trained."""
     yield _add_layer_norm(s, "teacher", s.images, s.patches + 1, s.dtype, backward=False)
     for backward in (False, True):
         yield _add_layer_norm(s, "student", s.batch, s.kept, torch.float32, backward)
@@ -75,7 +75,7 @@ def _add_layer_norm(s: Shapes, form: str, rows: int, length: int, residual: torc
 
 
 def linear(s: Shapes) -> Iterator[OpCase]:
-    """The first matmul of the MLPs: the teacher's with QuickGELU, the student's with GELU, trained."""
+    """The MLP's first matmul: the teacher's with QuickGELU, the student's with GELU, trained."""
     yield _linear(s, "teacher, QuickGELU", s.images * (s.patches + 1), "quick_gelu", backward=False)
     for backward in (False, True):
         yield _linear(s, "student, GELU", s.batch * s.kept, "gelu", backward)
@@ -114,7 +114,7 @@ def _linear(s: Shapes, form: str, rows: int, activation: Any, backward: bool) ->
         own,
         eager,
         lambda x, dtype: reference.linear(x["x"], x["weight"], x["bias"], activation, None),
-        # Backward: the input of the activation is kept; gradients of all leaves.
+        # Backward: the activation's input is saved; gradients of all leaves.
         read=read + backward * (read + 2 * written),
         written=written + backward * (written + read),
         backward=backward,

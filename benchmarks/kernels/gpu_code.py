@@ -1,4 +1,4 @@
-"""Compile Triton kernels as a launch would, for a GPU that this machine may lack, and read the resulting code."""
+"""Compile Triton kernels as a launch does, for a GPU that this machine may lack, and read the code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from umt_kernels.launch import PLANS
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits that decide how many warps run at once (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """Limits of the number of warps that run at once (CUDA C++ Programming Guide, table of compute capabilities)."""
 
     name: str
     shared_per_sm: int
@@ -47,12 +47,12 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel launch that was compiled and not run."""
+    """A kernel launch that was compiled but not run."""
 
     op: str
     """Module of the kernel."""
     kernel: str
-    """Op and, where an op has several kernels, which: `gather_layer_norm_backward`."""
+    """The op, followed by the kernel's name if the op has several: `gather_layer_norm_backward`."""
     programs: int
     arguments: dict[str, Any]
     """Arguments of a real launch, by parameter; they include compile-time settings."""
@@ -64,7 +64,7 @@ class Launch:
 
 
 class _Absent:
-    """Stands in for the driver of a GPU while kernels are compiled."""
+    """Replaces a GPU's driver while kernels are compiled."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -73,7 +73,7 @@ class _Absent:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # Triton keeps compiled kernels by device: one per architecture
+        return self.capability  # a device per architecture, as Triton keeps compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -81,23 +81,23 @@ class _Absent:
 
 @functools.cache
 def _fresh_cache() -> tempfile.TemporaryDirectory[str]:
-    """Folder of compiled kernels of this process: code in the user's cache may name the source of another checkout."""
+    """A new folder for compiled kernels: code in the user's cache may refer to the sources of another checkout."""
     return tempfile.TemporaryDirectory(prefix="umt-kernel-report-")
 
 
 def kernel_name(module: str, function: str) -> tuple[str, str]:
-    """The op that a kernel belongs to, and the kernel's name: the op's, with what goes before `kernel` in its own."""
+    """The op of a kernel, and the kernel's name: the op's name and the function's name without `kernel`."""
     op, stem = module.rpartition(".")[2].removesuffix("_kernel"), function.removesuffix("kernel").strip("_")
     return op, f"{op}_{stem}" if stem else op
 
 
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Launch]]:
-    """Inside, the ops take their Triton kernels on CPU tensors, and each launch compiles, is listed and does not run.
+    """Inside this context the ops use Triton kernels on CPU tensors; a launch is compiled and listed, but not run.
 
-    Triton's own launch path chooses the specialisation (divisibility, ones, integer widths), so the code is what a
-    GPU would run. Results hold whatever was in memory. Raises RuntimeError under TRITON_INTERPRET=1, and under
-    TRITON_DISABLE_LINE_INFO=1, without which a load cannot be traced to its argument.
+    Triton's own launch path chooses the specialisation (divisibility, ones, integer widths), so a GPU would run the
+    same code. Results are uninitialised memory. Raises RuntimeError under TRITON_INTERPRET=1, and under
+    TRITON_DISABLE_LINE_INFO=1, because line information links a load to its argument.
     """
     if backend.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 turns the compiler off; unset it")
@@ -124,7 +124,7 @@ def compile_only(capability: int) -> Iterator[list[Launch]]:
         with (
             mock.patch.object(JITFunction, "run", record),
             mock.patch.object(backend, "INTERPRETED", True),
-            mock.patch.dict(PLANS, clear=True),  # they hold another architecture's tiles
+            mock.patch.dict(PLANS, clear=True),  # plans hold the tile sizes of another architecture
             triton.knobs.cache.scope(),
         ):
             triton.knobs.cache.dir = _fresh_cache().name
@@ -144,12 +144,12 @@ class Code:
     local_accesses: int
     """Instructions that access local memory."""
     loads: dict[str, Counter[int]] = field(default_factory=dict)
-    """Global loads by the argument they read, `?` if unknown: how many instructions of how many bits."""
+    """Global loads by argument, `?` if unknown: number of instructions by width in bits."""
     stores: dict[str, Counter[int]] = field(default_factory=dict)
     tensor: Counter[str] = field(default_factory=Counter)
     """Instructions of the matrix units, by name: HMMA, HGMMA, UTCHMMA..."""
     barriers: int = 0
-    """Instructions at which the warps of a program wait for each other."""
+    """Barrier instructions, where the warps of a program wait for each other."""
 
 
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -195,9 +195,9 @@ def read_code(cubin: bytes, ptx: str) -> Code:
 
 
 def _arguments(ptx: str) -> list[str]:
-    """For each line of PTX the kernel's argument whose load or store it comes from, `?` for none.
+    """For each line of PTX the argument that its source line loads or stores, `?` for none.
 
-    Of the locations within inline assembly only the first is right: LLVM counts its lines on from there.
+    Within inline assembly only the first location is right, because LLVM increments the line number after it.
     """
     files = {int(number): path for number, path in _FILE.findall(ptx)}
     arguments, argument, inline, frozen = [], "?", False, False
@@ -219,7 +219,7 @@ def _tool(name: str, *arguments: str | Path) -> str:
 
 
 def _bits(modifiers: list[str]) -> int:
-    """Width of an access: `LDG.E.128`, `LDG.E.U8`; 32 where nothing is said."""
+    """Width of an access, as in `LDG.E.128` or `LDG.E.U8`; 32 if the instruction has none."""
     return next((int(m.lstrip("US")) for m in modifiers if m.lstrip("US") in ("8", "16", "64", "128", "256")), 32)
 
 
@@ -238,13 +238,13 @@ def _source(path: str) -> list[str]:
 def occupancy(architecture: Architecture, registers: int, shared: int, warps: int) -> float:
     """Share of a multiprocessor's warps that programs of `warps` warps can fill."""
     per_warp = max(1, -(-registers * 32 // 256)) * 256  # allocated in units of 256
-    by_registers = architecture.registers // per_warp // 4 * 4 // warps  # a quarter to each scheduler
+    by_registers = architecture.registers // per_warp // 4 * 4 // warps  # each of 4 schedulers has a quarter
     by_shared = architecture.shared_per_sm // (-(-shared // 128) * 128 + 1024)
     programs = min(architecture.programs, architecture.warps // warps, by_registers, by_shared)
     return programs * warps / architecture.warps
 
 
 def nbytes(tensor: Any) -> int:
-    """Bytes of a tensor, of what a tensor descriptor describes, or of None."""
+    """Bytes of a tensor, or of a tensor descriptor's tensor; 0 for None."""
     tensor = getattr(tensor, "base", tensor)
     return 0 if tensor is None else tensor.numel() * tensor.element_size()

@@ -1,11 +1,11 @@
-"""`python -m benchmarks.kernels.host_cost`: microseconds of a CPU core that calling each op costs, without its launch.
+"""`python -m benchmarks.kernels.host_cost`: CPU time of a call of each op in microseconds, without its launch.
 
 Two figures for each: the call, with gradients recorded, and its backward through autograd.
 
-Triton's own launcher is replaced by a function that does nothing, so this is the price of checks, allocations, autograd
-and looking up the compiled kernel. In a CUDA graph none of it is paid. F.layer_norm with gradients is timed in turn
-with the ops, as a measure of how fast and how busy the machine is. patch_embed and pixel_loss include PyTorch's own
-operations (the weight's order and a matmul, also timed alone; a mean), which compute here and on a GPU are launches.
+Triton's own launcher is replaced by a function that does nothing, so the time is that of checks, allocations, autograd
+and the lookup of the compiled kernel. A CUDA graph has none of it. F.layer_norm with gradients is timed in turn with
+the ops, to show the speed and load of the machine. patch_embed and pixel_loss include PyTorch's own operations
+(reordering the weight and a matmul, also timed alone; a mean), which compute here and are only launches on a GPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _unread(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def launches_stubbed() -> Iterator[None]:
-    """Inside, CPU tensors go the way of CUDA tensors up to the launch; the ops return whatever was in memory."""
+    """Inside this context CPU tensors are handled like CUDA tensors, without launches. Results are uninitialised."""
     make = launch.Plan.__init__
 
     def stubbed(self: launch.Plan, *arguments: Any, **named: Any) -> None:
@@ -66,14 +66,14 @@ def launches_stubbed() -> Iterator[None]:
     with (
         mock.patch.object(launch.Plan, "__init__", stubbed),
         mock.patch.object(backend, "INTERPRETED", True),
-        mock.patch.object(checks, "reads_values", _unread),  # as on a GPU; not a Mock, which costs as much as an op
+        mock.patch.object(checks, "reads_values", _unread),  # as on a GPU; a Mock would take as long as an op
         mock.patch.dict(launch.PLANS, clear=True),
     ):
         yield
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """Each op as training calls it, on tensors so small that arithmetic costs nothing."""
+    """Each op as in training, on tensors so small that arithmetic takes no time."""
     x, branch = torch.rand(2, 5, 64, requires_grad=True), torch.rand(2, 5, 64, requires_grad=True)
     weight, bias = torch.rand(64, requires_grad=True), torch.rand(64, requires_grad=True)
     table, ids, scale = torch.rand(8, 64), torch.zeros(2, 5, dtype=torch.int64), torch.rand(2)
@@ -114,7 +114,7 @@ def calls() -> dict[str, Callable[[], object]]:
 
 
 def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Microseconds of a call and of its backward, which is 0 where there is none."""
+    """Microseconds of a call and of its backward; 0 without a backward."""
     start = time.perf_counter()
     values = [function() for _ in range(repeats)]
     forward = time.perf_counter() - start
@@ -128,7 +128,7 @@ def timed(function: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 
 def measure(rounds: int = 30, repeats: int = 50) -> dict[str, tuple[float, float]]:
-    """Microseconds per call and backward: of rounds in turn the fastest, which other work disturbed least."""
+    """Microseconds per call and backward of the fastest round, which other work disturbed least. Ops take turns."""
     with launches_stubbed():
         functions = calls()
         best = {name: (float("inf"), float("inf")) for name in functions}

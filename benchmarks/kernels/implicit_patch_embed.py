@@ -1,8 +1,8 @@
-"""patch_embed as one Triton kernel that reads the pixels inside its GEMM, to be compared with gather + cuBLAS.
+"""patch_embed as one Triton kernel that reads the pixels inside its GEMM, for comparison with gather + cuBLAS.
 
-It writes no rows and adds bias and position before its only write, but its GEMM is slower and reads the pixels again
-for every tile of output channels: by the compiler's report, 7 times the least bytes at UMT-L. It is not part of
-umt_kernels until it wins a measurement.
+It writes no rows and adds bias and position before its only write. But its GEMM is slower and reads the pixels again
+for every tile of output channels: by the compiler's report, 7 times the minimum of bytes at UMT-L. It joins umt_kernels
+only if a measurement shows it faster.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def implicit_patch_embed(
 ) -> Float[Tensor, "b m d"]:
     """`umt_kernels.patch_embed`, forward only: products in `dtype`, sums, bias and position in float32.
 
-    Arguments are those that `patch_embed` has checked, on a device that runs Triton; a float clip is normalised
-    already. Returns float32.
+    Arguments are those of `patch_embed`, already checked, on a device that runs Triton; a float clip is already
+    normalised. Returns float32.
     """
     matrix = weight_matrix(weight, clip).to(dtype).contiguous()
     batch, kept, channels = clip.shape[0], token_ids.shape[1], weight.shape[0]
@@ -56,7 +56,7 @@ def implicit_patch_embed(
 
 
 def config(patch_size: int, tubelet_size: int, halo: int, bytes_in: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Tiles that fit in registers: float32 products are not done by the matrix units and need more of them."""
+    """Tile sizes that fit in registers; float32 products need more, because the matrix units cannot compute them."""
     return {
         "UINT8": bytes_in,
         "PATCH": patch_size,

@@ -1,4 +1,4 @@
-"""Random inputs that cases share."""
+"""Random inputs for several cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IDS = 8
 
 
 def make_visible(s: Shapes, device: torch.device) -> Inputs:
-    """A clip's visible tokens, n per frame: as ids within frames and in the clip, and as the published mask."""
+    """Visible tokens of clips, n per frame: ids within frames, ids within the clip, and the published mask."""
     patch = torch.rand(s.images, s.patches, device=device).argsort(1)[:, : s.num_visible].sort(1).values
     hidden = torch.ones(s.images, s.patches, dtype=torch.bool, device=device).scatter_(1, patch, False)
     frame = torch.arange(s.frames, device=device)[:, None] * s.patches
@@ -29,7 +29,7 @@ def make_clip(s: Shapes, device: torch.device) -> Tensor:
 
 
 def with_grad(x: Inputs, leaves: tuple[str, ...], backward: bool, output: tuple[int, ...] | None) -> Inputs:
-    """`x`, for backward with leaves that require grad and, unless the output is a scalar, a gradient to start from."""
+    """`x`; for backward its leaves require grad, and x["grad"] is the output's gradient unless this is a scalar."""
     if not backward:
         return x
     for leaf in leaves:

@@ -40,11 +40,11 @@ class LaunchCase:
     name: str
     run: Callable[[], object]
     arch: int = 80
-    """The first architecture that has what the call needs."""
+    """The first architecture that supports the call."""
 
 
 def cases() -> list[LaunchCase]:
-    """Every op in every form that pre-training one of the models, or a builder's code of its sizes, calls it in."""
+    """Every op in every form of pre-training one of the models, or of a user's code with the same sizes."""
     found = []
     for model in MODELS:
         for op, listed in _FORMS.items():
@@ -107,7 +107,7 @@ def _layer_norm(m: Shapes) -> _Forms:
 
 
 def _add_norm(m: Shapes) -> _Forms:
-    """Teacher: every row of a bf16 residual, and the visible rows of the last block. Student: with drop path. Text."""
+    """Teacher: every row of a bf16 residual, and the last block's visible rows. Student with drop path. Text layers."""
 
     def run(
         rows: tuple[int, int],
@@ -193,7 +193,7 @@ def _loss(m: Shapes) -> _Forms:
 
 def _matmul(m: Shapes) -> _Forms:
     """Every product with an epilogue of a block: teacher, student both ways, and the 8-bit teacher."""
-    if m is VIT_H:  # the same code: only numbers differ
+    if m is VIT_H:  # it runs the same compiled code, with other sizes
         return
     half, width, hidden = torch.bfloat16, m.width, 4 * m.width
     every, visible = m.images * (1 + m.patches), m.batch * m.kept
@@ -230,7 +230,7 @@ def _matmul(m: Shapes) -> _Forms:
 
 
 def _pixels(m: Shapes) -> _Forms:
-    """Tubes of two frames, 90% of the tokens hidden, as VideoMAE has it."""
+    """Tubes of two frames with 90% of the tokens hidden, as in VideoMAE."""
 
     def run(clip_dtype: torch.dtype, dtype: torch.dtype, normalise: Literal["channel", "token"]) -> None:
         frames, hidden = 2 * m.frames, m.frames * int(0.9 * m.patches)
@@ -249,7 +249,7 @@ def _pixels(m: Shapes) -> _Forms:
 
 
 def _eight_bit(m: Shapes) -> _Forms:
-    """What the 8-bit teacher does between its products: sum, norm and quantise; quantise what attention gives."""
+    """The 8-bit teacher's ops between products: sum, norm and quantisation; quantisation of the attention's output."""
     half, rows = torch.bfloat16, (m.images, 1 + m.patches, m.width)
 
     def norm(dtype: torch.dtype) -> None:

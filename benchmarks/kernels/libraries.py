@@ -1,9 +1,9 @@
-"""The nearest kernels of other libraries: their LayerNorm, with PyTorch's gather before and its ops behind it.
+"""The nearest kernels of other libraries: their LayerNorm, with PyTorch's gather before and PyTorch's ops after it.
 
-Also the other form of patch_embed: an implicit GEMM.
+Also patch_embed as an implicit GEMM.
 
-No library is known to gather patches from uint8 clips, to draw ids without replacement or to score by the class
-token. xformers has no LayerNorm (its norm is RMSNorm).
+No library is known that gathers patches from uint8 clips, draws ids without replacement or scores by the class token.
+xformers has no LayerNorm (its norm is RMSNorm).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _import(module: str, distribution: str) -> Any:
         raise Unavailable(f"{distribution} needs a GPU")
     try:
         return importlib.import_module(module)
-    except Exception as error:  # its own dependencies may be missing or refuse this GPU, in any way
+    except Exception as error:  # its dependencies may fail in any way, for example on this GPU
         raise Unavailable(f"{distribution} cannot be imported: {error!r}") from error
 
 
@@ -77,7 +77,7 @@ def cosine_alignment_loss(x: Inputs, layer_norm: LayerNorm) -> Tensor:
 
 
 def implicit_patch_embed(patch: int, dtype: torch.dtype, x: Inputs) -> Tensor:
-    """The pixels read inside a Triton GEMM, instead of gathered for cuBLAS."""
+    """Read the pixels inside a Triton GEMM, instead of gathering them for cuBLAS."""
     if not runs_triton(x["clip"]):
         raise Unavailable("the implicit GEMM needs a GPU")
     from benchmarks.kernels.implicit_patch_embed import implicit_patch_embed as implicit_gemm  # it imports triton
@@ -86,7 +86,7 @@ def implicit_patch_embed(patch: int, dtype: torch.dtype, x: Inputs) -> Tensor:
 
 
 def max_autotune(run: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
-    """`run` through Inductor's mode of that name: the matmul from tuned templates, the activation fused behind it."""
+    """`run` in Inductor's mode max-autotune: the matmul from tuned templates, with the activation fused behind it."""
     if not torch.cuda.is_available():
         raise Unavailable("max-autotune is compared on a GPU")
     if run not in _TUNED:
@@ -98,7 +98,7 @@ _TUNED: dict[Callable[[Inputs], Tensor], Callable[[Inputs], Tensor]] = {}
 
 
 def flash_attn_layer_norm(x: Inputs) -> tuple[Tensor, Tensor]:
-    """flash-attn's Triton LayerNorm with the residual sum in it."""
+    """flash-attn's Triton LayerNorm, which includes the residual sum."""
     layer_norm = _import("flash_attn.ops.triton.layer_norm", "flash-attn").layer_norm_fn
     given = {"residual": x["residual"], "eps": LAYER_NORM_EPS, "prenorm": True}
     y, total = layer_norm(x["branch"], x["weight"], x["bias"], **given)
@@ -106,6 +106,6 @@ def flash_attn_layer_norm(x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def quack_linear_gelu(x: Inputs) -> Tensor:
-    """QuACK's matmul with GELU in its epilogue: the tanh form, which is 5e-4 off the exact one at most."""
+    """QuACK's matmul with GELU in its epilogue: the tanh form, at most 5e-4 from the exact one."""
     gemm_act = _import("quack.gemm_interface", "quack-kernels").gemm_act
     return gemm_act(x["x"], x["weight"].T, bias=x["bias"], activation="gelu_tanh_approx", store_preact=False)[1]

@@ -1,7 +1,7 @@
-"""Cases of a block's MLP: the second matmul with the residual, the whole both ways, the 8-bit teacher's.
+"""Cases of a block's MLP: the second matmul with the residual, the MLP forward and backward, the 8-bit teacher's MLP.
 
-The rivals come for nothing: cuBLASLt with the bias in its epilogue and a pass for the rest (eager), the same with
-Inductor's fused pass (compiled), and Inductor's own Triton matmuls (max-autotune).
+PyTorch's contenders: cuBLASLt with the bias in its epilogue and further passes (eager), the same with Inductor's fused
+pass (compiled), and Inductor's own Triton matmuls (max-autotune).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def linear(s: Shapes) -> Iterator[OpCase]:
 
 
 def mlp(s: Shapes) -> Iterator[OpCase]:
-    """The student's MLP, both ways."""
+    """The student's MLP, forward and backward."""
     leaves = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     m, d, h = s.batch * s.kept, s.width, 4 * s.width
 
@@ -86,13 +86,13 @@ def mlp(s: Shapes) -> Iterator[OpCase]:
 
 
 def linear_8bit(s: Shapes) -> Iterator[OpCase]:
-    """The teacher's MLP from normalised rows. Eager is PyTorch's 8-bit matmul, with passes that quantise its inputs."""
+    """The teacher's MLP from normalised rows. Eager: PyTorch's 8-bit matmul, and passes that quantise its inputs."""
     for name, dtype, tolerance in (("int8", torch.int8, 3e-2), ("float8", torch.float8_e4m3fn, 5e-2)):
         yield _linear_8bit(s, f"teacher MLP, {name}", dtype, tolerance)
 
 
 def _linear_8bit(s: Shapes, form: str, eight_bit: torch.dtype, tolerance: float) -> OpCase:
-    """`tolerance` is for eager, which rounds the hidden layer with another scale."""
+    """`tolerance` is larger for eager, which rounds the hidden layer with another scale."""
     m, d, h = s.images * (s.patches + 1), s.width, 4 * s.width
 
     def make(device: torch.device) -> Inputs:
@@ -132,7 +132,7 @@ def _linear_8bit(s: Shapes, form: str, eight_bit: torch.dtype, tolerance: float)
         return y
 
     def plain(x: Inputs, dtype: torch.dtype) -> Tensor:
-        """Through the same roundings as ours, whose output is the truth."""
+        """The right result, with the same roundings as our kernels."""
         _, values, scale = reference.quantize_rows(x["x"].float(), None, None, None, 0.0, eight_bit, False)
         first, bias1 = layer(x, "fc1")
         hidden = reference.linear_8bit(

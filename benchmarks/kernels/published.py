@@ -1,6 +1,6 @@
-"""The ops as eager PyTorch does them in UMT's published code: all tokens first, then a boolean mask.
+"""The ops in eager PyTorch as in UMT's published code: all tokens first, then a boolean mask.
 
-Our own code for what that code computes, not copied from it. Each function takes the tensors of one case by name.
+This is our own code for the same computation, not a copy. Each function gets the tensors of one case by name.
 `hidden` is the published mask: True at every token that the student does not see.
 """
 
@@ -17,14 +17,14 @@ LAYER_NORM_EPS = 1e-6
 
 
 def normalised(clip: Tensor) -> Tensor:
-    """uint8 [B,T,H,W,3] -> float32 [B,3,T,H,W], which is what the published loader hands to the models."""
+    """uint8 [B,T,H,W,3] -> float32 [B,3,T,H,W], the published loader's output."""
     mean = torch.tensor(IMAGENET_MEAN, device=clip.device)
     std = torch.tensor(IMAGENET_STD, device=clip.device)
     return ((clip.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3)
 
 
 def seen(rows: Tensor, hidden: Tensor) -> Tensor:
-    """The rows [B, n, D] of [B, N, D] that a mask leaves; the host waits for the mask, as with any boolean index."""
+    """The visible rows [B, n, D] of [B, N, D]; the host waits for the mask, as with any boolean index."""
     return rows[~hidden].reshape(rows.shape[0], -1, rows.shape[-1])
 
 
@@ -47,7 +47,7 @@ def student_patch_embed(x: Inputs, patch: int) -> Tensor:
 
 
 def teacher_patch_embed(x: Inputs, side: int) -> Tensor:
-    """Frames resized to the teacher's `side` where that differs, then CLIP's own convolution."""
+    """Resize frames to the teacher's `side` if it differs, then apply CLIP's own convolution."""
     weight = x["conv1"]
     clip = normalised(x["clip"])
     if clip.shape[-1] != side:
@@ -59,7 +59,7 @@ def teacher_patch_embed(x: Inputs, side: int) -> Tensor:
 
 
 def sample_visible(x: Inputs, num_visible: int) -> Tensor:
-    """Order all ids by torch.multinomial, unmask the first of each row in a mask made on the CPU: True is hidden."""
+    """Order all ids by torch.multinomial; the first `num_visible` of each row are False in a mask made on the CPU."""
     scores = x["scores"]
     order = torch.multinomial(scores, scores.shape[1])
     hidden = torch.ones(scores.shape)
@@ -87,7 +87,7 @@ def gather_layer_norm_position(x: Inputs) -> Tensor:
 
 
 def cosine_alignment_loss(x: Inputs) -> Tensor:
-    """A LayerNorm per layer, stacked; each row over its norm; 2 - 2 cos."""
+    """A LayerNorm per layer, stacked; each row divided by its norm; 2 - 2 cos."""
     layers = zip(x["predictions"], x["weight"], x["bias"], strict=True)
     y = torch.stack([F.layer_norm(p, w.shape, w, b, LAYER_NORM_EPS) for p, w, b in layers])
     return cosine_distance(y, x["targets"])

@@ -1,4 +1,4 @@
-"""Table and plot of a kernels.json: `python -m benchmarks.kernels` writes it."""
+"""Table and plot of a kernels.json, written by `python -m benchmarks.kernels`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.kernels.case import OpCase
 from benchmarks.rates import GPUS
 
 Content = dict[str, Any]
-"""What kernels.json holds: `facts` of the machine, and `results`, a KernelTime each."""
+"""Content of kernels.json: `facts` of the machine, and `results`, a list of KernelTime."""
 
 Key = tuple[str, str, str, str]
 """op, form, direction, model"""
@@ -21,7 +21,7 @@ OWN = ("triton", "eager", "compiled")
 REFUSED = "refused"
 CHECKED = "numbers right"
 MARGIN = 1.03
-"""How much faster a rival must be to replace an op: less is noise."""
+"""Least gain of another contender that counts; a smaller one is noise."""
 
 HEADER = (
     *("op", "direction", "model", "predicted us", "triton us", "eager us", "compiled us", "library us"),
@@ -54,7 +54,7 @@ class KernelTime:
     not_run: str | None = None
 
     def is_final(self, check: bool) -> bool:
-        """Whether another run of the same sources need not measure it again."""
+        """Whether another run of the same sources can reuse this result."""
         missing = (self.not_run or "").startswith("not run")
         return self.seconds is not None or missing or (check and self.not_run == CHECKED)
 
@@ -101,7 +101,7 @@ def predicted_seconds(one: KernelTime, facts: dict[str, Any]) -> float | None:
 
 
 def verdict(contenders: dict[str, KernelTime]) -> str:
-    """Whether the op earns its place: `delete`, and what is faster, where a rival wins by more than noise."""
+    """Whether to keep the op: `delete` and the faster contender, if one is faster by more than noise."""
     own = contenders.get("triton")
     if own is None:
         return ""
@@ -137,7 +137,7 @@ def _row(contenders: dict[str, KernelTime], facts: dict[str, Any]) -> list[str]:
     cells.append(f"{rate / 1e9:.1f}" if rate else "")
     cells.append(f"{100 * rate / copy:.1f}" if rate and copy else "")
     cells.append(f"{one.flops / own / 1e12:.1f}" if own and one.flops else "")
-    return [*cells, verdict(contenders) if facts["device"] != "cpu" else ""]  # a CPU runs the plain forms
+    return [*cells, verdict(contenders) if facts["device"] != "cpu" else ""]  # a CPU runs only plain forms
 
 
 def table(content: Content) -> str:

@@ -1,4 +1,4 @@
-"""Sizes of the models whose kernels are timed and reported."""
+"""Model sizes for the timed and reported kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MASK_RATIO = 0.8
 
 @dataclass(frozen=True)
 class Shapes:
-    """One model at one batch size, in the letters of docs: B clips, T frames, P patches, n visible, K layers, D, C."""
+    """One model at one batch size: B clips, T frames, P patches, n visible, K layers, widths D and C."""
 
     model: str
     title: str
@@ -28,7 +28,7 @@ class Shapes:
     target_width: int = 512
     heads: int = 12
     teacher_patch: int = 16
-    """The teacher's own patch: where it is not `patch`, its resize is folded into a wider kernel."""
+    """The teacher's own patch size; if it differs from `patch`, its resize is folded into a wider kernel."""
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -65,4 +65,4 @@ UMT_B = Shapes("umt_b16", "UMT-B/16")
 UMT_L = Shapes("umt_l16", "UMT-L/16", width=1024, target_width=768, heads=16, teacher_patch=14)
 VIT_H = Shapes("vit_h14", "ViT-H/14", width=1280, target_width=1024, heads=16, patch=14, teacher_patch=14)
 TINY = Shapes("tiny", "tiny", 2, 2, 64, 16, 2, 32, 16, 2, 14, torch.float32)
-"""For the CPU: float32, so that a wrong formula cannot hide in rounding."""
+"""For the CPU, in float32: rounding cannot hide a wrong formula."""

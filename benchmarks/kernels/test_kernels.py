@@ -1,11 +1,11 @@
-"""The cases of `python -m benchmarks.kernels` for pytest-benchmark, to compare, filter and keep them with its options.
+"""The cases of `python -m benchmarks.kernels` for pytest-benchmark, with its options to compare, filter and save them.
 
     pytest benchmarks/kernels --benchmark-autosave          # then, after a change: --benchmark-compare
     pytest benchmarks/kernels -k "pixel_loss and triton"
 
-One iteration is a batch of calls with one synchronisation at its end, so short kernels on a GPU show their launch cost
-where the host does not keep up; `python -m benchmarks.kernels` times by the GPU's own clock. A contender with wrong
-numbers fails and is not timed.
+One iteration is a batch of calls with one synchronisation at its end, so the time of a short GPU kernel may be its
+launch on the host; `python -m benchmarks.kernels` uses the GPU's own clock. A contender with wrong results fails and is
+not timed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUNDS, CALLS = (20, 50) if DEVICE.type == "cuda" else (2, 1)
 
 
 def _parameters() -> Iterator[Any]:
-    """Contenders of a case stand together: they share its inputs."""
+    """All contenders, those of a case next to each other, as they share its inputs."""
     for case in itertools.chain.from_iterable(cases(shapes) for shapes in MODELS):
         for contender in case.contenders:
             name = f"{case.group} {contender}".replace(",", "").replace(" ", "_")

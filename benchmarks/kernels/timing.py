@@ -1,9 +1,9 @@
 """Seconds per call, on a GPU by its own clock.
 
-The host needs tens of microseconds per launch, more than many of these kernels run. So before each round a large buffer
-is read as often as it takes the host to get ahead (which also clears the L2): the kernels then lie in the queue back to
-back, and the gaps of the host do not count. A contender that reads a value on the host, as a boolean mask makes it,
-loses that lead, and pays for its gaps as it would in training.
+The host needs tens of microseconds per launch, longer than many of these kernels run. So before each round the GPU
+reads a large buffer (which also clears the L2) until the host has queued the round's kernels: they then run without
+gaps. A contender that reads a value on the host, as with a boolean mask, loses this lead, and its gaps count as in
+training.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 Call = Callable[[], object]
 
 L2_MULTIPLE = 4
-"""Rotated inputs are together this many times the L2."""
+"""Size of all rotated inputs together, in multiples of the L2."""
 LONGEST_LEAD = 0.02
-"""Seconds; a contender that makes the host wait would need ever longer leads without a use."""
+"""Longest lead in seconds: a contender that makes the host wait would never have enough."""
 ROUND = 1e-3
-"""Seconds of one round, about."""
+"""Approximate seconds of one round."""
 BUDGET = 0.6
-"""Seconds of all rounds of a contender with their leads, about."""
+"""Approximate seconds of all rounds of a contender with their leads."""
 
 
 def gpu_seconds(call: Call, repeats: int) -> float:
-    """Median GPU time of one call, each between its own events, after three to warm up."""
+    """Median GPU time of one call, each between its own events, after three warm-up calls."""
     for _ in range(3):
         call()
     pairs = []
@@ -51,14 +51,14 @@ def copy_bandwidth() -> float:
 
 
 def sets_needed(bytes_per_set: int) -> int:
-    """How many sets of inputs, each read once before any is read again, exceed the L2 `L2_MULTIPLE` times."""
+    """Number of input sets, read in turn, that together exceed the L2 `L2_MULTIPLE` times."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, math.ceil(L2_MULTIPLE * cache / bytes_per_set))
 
 
 @functools.cache
 def _buffer() -> tuple[torch.Tensor, float]:
-    """1 GiB, many times any L2, and the seconds of reading it."""
+    """A buffer of 1 GiB, many times any L2, and the seconds to read it."""
     buffer = torch.ones(2**28, device="cuda")
     return buffer, gpu_seconds(buffer.sum, 10)
 
@@ -92,9 +92,9 @@ def median_seconds(call: Call, device: torch.device) -> float:
 
 
 def _round(call: Call) -> tuple[int, float]:
-    """Warm up, and choose the calls of a round and the lead of the host before it, seconds.
+    """Warm up, and choose the calls of a round and the lead of the host in seconds.
 
-    At most 20 calls: the queue holds about a thousand launches, and a full one makes the host wait.
+    At most 20 calls: the queue holds about a thousand launches, and a full queue makes the host wait.
     """
     seconds = gpu_seconds(call, 10)
     calls = 5

@@ -1,4 +1,4 @@
-"""Bytes that each launch moves, and how wide its loads may be."""
+"""Bytes that each launch moves, and the widest loads for its layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BULK = {
     "cosine_alignment_loss_scale": ("grad",),
     "pixel_loss": ("x",),
 }
-"""Memory-bound kernels, and the arguments that make up nearly all of the bytes that they read."""
+"""Memory-bound kernels, and the arguments with nearly all of the bytes that each kernel reads."""
 
 MATRIX_UNITS = frozenset({"matmul"})
 """Kernels that multiply matrices: their code must use the matrix units."""
@@ -37,7 +37,7 @@ def layout_bytes(launch: Launch, name: str) -> int:
     size = tensor.element_size()
     if launch.kernel == "gather_patches":
         if a["HALO_WIDTH"]:
-            return size  # windows start a halo off their patch, and the border is replicated pixel by pixel
+            return size  # a window starts a halo before its patch, and the border is replicated pixel by pixel
         lines = tensor.stride()[: 3 if a["INTERLEAVED"] else 4]
         step = a["PATCH_WIDTH"] * (a["CHANNELS"] if a["INTERLEAVED"] else 1)
     else:
@@ -47,10 +47,10 @@ def layout_bytes(launch: Launch, name: str) -> int:
 
 
 def traffic(launch: Launch) -> tuple[int, int]:
-    """Bytes requested from memory before any cache, and the least possible.
+    """Bytes requested from memory before any cache, and their minimum.
 
-    The least reads each needed byte once and writes each output once. Requests exceed it by weights that every program
-    reads again, partial sums, zeroes written before a scatter, tables read per row, and half-used sectors.
+    The minimum reads each needed byte once and writes each output once. Requests also contain weights that every
+    program reads again, partial sums, zeros written before a scatter, tables read per row, and half-used sectors.
     """
     return TRAFFIC[launch.kernel](launch)
 
@@ -70,7 +70,7 @@ def _patches_traffic(launch: Launch) -> tuple[int, int]:
 
 
 def _implicit_traffic(launch: Launch) -> tuple[int, int]:
-    """Every tile of output channels reads the pixels of its tokens, every tile of tokens the matrix."""
+    """Every tile of output channels reads its tokens' pixels, and every tile of tokens reads the matrix."""
     a = launch.arguments
     out, matrix = a["out_ptr"], nbytes(a["matrix_ptr"])
     pixels = a["rows"] * a["features"] * a["clip_ptr"].element_size()
@@ -130,7 +130,7 @@ def _add_norm_backward_traffic(launch: Launch) -> tuple[int, int]:
 
 
 def _matmul_traffic(launch: Launch) -> tuple[int, int]:
-    """Every column of tiles reads the whole of a, every row of tiles the whole of b; the L2 catches most of that."""
+    """Every column of tiles reads all of a, every row of tiles all of b; most of these reads hit the L2."""
     a = launch.arguments
     row_tiles, column_tiles = -(-a["m"] // a["ROWS"]), -(-a["n"] // a["COLUMNS"])
     rest = sum(nbytes(a[f"{name}_ptr"]) for name in ("out", "residual", "before", "bias", "b_scale", "out_scale"))
@@ -181,7 +181,7 @@ def _finish_traffic(launch: Launch) -> tuple[int, int]:
 
 
 def _sums_traffic(launch: Launch) -> tuple[int, int]:
-    """Planes that nobody wants are not read."""
+    """Planes whose sum is not requested are not read."""
     a = launch.arguments
     wanted = [a[f"{name}_ptr"] for name in ("first", "second", "third") if a[f"{name}_ptr"] is not None]
     moved = len(wanted) * a["programs"] * a["width"] * 4 + sum(nbytes(x) for x in wanted)

@@ -1,16 +1,15 @@
-"""Where the time of a training step goes, rung by rung from the published step to the fastest one.
+"""Time of a training step, rung by rung from the published step to the fastest one.
 
     python -m benchmarks.step_time                          # every rung that runs here, both models on a GPU
-    python -m benchmarks.step_time --job finetune           # another job; each has a plain baseline of its own
+    python -m benchmarks.step_time --job finetune           # another job, with its own plain baseline
     python -m benchmarks.step_time --rungs "baseline" "+ lean math" --repeats 5
     python -m benchmarks.step_time --compare old.json       # exits with 1 if a rung is over 5% slower
     python -m benchmarks.step_time --predict a100           # by arithmetic, without a GPU; see prediction.py
-    torchrun --nproc-per-node 8 -m benchmarks.step_time --videos list.csv     # with the all-reduce, on own videos
+    torchrun --nproc-per-node 8 -m benchmarks.step_time --videos list.csv     # with all-reduce, on your own videos
 
-Writes step_time.json, .md and .html and two plots into benchmarks/results/<gpu or cpu>/<job>, or --out. Times are
-medians; measure.py says how they are taken. Exits with 1 if a rung's losses are not the reference's. Decoding and the
-all-reduce overlap with a step: they are timed on their own (beside.py), by all processes, and then the first process
-times the steps alone.
+Writes step_time.json, .md and .html and two plots to benchmarks/results/<gpu or cpu>/<job>, or --out. Times are medians
+(see measure.py). Exits with 1 if a rung's losses differ from the reference's. Decoding and the all-reduce overlap with
+a step: all processes time them separately (beside.py), and then the first process times the steps alone.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung]:
-    """The requested rungs after the reference, which is not timed unless it was requested too."""
+    """The reference, which is timed only if it is requested too, and then the requested rungs."""
     reference, *rungs = (replace(rung, backend=options.compile_backend) for rung in JOBS[options.job].ladder(device))
     if not options.rungs:
         return [reference, *(rung for rung in rungs if options.fp8_student or not rung.fp8_student)]
@@ -103,12 +102,12 @@ def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Everything on request, written into `folder` as it comes. Returns the content of step_time.json.
+    """Measure all requests, write each result to `folder`, and return the content of step_time.json.
 
-    Of several processes the first does so; the others decode and reduce with it first, and return None.
+    With several processes all decode and reduce; then the first measures the steps, and the others return None.
     """
     if options.videos:
-        read_manifest(options.videos)  # a wrong name fails now
+        read_manifest(options.videos)  # to fail early for a wrong name
     folder.mkdir(parents=True, exist_ok=True)
     world = processes.start(options.device)
     device, job = world.device, JOBS[options.job]
@@ -179,7 +178,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
 def measure_beside(
     options: argparse.Namespace, job: Job, cases: list[tuple[str, int]], measured: list[dict[str, Any]], world: World
 ) -> list[dict[str, Any]]:
-    """Decoding and all-reduce of each case; the first process says which are known from before."""
+    """Decoding and all-reduce of each case, except those in `measured`, the list of the first process."""
     assert job.student is not None
     known = {(found.model, found.batch): found for found in (Beside(**found) for found in world.gather(measured)[0])}
     found = []
@@ -195,7 +194,7 @@ def measure_beside(
 
 
 def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The measurement in `folder`, if it was taken on this device from these very sources."""
+    """The measurement in `folder`, if it has the same device and sources."""
     path = folder / "step_time.json"
     if not path.exists():
         return {}
@@ -212,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
         for batch in options.batch or [JOBS["pretrain"].batch]:
             print(prediction.predict(options.predict, options.models, batch, found))
         return
-    before = report.read(options.compare) if options.compare else None  # which may be written over
+    before = report.read(options.compare) if options.compare else None  # read first: the results may overwrite it
     if options.source is not None:
         content = report.read(options.source)
     else:

@@ -1,7 +1,7 @@
-"""Work that overlaps with a step: decoding the next clips and, on several processes, averaging the gradients.
+"""Time of the work that overlaps with a step: decoding the next clips and, on several processes, averaging gradients.
 
-Each is timed on its own, on all processes at once. In a run, the workers decode while the step computes, so decoding
-costs time only where it takes longer than the step; DDP reduces gradients while the backward pass makes the next ones.
+Each is timed alone, on all processes at once. In a run the workers decode while the step computes, so only decoding
+that takes longer than the step costs time; DDP reduces gradients while the backward pass computes the next ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Beside:
     model: str
     batch: int
     decode_seconds: float | None
-    """From one batch of a process to the next, while all processes decode."""
+    """Seconds from one batch of a process to the next, while all processes decode."""
     decode: str
     all_reduce_seconds: float | None
     """Seconds to average the student's gradients."""
@@ -48,7 +48,7 @@ class Beside:
 def measure(
     model: str, batch: int, student: StudentConfig, source: str | None, workers: int, rounds: int, world: World
 ) -> Beside:
-    """Called by every process; all get the slowest one's times. `source` is as --data.train; None: synthetic videos."""
+    """Every process calls this and gets the slowest one's times. `source`: as --data.train; None: synthetic videos."""
     seconds: float | None = None
     try:
         with tempfile.TemporaryDirectory(prefix="step-time-") as folder:
@@ -80,7 +80,7 @@ def _synthetic(folder: Path) -> str:
 def decode_seconds(
     videos: VideoList, batch: int, student: StudentConfig, workers: int, rounds: int, world: World
 ) -> float:
-    """Median seconds between two batches of the loader of a run, once its prefetched batches are used up.
+    """Median seconds between two batches of a run's loader, after its prefetched batches are used up.
 
     Raises NothingReadable, WorkerDied.
     """
@@ -101,12 +101,12 @@ def decode_seconds(
 
 
 def all_reduce_seconds(numbers: int, rounds: int, world: World) -> float:
-    """Median seconds to average so many float32 numbers over the processes, in DDP's buckets."""
+    """Median seconds to average `numbers` float32 numbers over the processes, in DDP's buckets."""
     buckets = torch.zeros(numbers, device=world.device).split(BUCKET // 4)
     took = []
     for _ in range(1 + rounds):  # the first connects the processes
         wait_for(world.device)
-        world.gather(None)  # all begin together
+        world.gather(None)  # so that all processes begin at the same time
         begun = time.perf_counter()
         works = [dist.all_reduce(bucket.div_(world.size), async_op=True) for bucket in buckets]
         for work in works:

@@ -1,11 +1,10 @@
-"""Every kernel of a stage-1 step with its floating-point operations and bytes, by the form that a rung gives the step.
+"""Every kernel of a stage-1 step with its floating-point operations and bytes, for the form of a rung.
 
-Bytes are those that a kernel reads and writes when its inputs come from memory and its outputs go there. Under autocast
-the student's residual stream, the norms and the gradients of weights are float32 (4 bytes); what matmuls read and write
-and the teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; else
-pointwise chains and norms are fused, as Inductor does it. Nothing compiles the loss itself: it is eager PyTorch, or the
-op's kernel. Gaps between kernels, mask drawing, scales of 8-bit rows and the other work on tensors of a few MB are not
-counted.
+Bytes assume that a kernel reads its inputs from memory and writes its outputs there. Under autocast the student's
+residual stream, the norms and the gradients of weights are float32 (4 bytes); inputs and outputs of matmuls and the
+teacher's residual stream take 2 bytes. `eager` means one kernel per PyTorch call, with its casts; otherwise pointwise
+chains and norms are fused, as by Inductor. The loss is never compiled: it is eager PyTorch, or the op's kernel. Not
+counted: gaps between kernels, mask drawing, scales of 8-bit rows and other work on tensors of a few MB.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ class Form:
     """Differences between the rungs that change which kernels run."""
 
     published: bool = False
-    """All tokens embedded, finished and projected; else only those that the method needs."""
+    """All tokens are embedded and projected; otherwise only the tokens that the method needs."""
     eager: bool = False
     math_attention: bool = False
-    """The student's attention by matmul, softmax, matmul."""
+    """The student's attention is matmul, softmax, matmul."""
     float32_residual: bool = False
-    """The teacher's residual stream in float32, as it was before `add_layer_norm`."""
+    """The teacher's residual stream is float32, as before `add_layer_norm`."""
     plain_loss: bool = False
-    """The loss by the op's plain form, in eager PyTorch; else by its kernel. The published loss is always eager."""
+    """The loss runs in eager PyTorch; otherwise by the op's kernel. The published loss is always eager."""
     add_layer_norm: bool = False
-    """The op's own kernel in the student's backward pass."""
+    """The student's backward pass runs the op's own kernel."""
     epilogues: bool = False
-    """GELU and its derivative within the matmuls."""
+    """GELU and its derivative are in the matmuls' epilogues."""
     bias_sums: bool = False
-    """The bias gradient of the MLP's first layer from the epilogue too, which Inductor's templates cannot do."""
+    """The epilogue also gives the bias gradient of the MLP's first layer, which Inductor's templates cannot do."""
     eight_bit: bool = False
-    """The teacher's matmuls in 8 bits, except the queries, keys and values of its last block."""
+    """The teacher's matmuls are in 8 bits, except queries, keys and values of the last block."""
     own_eight_bit: bool = False
-    """By umt_kernels: norms and the MLP's first product write 8 bits; else every input is quantised in a pass."""
+    """umt_kernels' norms and first MLP product write 8 bits; otherwise every input is quantised in its own pass."""
 
 
 FORMS = {
@@ -56,8 +55,8 @@ FORMS = {
     "+ own fp8 teacher": Form(eight_bit=True, own_eight_bit=True),
     "+ own int8 teacher": Form(eight_bit=True, own_eight_bit=True),
 }
-"""Form of each rung. Rungs of one form differ in what is not counted: the memory-bound ops move the same bytes compiled
-as in Triton, and a CUDA graph closes the gaps between kernels. `+ fp8 student` is an experiment without a form."""
+"""Form of each rung. Rungs of the same form differ only in uncounted costs: memory-bound ops move the same bytes
+compiled as in Triton, and a CUDA graph closes the gaps between kernels. The experiment `+ fp8 student` has no form."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,9 @@ class Kernel:
     bytes: float
     """Per call."""
     flops: float = 0
-    """Per call; 0 for the memory-bound ones."""
+    """Per call; 0 for memory-bound kernels."""
     unit: str = "matmul"
-    """Which rate of `Rates` its operations go by."""
+    """The rate of `Rates` for its operations."""
 
     def seconds(self, rates: Rates) -> float:
         """Time of all calls: the longer of arithmetic and memory traffic, which overlap."""
@@ -90,7 +89,7 @@ class _Step:
     kernels: list[Kernel] = field(default_factory=list)
 
     def passes(self, phase: str, name: str, elements: float, eager: float, fused: float, calls: int = 1) -> None:
-        """Memory-bound work on `elements`: bytes per element as separate kernels, and fused into one."""
+        """Memory-bound work on `elements`: bytes per element as separate kernels (`eager`) and as one (`fused`)."""
         moved = eager if self.form.eager else fused
         if moved:
             self.kernels.append(Kernel(phase, name, calls, elements * moved))
@@ -107,7 +106,7 @@ class _Step:
         bits: int = 16,
         out_bits: int = 16,
     ) -> None:
-        """[m, k] @ [k, n] of numbers of `bits` into numbers of `out_bits`, with `extra` bytes of an epilogue."""
+        """[m, k] @ [k, n], with inputs of `bits`, an output of `out_bits` and `extra` bytes for the epilogue."""
         moved = bits // 8 * (m * k + k * n) + out_bits // 8 * m * n + extra
         unit = "eight_bit" if bits == 8 else "matmul"
         self.kernels.append(Kernel(phase, name, calls, moved, 2 * m * n * k, unit))
@@ -128,7 +127,7 @@ class _Step:
 
 
 def expected_kernels(student: StudentConfig, teacher: TeacherConfig, clips: int, seen: int, form: Form) -> list[Kernel]:
-    """The kernels of one step. `seen` is the visible tokens of a clip."""
+    """The kernels of one step. `seen` is the number of visible tokens per clip."""
     step = _Step(form)
     _teacher(step, student, teacher, clips, seen)
     _student(step, student, clips, seen)
@@ -162,11 +161,11 @@ def _teacher(step: _Step, student: StudentConfig, teacher: TeacherConfig, clips:
     if form.published:
         step.passes(phase, "class token, positions, ln_pre", rows * width, 28, 2 + residual)
     else:
-        normed = residual + 1 if form.own_eight_bit else 2  # a kernel of its own, which reads the residual again
+        normed = residual + 1 if form.own_eight_bit else 2  # a separate kernel, which reads the residual again
         step.passes(phase, "class token, positions, ln_pre, norm", rows * width, 44, 2 + residual + normed)
     full = teacher.depth if form.published else teacher.depth - 1
     _teacher_blocks(step, rows, width, full, bits)
-    published_last = int(form.published)  # with its weights over all pairs of tokens
+    published_last = int(form.published)  # with attention weights of all pairs of tokens
     step.attention(phase, length, length, width, frames, full - published_last)
     if published_last:
         step.math_attention(phase, length, width, heads, frames, 1)
@@ -197,9 +196,9 @@ def _teacher_blocks(step: _Step, rows: int, width: int, count: int, bits: int) -
 
 
 def _teacher_norms(step: _Step, prefix: str, rows: float, width: int, count: int, queries: float = 0) -> None:
-    """Sums and norms of `count` blocks, and the quantisation of what their matmuls read.
+    """Sums and norms of `count` blocks, and the quantisation of their matmuls' inputs.
 
-    Each half of a block: eager, sum 6, to float32 6, norm 8, back 6; fused, both read, residual and normed written.
+    Each half of a block: eager, sum 6, to float32 6, norm 8, back 6; fused, two inputs read, residual and norm written.
     The last block has one such half, and a norm before its queries that moves `queries` bytes per element.
     """
     phase, form = "teacher", step.form
@@ -222,7 +221,7 @@ def _teacher_rest(step: _Step, prefix: str, rows: float, width: int, count: int,
     )
     step.matmul(phase, f"{prefix}MLP out", rows, width, hidden, count, bits=bits)
     if form.own_eight_bit:
-        return  # the epilogue of the first writes what the second reads
+        return  # the epilogue of the first product writes the input of the second
     if not form.epilogues:  # published: two products and a sigmoid; lean: two passes in place
         step.passes(phase, f"{prefix}QuickGELU", rows * hidden, 14 if form.published else 8, 4, count)
     if form.eight_bit:
@@ -267,11 +266,11 @@ def _student(step: _Step, student: StudentConfig, clips: int, seen: int) -> None
         step.math_attention(backward, seen, width, student.heads, clips, depth)
     else:
         step.attention(forward, seen, seen, width, clips, depth)
-        flops = 10 * clips * seen**2 * width  # with the forward pass made again
+        flops = 10 * clips * seen**2 * width  # including a recomputed forward pass
         step.kernels.append(Kernel(backward, "attention", depth, 16 * rows * width, flops, "attention"))
     step.passes(forward, "residual sums and norms", rows * width, 24, 12, 2 * depth)
-    # Fused: gradients of norm and residual and the residual read, two gradients written, in two kernels 6 more. The op
-    # makes one of it; models call it for the second norm of a block, the first one's sum belongs to the block before.
+    # Fused: read the gradients of norm and residual and the residual, write two gradients; 6 more bytes in two kernels.
+    # The op needs one kernel, and covers a block's second norm; the sum before the first is in the preceding block.
     by_op = depth if form.add_layer_norm else 0
     step.passes(backward, "residual sums and norms", rows * width, 38, 22, 2 * depth - by_op)
     if by_op:
@@ -290,7 +289,7 @@ def _loss(step: _Step, student: StudentConfig, clips: int, seen: int) -> None:
 
 
 def _cosine(step: _Step, elements: float) -> None:
-    """Norms, cosine and their gradients, of `elements` predictions in 2 bytes.
+    """Norms, cosine and their gradients, for `elements` predictions in 2 bytes.
 
     Eager, a pass for each call, in float32: cast 6, LayerNorm and its two vectors 24, or 8 published; lengths 4 to 12,
     division and mask 8 to 16, product with the targets 12, sum 4, and about as many for the gradients.
@@ -304,12 +303,12 @@ def _cosine(step: _Step, elements: float) -> None:
     elif form.plain_loss:
         step.passes("loss", "norms and cosine, plain", elements, 92, 92)
         step.passes("backward", "norms and cosine, plain", elements, 114, 114)
-    else:  # both read, the gradient written; backward there is nothing to scale
+    else:  # predictions and targets read, the gradient written; the backward pass scales nothing
         step.passes("loss", "norms, cosine and the gradient", elements, 6, 6)
 
 
 def _optimiser(step: _Step, student: StudentConfig) -> None:
-    """AdamW makes 20 passes over 4-byte numbers in its foreach form, 7 fused; the published step unscales gradients."""
+    """AdamW: 20 passes over 4-byte numbers if foreach, 7 if fused. The published step also unscales gradients."""
     parameters = costs.student_parameters(student)
     if step.form.published:
         step.passes("optimiser", "unscaling, norms", parameters, 12, 12)

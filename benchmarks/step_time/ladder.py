@@ -1,21 +1,21 @@
-"""The rungs of a ladder: what each adds to the published step. A job says which it has (`benchmarks.step_time.jobs`).
+"""The rungs of a ladder and their additions to the published step. `benchmarks.step_time.jobs` lists each job's rungs.
 
 baseline, float32    the published step without autocast: the reference of the losses; not timed on GPUs
 baseline             the published step: fp16 with loss scaling on GPUs, bf16 on CPUs
 + SDPA               attention by torch's scaled_dot_product_attention
 + torch.compile      the published models compiled
-+ lean math, eager   umt_fast's models with the attention that is fastest here and the plain PyTorch forms of
++ lean math, eager   umt_fast's models with the fastest attention on this machine and the plain PyTorch forms of
                      umt_kernels' ops; not compiled, which may be faster on CPUs
 + lean math          the same, compiled
 + fused kernels      with the Triton kernels of umt_kernels
 + CUDA graph         the whole step recorded once and replayed
-+ max-autotune       compiled with Inductor's mode of that name: matmuls from tuned Triton templates where they beat
-                     cuBLAS, with the pointwise work behind them fused in
++ max-autotune       compiled with Inductor's mode of that name: matmuls from tuned Triton templates where these are
+                     faster than cuBLAS, with the following pointwise work fused in
 + fp8 teacher        on the recorded step of `+ CUDA graph`: the teacher's matmuls in float8 through torchao
 + int8 teacher       in int8 instead, for GPUs without float8
 + own fp8 teacher    in float8 by umt_kernels, with norms and activations in the passes of the matmuls
 + own int8 teacher   in int8 by umt_kernels
-+ fp8 student        on `+ fp8 teacher`: the matmuls of the student's blocks too, both ways; timed only on request
++ fp8 student        on `+ fp8 teacher`: the matmuls of the student's blocks too, forward and backward; only on request
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from umt_fast.config import TeacherPrecision
 from umt_fast.run.low_precision import FLOAT8_CAPABILITY, INSTALL
 
 TimedStep = Callable[[bool, Mark], "Tensor | float"]
-"""Makes one training step and returns its loss. True: with the random choices that all rungs share, so that losses can
-be compared; False: with its own draws, as a run makes them."""
+"""Makes one training step and returns its loss. True: with random choices shared by all rungs, to compare losses;
+False: with its own draws, as in a run."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung: everything that it adds to the published step."""
+    """One rung: all its changes to the published step."""
 
     name: str
     precision: str
@@ -55,7 +55,7 @@ class Rung:
     backend: str = "inductor"
     """Backend of torch.compile."""
     loss_tolerance: float = 0.02
-    """Largest distance of a loss from the reference's at the same step: bf16 and fp16 rounding, of losses near 2."""
+    """Largest difference of a loss from the reference at the same step, for bf16 and fp16 rounding of losses near 2."""
 
     @property
     def timed_by_phase(self) -> bool:
@@ -63,17 +63,17 @@ class Rung:
 
     @property
     def mode(self) -> str | None:
-        """Mode of torch.compile; the graphs of that mode are replaced by our own, which hold the whole step."""
+        """Mode of torch.compile. Its graphs are off, because our graph holds the whole step."""
         return "max-autotune-no-cudagraphs" if self.max_autotune and self.backend == "inductor" else None
 
     @property
     def exact(self) -> bool:
-        """Whether it computes the published step up to the rounding of its precision."""
+        """Whether the rung computes the published step up to the rounding of its precision."""
         return self.teacher_precision == "same" and not self.fp8_student
 
 
 BEST = "+ CUDA graph"
-"""The rung that a short session measures first, against the baseline: the last exact one that compiles in a minute."""
+"""The rung that a short session compares with the baseline first: the last exact rung that compiles in a minute."""
 
 
 def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...]:
@@ -106,7 +106,7 @@ def ladder(device: torch.device, frozen_teacher: bool = True) -> tuple[Rung, ...
 
 
 def missing(rung: Rung, device: torch.device) -> str | None:
-    """What the rung needs but this machine does not have."""
+    """The rung's requirement that this machine lacks; None if it lacks none."""
     if (rung.kernels or rung.captured) and device.type != "cuda":
         return "a CUDA GPU"
     if rung.kernels and (lacks := umt_kernels.backend.lacking(device)) is not None:

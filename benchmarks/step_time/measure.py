@@ -1,8 +1,8 @@
-"""Times of the rungs of one model at one batch, each checked against the losses of the first before it is timed.
+"""Times of the rungs of one model at one batch. Each rung's losses are compared with the first rung's before timing.
 
-On a CPU one step of every rung is timed in turn, repeatedly, so that both sides of a ratio see the same load of the
-machine; on a GPU each rung has the device to itself. Before it is timed, a rung makes 20 steps, recorded and compiled
-as it will be; one whose losses leave the float32 reference's by more than its tolerance is refused.
+On a CPU the rungs are timed in turn, one step each, so that both times of a ratio see the same load; on a GPU each rung
+runs alone. Before timing, a rung makes 20 steps in its compiled and recorded form; if a loss differs from the float32
+reference by more than the rung's tolerance, the rung is refused.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from benchmarks.step_time.phases import PhaseClock, no_mark, wait_for
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 STEPS = 10
-"""Steps of a GPU between two readings of the clock, so that its queue fills."""
+"""Steps on a GPU between two readings of the clock, so that its queue fills."""
 CHECKED_STEPS = 20
-"""Steps whose losses are compared: of a captured rung the warm-up, the recording and many replays."""
+"""Steps with compared losses: for a captured rung the warm-up, the recording and many replays."""
 
 
 @dataclass
 class RungResult:
-    """One rung of one model at one batch. A figure that is missing is None, and `not_run` says why."""
+    """One rung of one model at one batch. A missing figure is None, and `not_run` has the reason."""
 
     model: str
     batch: int
@@ -41,23 +41,23 @@ class RungResult:
     precision: str
     not_run: str | None = None
     seconds: float | None = None
-    """Median of one step."""
+    """Median seconds of one step."""
     samples: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
     """Median seconds of each phase; empty where the step is one graph."""
     clips_per_second: float | None = None
     peak_bytes: int | None = None
-    """Peak of the allocator: on a GPU of everything in it, on a CPU as `memory.peak_on_cpu` measures it."""
+    """Peak bytes of the allocator: on a GPU of all its tensors, on a CPU from `memory.peak_on_cpu`."""
     model_flops: int = 0
-    """Operations that the method needs: those of the lean step, on every rung."""
+    """Operations that the method needs (those of the lean step), the same on every rung."""
     flops: dict[str, int] = field(default_factory=dict)
-    """Operations that this rung makes, by phase."""
+    """Operations of this rung, by phase."""
     gemm_share: float | None = None
     """Share of the rate of a large matmul in the rung's precision, measured in the same run."""
     losses: list[float] = field(default_factory=list)
     """Losses of the first steps, from the same weights, clips and random choices on every rung."""
     loss_error: float | None = None
-    """Largest distance of one of them from the reference's at the same step; None for the reference."""
+    """Largest difference of a loss from the reference at the same step; None for the reference."""
     loss_tolerance: float | None = None
     """Largest error allowed."""
 
@@ -90,9 +90,9 @@ class Contender:
         self.spent: list[dict[str, float]] = []
 
     def check(self, reference: list[float], steps: int = CHECKED_STEPS) -> bool:
-        """Make the first steps with the shared random choices, and say whether the losses are those of `reference`.
+        """Make the first steps with the shared random choices; return whether the losses agree with `reference`.
 
-        Without a reference the rung becomes one, if its losses are finite.
+        Without a reference the rung becomes the reference, if its losses are finite.
         """
         result, tolerance = self.result, self.rung.loss_tolerance
         result.losses = [float(self.step(True, no_mark)) for _ in range(steps)]
@@ -111,13 +111,13 @@ class Contender:
     def warm_up(self) -> None:
         for _ in range(6 if self.rung.captured else 1):
             loss = float(self.step(False, no_mark))
-        if not math.isfinite(loss):  # of the recorded step, where there is one
+        if not math.isfinite(loss):  # the loss of the recorded step, if there is one
             raise ValueError(f"its loss is {loss} after the warm-up")
 
     def time_once(self) -> None:
         device = self.work.device
         clock = PhaseClock(device)
-        if device.type == "cpu":  # reading its clock costs nothing, so one step gives both
+        if device.type == "cpu":  # its clock costs no time, so one step gives the total and the phases
             self.result.samples.append(_window(lambda: self.step(False, clock), 1, device))
             self.spent.append(clock.seconds())
             return
@@ -151,7 +151,7 @@ def measure_model(
 ) -> list[RungResult]:
     """All rungs of one model and batch; the first is the reference of the losses.
 
-    Those in `known` are not measured again; `save` is called after each rung. Without `timed` only the losses of the
+    Rungs in `known` are not measured again; `save` is called after each rung. Without `timed` only the losses of the
     first `checked_steps` steps are compared.
     """
     work = job.prepare(model, batch, device)
@@ -188,10 +188,10 @@ def measure_model(
                         contenders.append(contender)
         except torch.OutOfMemoryError:
             result.not_run = "not run: out of memory"
-        except Exception as error:  # the other rungs are measured all the same
+        except Exception as error:  # the other rungs are still measured
             result.not_run = f"failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
             traceback.print_exc()
-        if device.type == "cuda":  # leave the memory to the next rung
+        if device.type == "cuda":  # free the memory for the next rung
             del contender
             torch._dynamo.reset()
             gc.collect()
@@ -216,9 +216,9 @@ def _time_in_turn(
     gemm: dict[str, list[float]],
     after_round: Callable[[], None] = lambda: None,
 ) -> None:
-    """Time one step of each in turn, and a large matmul of each precision, `repeats` times.
+    """Time one step of each contender in turn, and a large matmul of each precision, `repeats` times.
 
-    Each round leaves its medians, so that a measurement that is interrupted keeps the rounds it made.
+    Each round updates the medians, so an interrupted measurement keeps its finished rounds.
     """
     precisions = {contender.rung.precision for contender in contenders}
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Peak memory of a rung on a CPU: the bytes that torch's allocator has handed out, as a GPU's allocator counts them."""
+"""Peak memory of a rung on a CPU: the allocated bytes of torch's allocator, as on a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from benchmarks.step_time.phases import no_mark
 
 
 def peak_on_cpu(work: Work, rung: Rung) -> int | None:
-    """Largest sum of tensors that lived at once while the rung was built and made two steps, in bytes.
+    """Peak bytes of all tensors while the rung is built and makes two steps.
 
-    Weights, gradients, optimiser, activations and the rung's own form of the clip count; what `work` holds for every
-    rung does not, nor do buffers inside the libraries of matmuls. The second step has the optimiser's state. None where
-    this torch does not tell allocations.
+    Weights, gradients, optimiser, activations and the rung's own form of the clip count; tensors of `work`, which all
+    rungs share, and internal buffers of matmul libraries do not. The second step includes the optimiser's state. None
+    if this torch does not report allocations.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

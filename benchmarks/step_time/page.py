@@ -1,4 +1,4 @@
-"""The pages of a step_time.json: Markdown with plots, and one HTML file that needs no other."""
+"""The pages of a step_time.json: Markdown with plots, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _how(content: Content) -> str:
 
 
 def page(content: Content, pictures: list[Path]) -> str:
-    """One HTML file that needs no other."""
+    """One self-contained HTML file."""
     images = "".join(
         f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">\n'
         for plot in pictures

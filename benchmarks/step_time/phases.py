@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a clock that the step calls at the end of each phase."""
+"""Times of a step's phases, by a clock that the step calls at the end of each phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimis
 
 
 def no_mark(_phase: str) -> None:
-    """Mark nothing, for a step that is not timed."""
+    """A mark that does nothing, for a step that is not timed."""
 
 
 def wait_for(device: torch.device) -> None:

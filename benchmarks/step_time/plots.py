@@ -9,7 +9,7 @@ from benchmarks.step_time.report import BESIDE, Content, beside_of, groups, stal
 
 
 def draw_ladder(content: Content, path: Path) -> None:
-    """Speed-up of every rung over the first."""
+    """Draw the speed-up of every rung over the first."""
     figure, panels = _panels(content)
     for panel, (title, results) in zip(panels, groups(content), strict=True):
         shown = [result for result in results if result["seconds"]]
@@ -23,7 +23,7 @@ def draw_ladder(content: Content, path: Path) -> None:
 
 
 def draw_phases(content: Content, path: Path) -> None:
-    """Stacked times of each rung's phases and of its wait for data; below, hatched, what goes on beside the step."""
+    """Draw each rung's phases and its wait for data as stacked bars; below, hatched, the work that overlaps."""
     figure, panels = _panels(content)
     for panel, (title, results) in zip(panels, groups(content), strict=True):
         shown = [result for result in results if result["seconds"]]

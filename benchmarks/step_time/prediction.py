@@ -1,8 +1,8 @@
 """Predicted step times of a GPU, by arithmetic: `python -m benchmarks.step_time --predict a100`.
 
-Each kernel of `expected.py` takes the longer of its operations and its bytes at the GPU's rates (`benchmarks.rates`);
-the step is their sum. A measurement of the same GPU adds columns with the measured times and the prediction's error; a
-measurement of another GPU, a column corrected by the error found there.
+Each kernel of `expected.py` takes the longer of its arithmetic and its memory traffic at the GPU's rates
+(`benchmarks.rates`); the step is their sum. A measurement of the same GPU adds columns with the measured times and the
+prediction's error; a measurement of another GPU adds a column that is corrected by the error of that prediction.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NEW_KERNELS = {
     "all that is exact": ALL_EXACT,
     "all, with the 8-bit teacher": replace(ALL_EXACT, eight_bit=True, own_eight_bit=True),
 }
-"""Each on top of the best exact rung, which has the teacher's residual stream in bf16 already."""
+"""New kernels, each on top of the best exact rung, which already has the teacher's residual stream in bf16."""
 KERNELS_BEFORE = {
     "add_layer_norm's bf16 residual in the teacher, in the rungs already": Form(float32_residual=True),
     "the loss's kernel, in the rungs already": Form(plain_loss=True),
 }
-"""The best exact rung without a kernel that it has."""
+"""Kernels that the best exact rung has, each with the form of this rung without the kernel."""
 SHOWN_FORMS = {
     **{rung: form for rung, form in FORMS.items() if "8" not in rung and (rung == BEST or form != FORMS[BEST])},
     "8-bit teacher": FORMS["+ int8 teacher"],
@@ -47,11 +47,11 @@ SHOWN_FORMS = {
 }
 """Columns of the table of kernels: every form of a rung once, then all new kernels."""
 LEAST_SHOWN = 5e-5
-"""Seconds: kernels below it are summed up in one line of their phase."""
+"""Seconds; shorter kernels of a phase share one line."""
 
 
 def kernels_of(model: str, batch: int, form: Form) -> list[Kernel]:
-    """The kernels of a step of one of the models of stage 1."""
+    """The kernels of a stage-1 step of `model`."""
     student, teacher = MODELS[model]
     student = replace(student, drop_path=0.0)
     seen = student.token_frames * masking.count_visible(student.patches, MASK_RATIO)
@@ -63,7 +63,7 @@ def step_seconds(model: str, batch: int, form: Form, rates: Rates) -> float:
 
 
 def rung_seconds(model: str, batch: int, rung: str, rates: Rates) -> float | None:
-    """None for rungs without a prediction: in float32, or in float8 on a GPU without it."""
+    """Predicted seconds of a rung; None in float32, and in float8 on a GPU without it."""
     form = FORMS.get(rung)
     if form is None or ("fp8" in rung and rates.eight_bit_type != "float8"):
         return None
@@ -71,7 +71,7 @@ def rung_seconds(model: str, batch: int, rung: str, rates: Rates) -> float | Non
 
 
 def find_measurement(target: str, results: Path = RESULTS) -> Content | None:
-    """The step times of stage 1 on this GPU among the committed results, those of a GPU session too."""
+    """The stage-1 step times of this GPU in the committed results, including those of a GPU session."""
     for path in sorted((results / target).glob("**/step_time.json")):
         content = report.read(path)
         if content["job"] == "pretrain":
@@ -83,7 +83,7 @@ def find_measurement(target: str, results: Path = RESULTS) -> Content | None:
 
 
 def predict(target: str, models: Sequence[str], batch: int, measured: Content | None = None) -> str:
-    """Markdown: per model the rungs, where each millisecond is expected, and what each new kernel should save.
+    """Markdown: per model the rungs, the kernels with their expected milliseconds, and the saving of each new kernel.
 
     Raises SystemExit for a measurement on a device without a datasheet here, such as a CPU.
     """
@@ -125,7 +125,7 @@ def _measured_seconds(measured: Content | None, model: str, batch: int, rung: st
 
 
 def error_text(predicted: float, measured: float) -> str:
-    """By how much the prediction is off, in percent of the measurement."""
+    """Error of the prediction in percent of the measurement."""
     return f"{100 * (predicted / measured - 1):+.0f}%"
 
 
@@ -182,7 +182,7 @@ def _kernel_table(model: str, batch: int, rates: Rates) -> tuple[tuple[str, ...]
 
 
 def _work(kernels: Sequence[Kernel], rates: Rates) -> list[str]:
-    """Calls, bytes and operations of one line of the table, and what bounds most of its time."""
+    """Calls, bytes and operations of one line of the table, and the bound of most of its time."""
     moved = sum(kernel.calls * kernel.bytes for kernel in kernels)
     flops = sum(kernel.calls * kernel.flops for kernel in kernels)
     longest = max(kernels, key=lambda kernel: kernel.seconds(rates))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Content = dict[str, Any]
-"""What step_time.json holds."""
+"""Content of step_time.json."""
 
 K710_VIDEOS, K710_EPOCHS, K710_GPUS = 658_000, 200, 32
 REGRESSION = 0.05
@@ -64,13 +64,13 @@ def groups(content: Content) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def beside_of(content: Content, result: dict[str, Any]) -> dict[str, Any]:
-    """What overlaps with a result's step; empty where it was not timed."""
+    """Times of the work that overlaps with a result's step; empty if it was not timed."""
     alike = (b for b in content.get("beside", ()) if (b["model"], b["batch"]) == (result["model"], result["batch"]))
     return next(alike, {})
 
 
 def stall(content: Content, result: dict[str, Any]) -> float | None:
-    """Seconds of every step that a run would wait for its clips, where decoding was measured."""
+    """Seconds per step that a run would wait for its clips; None if decoding was not measured."""
     decode = beside_of(content, result).get("decode_seconds")
     return None if decode is None else max(0.0, decode - result["seconds"])
 
@@ -129,7 +129,7 @@ def table(content: Content) -> str:
 
 
 def beside_table(content: Content) -> str:
-    """Decoding and the all-reduce as Markdown; empty where neither was timed."""
+    """Decoding and the all-reduce as Markdown; empty if neither was timed."""
     lines = beside_rows(content)
     return markdown(BESIDE_HEADER, lines) if lines else ""
 
@@ -145,7 +145,7 @@ def markdown(header: Sequence[str], lines: list[list[str]]) -> str:
 
 
 def refusals(content: Content) -> list[str]:
-    """Rungs whose losses are not the reference's, in words."""
+    """Lines about rungs whose losses differ from the reference's."""
     return [
         f"{result['model']}, batch {result['batch']}, {result['rung']}: {result['not_run']}"
         for result in content["results"]
@@ -163,7 +163,7 @@ def facts(content: Content) -> str:
 
 
 def regressions(old: Content, new: Content) -> list[str]:
-    """Rungs over 5% slower than in `old`, in words. Measurements of another device are not compared."""
+    """Lines about rungs over 5% slower than in `old`. Raises SystemExit for a measurement of another device."""
     if old["device"] != new["device"]:
         raise SystemExit(f"error: {old['device']} and {new['device']} are not compared; give a file of the same device")
     before = {(r["model"], r["batch"], r["rung"]): r["seconds"] for r in old["results"]}

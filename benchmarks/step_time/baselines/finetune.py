@@ -1,9 +1,9 @@
 """One step of fine-tuning as published (UMT, arXiv 2303.16058, section 4.2), in plain PyTorch.
 
-Our own code for what the public code computes, with its costs left in: attention over all tokens by matmul, softmax,
-matmul; a float32 position table on the host, added at every step; mixup and cutmix on the device, in place; on a GPU
-half-precision weights with float32 copies in the optimiser, as DeepSpeed trains them; the host waits for the loss of
-every step. Parameter names are those of the checkpoints.
+This is our own code for the same computation, with the costs of the public code: attention over all tokens by matmul,
+softmax, matmul; a float32 position table on the host, added at every step; mixup and cutmix on the device, in place; on
+a GPU half-precision weights with float32 copies in the optimiser, as in DeepSpeed; the host waits for the loss of every
+step. Parameter names are those of the checkpoints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class BaselineClassifier(nn.Module):
-    """The classifier as published; `sdpa` swaps its attention for torch's, which is the ladder's second rung."""
+    """The published classifier; `sdpa` replaces its attention by torch's, for the ladder's second rung."""
 
     def __init__(self, config: ClassifierConfig, sdpa: bool = False) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], depth: int, opti
 
 
 class FinetuneBaselineStep:
-    """The published step: call it with a normalised clip, labels and a random state, get the loss as a number.
+    """The published step. A call takes a normalised clip, labels and a random state, and returns the loss as a number.
 
     precision  fp16 (CUDA; weights in half precision), bf16 (autocast) or fp32.
     """

@@ -1,9 +1,9 @@
 """One step of VideoMAE's pre-training as published (arXiv 2203.12602), in plain PyTorch.
 
-Our own code for what the public code computes, with its costs left in: every token is embedded before most are
-dropped by a boolean mask; attention by matmul, softmax, matmul; position tables on the host; the decoder's positions
-expanded and masked at every step; the targets are made in float32 by un-normalising the clip, cutting it into tokens,
-normalising all of them and masking; fp16 with loss scaling on a GPU; the host waits for the loss of every step.
+This is our own code for the same computation, with the costs of the public code: every token is embedded before a
+boolean mask drops most of them; attention by matmul, softmax, matmul; position tables on the host; the decoder's
+positions are expanded and masked at every step; targets are made in float32 by un-normalising the clip, cutting it into
+tokens, normalising all of them and masking; fp16 with loss scaling on a GPU; the host waits for the loss of every step.
 Parameter names are those of the checkpoints.
 """
 
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
 
 class BaselineVideoMae(nn.Module):
-    """VideoMAE as published; `sdpa` swaps its attention for torch's, which is the ladder's second rung."""
+    """The published VideoMAE; `sdpa` replaces its attention by torch's, for the ladder's second rung."""
 
     def __init__(self, config: VideoMaeConfig, sdpa: bool = False) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class BaselineVideoMae(nn.Module):
         self.encoder_to_decoder = nn.Linear(config.width, config.decoder_width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder = Decoder(config, sdpa)
-        # No buffers: they stay on the host.
+        # Not buffers, so that they stay on the host.
         self.position = sinusoid_positions(config.tokens, config.width)[None]
         self.decoder_position = sinusoid_positions(config.tokens, config.decoder_width)[None]
 
@@ -92,9 +92,9 @@ def make_targets(
 
 
 class PixelsBaselineStep:
-    """The published step: call it with a normalised clip and a mask (True: hidden), get the loss as a number.
+    """The published step. A call takes a normalised clip and a mask (True: hidden), and returns the loss as a number.
 
-    precision  fp16 (CUDA), bf16 or fp32: what autocast computes in. fp16 scales its gradients.
+    precision  autocast's dtype: fp16 (CUDA; with loss scaling), bf16 or fp32.
     """
 
     def __init__(self, model: nn.Module, config: VideoMaeConfig, optim: OptimConfig, precision: str) -> None:

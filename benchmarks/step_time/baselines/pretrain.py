@@ -1,12 +1,12 @@
-"""One step of stage-1 pre-training as published (arXiv 2303.16058), in plain PyTorch: the base of every speed-up.
+"""One step of stage-1 pre-training as published (arXiv 2303.16058), in plain PyTorch: speed-ups are relative to it.
 
-Our own code for what the public code computes, with its costs left in: every token is embedded, projected and
-normalised before most are thrown away; a frame of another size is resized first; the mask is a boolean tensor made
-on the CPU from a multinomial draw; position tables live on the host; the student attends by matmul, softmax, matmul;
+This is our own code for the same computation, with the costs of the public code: every token is embedded, projected and
+normalised before most are dropped; a frame of another size is resized first; the mask is a boolean tensor made on the
+CPU from a multinomial draw; position tables are on the host; the student's attention is matmul, softmax, matmul;
 gradients are scaled for fp16; the host waits for the loss of every step. Parameter names are those of the checkpoints.
 
-One thing is kinder to it than the published setting: nn.MultiheadAttention is that of today's PyTorch, which attends by
-SDPA wherever no weights are requested. The teacher runs under autocast on both sides.
+It is faster than the published setting in one point: nn.MultiheadAttention of today's PyTorch uses SDPA wherever no
+weights are requested. The teacher runs under autocast in the baseline and in our step.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class StudentHead(nn.Module):
 
 
 class BaselineStudent(nn.Module):
-    """The student as published; `sdpa` swaps its attention for torch's, which is the ladder's second rung."""
+    """The published student; `sdpa` replaces its attention by torch's, for the ladder's second rung."""
 
     def __init__(self, config: StudentConfig, sdpa: bool = False) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class TeacherBlocks(nn.Module):
 
 
 class BaselineTeacher(nn.Module):
-    """CLIP's image ViT on every frame, whole: every token of every aligned block in output space."""
+    """CLIP's image ViT on every frame. It gives every token of every aligned block in the output space."""
 
     def __init__(self, config: TeacherConfig) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class BaselineTeacher(nn.Module):
 
 
 def draw_mask(scores: Float[Tensor, "r p"], batch: int, num_visible: int) -> Bool[Tensor, "b n"]:
-    """True where hidden: all patches ordered by a multinomial draw, the first of each frame shown."""
+    """Order all patches by a multinomial draw; the first of each frame are visible. The mask is True where hidden."""
     rows, patches = scores.shape
     order = torch.multinomial(scores, patches)
     hidden = torch.ones(rows, patches)
@@ -220,9 +220,9 @@ def draw_mask(scores: Float[Tensor, "r p"], batch: int, num_visible: int) -> Boo
 
 
 class BaselineStep:
-    """The published training step: call it with a normalised clip, get the loss as a number.
+    """The published training step. A call takes a normalised clip and returns the loss as a number.
 
-    precision  fp16 (CUDA), bf16 or fp32: what autocast computes in. fp16 scales its gradients.
+    precision  autocast's dtype: fp16 (CUDA; with loss scaling), bf16 or fp32.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class BaselineStep:
     def __call__(
         self, clip: Float[Tensor, "b 3 t h w"], hidden: Bool[Tensor, "b n"] | None = None, mark: Mark = no_mark
     ) -> float:
-        """`hidden` is a given mask instead of a draw; `mark` is called at the end of every phase."""
+        """`hidden` is a mask to use instead of a draw; `mark` is called at the end of every phase."""
         autocast = self.update.autocast()
         with torch.no_grad():
             with autocast:
@@ -260,6 +260,6 @@ class BaselineStep:
 def build_baseline(
     student: StudentConfig, teacher: TeacherConfig, sdpa: bool = False
 ) -> tuple[BaselineStudent, BaselineTeacher]:
-    """Both models, random. Raises ConfigError if they do not fit each other."""
+    """Both models with random weights. Raises ConfigError if they do not fit each other."""
     check_fit(student, teacher)
     return BaselineStudent(student, sdpa), BaselineTeacher(teacher).eval()

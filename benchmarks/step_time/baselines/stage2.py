@@ -1,9 +1,10 @@
-"""One step of stage 2 as published (arXiv 2303.16058, section 3.2), in plain PyTorch: what every speed-up is over.
+"""One step of stage 2 as published (arXiv 2303.16058, section 3.2), in plain PyTorch: speed-ups are relative to it.
 
-Our own code for what the public code computes, with its costs left in: the vision side of `pretrain`; texts padded to
-the full length; the masked texts in a text pass and a fusion pass of their own; keys and values of a video projected
-for each of its pairs; BERT attending by matmul, additive mask, softmax, matmul; the language head on every token; the
-whole matrix of similarities for the contrast. Parameter names are those of the checkpoints; dropout is off.
+This is our own code for the same computation, with the costs of the public code: the video encoder and teacher of
+`pretrain`; texts padded to the full length; a separate text pass and fusion pass for the masked texts; keys and values
+of a video projected for each of its pairs; BERT's attention by matmul, additive mask, softmax, matmul; the language
+head on every token; the whole similarity matrix for the contrast. Parameter names are those of the checkpoints; dropout
+is off.
 """
 
 from __future__ import annotations
@@ -206,7 +207,7 @@ class StepInputs:
     mask: Int[Tensor, "b l"]
     idx: Int[Tensor, " b"]
     hidden: Bool[Tensor, "b n"] | None
-    """None: drawn, and so are the negatives."""
+    """None: the step draws it, and the negatives as well."""
     negative_videos: Int[Tensor, " b"]
     negative_texts: Int[Tensor, " b"]
     mlm_ids: Int[Tensor, "b l"]
@@ -214,7 +215,7 @@ class StepInputs:
 
 
 class BaselineStage2Step:
-    """The published training step: call it with a batch, get the loss as a number."""
+    """The published training step. A call takes a batch and returns the loss as a number."""
 
     def __init__(self, model: BaselineVideoText, optim: OptimConfig, num_visible: int, precision: str) -> None:
         self.model, self.num_visible = model, num_visible

@@ -1,4 +1,4 @@
-"""Backward pass and optimiser step that the published pre-training codes share: autocast, loss scaling, AdamW."""
+"""Backward pass and optimiser step of the published pre-training: autocast, loss scaling, AdamW."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from umt_fast.config import OptimConfig
 class BaselineUpdate:
     """AdamW on the trained parameters of a model.
 
-    precision  fp16 (CUDA), bf16 or fp32: what autocast computes in. fp16 scales its gradients.
-    decayed    tells by name and parameter whether weight decay applies.
-    log_norm   whether the norm of all gradients is computed at every step, as for a log.
+    precision  autocast's dtype: fp16 (CUDA; with loss scaling), bf16 or fp32.
+    decayed    whether a parameter (name, tensor) has weight decay.
+    log_norm   whether to compute the norm of all gradients at every step, as for a log.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class BaselineUpdate:
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
         self.device = named[0][1].device
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": None}[precision]
-        # Not its default of 65536: a first step that overflows would be skipped, and the losses are compared by step.
+        # Not the default of 65536: an overflowing first step would be skipped, but losses are compared step by step.
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024, enabled=precision == "fp16")
         self.log_norm = log_norm
 
@@ -43,7 +43,7 @@ class BaselineUpdate:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def __call__(self, loss: Tensor, mark: Mark) -> float:
-        """Wait for the loss, as the published codes do, then train on it. Returns it."""
+        """Wait for the loss, as the published code does, train on it and return it."""
         value = loss.item()
         mark("loss")
         self.optimizer.zero_grad()

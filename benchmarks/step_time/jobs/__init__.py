@@ -1,4 +1,4 @@
-"""The training jobs whose step is timed, each with a plain writing of its published step and umt_fast's own."""
+"""The training jobs with timed steps, each with its published step in plain PyTorch and umt_fast's step."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Work(Protocol):
         """The rung's step, its models on the device. The first call compiles."""
 
     def flops(self, lean: bool) -> dict[str, int]:
-        """Floating-point operations of one step by phase: what the method needs, or what the published step makes."""
+        """Floating-point operations of one step by phase: needed by the method (`lean`), or the published step's."""
 
 
 @dataclass(frozen=True)
 class Job:
     models: tuple[str, ...]
-    """Models of the published recipes, smallest first, then `tiny`, to try the benchmark."""
+    """Models of the published recipes, smallest first, then `tiny` for a trial."""
     batch: int
     """Clips per step on a GPU, by default."""
     cpu_batch: int
     ladder: Callable[[torch.device], tuple[Rung, ...]]
     prepare: Callable[[str, int, torch.device], Work]
     student: Callable[[str], StudentConfig] | None = None
-    """The model whose clips are decoded and whose gradients are reduced; None: neither is timed."""
+    """The model for timing decoding and all-reduce; None: neither is timed."""
 
 
 def _exact_ladder(device: torch.device) -> tuple[Rung, ...]:

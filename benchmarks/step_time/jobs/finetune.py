@@ -1,7 +1,7 @@
 """Fine-tuning on labels: mixing, the classifier over all tokens, loss, backward, optimiser.
 
-Both sides get clips normalised in float32, as the published augmentation gives them, and draw the same mixing.
-Stochastic depth is off on every rung.
+The published step and ours get the same clips, normalised float32 as from the published augmentation, and the same
+mixing. Stochastic depth is off on every rung.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FinetuneWork:
         return _build_own(rung, self) if rung.lean else _build_baseline(rung, self)
 
     def flops(self, lean: bool) -> dict[str, int]:
-        """The same on both sides: all tokens are needed."""
+        """The same for both steps, as all tokens are needed."""
         flops = costs.classifier_flops(self.config, len(self.clip))
         return {"forward": flops.student_forward, "backward": flops.student_backward}
 
@@ -62,13 +62,13 @@ def prepare(model: str, batch: int, device: torch.device) -> FinetuneWork:
     shape = (batch, config.frames, config.image_size, config.image_size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8).to(device)
     labels = torch.randint(0, config.num_classes, (batch,)).to(device)
-    # Not the tiny initial head of a run: with it all losses are log(classes), and nothing is compared.
+    # Not the near-zero initial head of a run: all losses would be log(classes), which shows no difference.
     weights = VideoClassifier(config, init_scale=1.0).state_dict()
     return FinetuneWork(config, normalised(clip), labels, weights)
 
 
 def _random_states() -> tuple[np.random.RandomState, np.random.RandomState]:
-    """For the steps that are compared and those that are timed, the same on every rung."""
+    """One for the compared steps and one for the timed steps, the same on every rung."""
     return np.random.RandomState(1), np.random.RandomState(2)
 
 

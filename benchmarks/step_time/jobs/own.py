@@ -1,4 +1,4 @@
-"""What the jobs share on umt_fast's side: plain ops below the rung with kernels, and the recorded step."""
+"""Shared code for umt_fast's steps: plain ops below the rung with kernels, and the recorded step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from umt_fast.run.cuda_graph import CapturedStep
 
 @contextlib.contextmanager
 def reference_ops() -> Iterator[None]:
-    """Inside, the ops of umt_kernels run as plain PyTorch, on a GPU too."""
+    """Inside this context the ops of umt_kernels run as plain PyTorch, on a GPU too."""
     before = umt_kernels.backend.REFERENCE_ONLY
     umt_kernels.backend.REFERENCE_ONLY = True
     try:
@@ -30,9 +30,9 @@ def reference_ops() -> Iterator[None]:
 def timed_step(
     rung: Rung, draw: Callable[[bool], Tensor], step: Callable[[Tensor, Mark], Tensor], drawing: str
 ) -> TimedStep:
-    """`draw` makes the clip of a step and draws everything else into its own buffers; `step` trains on it.
+    """`draw` returns the clip of a step and draws all other inputs into its own buffers; `step` trains on them.
 
-    The first is the phase `drawing`.
+    `drawing` is the name of the phase of `draw`.
     """
     recorded: list[CapturedStep[Tensor]] = []
 
@@ -50,7 +50,7 @@ def timed_step(
 
 
 def normalised(clip: Tensor) -> Tensor:
-    """uint8 [B,T,H,W,3] as the published loaders give it: float32 [B,3,T,H,W]."""
+    """uint8 [B,T,H,W,3] -> normalised float32 [B,3,T,H,W], as from the published loaders."""
     mean, std = (torch.tensor(values, device=clip.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((clip.float() / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
 

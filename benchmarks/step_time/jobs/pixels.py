@@ -1,7 +1,7 @@
-"""Pre-training on pixels as VideoMAE does it: encoder of visible tokens, decoder of all, loss on the hidden ones.
+"""VideoMAE's pre-training on pixels: an encoder of visible tokens, a decoder of all, a loss on the hidden tokens.
 
-The masks are made beside the step on both sides, as the published loader makes them. The own side takes the decoder's
-uint8 clips, the published one normalised float32.
+Masks are made outside the step for both steps, as in the published loader. Our step takes the decoder's uint8 clips,
+the published step normalised float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from umt_fast.run.optim import build_optimizer, clip_gradients
 OPTIM = OptimConfig(lr=3e-5)
 MASK_RATIO = 0.9
 LOSS_TOLERANCE = 0.002
-"""Largest difference of losses near 1, which fall by 0.01 over the steps that are compared."""
+"""Largest difference of losses, which are near 1 and fall by 0.01 over the compared steps."""
 MODELS = {
     "videomae_b16": VideoMaeConfig(),
     "videomae_l16": VideoMaeConfig(
@@ -79,7 +79,7 @@ class PixelsWork:
 
 
 def prepare(model: str, batch: int, device: torch.device) -> PixelsWork:
-    """Random weights from a fixed seed, and smooth random clips: pixels of pure noise could not be learned."""
+    """Random weights from a fixed seed, and smooth random clips, because noise cannot be learned."""
     config = MODELS[model]
     torch.manual_seed(0)
     side = config.image_size // 16
@@ -91,7 +91,7 @@ def prepare(model: str, batch: int, device: torch.device) -> PixelsWork:
 
 
 def _generators() -> tuple[torch.Generator, torch.Generator]:
-    """For the steps that are compared and those that are timed, the same on every rung."""
+    """One for the compared steps and one for the timed steps, the same on every rung."""
     return torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
 
 

@@ -1,6 +1,6 @@
 """Stage-1 pre-training: teacher, sampling, student, loss, backward, optimiser.
 
-Stochastic depth is off on every rung: all must give the same losses, which are compared before anything is timed.
+Stochastic depth is off on every rung, because all rungs must give the same losses, which are compared before timing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from umt_fast.run.optim import build_optimizer, clip_gradients
 
 MASK_RATIO = 0.8
 OPTIM = OptimConfig(lr=3e-5)
-"""The learning rate is low because there is no warm-up: at 1.5e-4 the loss jumps after some steps, and rounding decides
-at which step."""
+"""The learning rate is low because there is no warm-up: at 1.5e-4 the loss jumps after some steps, at a step that
+depends on rounding."""
 
 MODELS = {
     "umt_b16": (STUDENTS["umt_b16"], TEACHERS["clip_b16"]),
@@ -175,7 +175,7 @@ def _build_lean(rung: Rung, work: PretrainWork) -> TimedStep:
             if not rung.captured:
                 return step(work.clip, visible, mark)
             if shared not in recorded:
-                recorded.clear()  # each holds the memory of a step
+                recorded.clear()  # each recorded graph holds the memory of a step
                 recorded[shared] = CapturedStep(lambda clip: step(clip, visible, no_mark))
             return recorded[shared](work.clip)
 

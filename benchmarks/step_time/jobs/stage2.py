@@ -1,8 +1,8 @@
 """Stage 2 on a batch of videos with captions: four losses, backward, optimiser.
 
-Stochastic depth and dropout are off on every rung: all must give the same losses, which are compared before anything is
-timed. Texts have 6 to 20 tokens, as captions of WebVid have, padded to 32. `+ lean math` compiles the video encoder,
-the teacher and the text layers, those for texts of any length. No step is recorded as a graph.
+Stochastic depth and dropout are off on every rung, because all rungs must give the same losses, which are compared
+before timing. Texts have 6 to 20 tokens, like WebVid's captions, padded to 32. `+ lean math` compiles the video
+encoder, the teacher and, for texts of any length, the text layers. No step is recorded as a graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIM = OptimConfig(lr=1e-5, betas=(0.9, 0.999), weight_decay=0.02)
 LENGTH, SHORTEST, LONGEST = 32, 6, 20
 """Tokens: of a padded text, of the texts."""
 LOSS_TOLERANCE = 0.15
-"""Largest difference of losses near 15, most of it from the masked words of an untrained model."""
+"""Largest difference of losses, which are near 15, mostly from the masked words of an untrained model."""
 
 MODELS = {
     "umt_b16": VideoTextConfig(replace(STUDENTS["umt_b16"], frames=4, drop_path=0.0), TEACHERS["clip_b16"]),
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def stage2_ladder(device: torch.device) -> tuple[Rung, ...]:
-    """The rungs without those that stage 2 lacks."""
+    """All rungs that stage 2 supports."""
     kept = [rung for rung in ladder(device, frozen_teacher=False) if not (rung.captured or rung.max_autotune)]
     return tuple(replace(rung, loss_tolerance=LOSS_TOLERANCE) for rung in kept)
 
@@ -72,7 +72,7 @@ class Stage2Work:
         return _build_lean(rung, self) if rung.lean else _build_baseline(rung, self)
 
     def flops(self, lean: bool) -> dict[str, int]:
-        """Operations of the vision side, as `costs` counts them, and of the text side's linear layers and attention."""
+        """Operations of the video models, by `costs`, and of the text model's linear layers and attention."""
         config, teacher = self.config, self.config.teacher
         assert teacher is not None
         count = costs.lean_flops if lean else costs.published_flops
@@ -90,7 +90,7 @@ class Stage2Work:
 
 
 def published_text_flops(config: VideoTextConfig, batch: int, seen: int) -> int:
-    """Floating-point operations of the published text side's forward pass: padded, nothing shared between pairs."""
+    """Floating-point operations of the published text model's forward pass: padded, nothing shared between pairs."""
     text, rows = config.text, 4 * batch
     width, fusion = text.width, text.depth - text.fusion_layer
     layer = 2 * LENGTH * (4 * width**2 + 2 * width * text.mlp_width) + 4 * LENGTH**2 * width
@@ -178,7 +178,7 @@ def _build_lean(rung: Rung, work: Stage2Work) -> TimedStep:
             mark("loss")
             out.total.backward()
             mark("backward")
-            clip_gradients(model, None)  # the norm that a run logs
+            clip_gradients(model, None)  # computes the norm, which a run logs
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             mark("optimiser")
