@@ -84,6 +84,7 @@ T_ADD_FORMS, T_ADD_TYPES = (f"{ADDS}outputs_and_gradients_match_float64",), (f"{
 T_ADD_SETS = (f"{ADDS}several_sets_of_a_sample_and_ids_of_nothing",)
 ADD_FAR = (f"{FAR}add_layer_norm",)
 T_LINEAR, T_MLP = ("test_linear.py::test_linear_matches_float64",), ("test_linear.py::test_mlp_matches_float64",)
+T_WIDE, T_SWATH = ("test_linear.py::test_wide_tiles",), ("test_linear.py::test_more_tiles_than_a_swath",)
 T_HALF = ("test_linear.py::test_gradients_of_float32_biases_are_sums_in_float32",)
 T_LARGE_HALF = ("test_linear.py::test_the_derivative_of_quick_gelu_at_large_float16_numbers",)
 T_ONCE = ("test_linear.py::test_the_result_is_rounded_once",)
@@ -179,7 +180,7 @@ FAULTS = [
     Fault(LOSS, "valid = (target_ids >= 0).float()", "valid = torch.ones_like(target_ids).float()", T_LOSS, 1),
     Fault(LOSS_OP, "0 if shared else sets * rows", "0", T_LOSS),
     Fault(LOSS_KERNEL, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
-    Fault(LOSS, "(count // row_weights.numel()))\n    # float16", "1)\n    # float16", T_LOSS),
+    Fault(LOSS, "(count // row_weights.numel())", "1", T_LOSS, 1),
     Fault(LOSS_KERNEL, "total += loss * factor", "total = loss * factor", T_LOSS),
     Fault(LOSS_KERNEL, "tl.abs(d) - 0.5 * beta", "tl.abs(d)", T_LOSS),
     Fault(LOSS_KERNEL, "tl.where(d < 0, -1.0, 0.0)", "-1.0", T_EQUAL),
@@ -280,6 +281,11 @@ FAULTS = [
     Fault(PRODUCT, "within = deep < k - start", "within = deep < k", T_LINEAR),
     Fault(PRODUCT, "tl.where(here[:, None], x, 0.0), axis=0", "x, axis=0", T_MLP),
     Fault(PRODUCT, "first_column + PART, row_tile", "first_column, row_tile", T_ONCE, 0),
+    Fault(PRODUCT, "first_column + 2 * PART", "first_column + PART", T_WIDE),
+    Fault(PRODUCT, "first_column + 3 * PART", "first_column + 2 * PART", T_WIDE),
+    Fault(PRODUCT, "third, fourth = _halves(right)", "third, fourth = _halves(left)", T_WIDE),
+    Fault(PRODUCT, "tile // (SWATH * column_tiles)", "0 * tile", T_SWATH),
+    Fault(PRODUCT, "tl.minimum(row_tiles - swath * SWATH, SWATH)", "tl.minimum(row_tiles, SWATH)", T_SWATH),
     Fault(PRODUCT, "swath * SWATH + inside % height", "swath * SWATH", T_LINEAR),
     Fault(MATMUL, "k % tile[\"DEPTH\"] == 0", "True", T_LINEAR),
     Fault(MATMUL, "row * (1 if INTERPRETED else dtype.itemsize) % 16 == 0", "True", T_STRIDES),
@@ -300,6 +306,7 @@ FAULTS = [
     Fault(MATMUL, "if activation not in _ACTIVATIONS:", "if False:", T_EIGHT_ERRORS),
     Fault(EIGHT, "if out_dtype not in _RESULTS:", "if False:", T_EIGHT_ERRORS),
     Fault(EIGHT, "1e-12) / LARGEST", "1e-12) / (LARGEST - 1)", T_EIGHT_RANGE),
+    Fault(PRODUCT, "mask=here & (first_column + 0 * row < n)", "mask=here", T_GROUPS),
     Fault(PRODUCT, "scale_place += m", "scale_place += 0", T_CHAIN),
     Fault(PRODUCT, "(first_column // PART).to(tl.int64) * m", "(first_column // PART).to(tl.int64) * 0", T_GROUPS),
     Fault(PRODUCT, "largest_magnitudes(tl.where(valid[None, :], x, 0.0))", "tl.max(x, axis=1)", T_GROUPS),

@@ -133,8 +133,12 @@ def test_an_mlp_of_8_bit_products(device, form, dtype, hidden, assert_near):
     assert_near(y, wide(middle) @ wide(second).T + drawn(device, d).double())
 
 
-def test_an_epilogue_that_counts_the_wrong_groups_is_seen(device, form):
-    """Groups of very different size: another group's scale would be off by far."""
+@pytest.mark.parametrize("large", [False, True])
+def test_an_epilogue_that_counts_the_wrong_groups_is_seen(device, form, monkeypatch, large):
+    """Groups of very different size: another group's scale would be off by far. Tiles of `large` products have two groups each."""
+    config = matmul.config
+    if large:  # as for the sizes of the models
+        monkeypatch.setattr(matmul, "config", lambda m, *rest: config(128 * 100, *rest))
     weight = drawn(device, 384, 32, scale=0.2)
     weight[128:256] *= 100
     weight[256:] *= 0.01

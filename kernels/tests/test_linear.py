@@ -135,6 +135,39 @@ def test_the_result_is_rounded_once(device, needs_kernels, assert_near, monkeypa
     assert_near(y, expected, 1e-5)
 
 
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
+    """Tiles of 256 columns, as for the sizes of the models, on small products."""
+    config = matmul.config
+    monkeypatch.setattr(matmul, "config", lambda m, *rest: config(128 * 100, *rest))
+
+
+def test_wide_tiles(device, backend, needs_kernels, wide_tiles, assert_near):
+    """Finished in four parts of 64 columns, the last of them cut."""
+    m, k, n = 140, 40, 472
+    tensors = [
+        drawn(device, (m, k), torch.bfloat16),
+        drawn(device, (n, k), torch.bfloat16, scale=k**-0.5),
+        drawn(device, (n,), torch.float32),
+        drawn(device, (m, n), torch.bfloat16),
+    ]
+    assert matmul.config(m, n, 2, matmul.target(device)[0])["PARTS"] == 4
+    x, w, b, r = wide = widened(tensors)
+    expected = activated(x @ w.T + b, "gelu") + r
+    assert_near(linear(*tensors[:3], activation="gelu", residual=tensors[3], backend="triton"), expected, 1e-5)
+    x, w, b, _ = given = [t.requires_grad_() for t in tensors]
+    narrow = drawn(device, (k, n), torch.bfloat16, scale=n**-0.5).requires_grad_()
+    y = mlp(x, w, b, narrow, None, backend="triton")
+    exact = activated(wide[0] @ wide[1].T + wide[2], "gelu") @ narrow.double().T
+    ours, theirs = (with_gradients(out, tensors[:3]) for out, tensors in ((y, given), (exact, wide)))
+    compare(ours, theirs, assert_near, 3e-2)
+
+
+def test_more_tiles_than_a_swath(device, backend, assert_near):
+    x, w = drawn(device, (600, 8), torch.float32), drawn(device, (150, 8), torch.float32)
+    assert_near(linear(x, w, backend=backend), x.double() @ w.double().T)
+
+
 def test_gradients_of_float32_biases_are_sums_in_float32(device, needs_kernels):
     """257 is no bfloat16."""
     x, weight = drawn(device, (257, 16), torch.bfloat16), drawn(device, (16, 16), torch.bfloat16)

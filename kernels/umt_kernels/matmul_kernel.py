@@ -176,7 +176,8 @@ if triton is not None:
             largest = largest_magnitudes(tl.where(valid[None, :], x, 0.0))
             scale = tl.maximum(largest, 1e-12) / LARGEST
             group = (first_column // PART).to(tl.int64) * m
-            tl.store(out_scale_ptr + group + row, scale, mask=here)
+            # The last tile may have a part beyond the last column, which has no scale.
+            tl.store(out_scale_ptr + group + row, scale, mask=here & (first_column + 0 * row < n))
             x = _rounded(x / scale[:, None], out_ptr.dtype if DESCRIPTORS else out_ptr.dtype.element_ty)
         if DESCRIPTORS:
             out_ptr.store([first_row, first_column], x.to(out_ptr.dtype))
