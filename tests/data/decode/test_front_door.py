@@ -76,7 +76,7 @@ def test_dali_on_the_cpu_is_for_who_asks(machine):
 
 def test_pyav_asks_for_nothing(machine):
     machine(True, H200)
-    assert choose_decoder("pyav", GPU) == decoder.Choice("pyav", "pyav")
+    assert choose_decoder("pyav", GPU) == decoder.DecoderChoice("pyav", "pyav")
 
 
 def test_dali_that_is_missing(machine):

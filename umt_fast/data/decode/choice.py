@@ -20,7 +20,7 @@ class MissingDali(RunError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecoderChoice:
     """A decoder, and why."""
 
     name: FileDecoder | LoaderDecoder
@@ -30,17 +30,17 @@ class Choice:
     """What NVDEC supports, for DALI on a GPU."""
 
 
-def choose_decoder(wanted: Decoder, device: torch.device) -> Choice:
+def choose_decoder(wanted: Decoder, device: torch.device) -> DecoderChoice:
     """`auto` is DALI where it is installed and the device has NVDEC, else PyAV. Raises MissingDali."""
     for name in get_args(FileDecoder):
         if wanted == name:
-            return Choice(name, name)
+            return DecoderChoice(name, name)
     if wanted == "dali" or wanted == "auto":
         return _choose_dali(wanted == "dali", device)
     raise AssertionError(f"nothing chooses data.decoder = {wanted}")
 
 
-def _choose_dali(required: bool, device: torch.device) -> Choice:
+def _choose_dali(required: bool, device: torch.device) -> DecoderChoice:
     """DALI if it can be used here, or must be; else PyAV."""
     installed = has_dali()
     if not installed and required:
@@ -49,12 +49,12 @@ def _choose_dali(required: bool, device: torch.device) -> Choice:
         engines = nvdec.limits(device)
     except nvdec.NoEngine as error:
         if required:
-            return Choice("dali", f"dali on the CPU ({error}): VP8, VP9 and MJPEG; the rest pyav")
-        return Choice("pyav", "pyav" if device.type == "cpu" else f"pyav ({error})")
+            return DecoderChoice("dali", f"dali on the CPU ({error}): VP8, VP9 and MJPEG; the rest pyav")
+        return DecoderChoice("pyav", "pyav" if device.type == "cpu" else f"pyav ({error})")
     count = nvdec.count_engines(engines)
     if not installed:
-        return Choice("pyav", f"pyav (the GPU has {count} NVDEC, but DALI is not installed: {INSTALL})")
-    return Choice("dali", f"dali on {count} NVDEC ({', '.join(engines)}; the rest pyav)", engines)
+        return DecoderChoice("pyav", f"pyav (the GPU has {count} NVDEC, but DALI is not installed: {INSTALL})")
+    return DecoderChoice("dali", f"dali on {count} NVDEC ({', '.join(engines)}; the rest pyav)", engines)
 
 
 def has_dali() -> bool:
