@@ -55,7 +55,7 @@ def stop_workers(batches: Iterator[Any], grace: float) -> None:
         late.cancel()
 
 
-def end_if_one_died(batches: Iterator[Any]) -> None:
+def end_if_one_died(batches: Iterator[Any] | None) -> None:
     """Where a worker of a DataLoader's iterator was killed, end the others, and with them the wait for their batches.
 
     A worker that is killed in the middle of a message holds the lock of the pipe for ever, and the reader waits for the

@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -120,7 +121,8 @@ class WorkerBatches(Iterator[T]):
                 )
             )
         if config.workers:
-            self._watch.start(functools.partial(end_if_one_died, items))
+            running = weakref.ref(items)  # a loader that is dropped without being closed must end its workers
+            self._watch.start(lambda: end_if_one_died(running()))
         return items
 
     def __next__(self) -> T:
