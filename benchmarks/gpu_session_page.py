@@ -35,7 +35,7 @@ def rates_of(content: dict[str, Any]) -> Rates | None:
 
 
 def rung_verdict(result: dict[str, Any], seconds: dict[str, float]) -> str:
-    """Whether a rung is faster than the rung below it, and so stays."""
+    """`keep` if a rung is faster than the rung below it, else `delete`, with the speed-up; or why it did not run."""
     if result["seconds"] is None:
         return result["not_run"] or ""
     below = STANDS_ON.get(result["rung"])

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures for several test files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from umt_fast import ClassifierConfig, ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, checkpoint
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 
-_cache = tempfile.TemporaryDirectory(prefix="umt-fast-tests-")  # tests neither read nor leave choices
+_cache = tempfile.TemporaryDirectory(prefix="umt-fast-tests-")  # tests neither read nor write the user's cache
 os.environ["UMT_FAST_CACHE"] = _cache.name
 
 TESTS = Path(__file__).parent
@@ -43,7 +43,7 @@ def has_pyav() -> bool:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """A machine for the models' tests may lack PyAV, without which these cannot be imported."""
+    """Skip files that import PyAV if it is missing, as on a machine that tests only the models."""
     return True if collection_path in READ_VIDEOS and not has_pyav() else None
 
 
@@ -54,7 +54,7 @@ def pytest_report_header() -> list[str]:
 
 @dataclass
 class Golden:
-    """A recorded case of the published implementation: models with its weights, and its tensors."""
+    """A recorded case of the published implementation: models with the recorded weights, and the recorded tensors."""
 
     student: VideoStudent
     teacher: ClipTeacher
@@ -114,7 +114,7 @@ def golden_case():
 
 @dataclass
 class Recorded:
-    """Tensors that the published code made, and the settings it made them with."""
+    """Tensors from the published code, and its settings."""
 
     config: dict
     tensors: dict[str, Tensor]
@@ -136,7 +136,7 @@ def recorded():
 
 @pytest.fixture(scope="session")
 def classifier_config():
-    """The settings of a recorded classifier as ours."""
+    """Converts the settings of a recorded classifier to ClassifierConfig."""
 
     def convert(settings: dict) -> ClassifierConfig:
         return ClassifierConfig(
@@ -177,7 +177,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def small_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """In it, writing more than so many bytes to a file fails, as on a disk that is full."""
+    """A context in which writing more than `size` bytes to a file fails, as on a full disk."""
 
     @contextlib.contextmanager
     def limit(size: int) -> Iterator[None]:
@@ -193,7 +193,7 @@ def small_disk() -> Callable[[int], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For small tensors: a second thread only waits."""
+    """For small tensors, where a second thread only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Settings check themselves; recipes hold the published numbers, and mistakes in them are named."""
+"""Settings check themselves; recipes have the published numbers, and errors name mistakes in them."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_a_resumed_run_knows_its_bad_files(tmp_path, capsys):
 
 
 def _hold_in_a_process(folder, seconds: float) -> int:
-    """A process that locks `folder` and has a child of its own, as a run with workers has."""
+    """A process that locks `folder` and has a child, like a run with workers."""
     process = os.fork()
     if process:
         return process
@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_no_other(tmp_path, small_di
 
 
 def test_a_user_without_a_home(tmp_path, monkeypatch):
-    """As in a container that runs under a number of its own: choices are not kept, and `~` is an error of one line."""
+    """As in a container with an unknown user id: the cache is not written, and `~` is a one-line error."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("UMT_FAST_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

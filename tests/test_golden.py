@@ -1,4 +1,4 @@
-"""Recorded numbers of the published implementation: matching them in float32 is the definition of correct."""
+"""Results equal the recorded numbers of the published implementation in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier from other files: the published rules, and files they could not load."""
+"""A classifier from other files, by the published rules, and from files that these rules cannot load."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_published_files(recorded, classifier_config, name):
 
 @pytest.mark.parametrize(("frames", "side"), [(4, 48), (16, 48), (8, 64), (4, 96), (16, 32)])
 def test_positions_of_files_that_the_published_code_cannot_load(frames, side):
-    """16 frames into 16, 4 into 4: as they are; into another size: resampled from what the file has."""
+    """For the same number of frames (16, 4) unchanged; for another size resampled from the file's table."""
     config = ClassifierConfig(**{**SIZES, "image_size": side}, frames=frames, learnable_positions=True)
     source = VideoClassifier(config)
     same = VideoClassifier(ClassifierConfig(**{**SIZES, "image_size": side}, frames=frames))
@@ -56,7 +56,7 @@ def test_positions_of_files_that_the_published_code_cannot_load(frames, side):
 
 @pytest.mark.parametrize(("frames", "side", "to"), [(16, 224, 384), (4, 224, 96), (12, 224, 384)])
 def test_positions_of_224_pixels_for_another_size_without_settings(frames, side, to):
-    """Neither 8 frames nor the model's own grid divides the rows: the grid is that of 224 pixels."""
+    """Neither 8 frames nor the model's own grid divides the rows, so the grid of 224 pixels is assumed."""
     sizes = {"patch_size": 16, "width": 8, "depth": 1, "heads": 1, "num_classes": 2, "learnable_positions": True}
     source = VideoClassifier(ClassifierConfig(image_size=side, frames=frames, **sizes))
     model = VideoClassifier(ClassifierConfig(image_size=to, frames=frames, **sizes))

@@ -1,4 +1,4 @@
-"""The package as it is met first: import, doctor, the README's example."""
+"""First use of the package: import, doctor, the README's example."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OPTIONAL += ("flash_attn", "xformers", "torchao", "jaxtyping", "scipy")
 
 
 def test_import_brings_nothing_optional_and_not_even_torch():
-    """So it is quick: parts are imported when they are asked for."""
+    """The import is fast because parts are imported at first use."""
     code = f"import umt_fast, sys; print([name for name in {('torch', *OPTIONAL)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_the_library_needs_nothing_of_the_train_extra():
-    """Models, weights, losses, data and their evaluation, with what only training programs use blocked."""
+    """Models, weights, losses, data and evaluation work without the packages of training programs."""
     extra = ("tyro", "tqdm", "tensorboard", "matplotlib", "filelock", "pebble", "PIL", "tokenizers", "tomli")
     modules = ("models.vit", "models.clip_vision", "models.heads", "models.classifier", "models.pixels", "masking")
     modules += ("objectives.alignment", "objectives.pixels", "weights", "data", "data.loader", "data.manifest")
@@ -72,7 +72,7 @@ def test_the_example_in_the_readme_runs():
 
 
 def test_the_step_is_one_graph_of_static_shapes():
-    """Full-graph tracing fails on anything that reads a value on the host, and so would stop a GPU."""
+    """Full-graph tracing fails if a value is read on the host, which would make it wait for a GPU."""
     student = VideoStudent(StudentConfig(32, 16, 1, 2, 32, 2, 2, 0.1, 2, 16))
     teacher = ClipTeacher(TeacherConfig(32, 16, 1, 32, 32, 2, 2, 16, 2))
     clip = torch.randint(0, 256, (3, 2, 32, 32, 3), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Teacher and student weights under every name and format they come in."""
+"""Teacher and student weights in all supported names and formats."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Tower = dict[str, Tensor]
 
 @pytest.fixture
 def tower() -> Tower:
-    """An image tower under OpenAI's names with 2-D patch weights; every value is one of float16."""
+    """An image tower under OpenAI's names with 2-D patch weights; float16 can represent every value."""
     state = {key: torch.randn_like(value).half().float() for key, value in ClipTeacher(CONFIG).state_dict().items()}
     state["conv1.weight"] = state["conv1.weight"][:, :, 0].contiguous()
     return state
 
 
 def text_tower() -> Tower:
-    """Part of CLIP's other tower: some of its names are those of the image tower without `visual.`."""
+    """Part of CLIP's text tower: some of its names equal the image tower's names without `visual.`."""
     return {
         "positional_embedding": torch.randn(77, 24),
         "text_projection": torch.randn(24, 16),
@@ -160,7 +160,7 @@ def hugging_face_whole_folder(tower: Tower, folder: Path) -> Path:
 
 
 def hugging_face_bin_folder(tower: Tower, folder: Path) -> Path:
-    """As of older releases: a pickle, and a buffer of position ids."""
+    """As in older releases: a pickle, with a buffer of position ids."""
     state = {**hugging_face_vision(tower).state_dict(), "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     (folder / "old").mkdir()
     torch.save(state, folder / "old" / "pytorch_model.bin")
@@ -340,7 +340,7 @@ def test_error_names_the_missing_projection(tower):
 
 
 def test_error_names_positions_that_are_not_a_square_grid(tower):
-    """For example the text tower alone: 77 positions."""
+    """For example a text tower, with 77 positions."""
     with pytest.raises(WeightsError, match="positional_embedding"):
         teacher_with({**tower, "positional_embedding": torch.randn(77, WIDTH)})
 
@@ -385,7 +385,7 @@ def test_student_weights_of_ddp_load(tmp_path):
 
 
 def test_a_checkpoint_of_umts_own_trainer_loads(tmp_path):
-    """Its `save_model` puts the command line beside the weights, as an argparse.Namespace."""
+    """Its `save_model` saves the command line with the weights, as an argparse.Namespace."""
     student, other = VideoStudent(STUDENT), VideoStudent(STUDENT)
     args = argparse.Namespace(model="pretrain_umt_base_patch16_224", lr=1.5e-4, opt_betas=[0.9, 0.95], resume="")
     content = {"model": student.state_dict(), "epoch": 199, "scaler": {"scale": 65536.0}, "args": args}

@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def choose_rungs(options: argparse.Namespace, device: torch.device) -> list[Rung]:
-    """The reference, which is timed only if it is requested too, and then the requested rungs."""
+    """The reference, then the requested rungs. With --rungs the reference is timed only if --rungs names it."""
     reference, *rungs = (replace(rung, backend=options.compile_backend) for rung in JOBS[options.job].ladder(device))
     if not options.rungs:
         return [reference, *(rung for rung in rungs if options.fp8_student or not rung.fp8_student)]
@@ -194,7 +194,7 @@ def measure_beside(
 
 
 def previous(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """The measurement in `folder`, if it has the same device and sources."""
+    """The measurement in `folder`, if it has the same job, device, versions, threads and sources."""
     path = folder / "step_time.json"
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: the device, fresh memory full of NaN, and what counts as equal."""
+"""Fixtures of the kernel tests: the device, fresh memory full of NaN, and the tolerance of a comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from umt_kernels import launch
 from umt_kernels.backend import INTERPRETED, triton
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with this only
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this setting
 
 if INTERPRETED and triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-    # Before 3.7 the interpreter makes a loop's bounds of arrays of one number by int(), which numpy 2.4 refuses.
+    # Before 3.7 the interpreter converts a loop's bounds, arrays of one number, by int(), which numpy 2.4 refuses.
     from triton.runtime import interpreter
 
     def _patch_lang_tensor(tensor: Any, *scope: Any, patch: Callable = interpreter._patch_lang_tensor) -> None:
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what takes `device`: `pytest -m gpu` runs on a GPU whatever can."""
+    """Mark tests that use `device`, so that `pytest -m gpu` runs all tests that can run on a GPU."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent) and "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
@@ -66,12 +66,12 @@ SHARING = (
     "gather_layer_norm",
     "gather_layer_norm_backward",
 )
-"""Modules whose programs share rows."""
+"""Modules whose kernels divide rows among programs."""
 
 
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
-    """Kernels that share rows among programs get two, so that each loops."""
+    """Kernels that divide rows among programs run two programs, so that each loops."""
     for name in SHARING:
         module = importlib.import_module(f"umt_kernels.{name}")
         monkeypatch.setattr(module, "resident_programs", lambda *_: 2)
@@ -79,7 +79,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
 
 @pytest.fixture
 def fresh_plans() -> Iterator[None]:
-    """No plan of another test is used, and none of this test by others."""
+    """Tests share no plans with this test."""
     launch.PLANS.clear()
     yield
     launch.PLANS.clear()
@@ -87,9 +87,9 @@ def fresh_plans() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan() -> Iterator[None]:
-    """Fill what torch.empty and its kin return with NaN (the largest int): an unwritten element cannot hide.
+    """Fill tensors of torch.empty and similar functions with NaN (the largest int), to show unwritten elements.
 
-    torch does so for deterministic algorithms only; operators that have none are left to warn.
+    torch does so only for deterministic algorithms; operators without one only warn.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -105,7 +105,7 @@ def _fresh_memory_is_nan() -> Iterator[None]:
 
 @pytest.fixture
 def assert_near() -> Callable[..., None]:
-    """Equal to float64 but for `roundings` to the dtype of `actual`, and float32 arithmetic before them.
+    """Equal to float64 except for `roundings` to the dtype of `actual`, and float32 arithmetic before them.
 
     One unit in the last place, not half: Triton's interpreter truncates to bfloat16.
     """
@@ -115,7 +115,7 @@ def assert_near() -> Callable[..., None]:
         if actual.numel() == 0:
             return
         wide = expected.double()
-        floor = 6e-8 if actual.dtype == torch.float16 else 1e-12  # of float16 the smallest number
+        floor = 6e-8 if actual.dtype == torch.float16 else 1e-12  # 6e-8 is float16's smallest number
         allowed = roundings * ULP[actual.dtype] * wide.abs() + arithmetic * wide.abs().max() + floor
         assert ((actual.double() - wide).abs() <= allowed).all()  # false for NaN
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from umt_kernels import add_layer_norm
 
-EPS = 1e-3  # large enough to be seen
+EPS = 1e-3  # large enough to have an effect
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = {
     "plain": set(),

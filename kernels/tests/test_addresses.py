@@ -20,13 +20,13 @@ from umt_kernels import (
 )
 from umt_kernels.matmul import matmul
 
-MAP_NORESERVE = 0x4000  # in the mmap module since Python 3.13 only
+MAP_NORESERVE = 0x4000  # only since Python 3.13 in the mmap module
 STRIDE = 2**30 + 64
-"""Fits an int32, so that Triton passes it as one; three of it do not."""
+"""Fits an int32, so that Triton passes an int32; three times this stride does not."""
 
 
 def far_apart(x: Tensor, axis: int) -> Tensor:
-    """`x` with STRIDE between its slices along `axis`: virtual memory, of which only the touched pages cost any."""
+    """`x` with STRIDE between its slices along `axis`, in virtual memory; only touched pages use real memory."""
     strides = list(x.contiguous().stride())
     strides[axis] = STRIDE
     length = sum((n - 1) * s for n, s in zip(x.shape, strides, strict=True)) + 1
@@ -35,7 +35,7 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
     if x.is_cuda:
         if torch.cuda.mem_get_info()[0] < 1.1 * size:
             pytest.skip(f"{size / 2**30:.1f} GiB of GPU memory are not free")
-        torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture puts it back
+        torch.utils.deterministic.fill_uninitialized_memory = False  # the fixture restores it
         memory = torch.empty(length, dtype=x.dtype, device=x.device)
     else:
         if sys.platform != "linux":
@@ -51,7 +51,7 @@ def far_apart(x: Tensor, axis: int) -> Tensor:
 
 
 def randn(device: torch.device, *shape: int) -> Tensor:
-    """float16, the smallest the kernels take."""
+    """float16, the smallest dtype that the kernels support."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
 
 

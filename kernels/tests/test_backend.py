@@ -1,4 +1,4 @@
-"""Where an op runs, and what the other tests rely on."""
+"""Choice between kernels and reference, and assumptions of the other tests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_no_op_falls_back_in_silence(device, needs_kernels, monkeypatch):
     cls_scores(x, x[:, :, None])
     sample_visible(x[0], 2)
     cosine_alignment_loss(x[None], x[None])
-    with pytest.raises(TypeError):  # the patch above is seen
+    with pytest.raises(TypeError):  # the patch above has an effect
         sample_visible(x[0].double(), 2)
 
 
@@ -68,7 +68,7 @@ def test_keys_beyond_the_kernels_reach_take_the_reference(device, monkeypatch, f
 
 
 def test_the_debug_switch_looks_at_ids_on_any_device(device, monkeypatch):
-    """Which UMT_KERNELS_CHECK_IDS=1 turns on; on the CPU they are looked at without it."""
+    """UMT_KERNELS_CHECK_IDS=1 turns the switch on; on the CPU ids are always checked."""
     monkeypatch.setattr(checks, "EVERYWHERE", True)
     x, weight = torch.zeros(2, 5, 4, device=device), torch.zeros(4, device=device)
     ids = torch.tensor([[0, 1], [3, 5]], device=device)

@@ -52,7 +52,7 @@ def test_a_row_sums_to_less_than_one_by_the_class_tokens_share(device):
     q, k, _ = case(device, 3, 4, 17, 32)
     total = cls_scores(q, k).sum(-1)
     assert (total < 1).all()
-    k[:, :, 0] = -1000 * q  # nothing is left for the class token
+    k[:, :, 0] = -1000 * q  # the class token gets no attention
     assert (cls_scores(q, k).sum(-1) - 1).abs().max() < 1e-12
 
 
@@ -125,7 +125,7 @@ def test_kernel_against_float64(device, shape, dtype, layout, spread, assert_nea
     q, k, upstream = drawn(device, shape, dtype)
     if layout == "spread":
         given = spread(q), spread(k), spread(upstream)
-    elif layout == "transposed":  # as a projection of all heads leaves them, and a last dimension with a stride
+    elif layout == "transposed":  # as from a projection of all heads, and with a stride in the last dimension
         given = q.mT.contiguous().mT, k.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0), upstream
     else:
         given = q, k, upstream
@@ -137,7 +137,7 @@ def test_kernel_against_float64(device, shape, dtype, layout, spread, assert_nea
 
 
 def test_heads_of_a_fused_projection(device, assert_near):
-    """k as a view of a qkv tensor [R, L, 3, H, d], the layout in which a teacher has it."""
+    """k as a view of a qkv tensor [R, L, 3, H, d], as in a teacher."""
     qkv = torch.randn(2, 7, 3, 4, 6, generator=torch.Generator().manual_seed(0)).to(device)
     q, k = qkv[:, 0, 0], qkv[:, :, 1].transpose(1, 2)
     assert_near(cls_scores(q, k), cls_scores(q.double(), k.double()))

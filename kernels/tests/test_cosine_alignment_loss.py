@@ -8,7 +8,7 @@ from torch import Tensor
 from umt_kernels import alignment_loss, cosine_alignment_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 1e-3  # large enough to be seen
+EPS = 1e-3  # large enough to have an effect
 
 
 def pair(
@@ -110,7 +110,7 @@ def differentiated(function, given: dict[str, Tensor | None], upstream: float, w
     return [loss.detach(), *grads]
 
 
-# A gradient is rounded twice: where the forward pass keeps it, and when it is scaled.
+# A gradient is rounded twice: when the forward pass stores it, and when it is scaled.
 # layers, samples, rows, targets per sample, width: one row, no powers of two, more rows than a program takes, wide
 SHAPES = [(1, 1, 1, 1, 3), (2, 3, 5, 7, 24), (3, 2, 50, 9, 100), (2, 1, 2, 4, 2050)]
 
@@ -174,7 +174,7 @@ def test_norms_of_the_dtype_of_predictions_get_gradients_of_that_dtype(device, a
 
 @pytest.mark.parametrize("scale", [65536.0, 2.0**-10])
 def test_float16_gradients_survive_a_loss_scale(device, scale, assert_near):
-    """65536, GradScaler's first scale, does not fit float16, and without it a gradient of a mean is small."""
+    """GradScaler's first scale, 65536, overflows float16; without it the gradient of a mean is tiny."""
     given = drawn(device, (2, 2, 60, 60, 64), torch.float16, False, False)
     given["predictions"].mul_(100)
     expected = differentiated(lambda given: formula(**given), given, scale, wide=True)
@@ -228,7 +228,7 @@ def test_scaling_a_row_changes_nothing(device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("length", [0.0, 1e-6])
 def test_a_prediction_without_a_direction_gets_no_gradient(device, dtype, length):
-    """In float16 also a very short one: the gradient grows with 1 / length, beyond the largest float16."""
+    """In float16 also a very short prediction: its gradient grows with 1 / length, beyond the largest float16."""
     predictions, targets = pair(device, torch.float64)
     predictions[0, 0, 0] *= length
     targets[1, 1, 1] = 0
@@ -447,7 +447,7 @@ def test_a_prediction_equal_to_its_target_gets_no_gradient(device, distance):
 
 @pytest.mark.parametrize("distance", ["cosine", "mse"])
 def test_one_column_under_a_norm_gets_no_gradient(device, distance):
-    """It is normalised to 0 whatever it is; what rounding leaves of the gradient is multiplied by 1 / sqrt(eps)."""
+    """A single column is always normalised to 0; a gradient left by rounding would be multiplied by 1 / sqrt(eps)."""
     x = torch.linspace(-2, 3, 6, device=device).view(1, 2, 3, 1).requires_grad_()
     gain, shift = torch.full((1, 1), 1.3, device=device), torch.full((1, 1), 0.7, device=device)
     alignment_loss(x, torch.ones_like(x) / 3, distance, weight=gain, bias=shift, eps=1e-12, reduction="sum").backward()
@@ -455,7 +455,7 @@ def test_one_column_under_a_norm_gets_no_gradient(device, distance):
 
 
 def test_a_nan_reaches_the_gradient(device):
-    """The slope of smooth_l1 is a sign: of NaN it is neither 1 nor -1."""
+    """The slope of smooth_l1 is a sign; for NaN it must be neither 1 nor -1."""
     x = torch.tensor([float("nan"), 2.0, -2.0], device=device).view(1, 1, 3).requires_grad_()
     alignment_loss(x, torch.zeros_like(x), "smooth_l1", reduction="sum").backward()
     assert x.grad.isnan().tolist() == [[[True, False, False]]]

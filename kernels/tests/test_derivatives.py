@@ -1,4 +1,4 @@
-"""What autograd, torch.func and forward mode make of the ops: the same on the kernels as on the reference."""
+"""autograd, torch.func and forward mode give the same results with the kernels as with the reference."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _matmul_by_the_kernel_where_it_can(monkeypatch):
 
 
 def scalar(value: Tensor) -> Tensor:
-    """Weighted sum of a value, whose gradient differs from place to place."""
+    """Weighted sum of a value; each element gets another gradient."""
     return (value * torch.linspace(0.5, 2, value.numel(), device=value.device).view_as(value).to(value.dtype)).sum()
 
 
@@ -206,7 +206,7 @@ def test_a_level_without_dual_tensors_keeps_the_kernels(device, needs_kernels):
 
 
 def test_a_backward_within_a_level_without_dual_tensors(device):
-    """Plans are not kept there: the custom op runs."""
+    """Plans are not kept there, so the custom op runs."""
     x = torch.rand(1, 2, 3, 4, device=device, requires_grad=True)
     gradients = []
     for level in (contextlib.nullcontext(), forward_ad.dual_level()):
@@ -217,7 +217,7 @@ def test_a_backward_within_a_level_without_dual_tensors(device):
 
 
 def test_private_parts_of_torch_are_where_they_were():
-    """`dispatch` and the loss read three of them; a new PyTorch may move them."""
+    """`dispatch` and the loss read three private attributes; a new PyTorch may move them."""
     assert torch._C._are_functorch_transforms_active() is False
     assert forward_ad._current_level == -1
     assert torch._C._autograd._get_current_graph_task_keep_graph() in (True, False)

@@ -23,7 +23,7 @@ def form(
     monkeypatch: pytest.MonkeyPatch,
     few_programs: None,
 ) -> None:
-    """With and without tensor descriptors in the interpreter; otherwise whatever runs here, once."""
+    """In the interpreter with and without tensor descriptors; otherwise the available form, once."""
     if kernels and device.type == "cpu":
         monkeypatch.setattr(matmul, "target", lambda device: (request.param, 2))
     elif request.param != 80:
@@ -35,7 +35,7 @@ def drawn(device: torch.device, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def wide(x: EightBit, group: int = 128) -> Tensor:
-    """What the values stand for, in float64."""
+    """The represented numbers, in float64."""
     values = x.values.double().flatten(0, -2)
     scale = x.scale.double()
     scale = scale[:, None] if scale.dim() == 1 else scale.T.repeat_interleave(group, 1)[:, : values.shape[1]]
@@ -54,7 +54,7 @@ def check_rounding(actual: EightBit, expected: Tensor, dtype: torch.dtype, slack
     per_row = expected.abs().amax(-1, keepdim=True)
     assert ((actual.scale.double() - per_row.flatten() / largest).abs() <= 1e-5 * per_row.flatten() + 1e-12).all()
     within = (wide(actual) - expected).abs() <= slack * share * per_row + 1e-9
-    if INTERPRETED and dtype != torch.int8:  # its conversion loses the carry of numbers just below a power of two
+    if INTERPRETED and dtype != torch.int8:  # the interpreter's conversion loses the carry just below a power of two
         assert within.double().mean() > 0.85 or within.numel() < 50
     else:
         assert within.all()
@@ -100,7 +100,7 @@ def test_the_largest_number_is_the_end_of_the_range(device, form, dtype, size):
 @pytest.mark.parametrize("shape", [(150, 80, 208), (33, 256, 72), (1, 16, 8)])
 @pytest.mark.parametrize("activation", [None, "gelu", "quick_gelu"])
 def test_products_match_float64(device, form, dtype, shape, activation, assert_near):
-    """Exactly those of the rounded operands: int32 sums are exact, float32 sums nearly."""
+    """The products of the rounded operands: int32 sums are exact, float32 sums nearly."""
     m, k, n = shape
     x, weight = quantize_rows(drawn(device, m, k), dtype), quantize_rows(drawn(device, n, k, scale=k**-0.5), dtype)
     bias = drawn(device, n)
@@ -122,7 +122,7 @@ def test_products_match_float64(device, form, dtype, shape, activation, assert_n
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [128, 200, 512])
 def test_an_mlp_of_8_bit_products(device, form, dtype, hidden, assert_near):
-    """The second product reads what the first one's epilogue wrote, with a scale per row and 128 columns."""
+    """The second product reads the output of the first one's epilogue, with a scale per row and 128 columns."""
     m, d = 140, 48
     x = quantize_rows(drawn(device, 2, m // 2, d), dtype)
     first = quantize_rows(drawn(device, hidden, d, scale=d**-0.5), dtype)
@@ -211,7 +211,7 @@ def test_errors_name_the_value_and_the_place(call, error, words):
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_with_a_nan_or_infinity_is_no_row_of_numbers(device, dtype, odd):
-    """An int8 cannot be either, so the scale must show it; other rows are not touched."""
+    """An int8 cannot be NaN or infinite, so the row's scale must be; other rows do not change."""
     x = torch.ones(3, 24, device=device)
     x[1, 5] = odd
     values, scale = quantize_rows(x, dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from umt_kernels import gather_layer_norm, gather_rms_norm
 
-EPS = 1e-3  # large enough to be seen
+EPS = 1e-3  # large enough to have an effect
 
 
 def case(device: torch.device, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ def test_gradients_match_float64_autograd(device):
     reference(**wide).backward(upstream.double())
     for name in ("x", "weight", "bias", "position"):
         assert (given[name].grad - wide[name].grad).abs().max() < 1e-4, name
-    assert (given["position"].grad[0] != 0).all()  # of two rows
-    assert (given["position"].grad[5] == 0).all()  # of none
+    assert (given["position"].grad[0] != 0).all()  # two rows use it
+    assert (given["position"].grad[5] == 0).all()  # no row uses it
     kept = torch.zeros(2, 9, dtype=torch.bool, device=device).scatter_(1, given["row_ids"], True)
     assert (given["x"].grad[~kept] == 0).all()
     assert (given["x"].grad[kept] != 0).any(-1).all()
@@ -146,7 +146,7 @@ def test_a_row_may_be_given_twice_where_nothing_is_scattered(device):
     assert torch.equal(out[1, 1], out[1, 3])
     given["x"].requires_grad_()
     if device.type == "cuda":
-        return  # unchecked there
+        return  # ids are not checked there
     with pytest.raises(ValueError, match=r"row_ids\[1, 3\] = 1, as is row_ids\[1, 1\]; give each row once"):
         run(given)
 
@@ -232,7 +232,7 @@ def test_weights_of_the_dtype_of_x_get_gradients_of_that_dtype(device, assert_ne
 
 
 def test_rows_with_a_large_mean_keep_their_variance(device, assert_near):
-    """The mean is taken off before squaring: E[x^2] - E[x]^2 would lose everything here."""
+    """The mean is subtracted before squaring: E[x^2] - E[x]^2 would lose all digits here."""
     given, _ = drawn(device, (2, 5, 4, 64), torch.float32)
     given["x"] = given["x"] + 3000
     assert_near(run(given), run(widened(given)), 1e-3)
@@ -389,7 +389,7 @@ def test_a_row_that_no_set_keeps_gets_zeros_even_with_eps_0(device):
 
 
 def test_a_position_id_of_minus_1_adds_nothing_without_row_ids(device, assert_near):
-    """Its gradient went to the last row of the table."""
+    """Once its gradient went to the last row of the table."""
     x, table = torch.randn(1, 4, 6, device=device), torch.randn(3, 6, device=device).requires_grad_()
     ids = torch.tensor([[-1, 1, -1, 0]], device=device)
     y = gather_layer_norm(x, None, None, 1e-6, position=table, position_ids=ids, padded=True)

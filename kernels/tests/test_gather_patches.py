@@ -91,10 +91,10 @@ def by_conv_windows(clip: Tensor, patch: int, tubelet: int, halo: int) -> Tensor
     ("size", "patch", "tubelet", "halo"),
     [
         ((1, 1, 4, 4), 4, 1, 0),  # one patch
-        ((1, 1, 5, 5), 5, 1, 2),  # one patch, a halo of which nothing is in the clip
+        ((1, 1, 5, 5), 5, 1, 2),  # one patch, with its halo outside the clip
         ((2, 6, 10, 15), 5, 3, 0),
         ((2, 4, 14, 21), 7, 2, 1),
-        ((3, 2, 40, 32), 4, 1, 0),  # more lines than one program takes
+        ((3, 2, 40, 32), 4, 1, 0),  # more lines than one program reads
         ((2, 2, 3, 3), 1, 1, 1),
         ((1, 1, 16, 32), 16, 1, 1),
     ],
@@ -119,7 +119,7 @@ def test_views_into_larger_tensors(device, make, halo, spread):
     ids = torch.tensor([[0, 11, 5], [7, 2, 11]], device=device)
     expected = gather_patches(clip, PATCH, 2, token_ids=ids, halo=halo)
     assert torch.equal(gather_patches(spread(clip), PATCH, 2, token_ids=spread(ids), halo=halo), expected)
-    if clip.dtype == torch.uint8:  # pixels stay side by side, as the kernel wants them
+    if clip.dtype == torch.uint8:  # pixels stay contiguous, as the kernel needs them
         wide = torch.full((3, 9, 30, 11, 3), 255, dtype=torch.uint8, device=device)
         crop = wide[1:, 1::2, 5:17, 2:10]
         crop.copy_(clip)

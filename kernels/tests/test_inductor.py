@@ -1,4 +1,4 @@
-"""Under torch.compile Inductor gets the plain form of an op, and makes one kernel of it and what stands around it."""
+"""Under torch.compile Inductor gets the plain form of an op and fuses it with neighbouring operations."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_one_fused_kernel_and_no_custom_op(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[1][0].is_floating_point()])
 def test_both_passes_are_plain(name, monkeypatch):
-    """The graphs that Inductor would get, which takes seconds to compile each."""
+    """Checks the graphs for Inductor, without compiling them, which takes seconds each."""
     from torch._dynamo.backends.common import aot_autograd
 
     if backend.triton is not None:

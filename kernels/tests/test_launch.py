@@ -1,4 +1,4 @@
-"""Plans: when a kept kernel is launched directly, and when Triton has to look at the arguments again."""
+"""Plans: when a kept kernel is launched directly, and when Triton must inspect the arguments again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from umt_kernels import launch
 
 
 class Compiled:
-    """What Triton's launch gives back."""
+    """The return value of Triton's launch."""
 
     def __init__(self, calls: list) -> None:
         self.calls = calls

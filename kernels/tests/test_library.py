@@ -46,7 +46,7 @@ def uint8_clip(device: torch.device) -> Tensor:
 
 
 def custom_op_cases(device: torch.device) -> dict[str, list[tuple]]:
-    """Arguments of each custom op, as the public functions give them."""
+    """Arguments of each custom op, as from the public functions."""
 
     def r(*shape, **settings):
         return randn(device, *shape, **settings)
@@ -380,7 +380,7 @@ MATRIX_PRODUCTS = ("patch_embed", "linear", "mlp")
 
 
 def value_and_gradients(function: Callable, inputs: list[Tensor], autocast: torch.dtype | None = None) -> list[Tensor]:
-    """The backward outside autocast, as PyTorch wants it."""
+    """Runs the backward outside autocast, as PyTorch recommends."""
     with torch.autocast(inputs[0].device.type, autocast, enabled=autocast is not None):
         value = function(*inputs)
     differentiable = [x for x in inputs if x.requires_grad]
@@ -394,7 +394,7 @@ def value_and_gradients(function: Callable, inputs: list[Tensor], autocast: torc
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("form", ["plain", "kernels"])
 def test_compiled_whole(device, name, dynamic, form, assert_near, monkeypatch):
-    if form == "kernels":  # also of ops that give Inductor their plain form
+    if form == "kernels":  # also for ops that give Inductor their plain form
         every = {op.partition(",")[0] for op in PUBLIC_OPS}
         monkeypatch.setattr(dispatch, "COMPILED_KERNELS", dispatch.COMPILED_KERNELS | every)
     function, inputs = public_cases(device)[name]
@@ -463,7 +463,7 @@ class EveryOp(torch.nn.Module):
         x = patch_embed(clip, self.patch, self.bias, 4, position=self.position)  # [B, 8, 8]
         keys = x.unflatten(2, (2, 4)).transpose(1, 2)
         scores = cls_scores(self.query.expand(len(x), -1, -1), keys)  # [B, 7]
-        # All of them: which are drawn must not depend on how many processes draw.
+        # All ids, because the draw must not depend on the number of processes.
         visible = sample_visible(scores.detach(), 7)
         y = gather_layer_norm(x, self.norm, self.shift, 1e-6, row_ids=visible)
         loss = cosine_alignment_loss(y[None], targets[None], target_ids=visible, weight=self.gain, bias=self.offset)
@@ -527,7 +527,7 @@ def test_cuda_graph_replays_with_new_inputs(device, name):
     torch.utils.deterministic.fill_uninitialized_memory = False
     function, inputs = public_cases(device)[name]
     if name in MATRIX_PRODUCTS:
-        inputs = [x.detach() for x in inputs]  # cuBLAS brings its own workspace; captured without a backward
+        inputs = [x.detach() for x in inputs]  # captured without a backward; cuBLAS has its own workspace
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

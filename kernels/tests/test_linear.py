@@ -24,7 +24,7 @@ def backend(
     monkeypatch: pytest.MonkeyPatch,
     fresh_plans: None,
 ) -> str:
-    """Whatever can run here: the kernel in both of its forms, or PyTorch."""
+    """All backends that run here: the kernel in both of its forms, or PyTorch."""
     if kernels and device.type == "cpu":
         monkeypatch.setattr(matmul, "target", lambda device: (request.param, 2))
     elif request.param != 80:
@@ -102,7 +102,7 @@ def test_mlp_matches_float64(device, backend, shape, activation, with_residual, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_with_a_float32_residual(device, backend, dtype, assert_near):
-    """As the student under autocast: wide parameters, a wide residual stream, narrow products."""
+    """As in the student under autocast: float32 parameters and residual stream, half-precision products."""
     m, d, h = 140, 80, 208
     tensors = [
         drawn(device, (2, m // 2, d), dtype),
@@ -169,7 +169,7 @@ def test_more_tiles_than_a_swath(device, backend, assert_near):
 
 
 def test_gradients_of_float32_biases_are_sums_in_float32(device, needs_kernels):
-    """257 is no bfloat16."""
+    """bfloat16 cannot represent 257."""
     x, weight = drawn(device, (257, 16), torch.bfloat16), drawn(device, (16, 16), torch.bfloat16)
     bias = torch.zeros(16, device=device, requires_grad=True)
     linear(x, weight, bias, backend="triton").sum().backward()

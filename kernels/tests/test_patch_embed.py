@@ -114,7 +114,7 @@ def test_bias_and_position_may_have_another_dtype(device, assert_near):
 
 
 def test_a_second_call_of_the_same_shapes(device, assert_near):
-    """Its plan is kept, but ids, clip, weights and the normalisation are those of the call."""
+    """The plan is kept, but ids, clip, weights and normalisation come from the second call."""
     given = case(device, "uint8")
     run(given)
     for change in (
@@ -320,7 +320,7 @@ def test_forms_for_other_models(device, form, copied, assert_near):
 
 
 def test_planar_uint8_frames_are_read_where_they_lie(device, needs_kernels, monkeypatch):
-    """A decoder's [B,T,3,H,W]: no copy into another order."""
+    """A decoder's [B,T,3,H,W] is read without a copy into another order."""
     clip = torch.randint(0, 256, (1, 2, 3, 8, 8), dtype=torch.uint8, device=device)
     seen = []
     monkeypatch.setattr(launch.Plan, "launch", lambda plan, tensors, outputs: seen.append(tensors[0].data_ptr()))

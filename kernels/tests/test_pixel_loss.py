@@ -10,7 +10,7 @@ from torch import Tensor
 from umt_kernels import pixel_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EPS = 1e-2  # large enough to be seen
+EPS = 1e-2  # large enough to have an effect
 
 
 def targets(

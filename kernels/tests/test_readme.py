@@ -1,4 +1,4 @@
-"""The README's examples run, in order, and give the shapes they say."""
+"""The README's examples run in order and give the shapes in their comments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often the kernels read each element of their inputs, counted in Triton's interpreter."""
+"""Number of reads of each input element by the kernels, counted in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Reads:
         self.addresses: list[np.ndarray] = []
 
     def of(self, x: Tensor) -> float:
-        """Loads of an element of x, on average."""
+        """Mean number of loads per element of x."""
         first = x.data_ptr()
         found = sum(int(((a >= first) & (a < first + x.nbytes)).sum()) for a in self.addresses)
         return found / x.numel()

@@ -1,4 +1,4 @@
-"""The page of recipes: its encoders equal those of transformers, weights copied, in float64."""
+"""The encoders of the page of recipes equal those of transformers with copied weights, in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FRAMES, SIDE = 4, 16
 GRID = SIDE // PATCH
 TOKENS = FRAMES // 2 * GRID**2
 SIZES = {"width": WIDTH, "depth": DEPTH, "heads": HEADS, "hidden": HIDDEN, "patch": PATCH}
-# Where transformers keeps a block's weights; names differ from model to model and from version to version.
+# transformers' names of a block's weights, which differ between models and versions.
 PLACES = {
     "norm1": ("layernorm_before", "norm1"),
     "norm2": ("layernorm_after", "norm2"),
@@ -52,7 +52,7 @@ def layers_of(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def copy_weights(encoder: nn.Module, model: nn.Module) -> None:
-    """From a model of transformers into an encoder of the page."""
+    """Copy the weights of a model of transformers into an encoder of the page."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
@@ -199,7 +199,7 @@ def test_mae_loss_of_pixels(page, transformers, normalise):
 
 
 def test_the_encoders_train_in_float32_with_the_kernels(page, device):
-    """float64 above runs the reference; here the kernels do, where they can."""
+    """float64 above runs the reference; float32 runs the kernels where available."""
     torch.manual_seed(0)
     uint8, _ = clip()
     encoder = page["VideoMAEEncoder"](TOKENS, **SIZES).to(device)

@@ -1,4 +1,4 @@
-"""sample_visible: what a draw looks like, and the law it follows."""
+"""sample_visible: the form of a draw, and its distribution."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ if triton is not None:
 
 
 def race(scores: Tensor, num_visible: int, seed: Tensor) -> tuple[Tensor, Tensor]:
-    """The draw of the kernel's numbers by sorting, in float64, and which rows are decided by more than rounding."""
+    """The draw from the kernel's random numbers by sorting in float64, and the rows that rounding does not decide."""
     bits = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     patches = scores.shape[1]
     random_numbers[(len(scores),)](seed, bits, patches, BLOCK=triton.next_power_of_2(patches))
@@ -172,7 +172,7 @@ def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, nu
     """All keys alike: the first ids are drawn, and nothing is written into the next row."""
     if not INTERPRETED:
         pytest.skip("ties cannot be arranged on a GPU")
-    monkeypatch.setattr(tl, "log", lambda x: x * 0 + (1 + 2**-23))  # of a key of score 0 the last bit is then 1
+    monkeypatch.setattr(tl, "log", lambda x: x * 0 + (1 + 2**-23))  # then the last bit of a key of score 0 is 1
     launch_it = launch.Plan.launch
 
     def launch_with_room_behind(plan: launch.Plan, tensors: tuple, outputs: tuple[Tensor]) -> None:
@@ -193,7 +193,7 @@ def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, nu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_near_the_largest_number_follow_the_same_law(device, dtype):
-    """score / wait would be infinite for most of them, and the first infinite one would win."""
+    """score / wait would be infinite for most scores, and the first infinite one would be drawn."""
     rows = 4000 if not INTERPRETED else 800
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype)
     scores = (weights / 0.4 * torch.finfo(dtype).max).to(device).expand(rows, -1)
@@ -207,7 +207,7 @@ def test_infinite_and_subnormal_scores(device):
     scores = torch.tensor([[float("inf"), 0.0, 1e-42, 0.0, 1.0]], device=device).expand(60, -1)
     assert (sample_visible(scores, 3, generator(0, device)) == torch.tensor([0, 2, 4], device=device)).all()
     assert (sample_visible(scores, 1, generator(0, device)) == 0).all()
-    assert (sample_visible(scores[:, 2:], 1, generator(0, device)) == 2).all()  # the subnormal score is no rival
+    assert (sample_visible(scores[:, 2:], 1, generator(0, device)) == 2).all()  # never the subnormal score
 
     two = torch.tensor([[float("inf"), float("inf"), 1.0]], device=device).expand(40, -1)
     drawn = sample_visible(two, 1, generator(0, device))
@@ -282,7 +282,7 @@ def test_rows_beyond_the_kernels_reach_run_the_reference(device, monkeypatch, fr
 
 
 def test_classes_of_a_long_row_follow_multinomial(device):
-    """1024 patches of eight scores, many of each: ten rows say what thousands of short ones would."""
+    """1024 patches with only eight different scores: ten rows are as significant as thousands of short ones."""
     patches, num_visible = 1024, 300
     members = torch.arange(patches) % len(UNEVEN)
     scores = torch.tensor(UNEVEN)[members]
@@ -305,7 +305,7 @@ def test_inclusion_follows_multinomial(device, num_visible):
     ours = indicators(sample_visible(scores[: rows // FEWER], num_visible, generator(1, device)), patches)
     theirs = indicators(torch.multinomial(scores, num_visible, generator=generator(2, device)), patches)
     difference = (ours.mean(0) - theirs.mean(0))[:-1]  # the last is what the others leave
-    # Both have the same covariance; that of the larger sample is known well.
+    # Both samples have the same covariance; the larger sample estimates it well.
     covariance = torch.cov(theirs.T)[:-1, :-1] * (1 / len(ours) + 1 / len(theirs))
     statistic = difference @ torch.linalg.solve(covariance, difference)
     assert statistic < CRITICAL[patches - 1]
@@ -331,7 +331,7 @@ def test_sets_follow_successive_draws_exactly(device, scale):
     counts = dict.fromkeys(probability, 0)
     for chosen, count in zip(*torch.unique(drawn, dim=0, return_counts=True), strict=True):
         counts[tuple(chosen.tolist())] += int(count)
-    if rows * min(probability.values()) > 1:  # or chi-square's law does not hold
+    if rows * min(probability.values()) > 1:  # otherwise the chi-square distribution does not apply
         statistic = sum((counts[s] - rows * p) ** 2 / (rows * p) for s, p in probability.items())
         assert statistic < CRITICAL[len(probability) - 1]
 

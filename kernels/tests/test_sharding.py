@@ -1,4 +1,4 @@
-"""The ops on DTensors over two processes: outputs and gradients of one process, or an error that says what to do."""
+"""The ops on DTensors over two processes: outputs and gradients of one process, or an error with the fix."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ UNTRACKED = ("targets", "scale", "row_weights", "weights", "clip")
 
 
 def value_and_gradients(function: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The value and the gradients of a sum over its squares, which differ from place to place."""
+    """The value, and gradients of the sum of its squares, which differ between elements."""
     leaves = {n: x.detach() for n, x in tensors.items()}
     for name, x in leaves.items():
         x.requires_grad_(x.is_floating_point() and name not in UNTRACKED)
@@ -142,7 +142,7 @@ def value_and_gradients(function: Callable[..., Any], tensors: dict[str, Tensor]
 
 
 def errors(mesh: Any) -> None:
-    """Calls that cannot be computed on shards say what to do instead."""
+    """Calls that cannot run on shards raise an error with the fix."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     def put(x: Tensor, placement: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""Random calls of every op against its definition in float64: shapes, dtypes, strides, and values that floats dislike.
+"""Random calls of every op against its definition in float64: shapes, dtypes, strides and extreme values.
 
 The tests run a few. `python kernels/tests/test_sweep.py 500 [OP...]` runs 500 seeds of each op, with its kernels under
-TRITON_INTERPRET=1, and prints what is off.
+TRITON_INTERPRET=1, and prints the faults.
 
 What counts as equal follows from the dtypes. An element may be off by roundings of its own dtype, and by what
 relative errors of one unit of the dtype that the op computes in do to the definition, where they are in every input:
@@ -58,7 +58,7 @@ class Call:
     differentiated: tuple[str, ...]
     note: str = ""
     computes: torch.dtype = torch.float32
-    """Dtype of what the op keeps on its way."""
+    """Dtype of the op's intermediate results."""
     floor: float = 0.0
     """Absolute error of the outputs, in units of that dtype."""
 
@@ -95,7 +95,7 @@ class Draw:
         return self.laid(x.to(dtype))
 
     def laid(self, x: Tensor) -> Tensor:
-        """The same values with the strides of a slice, of a transposed tensor, or contiguous."""
+        """`x` as a slice, as a transposed tensor, or contiguous."""
         layout = self.number(0, 3)
         if layout == 1 and x.dim():
             outer = [n + 3 if axis == x.dim() - 1 else 2 * n for axis, n in enumerate(x.shape)]
@@ -163,7 +163,7 @@ def _add(draw: Draw, kind: str, dtype: torch.dtype) -> Call:
     fixed: dict[str, Any] = {"row_ids": draw.ids(batch, kept, length, False)} if gathers else {}
     scale = draw.one_of((None, 0.5, draw.values("normal", batch, dtype=torch.float32)))
     eps = draw.one_of((1e-6, 1e-3))
-    computes = torch.float32 if post else tensors["residual"].dtype  # the norm is of the sum as it is stored
+    computes = torch.float32 if post else tensors["residual"].dtype  # the norm reads the stored, rounded sum
 
     def run(**t: Tensor) -> tuple[Tensor, ...]:
         first = t.pop("residual"), t.pop("branch"), t.pop("weight", None), t.pop("bias", None)
@@ -333,7 +333,7 @@ def outcome(call: Call, tensors: dict[str, Tensor], upstream: list[Tensor] | Non
 
 
 def faults(op: str, seed: int) -> list[str]:
-    """What is off in the call that a seed draws."""
+    """Faults of the call for a seed."""
     draw = Draw(seed)
     kind, dtype = draw.one_of(KINDS), draw.one_of(DTYPES)
     call = OPS[op](draw, kind, dtype)

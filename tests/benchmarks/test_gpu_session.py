@@ -1,4 +1,4 @@
-"""A GPU session: its stages end in time, what they have is kept, the next call goes on."""
+"""A GPU session: its stages end in time and keep their results, and the next call continues."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_stage_out_of_time_keeps_what_it_wrote(session, tmp_path):
 
 
 def test_results_are_saved_while_a_stage_runs(session, tmp_path, monkeypatch):
-    """So that a session that is killed leaves them."""
+    """So that a killed session keeps its results."""
     monkeypatch.setattr(gpu_session, "SAVE_EVERY", 0.1)
     seen = []
     save = session.save
@@ -138,7 +138,7 @@ def test_a_request_to_end_leaves_the_results_too(tmp_path):
 
 
 def test_a_killed_session_leaves_a_page_and_no_stage(tmp_path):
-    """kill -9: what was measured can be read, the stage does not stay on the GPU, and the next call goes on."""
+    """After kill -9 the results can be read, no stage runs on the GPU, and the next call continues."""
     measured = {"facts": {"sources": "abc"}, "results": []}
     stage = "import os, pathlib, time; pathlib.Path(os.environ['PID']).write_text(str(os.getpid())); time.sleep(60)"
     code = "import sys; from benchmarks import gpu_session as g; g.SAVE_EVERY = 0.1; "

@@ -1,4 +1,4 @@
-"""The leaderboard is that of the results beside it."""
+"""The committed leaderboard matches the committed results."""
 
 from __future__ import annotations
 

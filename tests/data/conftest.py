@@ -15,7 +15,7 @@ WriteVideo = Callable[..., Path]
 
 
 def _pictures(count: int, width: int, height: int, seed: int) -> list[np.ndarray]:
-    """Coloured blocks that shift and a bar that runs over them: no two neighbours are alike."""
+    """Shifting coloured blocks under a moving bar; neighbouring frames always differ."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
     ground = blocks.repeat(8, 0).repeat(8, 1)[:height, :width]
@@ -49,7 +49,7 @@ def _write_video(
     width, height = size
     options = dict(options or {})
     if codec == "libx264":
-        options["mbtree"] = "0"  # its vector code gives other bits from run to run
+        options["mbtree"] = "0"  # mbtree's vector code gives other bits in each run
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
@@ -92,7 +92,7 @@ def write_video() -> WriteVideo:
 
 @pytest.fixture
 def dead_workers_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A DataLoader that waits for data looks for dead workers every 5 seconds; here five times a second."""
+    """A waiting DataLoader checks for dead workers every 5 seconds; here five times a second."""
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
 
 

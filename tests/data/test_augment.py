@@ -1,4 +1,4 @@
-"""Training augmentation against the published pipeline, draw by draw."""
+"""Training augmentation against the published pipeline, with the same random draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of captions in every form, and what the published code makes of them."""
+"""Lists of captions in every form, read as by the published code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_sources_of_every_form_and_their_numbers(tmp_path):
         (f"{fourth}/6.mp4", "six"),
         (f"{fourth}/7.jpg", "seven"),
     ]
-    assert captions.idx.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]  # as published they collide across sources
+    assert captions.idx.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]  # as published, numbers repeat across sources
     assert read_training(sources, "distinct").idx.tolist() == list(range(8))
 
 

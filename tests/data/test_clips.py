@@ -1,4 +1,4 @@
-"""What other jobs than stage 1 ask of the stream: labels and captions, other frames, other clips, every video once."""
+"""Features of the stream for jobs other than stage 1: labels, captions, other frames and clips, every video once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def videos(tmp_path_factory, write_video) -> VideoList:
 
 
 class LastFrame:
-    """Two clips of one frame as float32: as it is, and its negative; plus a number of the generator."""
+    """Two float32 clips of one frame: the frame and its negative, each plus a random number."""
 
     clips, shape, dtype = 2, (32, 48, 3), np.dtype(np.float32)
 

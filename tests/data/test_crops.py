@@ -172,7 +172,7 @@ def test_a_cut_is_pillows_crop_and_resize(view, flip):
 
 
 def test_a_cut_of_a_frame_turned_upright():
-    """The decoder's upright frames are views with other strides."""
+    """The decoder's rotated frames are views with other strides."""
     frame = _frame(256, 340)
     view = View(20, 10, 168, 192, True)
     assert np.array_equal(_shown(np.rot90(frame), view, 96), _shown(np.rot90(frame).copy(), view, 96))
@@ -181,7 +181,7 @@ def test_a_cut_of_a_frame_turned_upright():
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("sizes", [[(90, 120)] * 3, [(90, 120), (60, 80), (90, 120)]])
 def test_a_clip_is_its_frames_one_by_one(sizes, flip):
-    """Also where the video changes its size, and a frame is smaller than what is cut out of it."""
+    """Also when the video changes its size, and a frame is smaller than the crop."""
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
     view = View(40, 5, 60, 50, flip)

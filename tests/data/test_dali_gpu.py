@@ -1,4 +1,4 @@
-"""DALI's loader on a GPU: the frames that PyAV gives, in memory that training may still be reading."""
+"""DALI's loader on a GPU: its frames equal PyAV's, and it does not overwrite memory that training still reads."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_damaged_video_is_replaced(videos, tmp_path):
 
 
 def test_memory_is_not_reused_while_training_reads_it(videos):
-    """The training stream lags behind: each clip is dropped by Python long before its sum is taken on the GPU."""
+    """The training stream is slow: Python drops each clip long before the GPU sums it."""
     stream = _stream(videos, pipelines=2)
     expected = [batch.clip.long().sum().item() for batch in _loader(stream, batches=24, batch_size=8)]
     training = torch.cuda.Stream(DEVICE)

@@ -1,5 +1,5 @@
 """DALI's loader against PyAV's: the same videos, frames, crops and replacements. On the CPU, where DALI decodes VP8,
-VP9 and MJPEG with the same pipeline that has NVDEC decode on a GPU."""
+VP9 and MJPEG in the same pipeline as NVDEC on a GPU."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def mixed(tmp_path_factory, write_video) -> list[str]:
 
 @pytest.fixture(scope="module")
 def vp9(tmp_path_factory) -> list[str]:
-    """The demo's VP9 files: what moves in them has edges and smooth parts, as films have."""
+    """The demo's VP9 files: their moving shapes have edges and smooth parts, like real videos."""
     folder = tmp_path_factory.mktemp("vp9")
     synthetic.write_videos(folder, 8)
     return sorted(map(str, folder.glob("*.webm")))
@@ -133,12 +133,12 @@ def _assert_same(one: list[Batch], other: list[Batch]) -> None:
 
 
 def _luma_errors(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Mean difference of brightness of each frame, of 255."""
+    """Mean difference of each frame's brightness, in levels of 255."""
     return ((one.float() - other.float()) @ LUMA).abs().mean(dim=(-2, -1))
 
 
 def _assert_alike(made: list[Batch], expected: list[Batch], luma: float = 2.0) -> None:
-    """The same videos; clips by PyAV equal to the bit, those by DALI but for how colours are made."""
+    """The same videos; PyAV's clips are equal bit for bit, DALI's except for the colour conversion."""
     assert [batch.paths for batch in made] == [batch.paths for batch in expected]
     assert _bad(made) == _bad(expected)
     for one, other in zip(made, expected, strict=True):
@@ -166,7 +166,7 @@ def _planes(frame: av.VideoFrame) -> list[np.ndarray]:
 
 
 def _enlarge(plane: np.ndarray, axis: int) -> np.ndarray:
-    """Twice the length, linearly, samples in the middle between those they stand for (as MPEG-1 and JPEG site them)."""
+    """Double the length by linear interpolation, with chroma samples centred as in MPEG-1 and JPEG."""
     before = np.concatenate((plane.take([0], axis), plane.take(range(plane.shape[axis] - 1), axis)), axis)
     after = np.concatenate((plane.take(range(1, plane.shape[axis]), axis), plane.take([-1], axis)), axis)
     pairs = np.stack((0.25 * before + 0.75 * plane, 0.75 * plane + 0.25 * after), axis + 1)
@@ -176,7 +176,7 @@ def _enlarge(plane: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    """RGB of PyAV's decoded planes by ITU-R BT.601, chroma interpolated: what DALI makes of the same planes."""
+    """RGB from PyAV's decoded planes by ITU-R BT.601 with interpolated chroma, as DALI converts them."""
     luma, *chroma = _planes(frame)
     for number, plane in enumerate(chroma):
         for axis in (0, 1):
@@ -193,12 +193,12 @@ def _rgb(frame: av.VideoFrame) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "odd" not in kind])
 def test_every_frame_is_the_one_that_pyav_decodes(sample, kind):
-    """To 1 of 255: the decoded planes are the same. In order, alone, backwards and with repeats."""
+    """Within 1 of 255, as the decoded planes are the same. In order, alone, backwards and with repeats."""
     path = sample(kind)
     with av.open(str(path)) as container:
         expected = np.stack([_rgb(frame) for frame in container.decode(video=0)])
     assert len(expected) == KINDS[kind][1].get("frames", 60)
-    assert len(np.unique(expected, axis=0)) == len(expected)  # else a neighbour in a frame's place would not show
+    assert len(np.unique(expected, axis=0)) == len(expected)  # otherwise a neighbouring frame would pass
     rng = np.random.default_rng(0)
     draws = [list(range(len(expected))), list(range(len(expected)))[::-1]]
     draws += [rng.integers(len(expected), size=8).tolist() for _ in range(4)]
@@ -210,7 +210,7 @@ def test_every_frame_is_the_one_that_pyav_decodes(sample, kind):
 
 @pytest.mark.parametrize("kind", ["vp9_444.webm", "vp9_odd_size.webm"])
 def test_where_ffmpeg_converts_exactly_too_the_pictures_are_equal(sample, decode_all, kind):
-    """FFmpeg takes its fast way for 4:2:0 of even size alone."""
+    """FFmpeg uses its fast conversion only for 4:2:0 of even size."""
     path = sample(kind)
     frames = np.stack(decode_all(path))
     height, width = frames.shape[1:3]
@@ -221,7 +221,7 @@ def test_where_ffmpeg_converts_exactly_too_the_pictures_are_equal(sample, decode
 
 
 def _write_colours(path: Path, codec: str, matrix: int, full_range: bool) -> Path:
-    """A video whose stream says how its colours are to be read."""
+    """A video with colour tags in its stream."""
     y, x = np.mgrid[:64, :64]
     picture = np.stack((60 + 2 * x, 200 - 2 * y, 60 + x + y), axis=-1).astype(np.uint8)
     with av.open(str(path), "w") as container:
@@ -239,7 +239,7 @@ def _write_colours(path: Path, codec: str, matrix: int, full_range: bool) -> Pat
 @pytest.mark.parametrize("full_range", [False, True])
 @pytest.mark.parametrize(("codec", "matrix"), [("libvpx-vp9", 5), ("libvpx-vp9", 1), ("libvpx", 1)])
 def test_colours(tmp_path, codec, matrix, full_range):
-    """BT.601, BT.709 and, in VP8, BT.709 that the decoder does not heed; DALI alone reads all as BT.601."""
+    """BT.601, BT.709 and, in VP8, BT.709 that the decoder ignores; DALI itself reads all as BT.601."""
     path = _write_colours(tmp_path / "colours.mkv", codec, matrix, full_range)
     stream = _stream([str(path)], frames=2, side=64, crop_scales=(1.0,), flip=0.0)
     (expected,), (made,) = (by(stream, batches=1, batch_size=2) for by in (_by_pyav, _by_dali))
@@ -247,7 +247,7 @@ def test_colours(tmp_path, codec, matrix, full_range):
     assert (inner[0] - inner[1]).abs().mean() < 2
     (order,) = BatchPlanDataset(stream, DaliSupport())[[0]].requests_with_content()
     assert order.bt709 == (codec == "libvpx-vp9" and matrix == 1)
-    if order.bt709:  # that the matrix is needed
+    if order.bt709:  # the test needs the matrix
         order.bt709 = False
         unmended = DecodingPipeline(stream, CPU, 1, 1).decode(order)[:, :, 8:-8, 8:-8].float()
         assert (inner[0][:1] - unmended).abs().mean() > 3
@@ -258,7 +258,7 @@ def test_colours(tmp_path, codec, matrix, full_range):
     "view", [(0, 0, 48, 48), (0, 0, 31, 48), (7, 5, 40, 33), (20, 12, 24, 24), (8, 8, 32, 32), (40, 40, 8, 5)]
 )
 def test_crop_resize_and_flip_are_those_of_a_cut(sample, decode_all, view, flip):
-    """But for the outermost rows and columns of what is made smaller, to 1 of 255 (from 4:4:4, decoded to the bit)."""
+    """Within 1 of 255 (from 4:4:4, decoded exactly), except in the outermost rows and columns of downscaled clips."""
     path = sample("vp9_444.webm")
     shown = View(*view, flip)
     order = VisitRequest(0, "", np.fromfile(path, np.uint8), [3, 40], [shown], bt709=False)
@@ -290,17 +290,17 @@ def test_batches_are_those_of_pyav(mixed, crops):
             clips = slice(place * crops, (place + 1) * crops)
             equal[Path(path).suffix].append(torch.equal(one.clip[clips], other.clip[clips]))
     assert all(equal[".mp4"])  # PyAV decodes H.264 in both
-    assert not any(chain(equal[".webm"], equal[".avi"], equal[".mkv"]))  # else DALI had no part in it
+    assert not any(chain(equal[".webm"], equal[".avi"], equal[".mkv"]))  # otherwise DALI decoded nothing
 
 
 def test_neighbouring_frames_would_show(mixed):
-    """What `_assert_alike` lets pass is less than a frame read in another's place."""
+    """The tolerance of `_assert_alike` is smaller than the difference between neighbouring frames."""
     (batch,) = _by_pyav(_stream(mixed, frames=12), batches=1, batch_size=8)
     assert _luma_errors(batch.clip[:, 1:], batch.clip[:, :-1]).min() > 2.5
 
 
 def test_films_differ_by_less_than_two(vp9):
-    """At 224 px the mean difference of a frame, of 255, in brightness and colours: docs/data.md tells of it."""
+    """The mean difference of a frame at 224 px, in brightness and colours, in levels of 255; see docs/data.md."""
     stream = _stream(vp9, side=224)
     pairs = zip(_by_dali(stream, batches=2, batch_size=8), _by_pyav(stream, batches=2, batch_size=8), strict=True)
     for made, expected in pairs:
@@ -339,7 +339,7 @@ def test_short_videos(tmp_path, write_video):
 
 
 def test_shards(mixed, tmp_path):
-    """Videos in a tar file, found by an index, and by their place alone."""
+    """Videos in a tar file, found by an index, and by offset only."""
     rows = []
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
         for path in mixed:
@@ -384,7 +384,7 @@ def test_turned_and_cut_videos_and_hidden_frames_go_to_pyav(tmp_path, write_vide
 
 
 def test_a_video_that_changes_in_size_goes_to_pyav(tmp_path, write_video):
-    """DALI 2.4.0 writes past its memory there. Nothing drawn before that shows may be lost."""
+    """DALI 2.4.0 writes past its memory there. Draws made before the change of size is found must not be lost."""
     sizes = ((64, 48), (96, 64))
     parts = [write_video(tmp_path / f"{n}.webm", "libvpx-vp9", frames=8, size=sizes[n]) for n in range(2)]
     with av.open(str(tmp_path / "joined.webm"), "w") as writer:
@@ -438,7 +438,7 @@ def _damage_a_gop(path: Path, target: Path) -> Path:
 
 @pytest.fixture
 def bad_videos(tmp_path, write_audio, sample) -> list[str]:
-    """One of each kind that cannot be read, all or in part."""
+    """One video of each unreadable or partly unreadable kind."""
     webm = sample("vp9.webm").read_bytes()
     contents = {
         "empty.webm": b"",
@@ -481,7 +481,7 @@ def test_a_video_of_an_index_that_has_changed_is_bad(mixed, tmp_path):
 
 
 def test_where_dali_fails_pyav_decides(sample, mixed, tmp_path, monkeypatch):
-    """A file whose packets can be listed but not decoded ends the run of a pipeline; the rest of its group is kept."""
+    """A file with packets that cannot be decoded stops a pipeline; the other videos of its group are kept."""
     damaged = str(_damage_a_gop(sample("vp9.webm"), tmp_path / "damaged.webm"))
     stream = _stream([*mixed, damaged], pipelines=2)
     failures = []
@@ -521,7 +521,7 @@ def test_nothing_readable(tmp_path, workers):
 
 
 def test_a_codec_of_other_frames_is_left_to_pyav(mixed, monkeypatch):
-    """On a GPU the first videos are compared; here the comparison is run on the CPU, once with a fault."""
+    """A run on a GPU compares the first videos; here the comparison runs on the CPU, once with a fault."""
     with DaliLoader(_stream(mixed), CPU, None, start=0, batches=1, batch_size=1, say=print) as loader:
         assert loader._find_wrong(DaliSupport(), range(8)) == frozenset()
         decode = DecodingPipeline.decode
@@ -618,7 +618,7 @@ print(libc.mallinfo2().field8)  # bytes that are free and stay with the process
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 tells")
 def test_large_buffers_leave_no_holes(write_video, tmp_path):
-    """10 batches leave 5 MB of them; 30 to 100 MB where malloc gives DALI all its memory."""
+    """10 batches leave gaps of 5 MB, or of 30 to 100 MB if DALI gets all its memory from malloc."""
     path = write_video(tmp_path / "a.avi", "mjpeg", size=(320, 240), frames=16, **MJPEG)
     command = [sys.executable, "-c", HOLES, str(path)]
     finished = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
@@ -626,7 +626,7 @@ def test_large_buffers_leave_no_holes(write_video, tmp_path):
 
 
 def test_a_batch_outlives_the_next_and_the_loader(mixed):
-    """Its memory is DALI's; it is kept for as long as the tensor lives."""
+    """A batch is in DALI's memory, which is kept as long as the tensor lives."""
     stream = _stream([path for path in mixed if not path.endswith(".mp4")])
     with DaliLoader(stream, CPU, None, start=0, batches=6, batch_size=3) as loader:
         first = next(loader)
@@ -673,7 +673,7 @@ def test_closing_leaves_no_process_and_no_thread(mixed, taken):
 
 
 def test_random_states_are_left_alone(mixed):
-    """The masks of a run come from torch's generator: a resumed run makes a new loader and must draw the same."""
+    """Masks of a run come from torch's generator, so a new loader in a resumed run must not change its state."""
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     _by_dali(_stream(mixed), batches=2, batch_size=2)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -714,7 +714,7 @@ def _pairs(paths: list[str], training: bool, antialias: bool = False, replace: b
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_views_of_stage_2_are_those_of_pyav(mixed, training, antialias):
-    """Random resized crops and flips, or whole frames: resized by torch, so that only chroma differs."""
+    """Random resized crops and flips, or whole frames; torch resizes them, so only chroma differs."""
     stream = _pairs(mixed, training, antialias)
     expected, made = (by(stream, batches=3, batch_size=5) for by in (_by_pyav, _by_dali))
     _assert_alike(made, expected)
@@ -723,7 +723,7 @@ def test_views_of_stage_2_are_those_of_pyav(mixed, training, antialias):
 
 
 def test_views_of_exact_frames_are_equal(sample, decode_all):
-    """From 4:4:4, which both decode to the bit."""
+    """From 4:4:4, which both decode exactly."""
     stream = _pairs([str(sample("vp9_444.webm"))] * 2, training=True)
     expected, made = (by(stream, batches=4, batch_size=2) for by in (_by_pyav, _by_dali))
     _assert_same(made, expected)

@@ -1,4 +1,4 @@
-"""The fast augmentation: operations against Pillow's, and what it does to a stream."""
+"""The fast augmentation: operations against Pillow's, and its effect on a stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 
 def pictures(count: int = 3, height: int = 37, width: int = 53) -> np.ndarray:
-    """Smooth colours, so that interpolation kernels give near values; the last one has a single colour."""
+    """Smooth pictures, for which different interpolation kernels agree; the last one has a single colour."""
     rng = np.random.default_rng(0)
     small = torch.from_numpy(rng.integers(20, 230, (count, 3, 4, 5))).float()
     large = torch.nn.functional.interpolate(small, (height, width), mode="bilinear")

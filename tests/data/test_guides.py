@@ -45,7 +45,7 @@ def test_motion_is_that_of_the_crop(tmp_path, write_video):
 
 
 def test_motion_comes_with_the_frames(tmp_path, write_video, monkeypatch):
-    """No second pass over the file."""
+    """Without a second pass over the file."""
     opened = []
     monkeypatch.setattr(container, "opened", lambda *given, real=container.opened: opened.append(1) or real(*given))
     clip = ClipDataset(make(tmp_path, write_video, "motion"))[[0]].clip

@@ -76,7 +76,7 @@ IMPOSSIBLE = (-1, 1.5, 1 << 62, 1 << 64, -(10**30), None, "7", [], True, float("
 @pytest.mark.parametrize("number", IMPOSSIBLE)
 @pytest.mark.parametrize("key", ["sizes", "first", "bytes", "offset", "width", "height"])
 def test_a_row_with_an_impossible_number_is_refused(key, number):
-    """Not later, by whatever error reading then ends in."""
+    """At once, not by a later error of reading."""
     row = {"path": "a", "bytes": 9, "offset": 0, **describe(replace(_facts([0, 1], [0]), packets=Packets(1, 2, b"")))}
     (row["packets"] if key in row["packets"] else row)[key] = number
     if number is None and key in ("bytes", "offset"):  # not known
@@ -107,7 +107,7 @@ def test_a_setup_that_is_not_base64_is_refused():
     ],
 )
 def test_a_row_with_impossible_times_is_refused(runs, number):
-    """Before memory is taken for them."""
+    """Before memory is allocated for them."""
     row = {"path": "a", **describe(_facts([0, 1, 2, 3], [0])), **runs(number)}
     with pytest.raises(BadIndex):
         VideoList.of_rows([row])[0]
@@ -145,7 +145,7 @@ def test_files_that_are_not_an_index_are_refused(content, message):
 
 
 def test_a_video_of_more_frames_than_there_are_is_refused():
-    """Its times would take the memory of the machine."""
+    """Its times would use all memory of the machine."""
     row = {"path": "a", **describe(_facts([0], [0])), "times": [0, [1, 1 << 24]], "frames": (1 << 24) + 1}
     with pytest.raises(BadIndex, match="16777217 frames"):
         VideoList.of_rows([row])[0]

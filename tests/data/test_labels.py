@@ -133,7 +133,7 @@ def test_class_files(tmp_path: Path):
 
 
 def test_a_label_that_would_make_millions_of_classes_is_refused(tmp_path):
-    """Found by fuzzing: it took the memory of the machine."""
+    """Found by fuzzing: such a label used all memory of the machine."""
     (tmp_path / "list.csv").write_text("a.mp4,3\nb.mp4,421474836\n")
     with pytest.raises(LabelError, match="line 2: label 421474836 would make"):
         read_labelled(str(tmp_path / "list.csv"))

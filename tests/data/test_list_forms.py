@@ -1,4 +1,4 @@
-"""Lists, folders and shards as people have them."""
+"""Lists, folders and shards as they occur in practice."""
 
 from __future__ import annotations
 

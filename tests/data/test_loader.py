@@ -162,7 +162,7 @@ def test_reading_out_of_order_changes_nothing(videos):
 
 @pytest.fixture(scope="module")
 def square(tmp_path_factory, write_video, decode_all) -> tuple[str, torch.Tensor]:
-    """A video as large as the clips, and its frames: without flips a clip is a choice of them."""
+    """A video of the clips' size, and its frames: without flips a clip is a subset of these frames."""
     path = write_video(tmp_path_factory.mktemp("square") / "square.mp4", frames=22, size=(SIDE, SIDE))
     return str(path), torch.from_numpy(np.stack(decode_all(path)))
 
@@ -285,7 +285,7 @@ def test_replacements_differ_by_epoch(videos, broken):
 
 
 def test_other_clips_stay_when_a_file_breaks(videos, tmp_path):
-    """What one video is replaced by does not move the rest of the stream."""
+    """A replacement of one video does not change the other clips."""
     last = tmp_path / "last.mp4"
     last.write_bytes(Path(videos[0]).read_bytes())
     listed = [*videos, str(last)]
@@ -359,7 +359,7 @@ def test_leaving_the_block_by_an_error_leaves_no_process(videos):
 
 
 def test_an_error_in_a_worker_leaves_no_process_while_its_traceback_lives(videos, monkeypatch):
-    """The traceback holds the iterator, and workers do not heed the SIGTERM of Python's exit."""
+    """The traceback holds the iterator, and workers ignore the SIGTERM of Python's exit."""
 
     def fail(self, visits):
         raise RuntimeError("worker")
@@ -381,7 +381,7 @@ def test_a_forgotten_loader_leaves_no_process(videos):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_random_states_are_left_alone(videos, broken, workers):
-    """The masks of a run come from torch's generator: a resumed run makes a new loader and must draw the same."""
+    """Masks of a run come from torch's generator, so a new loader in a resumed run must not change its state."""
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     _batches(_stream([*videos, broken], workers), batches=4, batch_size=2)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -420,7 +420,7 @@ def test_a_search_for_garbage_leaves_alone_what_workers_share(videos):
 
 
 def test_memory_of_batches_is_used_again(videos):
-    """Where it was not, torch shares fresh memory."""
+    """Otherwise torch shares fresh memory."""
     with ClipLoader(_stream(videos, workers=2), start=0, batches=40, batch_size=2) as loader:
         assert not any(batch.clip.is_shared() for batch in loader)
     assert any(batch.clip.is_shared() for batch in _batches(_stream(videos, workers=2), batches=40, batch_size=2))
@@ -430,7 +430,7 @@ def test_memory_of_batches_is_used_again(videos):
     "keep", [torch.Tensor.detach, torch.Tensor.numpy, lambda clip: clip[1:, :, 3], lambda clip: clip]
 )
 def test_memory_in_use_is_left_alone(videos, keep):
-    """Also where but a view of a batch is kept, and where more batches are kept than there are buffers."""
+    """Also if only a view of a batch is kept, and if more batches are kept than there are buffers."""
     alone = [keep(batch.clip) for batch in _batches(_stream(videos), batches=30, batch_size=2)]
     kept = []
     with ClipLoader(_stream(videos, workers=2), start=0, batches=30, batch_size=2) as loader:
@@ -452,7 +452,7 @@ def test_a_pinned_batch_gives_its_memory_back(videos, monkeypatch):
 
 
 def test_a_copy_in_a_forked_process_gives_nothing_back():
-    """One that is dropped there: here the memory may still be in use."""
+    """A copy that is dropped there: this process may still use the memory."""
     buffers = BufferPool(1, 1, 10)
     _, lease = buffers.lease((10,), np.dtype(np.uint8))
     clip = lease.open((10,), np.dtype(np.uint8))
@@ -467,7 +467,7 @@ def test_a_copy_in_a_forked_process_gives_nothing_back():
 
 
 def test_more_memory_than_there_is_is_done_without():
-    """The loader goes on with fresh memory."""
+    """The loader continues with fresh memory."""
     assert BufferPool.for_workers(1 << 10, 1 << 10, 1 << 36) is None
     assert BufferPool.for_workers(0, 4, 10) is None
 
@@ -497,7 +497,7 @@ def test_workers_that_are_not_forked_change_nothing(videos, monkeypatch, method)
 
 
 def test_a_library_opens_a_loader_at_the_first_clip_without_a_word(demo_videos, capsys, recwarn):
-    """More workers than this machine may have cores; torch warns of that at each start."""
+    """With more workers than cores, of which torch would warn at each start."""
     stream = ClipStream(read_manifest(str(demo_videos)), DataConfig(workers=8), FRAMES, SIDE, seed=0)
     with open_loader(stream, torch.device("cpu"), batches=1, batch_size=2, start=0) as loader:
         first = next(loader)

@@ -20,7 +20,7 @@ from umt_fast.data.video import BadVideo, Video
 
 
 def write_moving_square(path: Path, codec: str) -> Path:
-    """A still, textured ground, and a textured square that moves 4 px a frame through the upper left quarter."""
+    """A still textured background, and a textured square that moves 4 px per frame in the upper left quarter."""
     rng = np.random.default_rng(0)
     ground = rng.integers(60, 120, (128, 128, 3), dtype=np.uint8)
     square = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -100,7 +100,7 @@ def test_a_map_is_the_mean_of_the_vectors_of_each_cell(tmp_path, write_video, op
 
 
 def test_a_copy_has_the_vectors_of_its_own_frames(tmp_path, write_video):
-    """It is read by its index, without a demuxer."""
+    """The copy is read by its index, without a demuxer."""
     (tmp_path / "videos").mkdir()
     write_video(tmp_path / "videos" / "a.mp4", frames=12, size=(96, 64))
     prepare(Settings(str(tmp_path / "videos"), str(tmp_path / "copies"), Recipe(gop=6, short_side=64), workers=1))

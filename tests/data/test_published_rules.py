@@ -29,7 +29,7 @@ RULES = json.loads((Path(__file__).parents[1] / "golden" / "pixels" / "data_rule
 
 
 class PythonChoices:
-    """`random.choice` of the published code in place of a NumPy generator: a pair of sides, then a place."""
+    """`random.choice` of the published code instead of a NumPy generator: a pair of sides, then a position."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -118,7 +118,7 @@ class _Named(nn.Module):
 
 
 def test_clips_of_mae_st_are_spread_over_seconds():
-    """16 x 4 frames of a video of 30 a second: 64 frames, the last one included; other rates cover the same time."""
+    """16 x 4 frames at 30 frames per second: 64 frames, including the last; other rates cover the same time."""
     assert span_frames(300, 16, 10.0, 73.0) == [10, 14, 18, 22, 26, 31, 35, 39, 43, 47, 52, 56, 60, 64, 68, 73]
     assert span_frames(40, 16, 0.0, 63.0)[-6:] == [39] * 6
     rng = np.random.default_rng(0)
@@ -137,7 +137,7 @@ def test_clips_of_mae_st_are_spread_over_seconds():
 @pytest.mark.parametrize("total", [1, 15, 17, 63, 64, 65, 100, 250, 300, 301])
 @pytest.mark.parametrize("step", [2, 4])
 def test_test_views_of_videomae(total, step):
-    """As its text says: decode every `step`-th frame, 5 starts int(k (n - 16) / 4) among them; the last one repeats."""
+    """As in its source: decode every `step`-th frame, then 5 starts at int(k (n - 16) / 4); the last frame repeats."""
     decoded = list(range(0, total, step))
     decoded += [decoded[-1]] * (16 - len(decoded))
     for k in range(5):

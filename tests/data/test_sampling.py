@@ -94,7 +94,7 @@ def test_epoch_order_is_a_function_of_seed_and_epoch():
 
 
 def test_epoch_order_mixes():
-    """Every video comes at every place, over many epochs."""
+    """Over many epochs every video occurs at every place."""
     orders = np.array([epoch_order(0, epoch, 5) for epoch in range(2000)])
     for place in orders.T:
         assert np.abs(np.bincount(place, minlength=5) - 400).max() < 100

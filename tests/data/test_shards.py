@@ -1,4 +1,4 @@
-"""Shards and files, local and from a server that fails now and then."""
+"""Shards and files, local and from a server with occasional failures."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_shard_cut_off_is_a_bad_video(shards, tmp_path):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `folder`; `fail` says what goes wrong with the nth request for a path, from 1 on."""
+    """Serves `folder`; `fail` has the failure of the nth request for a path, from 1."""
 
     daemon_threads = True
 
@@ -110,7 +110,7 @@ class Server(ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.sent = 0
         self.stall = 3.0
-        """Seconds, or until `over`."""
+        """Seconds to wait before an answer, or until `over`."""
         self.over = threading.Event()
 
     @property
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(shards, tmp_path, monkeypatch) -> Iterator[Server]:
-    """With an index of the shards, and waits that do not make a test long."""
+    """With an index of the shards, and short waits."""
     pytest.importorskip("aiohttp", reason="pip install 'fsspec[http]'")
     monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
     for path in shards.glob("*.tar"):
@@ -307,7 +307,7 @@ def test_a_file_system_that_only_blocks_is_given_up_too(monkeypatch):
 
 
 def test_a_read_that_hangs_holds_no_process_up(server):
-    """Ctrl-C within the main process's own reads, and its end while reads ahead are at work."""
+    """Ctrl-C during the main process's own reads, and its end during reads ahead."""
     server.fail = lambda path, number: "stall"
     server.stall = 60
     code = (
@@ -343,7 +343,7 @@ def test_an_unknown_kind_of_url():
 
 
 def test_no_video_is_lost_or_repeated_when_the_number_of_ranks_changes(shards, tmp_path):
-    """An epoch of 60 videos, begun by two ranks, gone on with by three and then by one."""
+    """An epoch of 60 videos, begun by two ranks, continued by three and then by one."""
     source = shards / "0.mp4"
     for number in range(60):
         (tmp_path / f"{number}.mp4").symlink_to(source)

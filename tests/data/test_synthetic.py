@@ -43,7 +43,7 @@ def test_folder_and_list_name_the_same_files(demo_videos):
 
 
 def test_codecs(demo_videos):
-    """H.264 and VP9 by turns, with key frames on the way to seek to."""
+    """H.264 and VP9 alternate, with several key frames for seeking."""
     codecs = {".mp4": "h264", ".webm": "vp9"}
     paths = read_manifest(str(demo_videos))
     assert [Path(path).suffix for path in paths] == [".mp4", ".webm"] * 4
@@ -92,7 +92,7 @@ def test_a_video_does_not_hang_on_how_many_there_are(small_videos, demo_videos, 
 
 
 def test_shapes_move(demo_videos, decode_all):
-    """The ground stands still, so what differs is a shape; more than the codec's noise differs everywhere."""
+    """The background is still, so differences above the codec's noise come from shapes."""
     for path in read_manifest(str(demo_videos)):
         frames = np.asarray(decode_all(path), dtype=np.int16)
         assert frames.shape == (synthetic.FRAMES, synthetic.HEIGHT, synthetic.WIDTH, 3)

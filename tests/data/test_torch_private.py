@@ -1,4 +1,4 @@
-"""The private APIs of PyTorch that the data path uses exist and do what it expects, in every supported version."""
+"""The private APIs of PyTorch used by umt_fast.data exist and work as expected, in every supported version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from umt_fast.data.torch_private import empty_shared, is_dead_worker, resize_ant
 
 
 class Sleepers(Dataset):
-    """Items that take long: workers are busy whenever they are stopped."""
+    """Slow items, so that workers are busy when they are stopped."""
 
     def __getitem__(self, index: int) -> int:
         time.sleep(60 * (index > 1))

@@ -1,4 +1,4 @@
-"""Lists, indices, shards, replies and videos that were made to do harm. Traffic goes to the loopback only."""
+"""Hostile lists, indices, shards, replies and videos. Traffic goes only to the loopback."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_reply_without_an_end_does_not_fill_the_disk_of_a_cache(serve, monkeyp
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_what_a_broken_connection_left_is_no_copy(serve, monkeypatch, tmp_path, cache):
-    """The second attempt fetches all of it, and a later one nothing."""
+    """The second attempt fetches the whole file, and a later read fetches nothing."""
     content, gets = os.urandom(100_000), []
 
     def reply(request):
@@ -210,7 +210,7 @@ def test_copies_lie_where_the_configuration_of_fsspec_says(serve, monkeypatch, t
 
 
 def test_a_reference_file_opens_nothing(tmp_path, film):
-    """At worst it would disclose a local file to its author, and run its templates."""
+    """Such a file could send a local file to its author, or run its templates."""
     references = {"version": 1, "refs": {"a.mp4": [f"file://{film}"]}}
     (tmp_path / "ref.json").write_text(json.dumps(references))
     (tmp_path / "list.csv").write_text(f"reference://a.mp4::file://{tmp_path}/ref.json\n")
@@ -338,7 +338,7 @@ def test_a_file_that_names_others_to_open_is_a_bad_video(tmp_path, film, kind, i
 
 
 def test_the_playlists_of_these_tests_work(tmp_path, film):
-    """Where nothing is forbidden, FFmpeg opens another file."""
+    """Without our restrictions FFmpeg opens another file."""
     path = tmp_path / "x.mp4"
     path.write_text(PLAYLISTS["ffconcat"].format(film=film))
     with av.open(str(path), options={"safe": "0"}) as container:
@@ -435,7 +435,7 @@ def test_what_a_data_set_holds_in_place_of_a_file_ends_in_one_error(tmp_path, na
 
 @pytest.mark.parametrize("words", ["CREATE VIRTUAL TABLE", "CREATE/*(*/VIRTUAL TABLE", "CREATE -- (\nVirtual TABLE"])
 def test_a_virtual_table_is_not_read(tmp_path, words):
-    """It would run an extension of SQLite on what the file holds. The schema of a file is text that anyone can edit."""
+    """A virtual table would run an SQLite extension on the file's content; anyone can edit the schema of a file."""
     with contextlib.closing(sqlite3.connect(tmp_path / "a.db")) as connection:
         connection.execute("CREATE VIRTUAL TABLE annos USING fts4(id, path, caption)")
         connection.execute("PRAGMA writable_schema = ON")
@@ -530,7 +530,7 @@ def test_the_limits_hold_for_a_folder_of_frames(tmp_path):
 
 
 def test_frames_that_grow_behind_the_header_are_refused(tmp_path, write_video):
-    """The index of a copy, whose decoder is opened without its container."""
+    """With the index of a copy, whose decoder is opened without its container."""
     path = write_video(tmp_path / "a.mp4", "mjpeg", frames=4, size=(1200, 1200), gop=1, pixels="yuvj420p")
     facts = probe(Video(str(path)))
     row = {"path": "a.mp4", "bytes": path.stat().st_size, **describe(replace(facts, width=16, height=16))}
@@ -574,7 +574,7 @@ def tar_of(members: dict[str, bytes]) -> bytes:
 
 
 def sparse_tar(path: Path, header: tarfile.TarInfo, size: int, film: Path) -> None:
-    """A member of `size` bytes that take no room on the disk, and a video behind it."""
+    """A member of `size` bytes without disk space, followed by a video."""
     header.size = size
     with open(path, "wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT))
@@ -601,7 +601,7 @@ def pax(**records: str) -> bytes:
 
 
 def long_pax() -> bytes:
-    """Four extended headers behind each other, each below the limit."""
+    """Four consecutive extended headers, each below the limit."""
     return 4 * pax(comment="a" * 900_000)
 
 
@@ -622,7 +622,7 @@ def test_headers_in_many_pieces_are_refused(tmp_path, begin):
 
 
 def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, film):
-    """A folder from someone else, in which to go on: `aside` in there would be emptied."""
+    """In a folder from someone else, continuing would empty its `aside`."""
     (tmp_path / "mine" / "aside").mkdir(parents=True)
     (tmp_path / "mine" / "aside" / "thesis.txt").touch()
     (tmp_path / "out").mkdir()
@@ -633,7 +633,7 @@ def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, film):
 
 
 def test_a_sparse_member_is_left_out(tmp_path, film):
-    """Its bytes in the shard are not those of the file, so a range of the shard would be something else."""
+    """Its bytes in the shard differ from the file's, so a range of the shard would be wrong."""
     content = b"1\n0\n4\n".ljust(512, b"\0") + b"film".ljust(512, b"\0")
     member = tarfile.TarInfo("b.mp4")
     member.size = len(content)
@@ -734,7 +734,7 @@ def test_a_hostile_row_in_the_middle_is_one_error_for_those_who_read_them_all():
 
 @pytest.mark.timeout(30)
 def test_an_sqlite_view_is_not_run(tmp_path):
-    """It can compute without an end."""
+    """A view can compute forever."""
     connection = sqlite3.connect(tmp_path / "annos.db")
     connection.execute(
         "CREATE VIEW annos AS WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n) SELECT i, 'a', 'b' FROM n"

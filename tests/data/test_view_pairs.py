@@ -1,4 +1,4 @@
-"""Pairs of views: their laws, their crops, and that a run can go on at any pair."""
+"""Pairs of views: their distributions, their crops, and resuming at any pair."""
 
 from __future__ import annotations
 

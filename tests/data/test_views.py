@@ -1,4 +1,4 @@
-"""Frames of a view against the published evaluation, whose OpenCV resize they reproduce byte by byte."""
+"""Frames of a view against the published evaluation with OpenCV's resize, byte by byte."""
 
 from __future__ import annotations
 

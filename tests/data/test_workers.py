@@ -64,7 +64,7 @@ def test_a_killed_worker_is_replaced_and_the_clips_stay_the_same(demo_videos):
 
 
 class LargeBatches(Dataset[tuple[list[int], str]]):
-    """Batches that a pipe cannot hold, as those of many videos with long names and captions."""
+    """Batches larger than a pipe's buffer, as with many long names and captions."""
 
     def __getitem__(self, visits: list[int]) -> tuple[list[int], str]:
         return visits, "x" * 200_000

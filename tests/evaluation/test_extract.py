@@ -1,4 +1,4 @@
-"""Features in a folder, and the probes that are fitted on them."""
+"""Features in a folder, and probes fitted on them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_list_without_labels(checkpoint, demo_videos, tmp_path):
 
 
 def clusters(count: int, tokens: int | None = None) -> Features:
-    """Three classes as noisy directions; as tokens, one of many shows the class."""
+    """Three classes as noisy directions; with `tokens`, only one token shows the class."""
     generator = torch.Generator().manual_seed(count)
     labels = torch.arange(count) % 3
     centres = torch.eye(3, 12) * 4

@@ -61,7 +61,7 @@ def test_answers_are_decoded_in_parts(recorded, monkeypatch):
 
 
 def test_the_first_word_counts_once_where_asked(recorded):
-    """And a list shorter than k is scored whole."""
+    """Also, a list shorter than k is scored whole."""
     case, model, question = recorded
     ids, mask = case["rank.answer_ids"], case["rank.answer_mask"]
     found = qa.rank_answers(model, *question, ids, mask, first_token="once")

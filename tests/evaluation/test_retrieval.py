@@ -1,4 +1,4 @@
-"""Retrieval against the published evaluation, and against every pair scored by itself."""
+"""Retrieval against the published evaluation, and against pairs scored one by one."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_recalls_take_the_best_right_answer_and_equal_scores_in_order():
 
 
 def test_an_unreadable_video_is_not_found_and_hides_no_other(model):
-    """By neither score, both ways, in a list shorter than ten too; the other rows are as without it."""
+    """For both scores and both directions, also in a list shorter than ten; it does not change other rows."""
     ids, mask = stage2.some_texts(8)
     with torch.no_grad(), retrieval.evaluating(model):
         embedded = retrieval.embed(model, CLIPS, ids, mask)
@@ -138,7 +138,7 @@ def test_a_frame_is_a_video(model):
 
 
 class Wrapper(torch.nn.Module):
-    """As DDP holds a model."""
+    """Wraps a model like DDP."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Wrapper(torch.nn.Module):
 
 
 def test_wrapped_models_and_odd_arguments(model):
-    """Numbers of texts as tensors; k above the number of videos; uneven counts; one text of two videos."""
+    """Text numbers as tensors, k above the number of videos, uneven counts, and one text of two videos."""
     ids, mask = stage2.some_texts(8)
     plain = retrieval.evaluate(model, CLIPS, ids, mask, RIGHT, k=1000)
     wrapped = Wrapper(model).train()

@@ -1,4 +1,4 @@
-"""The index that lies beside the videos of a search came with them: it is not trusted."""
+"""The index beside the videos of a search may come from their author: it is not trusted."""
 
 from __future__ import annotations
 

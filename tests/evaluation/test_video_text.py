@@ -1,4 +1,4 @@
-"""Stage-2 models from files: retrieval and questions over lists, the kept embeddings, search."""
+"""Stage-2 models from files: retrieval and questions over lists, saved embeddings, search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA = DataConfig(workers=0)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run's folder with a stage-2 model and one for questions, both random."""
+    """A run's folder with a stage-2 model and a question-answering model, both random."""
     folder = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer(make_vocabulary(WORDS))
     tokenizer.write(folder / "vocab.txt")
@@ -97,7 +97,7 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
 
 
 def test_odd_texts_are_taken(trained, listed, tmp_path):
-    """Empty ones, of 10,000 words, without a letter: as captions, questions, answers and queries."""
+    """Texts that are empty, have 10,000 words or no letter: as captions, questions, answers and queries."""
     odd = ["", "word " * 10_000, "?!,.", "\U0001f600 \u4e2d"]
     entries = json.loads(Path(listed).read_text())[:4]
     for entry, text in zip(entries, odd, strict=True):
@@ -116,7 +116,7 @@ def test_odd_texts_are_taken(trained, listed, tmp_path):
 
 
 def test_files_that_changed_are_embedded_again(trained, listed, tmp_path, monkeypatch):
-    """The list names them as before."""
+    """Although the list has not changed."""
     video = tmp_path / "video.mp4"
     paths = [entry["video"] for entry in json.loads(Path(listed).read_text())]
     video.write_bytes(Path(paths[0]).read_bytes())
@@ -129,7 +129,7 @@ def test_files_that_changed_are_embedded_again(trained, listed, tmp_path, monkey
 
 
 def test_embeddings_equal_those_of_the_clips(trained, listed):
-    """The list's way through decoding gives what `retrieval.evaluate` gives for its clips."""
+    """Decoding a list gives the same result as `retrieval.evaluate` on its clips."""
     loaded = load_model(trained / "checkpoints" / "retrieval.pth")
     found = read_retrieval(listed)
     parts = [video_text.embed_set(loaded, found, EmbedSettings(), DATA, rank, 2)[0] for rank in (0, 1)]

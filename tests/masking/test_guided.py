@@ -1,4 +1,4 @@
-"""Rules that look at the clip, against recorded draws where there are any."""
+"""Rules that depend on the clip, against recorded draws where available."""
 
 from __future__ import annotations
 

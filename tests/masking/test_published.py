@@ -1,4 +1,4 @@
-"""Masks from a seed, as the published codes draw them: equal bit for bit."""
+"""Masks from a seed equal those of the published code bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts, laws and errors of visible sets."""
+"""Counts, distributions and errors of visible sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def indicators(drawn: Tensor, patches: int) -> Tensor:
 
 
 def p_value(included: Tensor, expected: Tensor, covariance: Tensor) -> float:
-    """Hotelling's test of mean inclusions, all but the last, which is what the others leave."""
+    """Hotelling's test of mean inclusions without the last one, which the others determine."""
     difference = (included.mean(0) - expected)[:-1]
     statistic = difference @ torch.linalg.solve(covariance[:-1, :-1], difference)
     chi2 = pytest.importorskip("scipy.stats").chi2

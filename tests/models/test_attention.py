@@ -1,4 +1,4 @@
-"""Every attention backend against float64, and the choice among them."""
+"""Every attention backend against float64, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def usable(name: str, dtype: torch.dtype, head_dim: int = 64) -> bool:
 
 @pytest.mark.parametrize("cached", [1, 4 * 2 * 30 * 20])
 def test_groups_of_heads_are_attention(monkeypatch, cached):
-    """One head at a time, and two: the last group is of one."""
+    """One head at a time, and two, where the last group has one head."""
     monkeypatch.setattr("umt_fast.models.attention._CACHED_BYTES", cached)
     q, k, v = (torch.randn(1, length, 3, 16, requires_grad=True) for length in (20, 30, 30))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -152,7 +152,7 @@ def test_fault_finds_backends_that_break_a_graph_or_do_not_run():
 
 
 def fake_library(monkeypatch, name: str, with_statistics: bool) -> list[str]:
-    """A stand-in with the library's names and layout, which notes what was called."""
+    """A fake library with the real names and layout, which records its calls."""
     calls: list[str] = []
 
     def attend(q, k, v):
@@ -259,7 +259,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("rule", "masks"), [("attention", 1), ("tube", 2), ("random", 1), ("random", 2)])
 def test_measures_the_shapes_that_a_run_uses(monkeypatch, rule, masks):
-    """The shapes that `accelerate` chooses for, against those that attention then gets."""
+    """`accelerate` chooses the backend for the shapes that attention gets later."""
     config = PretrainConfig(
         student=StudentConfig(64, 16, 1, 3, 32, 2, 2, 0.0, 1, 16),
         teacher=TeacherConfig(64, 16, 1, None, 48, 2, 3, 16, 1),

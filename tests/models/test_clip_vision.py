@@ -1,4 +1,4 @@
-"""The teacher against Hugging Face's CLIP, and its savings against the whole computation."""
+"""The teacher against Hugging Face's CLIP, and its shortcuts against the full computation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = TeacherConfig(image_size=64, width=48, depth=4, heads=3, target_width=20
 
 
 def perturb(module: torch.nn.Module, scale: float = 0.1) -> None:
-    """Noise on every parameter: LayerNorms and biases as they are made would hide what is left out."""
+    """Add noise to every parameter: initial LayerNorms and biases would hide an omission."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += scale * torch.randn_like(parameter)
@@ -172,7 +172,7 @@ def test_the_folded_kernel_follows_a_load_and_is_not_saved():
 
 @pytest.mark.parametrize("input_size", [None, 32])
 def test_tubelets_see_the_frame_that_inflation_keeps(input_size):
-    """Weights inflated from an image model: a tubelet gives what its middle frame gives alone."""
+    """With weights inflated from an image model, a tubelet gives the result of its middle frame."""
     flat = TeacherConfig(image_size=32 if input_size is None else 28, patch_size=16 if input_size is None else 14)
     sizes = {"width": 32, "depth": 2, "heads": 2, "target_width": 16, "align_layers": 2, "input_size": input_size}
     image = small_teacher(TeacherConfig(flat.image_size, flat.patch_size, **sizes))
@@ -250,7 +250,7 @@ def test_frames_that_tubelets_do_not_divide_are_named():
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_the_bf16_residual_stream_stays_near_float32(activation):
-    """As deep as CLIP-B/16: roundings of the stream add up over the blocks."""
+    """As deep as CLIP-B/16, because rounding errors of the stream add up over the blocks."""
     teacher = small_teacher(TeacherConfig(64, 16, 1, None, 96, 12, 3, 32, 6, activation=activation))
     clip = torch.randint(0, 256, (2, 2, 64, 64, 3), dtype=torch.uint8)
     exact = teacher.encode(clip)

@@ -26,7 +26,7 @@ from umt_fast.models.text import Bert, BertWithHead, Context, Pairing, padding_m
 from umt_fast.weights import WeightsError, load_bert, load_stage1, load_video_text, read_bert, video_text_state_dict
 
 NOISE = 4e-6
-"""Rounding error of float32 here; a wrong epsilon is off by 1.2e-5 or more."""
+"""Float32 rounding error here; a wrong epsilon gives an error of at least 1.2e-5."""
 
 
 def stage1_to_stage2(frames: int, position_frames: int | None = None) -> VideoTextModel:

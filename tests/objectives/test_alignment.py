@@ -1,4 +1,4 @@
-"""alignment_step: one call from clip to loss."""
+"""alignment_step, from clip to loss."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_drawn_tokens_are_those_of_the_same_given_set(models, clip):
 
 
 def test_targets_and_predictions_belong_to_the_same_token(models, clip):
-    """Changing one patch of the clip changes the student's row of that token most of all, and the teacher's too."""
+    """Changing one patch of the clip changes this token's row most, in the student and in the teacher."""
     student, teacher = models
     visible = some_visible()
     before = alignment_step(student, teacher, clip, None, visible)

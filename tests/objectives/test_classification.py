@@ -25,7 +25,7 @@ def test_mixes_as_published(recorded):
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
 def test_mixed_clips_and_targets_tell_the_same(mode):
-    """With clips that show their class number, the mean pixel is the target's mean class."""
+    """With clips filled with their class number, the mean pixel equals the target's mean class."""
     labels = torch.tensor([0, 1, 2, 3])
     clips = labels.float()[:, None, None, None, None].expand(4, 3, 2, 40, 40).contiguous()
     for seed in range(20):

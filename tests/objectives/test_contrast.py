@@ -1,4 +1,4 @@
-"""The contrastive loss over all ranks: against the recorded numbers, the loss written out, and in chunks."""
+"""The contrastive loss over all ranks against recorded numbers and the plain loss, and in chunks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def spread_inputs():
 
 
 def worker(path: str) -> None:
-    """One of two processes: the recorded case both ways, a step under DDP, and retrieval of its part of the videos."""
+    """One of two processes: the recorded case with both gradients, a step under DDP, and retrieval of its videos."""
     world = processes.start("cpu")
     found = {
         f"{way}.{key}": x for way in ("published", "true") for key, x in recorded_gradients(world.rank, way).items()
@@ -174,7 +174,7 @@ def print_memory_of_a_large_batch() -> None:
 
 
 def test_memory_does_not_grow_with_the_square_of_the_global_batch():
-    """The similarities alone would have 256 MiB, and what autograd keeps of them several times that."""
+    """The similarities alone would take 256 MiB, and the tensors that autograd saves several times as much."""
     printed = run_ranks(print_memory_of_a_large_batch, count=1)
     assert float(printed) < 64, f"{printed} MiB"
 

@@ -1,4 +1,4 @@
-"""Every masking rule of a pixel run: how many tokens it shows, by what, and what it says where its input is missing."""
+"""Every masking rule of a pixel run: number of visible tokens, their choice, and the error for a missing input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLIP = torch.randint(256, (3, 8, 32, 32, 3), dtype=torch.uint8)
 
 @pytest.fixture
 def source(monkeypatch):
-    """A module `given` with functions for the rules flow and text, and what they were called with."""
+    """A module `given` with functions for the rules flow and text, and the arguments of their calls."""
     module = types.ModuleType("given")
     module.calls = []
 
@@ -82,7 +82,7 @@ def test_regions_are_shown_in_order():
 
 
 def test_regions_are_shuffled_for_every_clip():
-    """A third of the frame is background; of the others one comes second, now this and now that."""
+    """A third of the frame is background; the second region differs between clips."""
     guide = torch.zeros(3, 8, 32, 32, dtype=torch.uint8)
     guide[:, :, 8:16], guide[:, :, 16:] = 100, 200
     masks = PixelMasks(
@@ -99,7 +99,7 @@ def test_regions_are_shuffled_for_every_clip():
 
 
 def test_flow_carries_the_map(source):
-    """Where nothing moves, what is seen are the places that the map was made of, in every frame."""
+    """Without motion the visible places are those of the map in every frame."""
     found = draw(rule="flow", ratio=0.75, source="given:flow")
     torch.manual_seed(0)
     centres = torch.rand(3, 16).topk(4).indices.sort().values

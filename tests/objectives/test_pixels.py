@@ -81,7 +81,7 @@ class Recorded:
 
 
 def shown(mask: Tensor) -> Tensor:
-    """A recorded mask, True where left out, as ids [B, n]."""
+    """The ids [B, n] of the visible tokens of a recorded mask, which is True where hidden."""
     return (~mask).nonzero()[:, 1].view(len(mask), -1)
 
 
@@ -93,7 +93,7 @@ def step(model: nn.Module, clip: Tensor, mask: Tensor, decode_mask: Tensor | Non
 
 
 def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    """1e-4 relative norm; key biases have a gradient of rounding noise, as softmax cancels them."""
+    """Relative norm within 1e-4; gradients of key biases are rounding noise, as softmax cancels the biases."""
     parameters = dict(model.named_parameters())
     for name, grad in expected.items():
         if "attn.k.bias" not in name:
@@ -264,7 +264,7 @@ def test_uint8_clips_and_normalised_ones_agree(name):
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("kind", [VideoMaeConfig, MaeStConfig])
 def test_exact_predictions_restore_the_clip(kind, normalise):
-    """What is neither seen nor predicted is grey."""
+    """Tokens that are neither visible nor predicted are grey."""
     other = {"target_frames": 4} if kind is MaeStConfig else {}
     config = kind(32, 8, 2, 8, 16, 1, 1, 8, 1, 1, normalise_targets=normalise, **other)
     clip = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)

@@ -204,7 +204,7 @@ def batch(rows: int = 4, frames: int = 2):
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_a_step_equals_the_step_written_out_pair_by_pair(model, frames):
-    """Shared passes, cut padding and keys projected once change nothing."""
+    """Shared passes, cut padding and shared keys do not change the result."""
     clip, ids, mask, idx = batch(frames=frames)
     ids, mask = F.pad(ids, (0, 3)), F.pad(mask, (0, 3))
     out = video_text_step(model, clip, ids, mask, idx)
@@ -251,7 +251,7 @@ def test_fine_tuning_pools_frame_by_frame_and_has_no_alignment_nor_words():
 
 
 def test_draws_are_as_long_as_the_texts_and_used_as_given(model):
-    """Padding that is cut off does not shorten them, and words are drawn for it as well, as published."""
+    """Draws include padding that is cut off, as published."""
     clip, ids, mask, idx = batch()
     ids, mask = (F.pad(x[:, :5], (0, 6)) for x in (ids, mask))
     torch.manual_seed(1)
@@ -311,7 +311,7 @@ def test_negatives_follow_the_softmax_and_are_never_matches():
 
 
 def test_uniform_negatives_do_not_follow_the_contrast(model):
-    """At the lowest temperature some hard negatives are nearly always the same; uniform ones are all as likely."""
+    """At the lowest temperature some hard negatives are nearly always the same; uniform ones are equally likely."""
     clip, ids, mask, idx = batch(6)
     with torch.no_grad():
         model.temp.fill_(0.001)
@@ -382,7 +382,7 @@ def test_special_tokens_outside_of_the_vocabulary_are_refused(model):
 
 
 def test_dropout_and_recomputation(model):
-    """In training dropout is at work; recomputing activations changes neither losses nor gradients."""
+    """Dropout is active in training; recomputing activations changes neither losses nor gradients."""
     model = VideoTextModel(replace(stage2.SMALL, text=replace(stage2.SMALL.text, dropout=0.3)))
     inputs = batch()
     draws = video_text_step(model, *inputs).draws

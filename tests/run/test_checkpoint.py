@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there."""
+"""Checkpoints of a run are complete or absent."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_saving_again_replaces_it(saved):
 
 
 def test_what_was_just_saved_stays_though_later_steps_are_there(tmp_path):
-    """A run gone back to an early checkpoint, or on with a larger batch: its steps are counted anew from fewer."""
+    """A run that restarts from an early checkpoint, or with a larger batch, has smaller step numbers."""
     for clips in (800, 900, 1000):
         checkpoint.save_checkpoint(tmp_path, clips, content(clips), keep=3)
     path = checkpoint.save_checkpoint(tmp_path, 510, content(510), keep=3)
@@ -221,7 +221,7 @@ def test_another_file_of_torch_is_refused(tmp_path, other):
 
 
 class Parallel(nn.Module):
-    """What DistributedDataParallel looks like from outside."""
+    """Has the structure of DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

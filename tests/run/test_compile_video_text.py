@@ -62,7 +62,7 @@ SMALLER = replace(
 
 
 def test_compiled_text_layers_are_for_texts_of_any_length(pair):
-    """The padding mask comes and goes; the third length makes no new graph."""
+    """With and without a padding mask; the third length makes no new graph."""
     model, plain = pair(SMALLER, "eager", vision=False)
     counter = torch._dynamo.utils.counters
     graphs = 0

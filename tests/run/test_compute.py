@@ -1,4 +1,4 @@
-"""torch.compile, recomputation, several visible sets per clip, and the captured step: none changes the result."""
+"""torch.compile, recomputation, several visible sets per clip, and the captured step do not change the result."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_compiled_student_under_ddp_has_the_same_gradients(clip, recompute, tm
 
 
 def saved_bytes(student: VideoStudent, clip: Tensor) -> int:
-    """Bytes that the graph of the student's forward pass keeps for its backward pass."""
+    """Bytes that the student's forward pass saves for its backward pass."""
     held: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_recomputation_keeps_less(clip):
 
 
 class Counter(TorchDispatchMode):
-    """How often each operation is computed."""
+    """Counts the calls of each operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def test_accelerate_says_what_it_did_and_does_it(clip):
     [("auto", "math", "math"), ("auto", "gone", "measured"), ("auto", None, "measured"), ("sdpa", "math", "sdpa")],
 )
 def test_a_resumed_run_keeps_its_attention(monkeypatch, asked, stored, expected):
-    """On a fresh machine, whose measurement may choose another one with other bits."""
+    """On another machine, where the measurement could choose another backend with other bits."""
     real = attention_choice.choose
 
     def choose(wanted, *rest):

@@ -1,4 +1,4 @@
-"""The arithmetic of a step's cost against PyTorch's own counters."""
+"""The computed cost of a step against PyTorch's own counters."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def count_stage2(model, make_loss) -> int:
 @pytest.mark.parametrize("frames", [1, 3])
 @pytest.mark.parametrize("weights", [{}, {"uta": 0.0}, {"mlm": 0.0}, {"vtm": 0.0}, {"vtm": 0.0, "mlm": 0.0}])
 def test_a_video_text_step_costs_what_is_counted(weights, frames):
-    """To 1%: projections and the match head are left out."""
+    """Within 1%, because projections and the match head are not counted."""
     text = TextConfig(48, 4, 3, 2, 40, 20, 96, cls_id=2, sep_id=3, mask_id=4)
     model = VideoTextModel(VideoTextConfig(replace(STUDENT, width=48), RESIZED, text, 4))
     clip = torch.randint(0, 256, (3, frames, 64, 64, 3), dtype=torch.uint8)
@@ -199,7 +199,7 @@ def test_parameter_counts(size, teacher):
 
 
 def kept_bytes(config: PretrainConfig, clips: int, bf16: bool) -> int:
-    """What the student's forward pass keeps for its backward pass, without its own weights."""
+    """Bytes that the student's forward pass saves for its backward pass, without its own weights."""
     student = VideoStudent(config.student)
     own = {x.untyped_storage().data_ptr() for x in (*student.parameters(), student.position)}
     held: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The captured step's order of things, with CUDA stood in for: what runs when, and how often."""
+"""Order and number of the captured step's operations, with a fake CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Stream:
 
 
 class Recorder:
-    """Stands in for CUDAGraph: a replay runs the recorded step again on the recorded buffer."""
+    """Replaces CUDAGraph: a replay runs the recorded step again on the recorded buffer."""
 
     def __init__(self) -> None:
         self.replays = 0

@@ -1,4 +1,4 @@
-"""Time and MFU of steps by the kind of their batch, on a clock of the test's own."""
+"""Time and MFU of steps by the kind of their batch, with a fake clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log survives what happens to its files and to its reader."""
+"""The log survives faults of its files and of its reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The int8 teacher and the float8 student on the CPU: near the exact ones, and refused when not near enough."""
+"""The int8 teacher and the float8 student on the CPU: close to the exact ones, and refused if not close enough."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_learning_rate(step, expected):
 
 
 def test_learning_rates_of_a_run_are_those_of_umt():
-    """Its list of values: np.linspace over the warm-up, then a cosine over the steps that are left."""
+    """UMT's list of values: np.linspace over the warm-up, then a cosine over the remaining steps."""
     total, warmup, peak, final = 50, 7, 0.4, 0.1
     cosine = [
         final + 0.5 * (peak - final) * (1 + math.cos(math.pi * i / (total - warmup))) for i in range(total - warmup)

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 train alike and write the same checkpoint, which either reads."""
+"""DDP and FSDP2 train alike and write the same checkpoint, which both read."""
 
 from __future__ import annotations
 

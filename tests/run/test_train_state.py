@@ -1,4 +1,4 @@
-"""A run is restored exactly, or refuses; damaged checkpoints are set aside."""
+"""A run is restored exactly or ends with an error; damaged checkpoints are renamed."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_ranks_with_other_settings_refuse(monkeypatch):
 
 
 def test_settings_that_hold_themselves_are_refused(tmp_path):
-    """The second one is small, but has 2^60 paths."""
+    """The second settings are small, but have 2^60 paths."""
     circle: dict = {"step": 1}
     circle["circle"] = circle
     shared: object = {"x": 1}
@@ -281,7 +281,7 @@ STRANGE: list[tuple[Callable[[dict], object], str]] = [
     (_set("schedule", 3, 3), "3 is not a name"),
     (_set("model", "0.weight", torch.eye(3).to_sparse()), "sparse"),
     (_set("model", {}), "it holds no weights"),
-    # Each of these four made torch read or write memory that is not the tensor's.
+    # Each of these four made torch read or write outside the tensor's memory.
     (_set(*MOMENTS, "exp_avg", torch.zeros(1)), r"exp_avg of 0\.weight is not a tensor of shape \[3, 3\]"),
     (_set(*MOMENTS, "exp_avg_sq", torch.zeros(3, 1).expand(3, 3)), "not stored as floating-point numbers in order"),
     (_set(*MOMENTS, "step", torch.zeros(3, 3)), r"step of 0\.weight is not a tensor of shape \[\]"),

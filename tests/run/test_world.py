@@ -1,4 +1,4 @@
-"""The environment that tells a process which rank it is."""
+"""The environment variables that define a process's rank."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_only_elastic_runs_of_several_nodes_are_advised():
 
 
 def test_ranks_agree_on_an_attempt_in_a_store_of_earlier_ones():
-    """Some of the earlier ranks died before they had found the others."""
+    """Some of the earlier ranks died before they found the others."""
     store, rng = dist.HashStore(), random.Random(0)
 
     def join(rank: int, delay: float) -> str:

@@ -1,17 +1,17 @@
-"""Interrupt runs at random and compare what they leave with an undisturbed run: `make soak`, half an hour.
+"""Interrupt runs at random and compare their files with those of an undisturbed run: `make soak`, half an hour.
 
     python -m tests.soak [KIND ...] [--job pretrain finetune stage2] [--tries N] [--seed N] [--folder DIR]
 
-Kinds for each job, on one rank and, with `-2`, on two ranks; after the end of a run the same command again, at once:
+Kinds for each job, on one rank and, with `-2`, on two ranks; the same command restarts each ended run at once:
 process  kill -9 of one rank, its workers left alone
-saving   the same while a checkpoint is being written
+saving   kill -9 while a checkpoint is being written
 worker   kill -9 of a data worker
 node     kill -9 of everything at once
 stop     SIGTERM or SIGINT
 Kinds of pre-training under torchrun:
 elastic  kill -9 of a rank under one torchrun with --max-restarts
-agents   the same under two torchruns that meet at a c10d rendezvous, as on two nodes
-end      the same at most a second after the last step, while the ranks end
+agents   kill -9 of a rank under two torchruns with a c10d rendezvous, as on two nodes
+end      kill -9 of a rank at most a second after the last step, while the ranks end
 
 Prints a line per try and a table at the end. Exits with 1 if a run hung, failed, damaged a checkpoint, left a process,
 shared memory or a file behind, or has other results than the undisturbed one.
@@ -44,16 +44,16 @@ from umt_fast.run.stop import EXIT_STOPPED
 SILENCE = 120.0
 """Seconds without a line after which a run counts as hung."""
 PATIENCE = 4.0
-"""Most seconds, for each rank, between the start of a run, or the last kill, and the next kill."""
+"""Most seconds per rank from the start of a run, or from the last kill, to the next kill."""
 LINGER = 3.0
-"""Most seconds for which a process may outlive its run."""
+"""Most seconds that a process may outlive its run."""
 KINDS = ("process", "saving", "worker", "node", "stop")
 TORCHRUN_KINDS = ("elastic", "agents", "end")
 
 
 @dataclass
 class Tally:
-    """What came of the tries of one kind."""
+    """Results of the tries of one kind."""
 
     attack: str
     tries: int = 0
@@ -75,7 +75,7 @@ class Tally:
 
 
 class Run:
-    """The processes of one run, and what they print."""
+    """The processes of one run, and their output."""
 
     def __init__(self, log: Path, processes: Sequence[subprocess.Popen[bytes] | Forked]) -> None:
         self.log, self.processes = log, processes
@@ -88,7 +88,7 @@ class Run:
         return any(process.poll() is None for process in self.processes)
 
     def wait_for_steps(self, more: int) -> bool:
-        """Whether the run makes so many steps more before it ends. Raises TimeoutError when it is silent for long."""
+        """Whether the run makes `more` steps before it ends. Raises TimeoutError after a long silence."""
         begun, size, since = self.steps(), -1, time.monotonic()
         while self.steps() < begun + more:
             if not self.running():
@@ -113,7 +113,7 @@ class Run:
             process.wait()
 
     def leftovers(self) -> list[str]:
-        """Processes and shared memory of a run that has ended, once they had `LINGER` seconds to go."""
+        """Processes and shared memory that remain `LINGER` seconds after the run's end."""
         sessions, until = {process.pid for process in self.processes}, time.monotonic() + LINGER
         while (found := _sessions(sessions)) and time.monotonic() < until:
             time.sleep(0.05)
@@ -152,7 +152,7 @@ class Soak:
         return Run(log, processes)
 
     def undisturbed(self, job: str, ranks: int) -> Path:
-        """Folder of a run that nobody interrupts."""
+        """Folder of an uninterrupted run."""
         name = f"{job}-{ranks}-whole"
         if not (self.folder / name).exists() and any(self.start(job, name, ranks).finish()):
             raise SystemExit(f"the undisturbed run failed: {self.folder / name}.log")
@@ -171,7 +171,7 @@ class Soak:
         print(f"  {name}: {'DIFFERS: ' + ', '.join(found) if found else 'as the undisturbed run'}", flush=True)
 
     def interrupt(self, job: str, kind: str, ranks: int, tries: int) -> Tally:
-        """Attack runs until there were so many tries, starting each again until it ends by itself."""
+        """Attack runs until `tries` attacks are made, restarting each run until it ends by itself."""
         tally = Tally(f"{job}, {kind}, {ranks} rank{'s' if ranks > 1 else ''}")
         self.undisturbed(job, ranks)
         while tally.tries < tries:
@@ -198,7 +198,7 @@ class Soak:
         return tally
 
     def attack(self, run: Run, kind: str, name: str, tally: Tally) -> set[int]:
-        """Interrupt a run at some time, if it has not ended by then. Returns the exit statuses that may follow."""
+        """Interrupt a run at a random time, unless it ends before. Returns the allowed exit statuses."""
         victim = self.random.choice(run.processes)
         if kind == "worker":
             while run.wait_for_steps(self.random.randrange(1, 12)):
@@ -230,7 +230,7 @@ class Soak:
         return {-signal.SIGKILL} | ({1} if len(run.processes) > 1 else set())
 
     def kill_rank(self, run: Run) -> bool:
-        """Kill one rank of a run under torchrun, if any is there."""
+        """Kill one rank of a run under torchrun, if one is alive."""
         ranks = [pid for process in run.processes for pid in _children(process.pid)]
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             if ranks:
@@ -297,7 +297,7 @@ def _sessions(leaders: set[int]) -> list[int]:
 
 
 def _wait_for_aside(folder: Path, run: Run) -> None:
-    """Until a checkpoint is being written, or the run ends."""
+    """Wait until a checkpoint is being written, or the run ends."""
     while run.running():
         with contextlib.suppress(OSError):
             if any(name.startswith(".clips_") for name in os.listdir(folder)):

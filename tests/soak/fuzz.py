@@ -1,11 +1,11 @@
-"""Damaged and hostile input for everything that reads files: `make fuzz`, or
+"""Damaged and hostile input for all code that reads files: `make fuzz`, or
 
     python tests/soak/fuzz.py --minutes 20 [--target index] [--keep FOLDER]
     python tests/soak/fuzz.py --case index:1234            one case again, with its traceback
 
-Each case is a good file with random damage, read in a child process with a limit of time and memory. A case fails
-when anything but the error classes for bad input comes out, when the child dies, hangs, or takes too much memory.
-A case depends on its number alone. What failed once is a test beside the tests of what failed.
+Each case is a good file with random damage, read in a child process with limits of time and memory. A case fails
+if another exception than those for bad input is raised, or if the child dies, hangs or exceeds the memory.
+A case depends only on its number. Each fault found has a test beside the tests of the faulty module.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ from umt_fast.weights import load_clip_teacher, load_umt_student, read_class_map
 
 MOST_SECONDS = 30.0
 MOST_MEMORY = 1 << 30
-"""Bytes of a child at its peak, what the imports take included."""
+"""Peak bytes of a child, including its imports."""
 REFUSALS = (RunError, BadVideo)
-"""What may come out of reading a bad file."""
+"""Allowed exceptions for a bad file."""
 TEACHER = TeacherConfig(image_size=32, width=32, depth=2, heads=2, target_width=16, align_layers=2)
 STUDENT = StudentConfig(image_size=32, frames=2, width=32, depth=2, heads=2, align_layers=2, target_width=16)
 _NUMBERS = (0, 1, 2, 127, 128, 255, 256, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, (1 << 63) - 1)
@@ -86,7 +86,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         if not data:
             return bytes(data)
-        # Headers decide most, and they stand at the ends.
+        # Headers matter most, and they are at both ends.
         span = len(data) if rng.random() < 0.5 else min(len(data), 512)
         place = rng.randrange(span)
         place = len(data) - 1 - place if rng.random() < 0.2 else place
@@ -116,7 +116,7 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_text(content: bytes, rng: random.Random) -> bytes:
-    """Change numbers, words and lines; now and then bytes."""
+    """Change numbers, words and lines, and sometimes bytes."""
     if rng.random() < 0.25:
         return damage_bytes(content, rng)
     text = content.decode("utf-8", "surrogateescape")
@@ -131,7 +131,7 @@ def damage_text(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_tar(content: bytes, rng: random.Random) -> bytes:
-    """Change a header, and make its checksum right again, without which nothing of it is read."""
+    """Change a header and correct its checksum, because readers reject a wrong one."""
     if rng.random() < 0.3:
         return damage_bytes(content, rng)
     data = bytearray(content)
@@ -159,7 +159,7 @@ def damage_tar(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_zip(content: bytes, rng: random.Random) -> bytes:
-    """Change a record, and write an archive that is right but for that."""
+    """Change a record, and write an otherwise valid archive."""
     if rng.random() < 0.3:
         return damage_bytes(content, rng)
     out = io.BytesIO()
@@ -177,7 +177,7 @@ def damage_zip(content: bytes, rng: random.Random) -> bytes:
 
 
 def damage_safetensors(content: bytes, rng: random.Random) -> bytes:
-    """Change the header as text, with its length."""
+    """Change the header as text, and its length field."""
     if rng.random() < 0.3:
         return damage_bytes(content, rng)
     (size,) = struct.unpack("<Q", content[:8])
@@ -190,7 +190,7 @@ def damage_safetensors(content: bytes, rng: random.Random) -> bytes:
 
 @dataclass
 class Target:
-    """Seeds, how they are damaged, and what reads them."""
+    """Good files, the function that damages them, and the function that reads them."""
 
     name: str
     seeds: list[tuple[str, bytes]]
@@ -223,7 +223,7 @@ def read_video(path: Path) -> None:
 
 
 def read_all(videos: VideoList) -> None:
-    """Every row, and the frames of those that are there."""
+    """Read every row, and the frames of existing videos."""
     videos.read_timeout, videos.limits = 1.0, Limits(max_bytes=1 << 20)
     for row in range(min(len(videos), 50)):
         with contextlib.suppress(BadIndex, BadVideo), TimeLimit(MOST_SECONDS / 3):
@@ -281,7 +281,7 @@ def encoded(name: str, codec: str, pixels: str = "yuv420p", frames: int = 12) ->
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/{name}"
         with av.open(path, "w") as container:
-            # With threads, x265 writes behind its buffers for pictures as small as these.
+            # With threads, x265 writes past its buffers for such small pictures.
             options = {"x265-params": "pools=none:frame-threads=1:wpp=0:log-level=none"} if codec == "libx265" else {}
             stream = container.add_stream(codec, rate=12, options=options)
             stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
@@ -336,7 +336,7 @@ def copy_and_row(content: bytes, codec: str) -> tuple[bytes, dict[str, object]]:
 
 
 def make_targets() -> list[Target]:
-    """All targets with their seeds, which are the same each time."""
+    """All targets with their good files, which are the same each time."""
     torch.manual_seed(0)
     film = encoded("a.mp4", "libx264")
     kinds = [("a.mp4", "libx264", "yuv420p"), ("a.mkv", "libx264", "yuv420p"), ("a.avi", "mpeg4", "yuv420p")]
@@ -473,7 +473,7 @@ def lay_out(target: Target, number: int, folder: Path) -> Path:
 
 
 def read_case(target: Target, number: int, folder: Path) -> str:
-    """`read` or `refused`. Raises what must not come out."""
+    """`read` or `refused`. Raises any exception that is not allowed."""
     try:
         target.read(lay_out(target, number, folder))
     except REFUSALS as error:
@@ -484,7 +484,7 @@ def read_case(target: Target, number: int, folder: Path) -> str:
 @dataclass
 class Outcome:
     kind: str
-    """read, refused, or what went wrong in one word."""
+    """read, refused, or the fault in one word."""
     detail: str
     seconds: float
     peak: int
@@ -526,7 +526,7 @@ def run_case(target: Target, number: int) -> Outcome:
 
 
 def _serve(target: Target, number: int, folder: Path, writer: int) -> None:
-    """The child: report to `writer`, and end."""
+    """Run in the child: report to `writer` and end."""
     try:
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):
@@ -548,7 +548,7 @@ def numbers(first: int) -> Iterator[int]:
 
 
 def fuzz(targets: list[Target], minutes: float, first: int, keep: Path | None) -> int:
-    """Run cases until the time is over. Prints a table; returns how many failed."""
+    """Run cases until the time is over. Print a table; return the number of failed cases."""
     until = time.monotonic() + 60 * minutes
     turns = [target for target in targets for _ in range(target.weight)]
     next_number = {target.name: numbers(first) for target in targets}
@@ -600,7 +600,7 @@ def main() -> None:
             print(read_case(next(one for one in targets if one.name == name), int(number), Path(folder)))
         return
     chosen = [target for target in targets if given.target is None or target.name in given.target]
-    for target in chosen:  # a target that reads nothing finds nothing
+    for target in chosen:  # a target must be able to read its good files
         for name, content in target.seeds:
             good = replace(target, seeds=[(name, content)], damage=lambda same, _rng: same)
             outcome = run_case(good, 0)

@@ -1,4 +1,4 @@
-"""The jobs of train/ on tiny models and lists, as the soak starts and compares them."""
+"""The jobs of train/ on tiny models and lists, for the soak to start and compare."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Jobs:
         options: dict[str, object] = {"--run.name": name, "--run.dir": self.folder, "--compute.attention": "math"}
         options |= {"--run.stop-at": STEPS, "--run.log-every": 1, "--run.save-every": 3, "--data.workers": 1}
         options |= {"--optim.batch-size": 4 // ranks, "--optim.epochs": 60}
-        options |= {"--run.start-timeout": 30}  # a rank that dies before it joins is not missed sooner
+        options |= {"--run.start-timeout": 30}  # only this finds a rank that dies before it joins
         if job == "pretrain":
             options |= {"--recipe": ROOT / "tests" / "support" / "small.toml", "--data.train": self.videos}
         elif job == "finetune":
@@ -74,7 +74,7 @@ class Jobs:
 
 
 def run_job(job: str, arguments: list[str], log: str) -> None:
-    """A run whose lines go to the end of a file."""
+    """Run a job and append its output to a file."""
     with open(log, "ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
@@ -84,7 +84,7 @@ def run_job(job: str, arguments: list[str], log: str) -> None:
 
 
 def differences(run: Path, whole: Path) -> list[str]:
-    """What an interrupted run has otherwise than the undisturbed one: results, records, or files that are left."""
+    """Differences between an interrupted and the undisturbed run: results, records, leftover files."""
     found = []
     names = [sorted(str(path.relative_to(each)) for path in each.rglob("*") if path.is_file()) for each in (run, whole)]
     ours, theirs = ({name for name in each if "tfevents" not in name} for each in names)

@@ -1,4 +1,4 @@
-"""The fine-tuning model in float64 NumPy, written from its description alone."""
+"""The fine-tuning model in float64 NumPy, written only from its description."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Processes forked from one that has imported torch and the programs of train/: they begin at once, not after 3 s.
+"""Processes forked from one that has imported torch and the programs of train/, which saves 3 s per start.
 
-A test of how a program starts (its environment, `python -m`, torchrun) needs a process of its own instead.
+A test of a program's start (environment, `python -m`, torchrun) needs a new process instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _context.set_forkserver_preload(["train.pretrain", "train.finetune", "train.stag
 
 
 class Forked:
-    """`function(*arguments)` in a process and session of its own, with what tests use of subprocess.Popen.
+    """`function(*arguments)` in a forked process with its own session and a part of subprocess.Popen's interface.
 
     `function` is named by its module. Its output is in `stdout`; an exception ends it with 1, as a program.
     """
@@ -37,7 +37,7 @@ class Forked:
         environment: Mapping[str, str] | None = None,
         largest_file: int | None = None,
     ) -> None:
-        """`environment`: variables besides those of this process; `largest_file`: bytes that it may write to one."""
+        """`environment`: additional variables; `largest_file`: most bytes that it may write to a file."""
         _start_server()
         reader, writer = _context.Pipe(duplex=False)
         variables = {**os.environ, **(environment or {})}
@@ -67,7 +67,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float) -> tuple[str, None]:
-        """The rest of the output, once the process has ended."""
+        """Wait for the end of the process. Returns the remaining output."""
         parts: list[str] = []
         reading = threading.Thread(target=lambda: parts.append(self.stdout.read()), daemon=True)
         reading.start()
@@ -88,7 +88,7 @@ class Forked:
 def start_ranks(
     function: Callable[..., Any], arguments: Sequence[Sequence[Any]], largest_file: int | None = None
 ) -> list[Forked]:
-    """The ranks of a run, as torchrun would start them: one for each list of arguments."""
+    """Start the ranks of a run like torchrun, one for each list of arguments."""
     if len(arguments) == 1:
         return [Forked(function, arguments[0], largest_file=largest_file)]
     with socket.socket() as free:
@@ -137,11 +137,11 @@ def _run(
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    # New ones: those that were inherited hold the position in a file.
+    # New objects, because the inherited ones keep their position in a file.
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     multiprocessing.set_start_method(start_method, force=True)  # of its own children; else as it was started itself
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore SIGINT by default
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     function(*arguments)

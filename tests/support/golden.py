@@ -3,8 +3,8 @@
     python tests/support/golden.py FILE.safetensors ...        pack, and remove the plain files
 
 A packed file is a zlib stream of a safetensors file whose tensors are stored byte by byte: first the lowest byte of
-every value, then the next, and so on. Sign and exponent vary little from value to value, so a sixth is saved; the
-fractions are noise. Every bit comes back.
+every value, then the next, and so on. Signs and exponents vary little, so this saves a sixth; the fractions are noise.
+Packing is lossless.
 """
 
 from __future__ import annotations

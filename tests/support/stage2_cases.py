@@ -1,7 +1,7 @@
-"""Reading the recorded cases of the published stage 2, and models of their sizes.
+"""The recorded cases of the published stage 2, and models of their sizes.
 
-Most files of `golden/stage2` are parts of the recorded ones, to keep the repository small. With the whole ones in the
-folder UMT_FAST_GOLDEN_STAGE2 the tests marked by `whole` run too.
+Most files of `golden/stage2` are parts of the recorded files, to keep the repository small. If the folder
+UMT_FAST_GOLDEN_STAGE2 has the whole files, the tests marked by `whole` run too.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ SMALL = VideoTextConfig(
     text=TextConfig(12, 3, 2, 1, 30, 12, 24, cls_id=2, sep_id=3, mask_id=4),
     joint_width=8,
 )
-"""A model that takes milliseconds; frames of 2 x 2 patches."""
+"""A model that runs in milliseconds, with frames of 2 x 2 patches."""
 
 
 def some_texts(rows: int, length: int = 8, words: int = 30) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Stage 2 of Unmasked Teacher written plainly in float64: pair by pair, padded, nothing shared, no code of the library.
+"""Stage 2 of Unmasked Teacher in plain float64: pair by pair, padded, nothing shared, without the library's code.
 
-The golden files fix one set of sizes; this checks others. It reads a model's weights under their published names.
+The golden files have one set of sizes; this module checks others. It reads weights under their published names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def linear(x: Tensor, w: Weights, name: str) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, added: Tensor | None = None) -> Tensor:
-    """q [L,D], k and v [S,D], `added` [S] to the scores."""
+    """Attention of q [L,D] to k and v [S,D]; `added` [S] is added to the scores."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k, v))
     scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
     scores = scores if added is None else scores + added
@@ -111,7 +111,7 @@ def teacher(w: Weights, config: VideoTextConfig, video: Tensor) -> tuple[Tensor,
 def bert(
     w: Weights, config: VideoTextConfig, x: Tensor, mask: Tensor, layers: range, video: Tensor | None = None
 ) -> Tensor:
-    """Layers of BERT on one text [L,H] with its padding, cross-attending to tokens [m,D] where they are given."""
+    """BERT's layers on one text [L,H] with its padding, with cross-attention to tokens [m,D] if given."""
     heads, prefix = config.text.heads, bert_prefix(w)
     added = (1 - mask.double()) * -10000
     for layer in (f"{prefix}encoder.layer.{i}" for i in layers):
@@ -152,7 +152,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def similarity(w: Weights, pooled: list[Tensor], texts: list[Tensor], temperature: Tensor | float) -> Tensor:
-    """[videos, texts]: mean over frames of the cosine, over the temperature."""
+    """[videos, texts]: mean cosine over frames, divided by the temperature."""
     videos = [unit(linear(x, w, "vision_proj")) for x in pooled]
     words = [unit(linear(x[0], w, "text_proj")) for x in texts]
     return torch.stack([torch.stack([(v @ t).mean() for t in words]) for v in videos]) / temperature

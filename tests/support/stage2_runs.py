@@ -1,4 +1,4 @@
-"""Runs of train.stage2 on a small recipe and small lists, for the tests of its loop and of its validation."""
+"""Runs of train.stage2 on a small recipe and small lists, for tests of its loop and validation."""
 
 from __future__ import annotations
 

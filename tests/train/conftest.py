@@ -1,4 +1,4 @@
-"""Runs of the trainer as a user starts them; most are forked, which saves the seconds that Python takes to start."""
+"""Runs of the trainer as a user starts them; most are forked, which saves Python's start-up time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Trainer:
         return status or 0, printed.getvalue()
 
     def start(self, *options: str) -> forked.Forked:
-        """A run of its own."""
+        """Start a run in another process."""
         (child,) = self.start_ranks(options)
         return child
 
@@ -84,7 +84,7 @@ class Trainer:
         return child
 
     def run(self, *options: str, processes: int = 1, largest_file: int | None = None) -> tuple[int, str]:
-        """Exit status and output of a run that ends by itself; in this process if it is one without a limit."""
+        """Exit status and output of a run that ends by itself; a single process without a limit runs here."""
         if processes == 1 and largest_file is None:
             return self.run_here(*options)
         ranks = self.start_ranks(*[options] * processes, largest_file=largest_file)

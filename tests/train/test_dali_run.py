@@ -1,4 +1,4 @@
-"""Training runs whose videos DALI decodes, on the CPU."""
+"""Training runs with DALI as the decoder, on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS = ("--data.decoder", "dali", "--data.pipelines", "2")
 
 @pytest.fixture
 def vp9(demo_videos, tmp_path) -> tuple[str, str]:
-    """The demo's VP9 videos, and one that is none."""
+    """The demo's VP9 videos, and a file that is not a video."""
     lines = [line for line in demo_videos.read_text().splitlines() if ".webm," in line]
     (tmp_path / "broken.webm").write_bytes(b"no video" * 100)
     listing = tmp_path / "vp9.csv"

@@ -1,4 +1,4 @@
-"""Both halves of the demo, made small: the teacher of stage 1, and the comparison of two starts."""
+"""Both parts of the demo, in small: the teacher of stage 1, and the comparison of two starting points."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_teacher_learns_what_lies_where():
 
 
 def test_facts_of_a_frame_are_what_it_shows():
-    """The large shape is bright where its facts say that it is."""
+    """The large shape is bright at the place in its facts."""
     for number in range(8):
         frame, (large, small) = synthetic.render_frame(np.random.default_rng(number), 64)
         assert frame.shape == (64, 64, 3)

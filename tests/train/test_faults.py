@@ -1,4 +1,4 @@
-"""Runs that are killed, stalled, started wrongly or left without a reader go on, or end with one clear line."""
+"""Runs that are killed, stall, start wrongly or lose their reader continue, or end with one clear line."""
 
 from __future__ import annotations
 
@@ -111,11 +111,11 @@ rank, attempt = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COU
 if rank == "{rank}" and attempt == "0":
     {code}
 """
-"""Imported by Python at its start: ends a rank at a chosen place."""
+"""Python imports this code at its start; it ends a rank at a chosen place."""
 
 
 def dying_at(trainer, rank: int, code: str) -> dict[str, str]:
-    """The environment in which a rank runs `code` at its start, which may call `die`."""
+    """Environment variables with which a rank runs `code` at its start; `code` may call `die`."""
     root = Path(__file__).parents[2]
     (trainer.folder / "sitecustomize.py").write_text(DIES.format(rank=rank, code=code.replace("\n", "\n    ")))
     return {"PYTHONPATH": f"{trainer.folder}:{root}:{root / 'kernels'}"}
@@ -127,7 +127,7 @@ torch.Tensor.backward = lambda *given, **options: die() if next(calls, None) is 
 
 
 def test_a_lost_rank_costs_no_whole_step(trainer):
-    """The main rank saves the last step, although no save was due; torchrun starts both again, to the same bits."""
+    """The main rank saves the last step, although no save was due; after torchrun's restart the bits are the same."""
     settings = ("--optim.batch-size", "2", "--run.save-every", "100", "--data.workers", "0", "--optim.epochs", "4")
     status, output = trainer.run("--run.name", "whole", *settings, processes=2)
     assert status == 0, output
@@ -156,7 +156,7 @@ def die_while_drawing(arguments: list[str]) -> None:
 
 
 def test_a_rank_that_is_done_waits_for_the_others(trainer):
-    """Else torchrun could not start them again should one be lost, since the first one's torchrun has ended."""
+    """Otherwise torchrun could not restart a lost rank, because the torchrun of the finished rank has ended."""
     options = ("--run.name", "e", "--run.stop-at", "2", "--data.workers", "0")
     ranks = trainer.start_ranks(options, options, main=die_while_drawing)
     for rank in ranks:
@@ -215,7 +215,7 @@ def test_a_file_system_without_flock(trainer, monkeypatch):
 
 
 def test_a_new_run_starts_from_weights(trainer):
-    """With other frames and another size: the positions follow a rule and lie in no file."""
+    """With other frames and another size, as positions are computed and not in the file."""
     assert trainer.run("--run.name", "first", "--run.stop-at", "2", "--data.workers", "0")[0] == 0
     (first,) = trainer.checkpoints("first")
     config = load_recipe(PretrainConfig, trainer.recipe)

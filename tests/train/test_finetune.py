@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_a_bit(config, mode):
 
 
 def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
-    """The signal comes in the last step of the last epoch: the next start validates, writes best.pth and tests."""
+    """After a signal in the last step of the last epoch, the next start validates, writes best.pth and tests."""
     with monkeypatch.context() as patch:
         patch.setattr(finetune.StopSignal, "requested", lambda _: job_steps.append(1) or len(job_steps) == 8)
         job_steps: list[int] = []
@@ -203,7 +203,7 @@ def train_as_a_rank(*configs: FinetuneConfig) -> None:
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_train_as_one_on_the_joined_batch_and_test_alike(config, tmp_path: Path, parallel):
-    """With FSDP the run is stopped half-way and goes on, and another has a moving average."""
+    """With FSDP one run is stopped half-way and resumed, and another has a moving average."""
     config = change(config, "mix", mixup=0.0, cutmix=0.0)
     config = change(config, "compute", parallel=parallel)
     if parallel == "fsdp":

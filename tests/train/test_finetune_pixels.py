@@ -41,8 +41,8 @@ MODELS = {
     "h16": (1280, 32, 16, 16, None),
     "g14": (1408, 40, 16, 14, 6144),
 }
-# As published: rate for 256 videos, GPUs, videos of each, clips of a video, epochs, classes; layer decay, drop path,
-# head dropout and min_lr where they are not 0.75, 0.1, 0 and 1e-6, weight decay and clipping where not 0.05 and none.
+# As published: rate for 256 videos, GPUs, videos per GPU, clips per video, epochs, classes; layer decay, drop path,
+# head dropout, min_lr, weight decay and clipping if they differ from 0.75, 0.1, 0, 1e-6, 0.05 and none.
 PUBLISHED = {
     "videomae_s16_k400": ((5e-4, 32, 12, 2, 150, 400), {}),
     "videomae_b16_k400": ((1e-3, 64, 8, 1, 100, 400), {}),

@@ -1,4 +1,4 @@
-"""The trainer from the outside: what it leaves, how it stops, how it goes on."""
+"""The trainer as a program: its files, how it stops, how it resumes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_resume_is_exact(trainer, processes):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(trainer, demo_videos):
-    """It goes on at the same clip and divides the rest of the epoch anew; a longer list is reported."""
+    """It resumes at the same clip and divides the rest of the epoch again; a longer list is reported."""
     status, output = trainer.run(
         "--run.name", "a", "--optim.batch-size", "1", "--run.stop-at", "3", "--data.crops-per-clip", "1", processes=2
     )
@@ -132,7 +132,7 @@ def test_an_attention_backend_that_is_missing_is_named(trainer):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_and_the_run_goes_on_from_there(trainer, number, processes):
-    """All processes of a program: a terminal's signal reaches each of them, torchrun passes its own on."""
+    """All processes get the signal: from a terminal directly, under torchrun from torchrun."""
     options = ("--run.name", "s", "--optim.epochs", "500")
     torchrun = None if processes == 1 else ("--nproc-per-node", "2")
     child = trainer.start_program(*options, "--run.save-every", "100000", torchrun=torchrun)

@@ -1,4 +1,4 @@
-"""Stage 2 as a user runs it: pictures and videos by turns, resumed to the bit, fine-tuned, and stopped by bad input."""
+"""Stage 2 as a user runs it: pictures and videos alternate; exact resuming; fine-tuning; errors for bad input."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(runner, whole):
 @pytest.mark.parametrize("left_out", [{"uta"}, {"vtc"}, {"vtm"}, {"mlm"}, {"vtm", "mlm"}, {"vtc", "vtm", "mlm"}])
 @pytest.mark.parametrize("teacher", [True, False])
 def test_parameters_that_no_loss_reaches_are_frozen(left_out, teacher):
-    """Exactly those: DDP waits for a gradient of every other."""
+    """Only these: DDP waits for a gradient of every other parameter."""
     config = stage2_cases.SMALL if teacher else replace(stage2_cases.SMALL, teacher=None)
     objective = VideoTextObjective(**dict.fromkeys(left_out, 0.0))
     model = VideoTextModel(config)
@@ -77,7 +77,7 @@ def test_parameters_that_no_loss_reaches_are_frozen(left_out, teacher):
 
 
 def test_two_processes_go_on_to_the_same_bits(runner):
-    """And within an epoch: it has 2 batches of videos and 1 of pictures."""
+    """Also within an epoch, which has 2 batches of videos and 1 of pictures."""
     expected = last_checkpoint(runner.run_two("two"))
     runner.run_two("two_stopped", "--run.stop-at", "2")
     found = last_checkpoint(runner.run_two("two_stopped"))
@@ -175,7 +175,7 @@ def test_broken_and_missing_files_are_replaced_and_named(runner):
 @pytest.mark.parametrize("job", ["pretrain", "retrieval"])
 @pytest.mark.usefixtures("one_thread")
 def test_a_batch_whose_samples_all_match_trains_on_the_other_losses(runner, whole, job, capsys):
-    """As the same video is drawn for every place of a batch, or all are captions of one."""
+    """For example when a batch holds one video many times, or only captions of one video."""
     listed = runner.list_of("same.json", "video", runner.paths[:1] * 4)
     start = () if job == "pretrain" else ("--init", str(max((whole / "checkpoints").glob("*.pth"))))
     options = ("--job", job, "--data.videos", listed, "--optim.epochs", "1", *start)
@@ -191,7 +191,7 @@ def test_a_batch_whose_samples_all_match_trains_on_the_other_losses(runner, whol
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_replaced_video_keeps_its_caption_and_in_retrieval_its_number(runner):
-    """The published behaviour and its alternative, on batches of which one video was replaced."""
+    """The published behaviour and its alternative, on batches with one replaced video."""
     from train import stage2_objective
     from umt_fast.recipe import load_recipe
 

@@ -1,4 +1,4 @@
-"""Validation after every epoch of stage 2: its figures, the best weights, and that training does not notice it."""
+"""Validation after every epoch of stage 2: its figures, the best weights, and no effect on training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tune(runner: Runner, name: str, start: str, *options: str, job: str = "retri
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_best_epoch_is_kept_and_training_does_not_notice(runner, start, capsys, monkeypatch):
-    """A run with a validation list, stopped in between, gives the bits of one without."""
+    """A run with a validation list, stopped and resumed, gives the same bits as a run without one."""
     plain = tune(runner, "plain", start)
     found = []
     score = video_text_report.retrieval.score
@@ -104,8 +104,8 @@ def test_pre_training_is_reported_and_keeps_its_last_checkpoint(runner, capsys):
 
 
 def test_two_processes_validate_as_one(runner, start):
-    """Each embeds its part; the best weights and their figures are those of all. Without VTM DDP must not wait for the
-    fusion layers."""
+    """Each process embeds its part; best weights and figures are for the whole list. Without VTM, DDP must not wait for
+    the fusion layers."""
     options = ("--job", "retrieval", "--init", start, "--data.validation", runner.videos, "--optim.epochs", "1")
     folder = runner.run_two("two", *options, "--objective.vtm", "0", images=False)
     best = torch.load(folder / "best.pth", weights_only=True)

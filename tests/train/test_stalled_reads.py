@@ -1,4 +1,4 @@
-"""Runs on a server that falls silent are stopped as soon as others."""
+"""Runs that read from a silent server stop as fast as others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("aiohttp", reason="pip install 'fsspec[http]'")
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder until it is `silent`."""
+    """Serves a folder, until `silent` is set."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""Weight files of every make, honest or not."""
+"""Weight files of every kind, including hostile ones."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Call:
 
 
 def tensor_pickle(offset: int, size: int, stride: int = 1) -> bytes:
-    """A module with one attribute `w`, of a storage of 64 bytes."""
+    """A pickled module with one attribute `w`, in a storage of 64 bytes."""
 
     def code(value: Any) -> bytes:
         return pickle.dumps(value, 2)[2:-1]  # without PROTO and STOP
@@ -244,7 +244,7 @@ def test_settings_of_other_types_are_left_out_or_refused(tmp_path, extra):
 
 
 def test_the_command_of_the_advice_works(tmp_path):
-    """A file with a key `model` that is a whole module, beside other things."""
+    """A file whose key `model` is a whole module, with other keys."""
     torch.save({"model": nn.Linear(2, 2), "epoch": 1}, tmp_path / "s.pth")
     with pytest.raises(WeightsError) as caught:
         read_weights(tmp_path / "s.pth")
@@ -317,7 +317,7 @@ OPEN_CLIP = {"model_cfg": {"embed_dim": 16, "vision_cfg": {}}}
 
 
 def test_the_right_file_of_a_timm_repo_is_read(tmp_path):
-    """timm's repos of CLIPs hold timm's image tower and the whole model of open_clip."""
+    """timm's CLIP repos have timm's image tower and open_clip's whole model."""
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_clip_224"}))
     (tmp_path / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP))
     save_file(to_timm(ClipTeacher(GELU).state_dict()), tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Key names as wrappers leave them."""
+"""Key names with wrappers' prefixes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_student_keys_in_wrappers(prefix):
 
 
 def test_wrappers_within_a_key():
-    """FSDP and torch.compile of each block."""
+    """From FSDP and torch.compile on each block."""
     student, other = VideoStudent(STUDENT), VideoStudent(STUDENT)
     names = {key: key.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._orig_mod.") for key in student.state_dict()}
     load_umt_student(other, {names[key]: value for key, value in student.state_dict().items()})

@@ -1,4 +1,4 @@
-"""VideoMAE under Hugging Face's names, both ways, against their library; masked autoencoders from their files."""
+"""VideoMAE to and from Hugging Face's names, against transformers; masked autoencoders from their files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECODER = {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}
 
 @pytest.fixture
 def library():
-    """`transformers`, which names the published LayerNorm eps of 1e-6 in no config: see `same_eps`."""
+    """`transformers`; its configs lack the published LayerNorm eps of 1e-6, see `same_eps`."""
     return pytest.importorskip("transformers")
 
 
@@ -129,7 +129,7 @@ def test_fine_tuned_both_ways(library, tmp_path):
 
 
 def test_pretrained_into_a_classifier(library, tmp_path):
-    """The decoder and the last norm are left out by design; nothing else is."""
+    """Only the decoder and the last norm are left out, by design."""
     other = theirs(library, "VideoMAEForPreTraining", use_mean_pooling=False)
     other.save_pretrained(tmp_path)
     model = VideoClassifier(ClassifierConfig(**SIZES, num_classes=5, positions="direct"))
@@ -192,7 +192,7 @@ def test_autoencoders_from_their_own_files(tmp_path, top, wrapper):
 
 
 def test_heads_of_fine_tuned_mae_st(tmp_path):
-    """PySlowFast calls the head `head.projection`; its files hold the model under `model_state`."""
+    """PySlowFast names the head `head.projection`; its files have the model under `model_state`."""
     config = MaeStConfig(**SIZES, decoder_width=16, decoder_heads=2, target_frames=2)
     model, other = MaeStClassifier(config, 5), MaeStClassifier(config, 5)
     state = {key.replace("head.", "head.projection."): value for key, value in other.state_dict().items()}

@@ -66,7 +66,7 @@ def test_files_are_called_what_is_in_them(copy, tmp_path):
 
 
 def test_the_bare_loop_gives_the_frames_of_the_loader(copy, tmp_path):
-    """And its crop a part of each, resized."""
+    """And with a crop, a resized part of each frame."""
     count = copy("a.mp4", Recipe("h264", gop=8)).frames
     (video,) = read_files("original", tmp_path).known
     indices = [0, 3, 9, 17, 18, 19, 20, count - 1]

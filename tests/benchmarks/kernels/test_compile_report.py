@@ -1,4 +1,4 @@
-"""The compile gate lets the kernels through, and stops kernels that are made to break its rules."""
+"""The compile gate passes the kernels, and fails kernels that break its rules on purpose."""
 
 import importlib
 import json
@@ -55,7 +55,7 @@ def greedy_kernel(x_ptr, y_ptr, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def shared_kernel(x_ptr, y_ptr, n, N: tl.constexpr):
-    """Keeps the tiles of as many steps in shared memory as `num_stages` says."""
+    """Keeps the tiles of `num_stages` steps in shared memory."""
     i = tl.arange(0, N)
     place = i[:, None] * N + i[None, :]
     total = tl.zeros((N, N), tl.float32)
@@ -83,7 +83,7 @@ def test_kernels_pass_the_gate(op):
         assert 0 < row.occupancy <= 1
         assert row.moved >= row.least > 0
         assert "?" not in row.stores
-        assert row.wide_divisions == 0  # places are counted in 32 bits, addresses multiplied in 64
+        assert row.wide_divisions == 0  # indices have 32 bits; only address products have 64
         assert row.kernel in compile_report.table(rows)
 
 
@@ -102,7 +102,7 @@ def test_the_whole_of_a_launch_is_seen():
 
 
 def test_the_loss_and_the_norms_wait_seldom():
-    """A layout that has to be exchanged among warps would add two barriers; the loss had 33 of them."""
+    """A change of layout between warps would add two barriers; the loss once had 33."""
     named = {
         ("cosine_alignment_loss", "UMT-B/16 norm, grad, i64 ids, bf16"): 12,
         ("add_layer_norm", "UMT-B/16 student, drop path, fp32+bf16"): 8,
@@ -120,7 +120,7 @@ def kernels_of(module: str) -> set[str]:
 
 
 def test_every_kernel_has_cases():
-    """A kernel that is added to umt_kernels is added to the report."""
+    """A new kernel of umt_kernels needs cases in the report."""
     kernels = set()
     for op in {case.op for case in launches.cases()}:
         package = "benchmarks.kernels" if op == "implicit_patch_embed" else "umt_kernels"
@@ -186,7 +186,7 @@ def test_narrow_load_fails(monkeypatch):
 
 
 def test_code_of_another_checkout_is_not_taken_from_the_cache(monkeypatch, tmp_path):
-    """Triton's cache knows a kernel by its source and line, not by its file: one that is kept may name a lost file."""
+    """Triton's cache identifies a kernel by source and line, not by file, so a cached one may name a removed file."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.empty(4096)
     compile_row(monkeypatch, copy_kernel, x, x.clone(), 4096, STEP=1, BLOCK=1024, num_warps=8)

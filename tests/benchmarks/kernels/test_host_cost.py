@@ -1,4 +1,4 @@
-"""What calling an op costs on the host stays a small multiple of PyTorch's own cheapest call."""
+"""CPU time of an op's call stays a small multiple of PyTorch's own fastest call."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_wrappers_stay_thin():
 
 
 def test_every_call_of_an_op_after_the_first_uses_its_plan(monkeypatch):
-    """Checks and Triton's look at the arguments are for the first call only."""
+    """Only the first call runs the checks and Triton's inspection of the arguments."""
     with host_cost.launches_stubbed():
         functions = {name: call for name, call in host_cost.calls().items() if name != host_cost.YARDSTICK}
         for call in functions.values():

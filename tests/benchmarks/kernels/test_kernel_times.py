@@ -1,4 +1,4 @@
-"""The kernels' times on tiny shapes, what is refused, the clock, and the report."""
+"""The kernels' times on tiny shapes, refusals, the clock, and the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_case_is_right_and_timed_on_the_cpu(tmp_path, monkeypatch):
     assert content["facts"]["device"] == "cpu"
     assert (tmp_path / "kernels.png").read_bytes()[:4] == b"\x89PNG"
     text = (tmp_path / "kernels.md").read_text()
-    assert "verdict" not in text  # a CPU decides nothing
+    assert "verdict" not in text  # a CPU gives no verdicts
     assert "cls_scores (last block) | backward | tiny" in text
 
 

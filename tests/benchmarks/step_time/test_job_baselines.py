@@ -1,4 +1,4 @@
-"""The plain writings of fine-tuning and VideoMAE against recorded numbers, and both ladders on tiny models."""
+"""The plain steps of fine-tuning and VideoMAE against recorded numbers, and both ladders on tiny models."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_finetuning_baseline_matches_the_recorded_model(recorded, classifier
 
 
 def test_the_baseline_mixes_as_the_recorded_rules_do():
-    """Those of `mix`, which is held to the recorded numbers."""
+    """The rules of `mix`, which is tested against the recorded numbers."""
     clip, labels = torch.randn(4, 3, 2, 12, 10), torch.tensor([0, 3, 1, 1])
     ours, theirs = np.random.RandomState(3), np.random.RandomState(3)
     changed = 0
@@ -135,7 +135,7 @@ def test_operations_are_those_that_torch_counts(name):
     job = JOBS[name]
     work = job.prepare("tiny", job.cpu_batch, CPU)
     for rung in job.ladder(CPU):
-        if rung.compiled or rung.kernels or rung.sdpa:  # fused attention makes its forward pass again
+        if rung.compiled or rung.kernels or rung.sdpa:  # fused attention recomputes its forward pass
             continue
         step = work.build(rung)
         with FlopCounterMode(display=False) as counter:

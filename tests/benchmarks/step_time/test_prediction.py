@@ -1,4 +1,4 @@
-"""Predictions: the kernels hold the operations of the method, and a measurement adds its columns."""
+"""Predictions: the kernels have the operations of the method, and a measurement adds its columns."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_the_kernels_make_the_operations_of_the_step(model, form):
         found[kernel.phase] = found.get(kernel.phase, 0) + kernel.calls * kernel.flops
     count = costs.published_flops if form.published else costs.lean_flops
     expected = count(student, teacher, 4, SEEN).by_phase()
-    if not form.math_attention:  # fused attention makes its forward pass again in the backward one
+    if not form.math_attention:  # fused attention recomputes its forward pass in the backward pass
         expected["backward"] += 2 * 4 * SEEN**2 * student.width * student.depth
     for phase, flops in expected.items():
         assert found[phase] == pytest.approx(flops, rel=2e-5), phase
 
 
-ROWS, SHOWN = 64 * 8 * 197, 64 * SEEN  # of the teacher and of the student, with 64 clips
+ROWS, SHOWN = 64 * 8 * 197, 64 * SEEN  # rows of the teacher and of the student, with 64 clips
 OWN = "+ own int8 teacher"
 # Model, rung, phase and kernel; then calls, bytes and operations of a call, from the shapes.
 BY_HAND = {
@@ -152,7 +152,7 @@ class BytesMoved(TorchDispatchMode):
     ],
 )
 def test_eager_steps_move_the_bytes_that_are_expected(rung, phases, monkeypatch):
-    """Within 15%: a CPU's autocast and attention copy other things than a GPU's."""
+    """Within 15%, because a CPU's autocast and attention make other copies than a GPU's."""
     student = StudentConfig(64, 16, 1, 2, 128, 3, 2, 0.0, 2, 64)
     teacher = TeacherConfig(64, 16, 1, 64, 128, 3, 2, 64, 2)
     monkeypatch.setitem(MODELS, "small", (student, teacher))

@@ -1,4 +1,4 @@
-"""The published step, written in plain PyTorch, against the recorded numbers of the published implementation."""
+"""The published step in plain PyTorch, against the recorded numbers of the published implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain writing of stage 2 that speed-ups are measured against computes the published step, and so do the rungs."""
+"""The plain step of stage 2, the base of its speed-ups, and all rungs compute the published step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step-time ladder on tiny models: every rung is the same step; what is reported follows from what is measured."""
+"""The step-time ladder on tiny models: every rung computes the same step, and reports follow the measurements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def runnable():
-    """The rungs that run on a CPU, less the compiled ones, which take minutes and compute the same."""
+    """The rungs that run on a CPU, without the compiled ones, which take minutes and compute the same."""
     return [FLOAT, BASELINE, SDPA, LEAN]
 
 
@@ -55,12 +55,12 @@ def test_every_rung_has_the_same_loss_for_twenty_steps():
 
 
 def in_place(clip_step, warm_ups=3):
-    """Stands in for CapturedStep on a CPU: every call makes the step."""
+    """Replaces CapturedStep on a CPU: every call makes the step."""
     return clip_step
 
 
 class Stale:
-    """A recording that replays without making the step: it gives the loss of its first one."""
+    """A faulty recording: its replays return the loss of the first step without making a step."""
 
     def __init__(self, step):
         self.step, self.calls, self.loss = step, 0, None
@@ -87,7 +87,7 @@ def test_the_losses_of_a_recorded_rung_are_compared_as_it_will_be_timed(monkeypa
         assert len(made) == 1
     else:
         assert result.seconds
-        assert len(made) == 2  # one of the visible set that is compared on, one that draws
+        assert len(made) == 2  # one for the shared visible set, one that draws
 
 
 def test_peak_memory_on_a_cpu_counts_what_lives_at_once():
@@ -120,7 +120,7 @@ def test_a_float8_student_stays_within_what_is_allowed(monkeypatch):
 @pytest.mark.timeout(450)  # it compiles them all
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the rungs of a GPU")
 def test_every_rung_of_a_gpu_has_the_same_loss_for_twenty_steps():
-    """As they are timed: compiled, and the recorded ones replayed."""
+    """In their timed form: compiled, and replayed if recorded."""
     device = torch.device("cuda")
     for rung in ladder(device):
         if missing(rung, device) is None:
@@ -211,7 +211,7 @@ def write_list(folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The command's own files, from three rungs that are measured and one that is not."""
+    """The command's files, from three measured rungs and one that is not measured."""
     folder = tmp_path_factory.mktemp("results")
     names = [FLOAT.name, BASELINE.name, SDPA.name, FP8.name]
     command = ["--models", "tiny", "--batch", "1", "2", "--repeats", "3", "--device", "cpu", "--out", str(folder)]
@@ -279,7 +279,7 @@ def test_a_stall_is_drawn_with_the_phases(results, monkeypatch, tmp_path):
 
 
 def test_files_of_before_load(results, tmp_path):
-    """The first format: no losses but the first, nothing of what goes on beside the step."""
+    """The first format has only the first loss, and no times of overlapping work."""
     content = report.read(results / "step_time.json")
     del content["beside"]
     for result in content["results"]:
@@ -382,7 +382,7 @@ def test_a_rung_that_breaks_leaves_the_others(monkeypatch, call):
 
 
 def test_the_first_rung_that_runs_is_the_reference_and_says_so(monkeypatch):
-    """As when the baseline in float32 does not fit in memory."""
+    """For example when the float32 baseline does not fit in memory."""
 
     def narrow(work, rung):
         if rung is FLOAT:

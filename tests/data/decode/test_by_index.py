@@ -1,4 +1,4 @@
-"""Training copies, read where their index says that the packets lie."""
+"""Training copies, read by the packet offsets of their index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = [(codec, gop) for codec in CODECS for gop in (1, 4) if gop == 1 or codec
 
 @pytest.fixture(scope="module")
 def copies(tmp_path_factory, write_video):
-    """Copies of one film by codec and GOP, with what the index says of them."""
+    """Copies of one video by codec and GOP, with their rows of the index."""
     folder = tmp_path_factory.mktemp("copies")
     source = Video(str(write_video(folder / "source.mkv", frames=FRAMES, size=(96, 80), options={"bf": "3"})))
     made: dict[tuple[str, int], Video] = {}
@@ -113,7 +113,7 @@ def test_other_files_are_left_to_the_demuxer(write_video, tmp_path, name, option
 
 @pytest.mark.skipif(not hasattr(av.VideoStream, "set_display_rotation"), reason="this PyAV writes no rotation")
 def test_turned_frames_are_left_to_the_demuxer(write_video, tmp_path):
-    """What turns them is in the container."""
+    """The rotation is in the container."""
     source = write_video(tmp_path / "source.mp4", frames=12, options={"bf": "0"}, rotation=90)
     found = []
     for keeps in (False, True):
@@ -143,7 +143,7 @@ def test_frames_in_a_file_whose_table_comes_last_are_left_to_the_demuxer(write_v
 
 
 def test_a_single_frame(write_video, tmp_path):
-    """MP4 keeps no table of one size."""
+    """MP4 stores no table for a single size."""
     source = write_video(tmp_path / "source.mkv", frames=1)
     facts, _seconds = write_copy(Video(str(source)), str(tmp_path / "a.mp4"), Recipe("mjpeg"))
     assert len(read_frames(Video(str(tmp_path / "a.mp4"), facts=facts), lambda count: [count - 1])) == 1
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_there_or_empty_is_a_bad_video(copies, tmp_path, cont
 
 @pytest.mark.parametrize("number", [0, 0xFFFFFFFF, 0x00010000])
 def test_a_table_of_other_sizes_is_a_bad_video(copies, number):
-    """As when other bytes of the same length have replaced the file."""
+    """For example when another file of the same length has replaced the video."""
     video = copies("h264", 4)
     content = bytearray(Path(video.path).read_bytes())
     begin = _where(video).sizes
@@ -176,7 +176,7 @@ def test_a_table_of_other_sizes_is_a_bad_video(copies, number):
 
 
 def test_a_table_beyond_a_file_of_unknown_size_is_a_bad_video(copies, tmp_path):
-    """Before memory is taken for what it tells of."""
+    """It is refused before memory is allocated for its packets."""
     video = replace(copies("h264", 4), size=None, path=str(tmp_path / "a.mp4"))
     content = bytearray(Path(copies("h264", 4).path).read_bytes())
     begin = _where(video).sizes
@@ -211,7 +211,7 @@ def test_an_index_that_is_wrong_is_a_bad_video(copies, where):
 def test_a_codec_without_its_decoder_is_left_to_the_demuxer(copies, decode_all, monkeypatch):
     video = copies("h264", 4)
     monkeypatch.setattr(by_index, "_open_decoder", None)
-    for codec in ("pcm_s16le", "libx264", ""):  # as nobody's copy is
+    for codec in ("pcm_s16le", "libx264", ""):  # no copy has these codecs
         (frame,) = read_frames(replace(video, facts=replace(video.facts, codec=codec)), lambda count: [11])
         assert np.array_equal(frame, decode_all(video.path)[11])
     monkeypatch.setattr("av.codecs_available", av.codecs_available - {"h264"})
@@ -222,7 +222,7 @@ def test_a_codec_without_its_decoder_is_left_to_the_demuxer(copies, decode_all, 
 
 @pytest.mark.parametrize(("codec", "gop"), KINDS)
 def test_damage_reads_as_it_does_by_the_container(copies, codec, gop):
-    """Decoders read beyond the end of what is damaged: what they find there must be the same too."""
+    """Decoders read beyond the end of a damaged packet; the bytes there must be the same too."""
     video = copies(codec, gop)
     whole = Path(video.path).read_bytes()
     rng = np.random.default_rng(0)

@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[str, dict]] = {
 class Sample:
     path: Path
     frames: list[np.ndarray]
-    """All of them, decoded in one go from the start."""
+    """All frames, decoded in one pass from the start."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def _read(path: Path | str, indices: list[int]) -> list[np.ndarray]:
 
 
 def _check(path: Path, frames: list[np.ndarray]) -> None:
-    """`read_frames` gives what one pass over the file gives, for each frame alone and for many at once."""
+    """`read_frames` gives the frames of one pass over the file, for each frame alone and for many at once."""
     counts = []
 
     def choose(indices: list[int]) -> Callable[[int], list[int]]:
@@ -111,7 +111,7 @@ def _check(path: Path, frames: list[np.ndarray]) -> None:
 def test_frames_are_those_of_one_pass(sample, kind):
     made = sample(kind)
     assert len(made.frames) == KINDS[kind][1].get("frames", 60)
-    # Else a neighbour read in a frame's place would not show.
+    # Otherwise reading a neighbouring frame instead would not fail the test.
     assert all((one != next_one).any() for one, next_one in zip(made.frames, made.frames[1:], strict=False))
     _check(made.path, made.frames)
 
@@ -168,7 +168,7 @@ def test_cut_within_a_gop_without_encoding(sample, decode_all, tmp_path, kind, c
 
 @pytest.mark.parametrize(("first", "count"), [(0, 30), (20, 40), (24, 36), (20, 15)])
 def test_trimmed_by_an_edit_list(sample, decode_all, tmp_path, first, count):
-    """Phones and editors trim a file so: all frames stay in it, some are not shown."""
+    """Phones and editors trim a file in this way: all frames stay in it, some are not displayed."""
     data = bytearray(sample("h264.mp4").path.read_bytes())
     entry = data.index(b"elst") + 12  # version, flags, number of entries; then duration and start
     duration, start = struct.unpack(">Ii", data[entry : entry + 8])
@@ -184,7 +184,7 @@ def test_trimmed_by_an_edit_list(sample, decode_all, tmp_path, first, count):
 
 @pytest.mark.parametrize("shared_time", [False, True])
 def test_vp8_frames_that_are_not_shown(sample, decode_all, tmp_path, shared_time):
-    """Two-pass VP8 hides alternate reference frames in packets of their own; they are not frames of the video."""
+    """Two-pass VP8 has hidden alternate reference frames in separate packets; they are not frames of the video."""
     hidden = (10, 20, 33)
     times: dict[int, int] = {}
 
@@ -228,7 +228,7 @@ def count_decoded(monkeypatch) -> Callable[[Path, list[int]], int]:
         with monkeypatch.context() as patch:
             patch.setattr(container, "decode", counted)
             _read(path, indices)
-        assert len(decoded) >= len(set(indices))  # else the count misses how frames are decoded now
+        assert len(decoded) >= len(set(indices))  # otherwise this no longer counts all decoded frames
         return len(decoded)
 
     return count
@@ -267,7 +267,7 @@ def test_all_intra_decodes_the_wanted_frames(sample, count_decoded):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_clip_costs_at_most_two_passes(sample, count_decoded, kind):
-    """A file that cannot be sought in well is not read from its start for each wanted frame anew."""
+    """A file with poor seeking is not read from its start again for each wanted frame."""
     made = sample(kind)
     count = len(made.frames)
     wanted = [count * segment // 8 for segment in range(8)]
@@ -318,7 +318,7 @@ def _turned(path: Path, target: Path, matrix: tuple[int, int, int, int]) -> Path
     ],
 )
 def test_rotation_by_the_track_header(sample, decode_all, tmp_path, matrix):
-    """ISO/IEC 14496-12, 6.2.2: a pixel at (p, q) is shown at (a p + c q, b p + d q), y downwards."""
+    """ISO/IEC 14496-12, 6.2.2: a pixel at (p, q) is displayed at (a p + c q, b p + d q), y downwards."""
     path = _turned(sample("h264.mp4").path, tmp_path / "turned.mp4", matrix)
     stored = decode_all(path)[20]
     a, b, c, d = matrix
@@ -484,7 +484,7 @@ def test_any_damage_reads_or_is_a_bad_video(sample, tmp_path, kind):
         else:
             assert all(frame.ndim == 3 and frame.dtype == np.uint8 for frame in frames)
     assert all(reasons)
-    assert 0 < len(reasons) < 200  # else the damage is too small or too large to try anything
+    assert 0 < len(reasons) < 200  # otherwise the damage is too small or too large for this test
 
 
 def test_no_file_stays_open(sample, tmp_path):

@@ -1,4 +1,4 @@
-"""Packets and frames that are not read to the end leave nothing behind."""
+"""Loops over packets and frames that end early leak no memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from umt_fast.data.video import Video
 
 TIMES = 100
 LEFT_BY_PYAV = 128
-"""Bytes, at the least, for each loop that is left early."""
+"""Smallest number of bytes that each early end must leak to count as a leak."""
 
 
 class _Heap(ctypes.Structure):
-    """What glibc tells of its heap."""
+    """glibc's report on its heap."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -35,7 +35,7 @@ def _allocated() -> int:
 
 
 def _left_by(call: Callable[[], object]) -> float:
-    """Bytes that each call leaves allocated, once what is made for good at the first ones is there."""
+    """Bytes that each call leaks, after the first calls have made their permanent allocations."""
     for _ in range(TIMES):
         call()
     before = _allocated()

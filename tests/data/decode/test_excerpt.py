@@ -1,4 +1,4 @@
-"""The part of a video that some of its frames need, as a file of its own."""
+"""Excerpts: the part of a video that the wanted frames need, as a separate file."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_its_frames_are_those_asked_for(sample, kind, indexed):
     for indices in draws:
         excerpt = cut_excerpt(video, lambda count, indices=indices: indices)
         frames = _decode(excerpt)
-        assert all(frame is not None for frame in frames)  # DALI pairs what NVDEC gives with packets by their order
+        assert all(frame is not None for frame in frames)  # DALI assigns NVDEC's frames to packets by their order
         assert (excerpt.width, excerpt.height) == (facts.width, facts.height)
         wanted = read_frames(video, lambda count, indices=indices: indices)
         for number, frame in zip(excerpt.frames, wanted, strict=True):
@@ -91,7 +91,7 @@ def test_it_holds_no_more_than_the_groups_need(sample, kind):
     with av.open(io.BytesIO(excerpt.content)) as container:
         packets = sum(1 for packet in container.demux(video=0) if packet.size)
         assert [stream.type for stream in container.streams] == ["video"]
-    assert 2 <= packets <= (2 if kind == "mjpeg.avi" else 3 + 3 + 3 + 3)  # and references of B-frames
+    assert 2 <= packets <= (2 if kind == "mjpeg.avi" else 3 + 3 + 3 + 3)  # with references of B-frames
 
 
 def test_it_is_cut_from_bytes_too(sample):
@@ -110,7 +110,7 @@ def test_no_excerpt_of_videos_with_an_edit_list_or_rotation(write_video, tmp_pat
 
 
 def test_no_excerpt_from_an_open_gop_of_h264(write_video, tmp_path):
-    """An open GOP begins with a picture that does not reset the decoder; cut free, it loses what follows."""
+    """An open GOP begins with a picture that does not reset the decoder; in an excerpt its next frames are lost."""
     path = write_video(tmp_path / "open.mp4", options={"x264-params": "open-gop=1:bframes=3:scenecut=0"})
     assert cut_excerpt(_video(path), lambda count: [2, 50]) is None
     assert cut_excerpt(_video(path), lambda count: [2, 5]) is not None
@@ -125,7 +125,7 @@ def test_a_video_that_is_not_there(tmp_path):
 
 
 def _join(first: Path, second: Path, target: Path) -> Path:
-    """The packets of `second` behind those of `first`, whose header the file has."""
+    """The packets of `first` and then those of `second`, under the header of `first`."""
     with av.open(str(target), "w") as writer:
         place, copy = 0, None
         for path in (first, second):
@@ -182,7 +182,7 @@ def test_vp9_headers_name_the_size(sample, kind):
 
 
 def test_vp9_superframes(sample):
-    """Hidden frames share a packet with a shown one; an index at its end tells how long each is (annex B)."""
+    """Hidden frames share a packet with a displayed one; an index at its end has the sizes (annex B)."""
     with av.open(str(sample("vp9_444.mp4"))) as container:
         one, other = [bytes(packet) for packet in container.demux(video=0) if packet.size][:2]
     mark = bytes((0b110_01_001,))

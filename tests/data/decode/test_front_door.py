@@ -1,4 +1,4 @@
-"""Which decoder a run takes; needs neither DALI nor a GPU."""
+"""Choice of a run's decoder; these tests need neither DALI nor a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ H200 = {name: nvdec.Limits(7, (48, 8192), (16, 8192), 262144) for name in ("h264
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend: whether DALI is installed, and what NVDEC takes or why there is none."""
+    """Simulates whether DALI is installed, and NVDEC's limits or why there is none."""
 
     def pretend(dali: bool, engines: dict[str, nvdec.Limits] | str) -> None:
         monkeypatch.setattr(decoder, "has_dali", lambda: dali)
@@ -87,7 +87,7 @@ def test_dali_that_is_missing(machine):
 
 
 def test_a_decoder_of_files_that_the_flag_names_opens_them(monkeypatch, demo_videos):
-    """In the workers' data set and through `open_loader`, which must not give a name it does not know to DALI."""
+    """In the workers' data set and through `open_loader`, which must not pass unknown names to DALI."""
     given = types.ModuleType("umt_fast.data.decode.other")
     given.opened = lambda video, *rest: opened.append(video.name) or pyav.opened(video, *rest)
     opened: list[str] = []
@@ -125,7 +125,7 @@ def test_dali_is_looked_for_without_being_imported(blocked):
 
 
 class _Driver:
-    """libnvcuvid of a GPU with `engines` NVDEC for each codec of `codes`."""
+    """A fake libnvcuvid of a GPU; `codes` has the number of NVDEC engines for each codec."""
 
     def __init__(self, codes: dict[int, int], status: int = 0) -> None:
         self.codes = codes
@@ -183,7 +183,7 @@ def test_no_driver(monkeypatch):
 
 
 def test_the_layout_is_the_drivers():
-    """CUVIDDECODECAPS: offsets of what it answers, and its size."""
+    """CUVIDDECODECAPS: offsets of its output fields, and its size."""
     caps = nvdec._Capabilities
     assert (caps.supported.offset, caps.engines.offset, caps.max_width.offset) == (24, 25, 28)
     assert (caps.max_macroblocks.offset, caps.min_width.offset, caps.min_height.offset) == (36, 40, 42)

@@ -1,4 +1,4 @@
-"""Interlaced videos are PyAV's: what a GPU makes of two fields is its own affair."""
+"""PyAV decodes interlaced videos, because GPUs combine two fields in different ways."""
 
 from __future__ import annotations
 

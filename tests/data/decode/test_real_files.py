@@ -1,4 +1,4 @@
-"""Files as people have them: covers, several streams, turned pictures, cut streams, streams without a container."""
+"""Files as they occur in practice: covers, several streams, rotation, cut streams, streams without a container."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FFMPEG = shutil.which("ffmpeg")
 
 @pytest.mark.parametrize("before", [2, 12, 40])
 def test_a_transport_stream_over_the_end_of_its_clock(tmp_path, before):
-    """Its times have 33 bits, so they begin anew every 26.5 hours; the muxer adds 1.4 seconds."""
+    """Its times have 33 bits, so they restart at 0 every 26.5 hours; the muxer adds 1.4 seconds."""
     tick, path = Fraction(1, 90_000), tmp_path / "a.ts"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24, options={"bf": "2"})
@@ -82,7 +82,7 @@ def _mux(target: Path, *sources: tuple[Path, Disposition | None], suffix: str | 
 
 
 def _cover_first(path: Path) -> Path:
-    """Put the user data of an mp4, where its cover is, before its tracks: the cover becomes stream 0."""
+    """Move the user data of an mp4, which holds its cover, before its tracks: the cover becomes stream 0."""
     data = path.read_bytes()
     moov = data.index(b"moov") - 4
     size = int.from_bytes(data[moov : moov + 4], "big")
@@ -245,7 +245,7 @@ def test_a_stream_without_a_container_can_be_copied(write_video, tmp_path, suffi
 
 @pytest.fixture
 def anamorphic(write_video, tmp_path) -> Path:
-    """A film whose pixels are 4/3 as wide as high, turned by a quarter."""
+    """A video with pixels 4/3 as wide as high, rotated by 90 degrees."""
     plain = write_video(tmp_path / "plain.mp4", frames=6, size=(48, 48), options={"bf": "0"})
     path = tmp_path / "wide.mp4"
     with av.open(str(plain)) as reader, av.open(str(path), "w") as writer:

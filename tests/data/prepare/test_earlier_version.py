@@ -1,4 +1,4 @@
-"""Folders that commit fe9cadc prepared, whole and killed midway, are read and continued bit for bit."""
+"""Folders prepared by commit fe9cadc, one complete and one killed midway, are read and continued bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STORED = Path(__file__).parents[2] / "golden" / "prepared" / "fe9cadc.tar.gz"
 
 @pytest.fixture
 def stored(tmp_path, monkeypatch) -> dict:
-    """What that commit drew of its folders, which are in the working directory now."""
+    """Clips that this commit drew from its folders; the folders are in the working directory."""
     with tarfile.open(STORED) as tar:
         tar.extractall(tmp_path)  # a file of ours; `filter` came to Python with 3.11.4
     monkeypatch.chdir(tmp_path)

@@ -38,7 +38,7 @@ def _copy(source: Path, recipe: Recipe, target: Path | None = None) -> tuple[Pat
 
 
 def _write_smooth(path: Path, pixels: str, matrix: int, full_range: bool, side: int = 256, frames: int = 5) -> Path:
-    """Gradients in all three channels, which lose little to 4:2:0; nearly lossless, tagged."""
+    """Gradients in all three channels, which 4:2:0 changes little; nearly lossless, with colour tags."""
     x, y = np.meshgrid(np.linspace(0, 255, side), np.linspace(0, 255, side))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=5, options={"crf": "1", "bf": "0"})
@@ -58,7 +58,7 @@ def _write_smooth(path: Path, pixels: str, matrix: int, full_range: bool, side: 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory, write_video):
-    """Frames at uneven times, B-frames, one key frame and sound."""
+    """A video with frames at uneven times, B-frames, one key frame and sound."""
     folder = tmp_path_factory.mktemp("uneven")
     return write_video(
         folder / "uneven.mkv", frames=20, size=(96, 80), gop=250, times=UNEVEN, audio_seconds=2, options={"bf": "3"}
@@ -92,7 +92,7 @@ def test_a_copy_has_the_frames_at_their_times_and_the_key_frames_asked_for(uneve
 
 
 def test_a_random_frame_needs_no_other_gop(uneven, tmp_path):
-    """Closed GOPs: each decodes to the same pictures when the others are noise."""
+    """GOPs are closed: each decodes to the same frames when the others are noise."""
     path, _facts = _copy(uneven, Recipe("h264", gop=4), tmp_path / "copy.mp4")
     before, data = _read_all(path), bytearray(path.read_bytes())
     with av.open(str(path)) as container:

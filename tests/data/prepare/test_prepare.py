@@ -79,7 +79,7 @@ def _rows(out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def unbroken(source, tmp_path_factory):
-    """What an unbroken run makes, as files and as shards of three, and its report."""
+    """The output of an uninterrupted run, as files and as shards of three, and its report."""
     made = {}
     for per_shard in (None, 3):
         out = tmp_path_factory.mktemp("unbroken") / "out"
@@ -122,7 +122,7 @@ def test_the_trainer_reads_the_copies_through_the_index(source, unbroken):
             assert video.facts.packets is not None
             after = read_frames(video, lambda count: [0, 3, count - 1])
             small = [frame[::3, ::3][:15, :20].astype(float) for frame in (*before, *after)]
-            assert np.corrcoef([small[0].ravel(), small[2].ravel()])[0, 1] < 0.9  # else any frame would do
+            assert np.corrcoef([small[0].ravel(), small[2].ravel()])[0, 1] < 0.9  # otherwise any frame would pass
             assert [frame.shape for frame in after] == [(32, 42, 3)] * 3
 
 
@@ -238,7 +238,7 @@ def test_a_file_name_that_is_not_text(write_video, tmp_path):
 
 
 def _in_a_process(action) -> multiprocessing.process.BaseProcess:
-    """Fork a process of its own group, as a shell does; there, stop at once when asked to."""
+    """Fork a process with its own group, as a shell does, which stops at once on a signal."""
 
     def run() -> None:
         os.setsid()
@@ -252,7 +252,7 @@ def _in_a_process(action) -> multiprocessing.process.BaseProcess:
 
 
 def _write_slowly(*arguments):
-    """So that a kill comes in the middle on a fast machine too; workers fork, and so have it as well."""
+    """Slow enough for a kill in the middle on a fast machine; forked workers inherit this."""
     time.sleep(0.05)
     written = encode.write_copy(*arguments)
     time.sleep(0.05)
@@ -282,7 +282,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(source, unbroken,
 
 
 class _Killing:
-    """Stands in for a function: the process is killed before or after its call number `number`."""
+    """Replaces a function: the process is killed before or after its call number `number`."""
 
     def __init__(self, function, number: int, after: bool) -> None:
         self.function, self.number, self.after, self.calls = function, number, after, 0
@@ -663,7 +663,7 @@ def _unless_bad(video: Video, other: Video) -> Video:
 
 
 def test_verify_finds_a_copy_of_another_video(source, made, monkeypatch):
-    """Its bytes are as the index says; only the source tells."""
+    """Its bytes fit the index; only a comparison with the source finds it."""
     other = Video(str(source.parent / "b/1.mkv"))
     write = tasks.write_copy
     monkeypatch.setattr(tasks, "write_copy", lambda video, *rest: write(_unless_bad(video, other), *rest))
@@ -685,7 +685,7 @@ def test_verify_compares_pictures(source, made, monkeypatch, write_video, tmp_pa
 
 
 def test_verify_accepts_strong_colours(tmp_path):
-    """4:2:0 blurs colour: of such a picture the PSNR of RGB is 19 dB, that of the luma 34."""
+    """4:2:0 blurs colour: this picture has a PSNR of 19 dB in RGB and 34 dB in luma."""
     (tmp_path / "gifs").mkdir()
     blocks = np.random.default_rng(10).integers(0, 255, (12, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(tmp_path / "gifs" / "a.gif"), "w") as container:
@@ -737,7 +737,7 @@ def test_verify_without_sources(source, made):
 
 
 def test_verify_elsewhere_does_not_say_that_all_is_right(source, made, monkeypatch, capsys, tmp_path):
-    """With a relative SOURCE, which the other working directory does not hold."""
+    """With a relative SOURCE that does not exist in the other working directory."""
     out = made()
     settings = out / ".prepare" / "settings.json"
     given = json.loads(settings.read_text())
