@@ -12,8 +12,11 @@ from umt_fast.config import Decoder, Precision
 
 KNOWN_BF16 = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "V100": 125e12}
 """Dense bf16 tensor-core rates (V100: fp16) from NVIDIA's data sheets, FLOP/s."""
-MEASURED_SIDE = {"cuda": 8192, "cpu": 1024}
+MEASURED_SIDES = {"cuda": (8192,), "cpu": (512, 1024)}
+"""Sides of the matmuls that measure a device. On a busy CPU every long one is interrupted: in 20 ms at a side of 1024
+half of the rate was lost that 2 ms at 512 reached."""
 REPEATS = 4
+"""Timings of the largest matmul; smaller ones are repeated for the same number of operations."""
 
 
 def cpu_computes_bf16() -> bool:
@@ -64,13 +67,20 @@ def peak_flops(device: torch.device, bf16: bool) -> Peak:
         for model, flops in KNOWN_BF16.items():
             if model in name:
                 return Peak(flops, f"data sheet of {model}")
-    side, dtype = MEASURED_SIDE[device.type], torch.bfloat16 if bf16 else torch.float32
+    sides, dtype = MEASURED_SIDES[device.type], torch.bfloat16 if bf16 else torch.float32
+    measured = {_matmul_flops(side, REPEATS * (sides[-1] // side) ** 3, device, dtype): side for side in sides}
+    best = max(measured)
+    return Peak(best, f"measured on a {measured[best]} x {measured[best]} matmul")
+
+
+def _matmul_flops(side: int, repeats: int, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of some products of two square matrices."""
     left = torch.full((side, side), 0.5, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(REPEATS + 1):  # the first one initialises the library
+    for _ in range(repeats + 1):  # the first one initialises the library
         begun = time.perf_counter()
         torch.mm(left, left)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begun)
-    return Peak(2 * side**3 / best, f"measured on a {side} x {side} matmul")
+    return 2 * side**3 / best
