@@ -227,7 +227,7 @@ def describe(
             f"{config.job}: video {vision.width} x {vision.depth} at {vision.frames} frames, text {text.width} x "
             f"{text.depth} of {text.vocab_size} words, {trained / 1e6:.1f} M trained parameters",
             f"{counts}, {optim.epochs} epochs = {total} steps of {world.size} x {optim.batch_size} x "
-            f"{optim.accumulate}, peak lr {optim.lr:.3g}",
+            f"{optim.accumulate} clips, peak lr {optim.lr:.3g}",
         )
     )
 
