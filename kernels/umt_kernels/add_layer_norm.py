@@ -41,14 +41,14 @@ def add_layer_norm(
 ) -> tuple[Float[Tensor, "r m d"], Float[Tensor, "r m d"]]:
     """The new residual x = residual + scale * (branch + branch_bias) in its own dtype, and LayerNorm(x) in `out_dtype`.
 
-    scale         a number, or a factor of each sample's branch as stochastic depth (arXiv 1603.09382) draws it, which
-                  gets no gradient.
-    row_ids       rows of the residual that the branch's rows belong to, none twice in a set where it has a gradient;
-                  None: all. With r a multiple of b, sets 0 .. r/b - 1 are of sample 0, and so on.
+    scale         a number, or one factor per sample, as stochastic depth (arXiv 1603.09382) draws them; it gets no
+                  gradient.
+    row_ids       row of the residual for each row of the branch, none twice in a set if the residual has a gradient;
+                  None: all. With r a multiple of b, sets 0 .. r/b - 1 belong to sample 0, and so on.
     position      table whose rows `position_ids` are added after the norm; it must not require a gradient.
-    padded        ids may be -1: such a row id gives rows of zeros, such a position id adds nothing.
+    padded        ids may be -1: this row id gives rows of zeros, this position id adds nothing.
     out_dtype     dtype of the second output; None is the residual's.
-    rms           RMSNorm (arXiv 1910.07467) in place of LayerNorm; `weight` and `bias` may be None for either.
+    rms           RMSNorm (arXiv 1910.07467) instead of LayerNorm. With both, `weight` and `bias` may be None.
     post_norm     the normalised sum itself is the new residual (arXiv 1706.03762); the plain sum is not stored.
 
     Statistics are float32, of x as it is stored. Every input is read once and every output written once; with `padded`

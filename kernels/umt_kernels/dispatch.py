@@ -55,7 +55,7 @@ def runs_kernel(op: str, *tensors: Tensor | None) -> bool:
 
 
 def _hashable(settings: tuple) -> tuple | None:
-    """The settings with lists of numbers as tuples of them and their types; None if there are other objects."""
+    """The settings, with lists of numbers as tuples of numbers and types; None if they contain other objects."""
     found: list[Any] = []
     for x in settings:
         if type(x) in _SETTINGS:

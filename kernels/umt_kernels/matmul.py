@@ -25,7 +25,7 @@ if triton is not None:
     from umt_kernels.matmul_kernel import kernel
 
 Activation = Literal["gelu", "quick_gelu"]
-"""Exact GELU (arXiv 1606.08415) and x sigmoid(1.702 x), as CLIP has it."""
+"""Exact GELU (arXiv 1606.08415), and CLIP's x sigmoid(1.702 x)."""
 _ACTIVATIONS = (None, *get_args(Activation))
 Backend = Literal["auto", "torch", "triton"]
 GROUP = 128
@@ -227,7 +227,7 @@ def check_activation(activation: str | None) -> None:
 
 
 def runs_here(op: str, backend: Backend, *tensors: Tensor | None) -> bool:
-    """Whether `op` runs the kernel of this file on these tensors; else PyTorch's matmul. The only place that decides.
+    """Whether `op` runs the kernel of this file on these tensors, not PyTorch's matmul. Only this function decides it.
 
     Raises ValueError for an unknown backend, RuntimeError for "triton" where it cannot run.
     """

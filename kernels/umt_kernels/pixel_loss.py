@@ -56,14 +56,14 @@ def pixel_loss(
 ) -> Float[Tensor, ...]:
     """Mean squared error of `predictions` against the pixels of the tokens `token_ids` (VideoMAE, arXiv 2203.12602).
 
-    predictions  one row per token, f = tubelet * height * width * channels of a patch, in this order of axes whatever
-                 the clip's is: (time, row, column, channel).
+    predictions  one row per token, f = tubelet * height * width * channels of a patch, always in the order (time, row,
+                 column, channel).
     clip         uint8 [B,T,H,W,3] or float [B,3,T,H,W], images without T; it gets no gradient.
     layout       another order of the clip's axes, with any number of channels.
-    token_ids    with r a multiple of b, sets 0 .. r/b - 1 are of clip 0, and so on.
+    token_ids    with r a multiple of b, sets 0 .. r/b - 1 belong to clip 0, and so on.
     patch_size   one number, or (height, width).
-    normalise    channel: each token's channels apart to mean 0 and variance 1 (VideoMAE); token: all of its values
-                 together (MAE, arXiv 2111.06377); none. The variance is unbiased.
+    normalise    to mean 0 and variance 1 (unbiased). channel: each channel of a token separately (VideoMAE); token: all
+                 values of a token together (MAE, arXiv 2111.06377); none: not at all.
     scale, shift of each channel: a target pixel is `clip * scale + shift`. None: 1/255 for uint8, 1 for float; 0.
     eps_in_root  (x - mean) / sqrt(variance + eps), else (x - mean) / (sqrt(variance) + eps).
     weights      of each token in the mean, sum(weight * error) / sum(weight); they get no gradient.
@@ -152,7 +152,7 @@ def _check(
     weights: Tensor | None,
     reduction: str,
 ) -> None:
-    """Shapes and names."""
+    """Check shapes and names."""
     if normalise not in ("none", "channel", "token"):
         raise ValueError(f"normalise = {normalise!r}; give none, channel or token")
     if reduction not in ("mean", "none"):
@@ -289,7 +289,7 @@ def _launch_gradient(
 
 
 def config(features: int) -> dict[str, int]:
-    """A program holds a whole row, as its statistics need: eight values to a thread keep it in registers."""
+    """A program holds a whole row, which its statistics need, in registers: eight values per thread."""
     block = next_power_of_2(features)
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
 
