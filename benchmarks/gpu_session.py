@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(pack_cache(work, folder / "compile_cache.tar.gz"))
     print(f"in {folder}: session.json, session.md, session.log")
     if any(not end.state.startswith(("done", "left out")) for end in ends):
-        sys.exit("not everything is done; the same command goes on")
+        sys.exit("not everything is done; the same command continues")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Validation:
         schedule: EpochSchedule,
         bf16: bool,
     ) -> None:
-        """If `average` is given, it is tested in place of the model."""
+        """If `average` is given, it is tested instead of the model."""
         self._config, self._state, self._lists, self._average, self._bf16 = config, state, lists, average, bf16
         self._every, self._total = schedule.epoch_steps * config.test.every_epochs, schedule.total_steps
         self._best = config.run.folder / BEST

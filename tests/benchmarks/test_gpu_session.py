@@ -115,7 +115,7 @@ def test_a_session_ends_by_itself_and_leaves_three_files(tmp_path, monkeypatch, 
     monkeypatch.setattr(gpu_session, "GRACE", 1)
     monkeypatch.setattr(gpu_session, "stages", lambda _work, _rehearse: [python("import time; time.sleep(60)")] * 2)
     begun = time.monotonic()
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command continues"):
         gpu_session.main(["--rehearse", "--minutes", "0.03", "--out", str(tmp_path)])
     assert time.monotonic() - begun < 30
     assert sorted(path.name for path in tmp_path.iterdir()) == ["session.json", "session.log", "session.md"]

@@ -299,7 +299,7 @@ def test_neighbouring_frames_would_show(mixed):
     assert _luma_errors(batch.clip[:, 1:], batch.clip[:, :-1]).min() > 2.5
 
 
-def test_films_differ_by_less_than_two(vp9):
+def test_videos_differ_by_less_than_two(vp9):
     """The mean difference of a frame at 224 px, in brightness and colours, in levels of 255; see docs/data.md."""
     stream = _stream(vp9, side=224)
     pairs = zip(_by_dali(stream, batches=2, batch_size=8), _by_pyav(stream, batches=2, batch_size=8), strict=True)

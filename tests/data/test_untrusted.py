@@ -77,8 +77,8 @@ def serve() -> Iterator[Callable[[Callable[[BaseHTTPRequestHandler], None]], str
 
 
 @pytest.fixture(scope="module")
-def film(tmp_path_factory, write_video) -> Path:
-    return write_video(tmp_path_factory.mktemp("film") / "a.mp4", frames=8, size=(32, 32))
+def good_video(tmp_path_factory, write_video) -> Path:
+    return write_video(tmp_path_factory.mktemp("good_video") / "a.mp4", frames=8, size=(32, 32))
 
 
 # What a URL may name.
@@ -135,8 +135,8 @@ def test_a_source_by_such_a_url_is_refused(source, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["", "simplecache::", "filecache::"])
-def test_files_by_url_and_through_caches_are_read(film, cache):
-    assert storage.read(f"{cache}file://{film}") == film.read_bytes()
+def test_files_by_url_and_through_caches_are_read(good_video, cache):
+    assert storage.read(f"{cache}file://{good_video}") == good_video.read_bytes()
 
 
 @pytest.mark.timeout(20)
@@ -202,16 +202,16 @@ def test_copies_lie_where_the_configuration_of_fsspec_says(serve, monkeypatch, t
         request.send_header("Content-Length", "4")
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(b"film")
+            request.wfile.write(b"video")
 
-    assert storage.read(f"filecache::{serve(reply)}/a.mp4") == b"film"
+    assert storage.read(f"filecache::{serve(reply)}/a.mp4") == b"video"
     (copy,) = (tmp_path / "copies").iterdir()
-    assert copy.read_bytes() == b"film"
+    assert copy.read_bytes() == b"video"
 
 
-def test_a_reference_file_opens_nothing(tmp_path, film):
+def test_a_reference_file_opens_nothing(tmp_path, good_video):
     """Such a file could send a local file to its author, or run its templates."""
-    references = {"version": 1, "refs": {"a.mp4": [f"file://{film}"]}}
+    references = {"version": 1, "refs": {"a.mp4": [f"file://{good_video}"]}}
     (tmp_path / "ref.json").write_text(json.dumps(references))
     (tmp_path / "list.csv").write_text(f"reference://a.mp4::file://{tmp_path}/ref.json\n")
     (video,) = read_manifest(str(tmp_path / "list.csv"))
@@ -219,13 +219,13 @@ def test_a_reference_file_opens_nothing(tmp_path, film):
         read_frames(video, lambda count: [0])
 
 
-@pytest.mark.parametrize("target", ["file://{film}", "ftp://127.0.0.1/a", "data:text/plain,x"])
-def test_a_redirect_out_of_http_is_not_followed(serve, film, monkeypatch, target):
+@pytest.mark.parametrize("target", ["file://{good_video}", "ftp://127.0.0.1/a", "data:text/plain,x"])
+def test_a_redirect_out_of_http_is_not_followed(serve, good_video, monkeypatch, target):
     monkeypatch.setattr(storage, "ATTEMPTS", 2)
 
     def reply(request):
         request.send_response(302)
-        request.send_header("Location", target.format(film=film))
+        request.send_header("Location", target.format(good_video=good_video))
         request.end_headers()
 
     with pytest.raises(OSError, match="given up after 2 attempts"):
@@ -238,11 +238,11 @@ OUTSIDE = ["{other}/b.mp4", "../other/b.mp4", "a/../../other/b.mp4", "file://{ot
 
 
 @pytest.fixture
-def source(tmp_path, film) -> Path:
+def source(tmp_path, good_video) -> Path:
     """A folder with a.mp4 and c.mp4, and beside it one with b.mp4."""
     for name in ("source/a.mp4", "source/c.mp4", "other/b.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(film, tmp_path / name)
+        shutil.copy(good_video, tmp_path / name)
     return tmp_path / "source"
 
 
@@ -269,12 +269,12 @@ def test_a_row_outside_the_folder_of_its_index_is_a_bad_row(source, tmp_path, pa
 
 
 @pytest.mark.parametrize("member", ["../../x.mp4", "/x.mp4", "a/../../../x.mp4"])
-def test_a_member_that_climbs_out_of_its_shard_is_not_written_there(source, tmp_path, film, member):
+def test_a_member_that_climbs_out_of_its_shard_is_not_written_there(source, tmp_path, good_video, member):
     with tarfile.open(source / "s.tar", "w") as tar:
-        tar.add(film, "ok.mp4")
+        tar.add(good_video, "ok.mp4")
         info = tarfile.TarInfo(member)
-        info.size = film.stat().st_size
-        tar.addfile(info, io.BytesIO(film.read_bytes()))
+        info.size = good_video.stat().st_size
+        tar.addfile(info, io.BytesIO(good_video.read_bytes()))
     before = unchanged(tmp_path)
     out = tmp_path / "deep" / "out"
     out.parent.mkdir()
@@ -284,9 +284,9 @@ def test_a_member_that_climbs_out_of_its_shard_is_not_written_there(source, tmp_
     assert unchanged(tmp_path)[str(source / "a.mp4")] == before[str(source / "a.mp4")]
 
 
-def test_a_link_in_out_is_not_followed(source, tmp_path, film):
+def test_a_link_in_out_is_not_followed(source, tmp_path, good_video):
     (source / "sub").mkdir()
-    shutil.copy(film, source / "sub" / "b.mp4")
+    shutil.copy(good_video, source / "sub" / "b.mp4")
     settings = Settings(str(source), str(tmp_path / "out"), FAST, workers=1)
     prepare(settings)
     shutil.rmtree(tmp_path / "out" / "sub")
@@ -309,12 +309,12 @@ def test_nothing_but_bad_rows_is_an_error(source, tmp_path):
 PLAYLISTS = {
     "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video {port} RTP/AVP 96\n"
     "a=rtpmap:96 H264/90000\n",
-    "ffconcat": "ffconcat version 1.0\nfile '{film}'\n",
-    "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{film}\n#EXT-X-ENDLIST\n",
+    "ffconcat": "ffconcat version 1.0\nfile '{good_video}'\n",
+    "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{good_video}\n#EXT-X-ENDLIST\n",
     "m3u8_url": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:{port}/a.ts\n#EXT-X-ENDLIST\n",
     "mpd": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
     'mediaPresentationDuration="PT1S"><Period><AdaptationSet mimeType="video/mp4"><Representation id="1" bandwidth="1">'
-    "<BaseURL>{film}</BaseURL></Representation></AdaptationSet></Period></MPD>",
+    "<BaseURL>{good_video}</BaseURL></Representation></AdaptationSet></Period></MPD>",
     "imf": '<?xml version="1.0"?><CompositionPlaylist xmlns="http://www.smpte-ra.org/schemas/2067-3/2016"/>',
     "rtsp": "RTSPtextrtsp://127.0.0.1:{port}/x",
 }
@@ -322,13 +322,13 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("kind", PLAYLISTS)
-def test_a_file_that_names_others_to_open_is_a_bad_video(tmp_path, film, kind, in_memory):
+def test_a_file_that_names_others_to_open_is_a_bad_video(tmp_path, good_video, kind, in_memory):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         server.settimeout(0.1)
         path = tmp_path / "x.mp4"
-        path.write_text(PLAYLISTS[kind].format(film=film, port=server.getsockname()[1]))
+        path.write_text(PLAYLISTS[kind].format(good_video=good_video, port=server.getsockname()[1]))
         begun = time.monotonic()
         with pytest.raises(BadVideo):
             read_frames(Video(str(path)), lambda count: [0], path.read_bytes() if in_memory else None)
@@ -337,10 +337,10 @@ def test_a_file_that_names_others_to_open_is_a_bad_video(tmp_path, film, kind, i
             server.accept()
 
 
-def test_the_playlists_of_these_tests_work(tmp_path, film):
+def test_the_playlists_of_these_tests_work(tmp_path, good_video):
     """Without our restrictions FFmpeg opens another file."""
     path = tmp_path / "x.mp4"
-    path.write_text(PLAYLISTS["ffconcat"].format(film=film))
+    path.write_text(PLAYLISTS["ffconcat"].format(good_video=good_video))
     with av.open(str(path), options={"safe": "0"}) as container:
         assert next(container.decode(video=0)).width == 32
 
@@ -358,12 +358,12 @@ DEEP = b"[" * 200_000
 
 
 @pytest.mark.timeout(60)
-def test_only_plain_small_captions_of_the_source_are_read(source, tmp_path, film):
+def test_only_plain_small_captions_of_the_source_are_read(source, tmp_path, good_video):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     (source / "sub").mkdir()
     for name in "bdefgh":
-        shutil.copy(film, source / f"{name}.mp4")
+        shutil.copy(good_video, source / f"{name}.mp4")
     (source / "a.txt").write_text("a caption")
     os.mkfifo(source / "b.txt")
     (source / "c.txt").symlink_to("/dev/zero")
@@ -540,10 +540,10 @@ def test_frames_that_grow_behind_the_header_are_refused(tmp_path, write_video):
         read_frames(video, lambda count: [0])
 
 
-def test_a_video_that_decodes_for_too_long_is_replaced(tmp_path, film, write_video, monkeypatch):
+def test_a_video_that_decodes_for_too_long_is_replaced(tmp_path, good_video, write_video, monkeypatch):
     """In a run, by another one."""
     slow = write_video(tmp_path / "slow.mp4", frames=9, size=(32, 32))
-    shutil.copy(film, tmp_path / "good.mp4")
+    shutil.copy(good_video, tmp_path / "good.mp4")
     stream = ClipStream(read_manifest(str(tmp_path)), DataConfig(time_limit=1), 2, 16, seed=0)
     real = time.monotonic
     opened: list[str] = []
@@ -573,22 +573,22 @@ def tar_of(members: dict[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-def sparse_tar(path: Path, header: tarfile.TarInfo, size: int, film: Path) -> None:
+def sparse_tar(path: Path, header: tarfile.TarInfo, size: int, good_video: Path) -> None:
     """A member of `size` bytes without disk space, followed by a video."""
     header.size = size
     with open(path, "wb") as file:
         file.write(header.tobuf(tarfile.GNU_FORMAT))
         file.seek(size + -size % 512, os.SEEK_CUR)
         with tarfile.open(fileobj=file, mode="w") as tar:
-            tar.add(film, "a.mp4")
+            tar.add(good_video, "a.mp4")
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
-def test_a_large_header_of_a_shard_is_refused(tmp_path, film, kind):
+def test_a_large_header_of_a_shard_is_refused(tmp_path, good_video, kind):
     header = tarfile.TarInfo("x")
     header.type = kind
-    sparse_tar(tmp_path / "s.tar", header, 3 << 30, film)
+    sparse_tar(tmp_path / "s.tar", header, 3 << 30, good_video)
     with pytest.raises(ManifestError, match="headers of more"):
         read_manifest(str(tmp_path / "s.tar"))
 
@@ -621,33 +621,33 @@ def test_headers_in_many_pieces_are_refused(tmp_path, begin):
         read_manifest(str(tmp_path / "s.tar"))
 
 
-def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, film):
+def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, good_video):
     """In a folder from someone else, continuing would empty its `aside`."""
     (tmp_path / "mine" / "aside").mkdir(parents=True)
     (tmp_path / "mine" / "aside" / "thesis.txt").touch()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".prepare").symlink_to(tmp_path / "mine")
     with pytest.raises(CannotPrepare, match="is a link"):
-        prepare(Settings(str(film.parent), str(tmp_path / "out"), FAST, workers=1))
+        prepare(Settings(str(good_video.parent), str(tmp_path / "out"), FAST, workers=1))
     assert (tmp_path / "mine" / "aside" / "thesis.txt").exists()
 
 
-def test_a_sparse_member_is_left_out(tmp_path, film):
+def test_a_sparse_member_is_left_out(tmp_path, good_video):
     """Its bytes in the shard differ from the file's, so a range of the shard would be wrong."""
-    content = b"1\n0\n4\n".ljust(512, b"\0") + b"film".ljust(512, b"\0")
+    content = b"1\n0\n4\n".ljust(512, b"\0") + b"video".ljust(512, b"\0")
     member = tarfile.TarInfo("b.mp4")
     member.size = len(content)
     sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "b.mp4"}
     head = pax(**sparse) + member.tobuf(tarfile.GNU_FORMAT) + content
-    (tmp_path / "s.tar").write_bytes(head + tar_of({"a.mp4": film.read_bytes()}))
+    (tmp_path / "s.tar").write_bytes(head + tar_of({"a.mp4": good_video.read_bytes()}))
     (video,) = read_manifest(str(tmp_path / "s.tar"))
     assert video.member == "a.mp4"
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["cls", "txt", "json"])
-def test_a_large_label_or_caption_of_a_shard_is_left_out(tmp_path, film, kind):
-    sparse_tar(tmp_path / "s.tar", tarfile.TarInfo(f"a.{kind}"), 3 << 30, film)
+def test_a_large_label_or_caption_of_a_shard_is_left_out(tmp_path, good_video, kind):
+    sparse_tar(tmp_path / "s.tar", tarfile.TarInfo(f"a.{kind}"), 3 << 30, good_video)
     (video,) = read_manifest(str(tmp_path / "s.tar"))
     assert (video.label, video.caption) == (None, None)
 
@@ -655,7 +655,7 @@ def test_a_large_label_or_caption_of_a_shard_is_left_out(tmp_path, film, kind):
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("size", [-512, -1024, -(1 << 40)])
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_negative_size_in_a_shard_ends(tmp_path, film, size, kind):
+def test_a_negative_size_in_a_shard_ends(tmp_path, good_video, size, kind):
     with open(tmp_path / "s.tar", "wb") as file:
         header = tarfile.TarInfo("x.mp4")
         header.type = kind
@@ -669,9 +669,9 @@ def test_a_negative_size_in_a_shard_ends(tmp_path, film, size, kind):
 
 
 @pytest.mark.parametrize("label", [b"9" * 5000, b"\xc2\xb2", b"3.5", b"9" * 19])
-def test_a_label_of_a_shard_that_is_not_a_number_is_none(tmp_path, film, label):
+def test_a_label_of_a_shard_that_is_not_a_number_is_none(tmp_path, good_video, label):
     with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        tar.add(film, "a.mp4")
+        tar.add(good_video, "a.mp4")
         info = tarfile.TarInfo("a.cls")
         info.size = len(label)
         tar.addfile(info, io.BytesIO(label))
@@ -707,8 +707,8 @@ def test_a_hostile_head_of_an_index_is_one_error(tmp_path, head):
         read_manifest(str(tmp_path))
 
 
-def test_a_hostile_row_costs_a_run_one_video(tmp_path, film):
-    shutil.copy(film, tmp_path / "a.mp4")
+def test_a_hostile_row_costs_a_run_one_video(tmp_path, good_video):
+    shutil.copy(good_video, tmp_path / "a.mp4")
     rows = [b'{"path": "a.mp4"}', b'{"path": "b.mp4", "times": ' + DEEP, b'{"path": "a.mp4"}']
     (tmp_path / "index.jsonl").write_bytes(b"\n".join([json.dumps(FORMAT).encode(), *rows]) + b"\n")
     stream = ClipStream(read_manifest(str(tmp_path)), DataConfig(), 2, 16, seed=0)

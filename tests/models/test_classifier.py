@@ -139,7 +139,7 @@ def test_dropout_and_stochastic_depth_of_either_architecture(architecture):
     assert len(model.head.weight) == 5
     clip = torch.randn(1, 3, 2, 32, 32)
     for block in model.blocks:
-        block.drop_path = 0.0  # what is left is the head's dropout
+        block.drop_path = 0.0  # only the head's dropout remains
     torch.nn.init.normal_(model.head.weight)
     drawn = torch.stack([model(clip) for _ in range(8)])
     assert len(drawn.flatten(1).unique(dim=0)) == 8

@@ -71,7 +71,7 @@ def test_lines_that_are_not_records_are_skipped(tmp_path):
     lines += [b"[" * 100_000, b'{"step": "2"}', b'{"step": 4, "loss": 0.5}', b'{"step": 6, "lo']
     path.write_bytes(b"\n".join(lines))
     assert read_metrics(path) == good
-    RunLog(tmp_path, ALONE, 2, 10, 4).close()  # a run that goes on at step 2 drops what came after
+    RunLog(tmp_path, ALONE, 2, 10, 4).close()  # a run that resumes at step 2 drops later records
     assert path.read_text() == json.dumps(good[0]) + "\n"
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
 

@@ -180,7 +180,7 @@ def test_the_rate_of_a_captured_step_is_changed_in_place():
     for group, place in zip(optimizer.param_groups, places, strict=True):
         assert group["lr"] is place
         assert float(place) == 0.125
-    for group in optimizer.param_groups:  # as a run without a graph goes on from such a checkpoint
+    for group in optimizer.param_groups:  # as when a run without a graph resumes from such a checkpoint
         group["capturable"] = False
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]

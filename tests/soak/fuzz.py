@@ -338,13 +338,13 @@ def copy_and_row(content: bytes, codec: str) -> tuple[bytes, dict[str, object]]:
 def make_targets() -> list[Target]:
     """All targets with their good files, which are the same each time."""
     torch.manual_seed(0)
-    film = encoded("a.mp4", "libx264")
+    good_video = encoded("a.mp4", "libx264")
     kinds = [("a.mp4", "libx264", "yuv420p"), ("a.mkv", "libx264", "yuv420p"), ("a.avi", "mpeg4", "yuv420p")]
     kinds += [("a.ts", "libx264", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("a.mov", "mjpeg", "yuvj420p")]
     kinds += [("a.flv", "flv1", "yuv420p"), ("a.mpg", "mpeg2video", "yuv420p"), ("a.gif", "gif", "rgb8")]
     kinds += [("a.wmv", "wmv2", "yuv420p"), ("b.mp4", "libx265", "yuv420p"), ("b.webm", "libvpx", "yuv420p")]
     kinds += [("a.h264", "libx264", "yuv420p"), ("a.ogv", "libtheora", "yuv420p"), ("b.mkv", "ffv1", "yuv420p")]
-    films = [(name, encoded(name, codec, form)) for name, codec, form in kinds if codec in av.codecs_available]
+    videos = [(name, encoded(name, codec, form)) for name, codec, form in kinds if codec in av.codecs_available]
     stills = []
     for name in ("a.png", "a.jpg", "a.webp", "a.bmp"):
         out = io.BytesIO()
@@ -369,10 +369,10 @@ def make_targets() -> list[Target]:
     runs = [saved(run | {"format": number, "config": sections}) for number in (1, 2)]
 
     members = {
-        "0.mp4": film,
+        "0.mp4": good_video,
         "0.cls": b"3",
         "0.txt": b"a caption",
-        "1.mp4": film,
+        "1.mp4": good_video,
         "1.json": b'{"label": 5, "caption": "b"}',
     }
     forms = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -417,9 +417,9 @@ def make_targets() -> list[Target]:
             damage_safetensors,
             lambda path: read_index(path, "key", 3, 4) and None,
         ),
-        Target("video", films, damage_bytes, read_video, weight=6),
+        Target("video", videos, damage_bytes, read_video, weight=6),
         Target("still", stills, damage_bytes, read_video),
-        Target("list", [("list.csv", text) for text in lists], damage_text, read_list, {"a.mp4": film}, weight=3),
+        Target("list", [("list.csv", text) for text in lists], damage_text, read_list, {"a.mp4": good_video}, weight=3),
         Target("shard", shards, damage_tar, lambda path: read_all(read_manifest(str(path))), weight=3),
         Target("captions", captions, damage_text, read_captions, weight=2),
         Target("sqlite", [("a.db", annotations_database())], damage_bytes, read_captions),
@@ -435,7 +435,7 @@ def make_targets() -> list[Target]:
         Target("metrics", [("metrics.jsonl", METRICS)], damage_text, lambda path: read_metrics(path) and None),
     ]
     for codec in ("h264", "mjpeg", "vp9"):
-        copy, row = copy_and_row(film, codec)
+        copy, row = copy_and_row(good_video, codec)
         index = write_index([{"path": "a.mp4"}, row, {"path": "a.mp4"}])
         read = lambda path: read_all(read_manifest(str(path)))  # noqa: E731
         targets.append(Target(f"index_{codec}", [("index.jsonl", index)], damage_text, read, {"a.mp4": copy}))

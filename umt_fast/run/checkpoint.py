@@ -126,7 +126,7 @@ def _find(folder: Path, resume: str, say: Callable[[str], None]) -> tuple[Path |
     if resume != "auto":
         source = expand_home(resume)
         if existing and existing[-1].resolve() != source.resolve():
-            raise RunError(f"{folder} already holds {existing[-1].name}; to go on from {source}, add --run.name NEW")
+            raise RunError(f"{folder} already holds {existing[-1].name}; to resume from {source}, add --run.name NEW")
         return source, load_checkpoint(source)
     for path in reversed(existing):
         try:
@@ -153,7 +153,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"the checksum of {damaged} does not match")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, missing, not a checkpoint
-        fix = "remove it to go on from the one before, or name another with --run.resume"
+        fix = "remove it to resume from the one before, or name another with --run.resume"
         raise WeightsError(f"cannot read checkpoint {path}, {fix}: {error}") from error
     if not isinstance(content, dict) or type(content.get("format")) is not int or content["format"] not in (1, FORMAT):
         raise WeightsError(f"{path} is not a checkpoint of a run (format 1 or {FORMAT}); for weights use read_weights")
@@ -166,7 +166,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     refuse_odd_tensors({key: value for key, value in content["model"].items() if isinstance(value, Tensor)}, path)
     bad = find_not_finite(content["model"])
     if bad is not None:
-        raise WeightsError(f"cannot go on from {path}: {bad} holds values that are not finite")
+        raise WeightsError(f"cannot resume from {path}: {bad} holds values that are not finite")
     try:
         for name in ("config", "schedule", "attention"):
             check_plain(flatten(content.get(name, {})))

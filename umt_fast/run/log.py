@@ -256,7 +256,7 @@ class RunLog:
         except OSError as error:
             if path not in self._failed:
                 self._failed.add(path)
-                self.say(f"note: cannot write {path}: {error.strerror or error}; the run goes on")
+                self.say(f"note: cannot write {path}: {error.strerror or error}; the run continues")
 
     def finish(self, state: TrainState, label: str, parts: Sequence[str] = ()) -> None:
         """Print how the run ended. Draw its losses if it trained: `label` names the curve, `parts` other losses."""

@@ -104,13 +104,13 @@ def cover(write_video, tmp_path) -> Path:
 # 16. The stream.
 
 
-def test_a_cover_picture_is_not_the_film(write_video, cover, tmp_path):
-    film = write_video(tmp_path / "film.mp4", frames=20)
-    path = _cover_first(_mux(tmp_path / "both.mp4", (film, None), (cover, Disposition.attached_pic)))
+def test_a_cover_picture_is_not_the_video(write_video, cover, tmp_path):
+    good_video = write_video(tmp_path / "good.mp4", frames=20)
+    path = _cover_first(_mux(tmp_path / "both.mp4", (good_video, None), (cover, Disposition.attached_pic)))
     with av.open(str(path)) as container:
         assert container.streams.video[0].disposition & Disposition.attached_pic
     assert [frame.shape for frame in _all(path)] == [(48, 64, 3)] * 20
-    assert all(np.array_equal(*pair) for pair in zip(_all(path), _all(film), strict=True))
+    assert all(np.array_equal(*pair) for pair in zip(_all(path), _all(good_video), strict=True))
     assert probe(Video(str(path))).frames == 20
     facts, _seconds = write_copy(Video(str(path)), str(tmp_path / "copy.mp4"), Recipe("h264", 32))
     assert facts.frames == 20
@@ -124,11 +124,11 @@ def test_a_song_with_a_cover_is_a_bad_video(write_audio, cover, tmp_path):
             read(path)
 
 
-def test_of_several_films_the_default_one_is_read(write_video, tmp_path):
-    films = [write_video(tmp_path / f"{n}.mp4", frames=10 + n, size=(64, 32 + 16 * n), seed=n) for n in range(3)]
+def test_the_default_of_several_video_streams_is_read(write_video, tmp_path):
+    videos = [write_video(tmp_path / f"{n}.mp4", frames=10 + n, size=(64, 32 + 16 * n), seed=n) for n in range(3)]
     for chosen in range(3):
         flags = [Disposition.default if number == chosen else Disposition(0) for number in range(3)]
-        path = _mux(tmp_path / f"of{chosen}.mkv", *zip(films, flags, strict=True))
+        path = _mux(tmp_path / f"of{chosen}.mkv", *zip(videos, flags, strict=True))
         assert [frame.shape for frame in _all(path)] == [(32 + 16 * chosen, 64, 3)] * (10 + chosen)
 
 

@@ -366,7 +366,7 @@ def test_a_signal_stops_it_soon_and_says_how_to_go_on(source, tmp_path, write_vi
     _, errors = process.communicate(timeout=30)
     assert time.monotonic() - started < 20
     assert process.returncode == 130
-    assert re.search(r"stopped\. 0 of 4 videos are copied; the same command again goes on from there", errors)
+    assert re.search(r"stopped\. 0 of 4 videos are copied; the same command continues from there", errors)
     assert "Traceback" not in errors
     assert not (tmp_path / "out" / ".prepare" / "aside").exists()
     with pytest.raises(ProcessLookupError):

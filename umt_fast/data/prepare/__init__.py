@@ -209,7 +209,7 @@ class _Preparation:
 
     def _stopped(self, why: str) -> str:
         done = sum(item.name in self.journal.copies for item in self.plan.items)
-        return f"{why}. {done} of {len(self.plan.items)} videos are copied; the same command again goes on from there"
+        return f"{why}. {done} of {len(self.plan.items)} videos are copied; the same command continues from there"
 
     def _waiting(self) -> Iterator[Item]:
         """The videos without a copy. Drops the journal's records of files that are gone or changed in size."""

@@ -32,7 +32,7 @@ from umt_fast.data.video import BadVideo, Video
 from umt_fast.files import put_in_place
 
 TIME_LIMIT = 3600.0
-"""Seconds for copying one video: enough for a feature film on a slow core."""
+"""Seconds for copying one video: enough for a feature-length video on a slow core."""
 ATTEMPTS = 2
 """How many workers a task may kill before it counts as failed. The out-of-memory killer picks its victim at random, so
 one death proves nothing."""
