@@ -336,3 +336,18 @@ def test_notes_of_changed_settings_are_one_line(folder):
     assert found is not None
     found.content["config"]["run"]["seed"] = "x\x1b[31m\ny"
     assert checkpoint.list_changes(found, CONFIG, {}) == [r"note: run.seed was x\x1b[31m\ny when it was saved, now 0"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "closed"])
+def test_a_run_that_cannot_save_says_so_before_its_first_step(tmp_path, monkeypatch, kind):
+    state = new_state()
+    state.config = replace(CONFIG, run=RunConfig(dir=str(tmp_path), name="a"))
+    (tmp_path / "a").mkdir()
+    if kind == "file":
+        (tmp_path / "a" / "checkpoints").write_text("")
+    elif kind == "link":
+        (tmp_path / "a" / "checkpoints").symlink_to("/nowhere/at/all")
+    else:
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OSError, match="checkpoints"):
+        state.go_on(None, step_clips=4)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -77,10 +79,16 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
             raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of interrupted saves. No other run may use the folder."""
+def prepare_folder(folder: Path) -> None:
+    """Make the folder of checkpoints and remove what an interrupted save left; only this run may be saving there.
+
+    Raises OSError for a folder that nothing can be written to, at the start of a run and not at its first save.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for aside in folder.glob(".clips_*.pth.*"):
         aside.unlink(missing_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def find_checkpoint(

@@ -25,7 +25,7 @@ from umt_fast.run.checkpoint import (
     checkpoint_path,
     find_checkpoint,
     list_changes,
-    remove_unfinished,
+    prepare_folder,
     save_checkpoint,
 )
 from umt_fast.run.lost_rank import RandomStates, is_lost_rank
@@ -145,7 +145,7 @@ class TrainState:
         """
         folder = self.config.run.checkpoints
         if self.world.main:
-            remove_unfinished(folder)
+            prepare_folder(folder)
         if found is None:
             return []
         self.restore(folder, found, step_clips)
