@@ -125,10 +125,15 @@ def replacing(path: Path, locked: bool = True) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def _open_own(path: str, flags: int) -> int:
+    """Open a file, but not through a link, which may lead elsewhere, and no pipe, which waits for a reader."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def append_whole(path: Path, content: bytes) -> None:
     """Append all of `content` to a file, or nothing. Makes the file and its folder if needed. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_open_own) as file:
         before = file.tell()
         try:
             if file.write(content) < len(content):

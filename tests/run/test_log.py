@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,47 @@ def test_lines_that_are_not_records_are_skipped(tmp_path):
     RunLog(tmp_path, ALONE, 2, 10, 4).close()  # a run that resumes at step 2 drops later records
     assert path.read_text() == json.dumps(good[0]) + "\n"
     assert [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_folder_with_links_and_pipes(tmp_path, capsys):
+    """Nothing is written through a link in the folder, and no pipe is waited for."""
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    outside.write_text("mine")
+    for name in ("bad_files.txt", "loss.png", "metrics.jsonl"):
+        (folder / "links").mkdir(parents=True, exist_ok=True)
+        (folder / "pipes").mkdir(exist_ok=True)
+        (folder / "links" / name).symlink_to(outside)
+        os.mkfifo(folder / "pipes" / name)
+    for kind in ("links", "pipes"):
+        with RunLog(folder / kind, ALONE, 1, 2, 4) as log:
+            if kind == "links":
+                (folder / kind / "bad_files.txt").symlink_to(outside)
+            else:
+                os.mkfifo(folder / kind / "bad_files.txt")
+            losses = losses_of(2)
+            losses.add_data([batch([], [("b.mp4", "broken")])], 0.0)
+            log.report(state_at(2), losses, lr=1.0)
+            log.finish(state_at(2), "loss")
+        assert (folder / kind / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert outside.read_text() == "mine"
+    assert capsys.readouterr().out.count("cannot write") == 2
+
+
+def test_records_without_a_loss_are_not_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 1, "loss": "x", "lr": null}\n')
+    with RunLog(tmp_path, ALONE, 1, 2, 4) as log:
+        log.report(state_at(2), losses_of(2), lr=1.0)
+        log.finish(state_at(2), "loss")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_picture_without_room_ends_no_run(tmp_path, small_disk, capsys):
+    with RunLog(tmp_path, ALONE, 0, 2, 4) as log:
+        log.report(state_at(1), losses_of(1), lr=1.0)
+        with small_disk(1000):
+            log.finish(state_at(1), "loss")
+    assert "note: cannot write" in capsys.readouterr().err
+    assert not [path.name for path in tmp_path.iterdir() if "png" in path.name]
 
 
 def test_a_folder_that_is_removed_is_made_anew(tmp_path):

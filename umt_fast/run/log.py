@@ -164,7 +164,7 @@ class RunLog:
         if not world.main:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if step and self._bad_path.exists():
+        if step and self._bad_path.is_file() and not self._bad_path.is_symlink():
             self._bad.update(read_reasons(self._bad_path.read_bytes()))
         else:
             self._bad_path.unlink(missing_ok=True)
@@ -263,7 +263,8 @@ class RunLog:
         if self._world.main and state.step > self._first_step:
             from umt_fast.run.pictures import draw_loss_curve
 
-            metrics = read_metrics(self.metrics_path)
+            lines = read_metrics(self.metrics_path)
+            metrics = [line for line in lines if all(isinstance(line.get(key), int | float) for key in ("loss", "lr"))]
             parts = [name for name in parts if any(line.get(name) for line in metrics)]
             draw_loss_curve(metrics, self.folder / "loss.png", label, parts)
             if len(metrics) > 1:
@@ -346,7 +347,7 @@ def _is_terminal() -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records in a metrics.jsonl; incomplete and foreign lines are skipped."""
     lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             record = json.loads(line.decode())
         except (ValueError, RecursionError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from umt_fast.files import write_whole
 from umt_fast.masking import token_ids
 
 if TYPE_CHECKING:
@@ -21,6 +24,16 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _write(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a PNG. A run that is over does not fail for want of room for its picture: a note says so."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    try:
+        write_whole(path, content.getvalue())
+    except OSError as error:
+        print(f"note: cannot write {path}: {error.strerror or error}", file=sys.stderr)
 
 
 def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, label: str, parts: Sequence[str] = ()) -> None:
@@ -41,7 +54,7 @@ def draw_loss_curve(metrics: list[dict[str, Any]], path: Path, label: str, parts
     rate.plot(steps, [line["lr"] for line in metrics], color="C1", linestyle="--", linewidth=1)
     rate.set_ylabel("learning rate", color="C1")
     rate.set_ylim(bottom=0)
-    figure.savefig(path, dpi=120)
+    _write(figure, path, 120)
 
 
 def draw_visible(
@@ -82,7 +95,7 @@ def draw_visible(
     figure.colorbar(shown, ax=rows[1, :], label="x uniform", fraction=0.02)
     printable = title.encode("utf-8", "replace").decode()  # a file name may not be valid UTF-8
     figure.suptitle(printable, fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=110)
+    _write(figure, path, 110)
 
 
 def draw_reconstruction(
@@ -114,4 +127,4 @@ def draw_reconstruction(
             axes.set_xticks([])
             axes.set_yticks([])
     figure.suptitle(title.encode("utf-8", "replace").decode(), fontsize=10, parse_math=False)
-    figure.savefig(path, dpi=110)
+    _write(figure, path, 110)
