@@ -7,10 +7,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from umt_fast.config import ConfigError
-from umt_fast.run.world import advise_restarts, agree_on_attempt, read_environment, shorten
+from umt_fast.run.lost_rank import is_lost_rank
+from umt_fast.run.world import World, advise_restarts, agree_on_attempt, read_environment, shorten
 
 MASTER = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 PAIR = {"RANK": "0", "WORLD_SIZE": "2", **MASTER}
@@ -92,3 +94,36 @@ def test_ranks_agree_on_an_attempt_in_a_store_of_earlier_ones():
 def test_a_message_of_gloo_is_shortened():
     message = "[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. This is typically caused"
     assert shorten(RuntimeError(message)) == "Connection closed by peer [127.0.0.1]:1"
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("[/a/b.cpp:1] Rank 1 failed to pass monitoredBarrier in 2000 ms", "rank 1 does not answer"),
+        ("Ranks 1, 3 failed to pass monitoredBarrier in 2000 ms", "rank 1, 3 does not answer"),
+        (
+            "Rank 1 successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank 0. "
+            "Please check rank 0 logs for faulty rank.",
+            "rank 0 does not answer",
+        ),
+    ],
+)
+def test_the_rank_that_does_not_answer_is_named(monkeypatch, message, says):
+    def barrier(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(dist, "monitored_barrier", barrier)
+    assert World(1, 4, torch.device("cpu")).find_lost() == says
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection reset by peer", True),
+        ("Timed out waiting 6000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),  # what a stopped rank gave, seen in a soak
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_errors_of_a_lost_rank_are_told_from_others(message, lost):
+    assert is_lost_rank(RuntimeError(message)) == lost

@@ -24,9 +24,13 @@ ARRIVAL_SECONDS = 2.0
 """Seconds that the main rank waits for random states that a lost rank may have sent."""
 
 
+_GLOO_WORDS = ("gloo", "Timed out waiting", "Application timeout caused pair closure", "Connection closed by peer")
+"""What its errors say; some do not hold its name."""
+
+
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is lost or late; gloo has no error class for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _GLOO_WORDS)
 
 
 class RandomStates:

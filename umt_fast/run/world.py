@@ -65,6 +65,7 @@ class World:
             dist.monitored_barrier(self.roll_call_group, limit, wait_all_ranks=self.main)
         except RuntimeError as error:
             found = re.search(r"[Rr]anks? ([\d, ]*\d) failed to pass", str(error))
+            found = found or re.search(r"errors while waiting for send/recv from rank (\d+)", str(error))
             return f"rank {found[1]} does not answer" if found else shorten(error)
         return "every rank answers now"
 
