@@ -102,8 +102,8 @@ def test_a_message_of_gloo_is_shortened():
         ("[/a/b.cpp:1] Rank 1 failed to pass monitoredBarrier in 2000 ms", "rank 1 does not answer"),
         ("Ranks 1, 3 failed to pass monitoredBarrier in 2000 ms", "rank 1, 3 does not answer"),
         (
-            "Rank 1 successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank 0. "
-            "Please check rank 0 logs for faulty rank.",
+            "Rank 1 successfully reached monitoredBarrier, but received errors while waiting for send/recv from rank 0."
+            " Please check rank 0 logs for faulty rank.",
             "rank 0 does not answer",
         ),
     ],
@@ -125,5 +125,5 @@ def test_the_rank_that_does_not_answer_is_named(monkeypatch, message, says):
         ("mat1 and mat2 shapes cannot be multiplied", False),
     ],
 )
-def test_errors_of_a_lost_rank_are_told_from_others(message, lost):
+def test_errors_of_a_lost_rank_differ_from_others(message, lost):
     assert is_lost_rank(RuntimeError(message)) == lost
