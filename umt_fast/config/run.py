@@ -52,8 +52,10 @@ class RunConfig:
             start_timeout=1,
             step_timeout=1,
         )
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in ("", "..") or Path(self.name).name != self.name or "\0" in self.name:
             raise ConfigError(f"run.name = {self.name!r} is not a plain folder name")
+        if "\0" in self.dir:
+            raise ConfigError(f"run.dir = {self.dir!r} is not the name of a folder")
 
     @property
     def folder(self) -> Path:
