@@ -196,6 +196,7 @@ def test_an_epilogue_that_counts_the_wrong_groups_is_seen(device, form, monkeypa
             TypeError,
             ["out_dtype = torch.int32", "bfloat16"],
         ),
+        (lambda x, w: linear_8bit(x, quantize_rows(w, torch.int8)), TypeError, ["x is a Tensor", "quantize_rows"]),
         (lambda x, w: quantize_rows(x[:, :0], torch.int8), ValueError, ["x has shape [4, 0]"]),
         (lambda x, w: quantize_rows(x[0, 0], torch.int8), ValueError, ["x has shape []"]),
         (lambda x, w: add_layer_norm_8bit(x, x, None, x[0], 1e-5, torch.int8), TypeError, ["weight is None", "[8]"]),

@@ -228,6 +228,7 @@ def test_float64_is_differentiable(device):
         ({"reduction": "sum"}, ValueError, "reduction = 'sum'"),
         ({"weights": torch.ones(2, 4)}, ValueError, "weights [2, 4]"),
         ({"scale": (1.0, 1.0)}, ValueError, "3 numbers each"),
+        ({"scale": 0.5}, TypeError, "scale = 0.5; give 3 numbers"),
         ({"eps": -1.0}, ValueError, "eps = -1.0"),
         ({"predictions": torch.zeros(2, 5, 96, dtype=torch.int64)}, TypeError, "predictions has dtype torch.int64"),
     ],

@@ -108,6 +108,9 @@ def linear_8bit(
 
     Raises ValueError for shapes, devices or an activation that do not fit, TypeError for a dtype that does not.
     """
+    for name, rows_of in (("x", x), ("weight", weight)):
+        if not isinstance(rows_of, EightBit):
+            raise TypeError(f"{name} is a {type(rows_of).__name__}; give an EightBit, as quantize_rows returns it")
     check_tensors(x=x.values, scale=x.scale, weight=weight.values, weight_scale=weight.scale, bias=bias)
     check_floats(bias=bias, scale=x.scale, weight_scale=weight.scale)
     check_activation(activation)

@@ -181,6 +181,9 @@ def _colours(
     channels = clip.shape[order.index("C")]
     scale = [1 / 255 if clip.dtype == torch.uint8 else 1.0] * channels if scale is None else scale
     shift = [0.0] * channels if shift is None else shift
+    for name, numbers in (("scale", scale), ("shift", shift)):
+        if not hasattr(numbers, "__len__"):
+            raise TypeError(f"{name} = {numbers!r}; give {channels} numbers, one per channel")
     if len(scale) != channels or len(shift) != channels:
         raise ValueError(f"scale = {scale} and shift = {shift}; give {channels} numbers each, one per channel")
     return [float(x) for x in scale], [float(x) for x in shift]
