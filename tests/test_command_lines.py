@@ -57,3 +57,24 @@ def test_every_setting_has_a_text(path: Path) -> None:
                     documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     bare += [] if documented else [f"{found.name}.{ast.unparse(field.target)}"]
     assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("name", "work", "arguments"),
+    [
+        ("umt_fast.evaluation.search", "_run", ["a dog", "--checkpoint", "x.pth", "--videos", "x"]),
+        ("umt_fast.evaluation.probe", "read_features", ["knn", "--train", "x", "--test", "x"]),
+        ("umt_fast.evaluation.features", "_extract", ["--checkpoint", "x.pth", "--data", "x", "--out", "x"]),
+    ],
+)
+def test_ctrl_c_ends_a_program_without_a_traceback(
+    name: str, work: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    program = importlib.import_module(name)
+    monkeypatch.setattr(program, work, interrupt)
+    with pytest.raises(SystemExit) as caught:
+        program.main(arguments)
+    assert caught.value.code == 130

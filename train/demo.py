@@ -15,7 +15,6 @@ import dataclasses
 import json
 import shutil
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +27,12 @@ from umt_fast.config import DataConfig, FinetuneConfig
 from umt_fast.data import synthetic
 from umt_fast.data.labels import read_labelled
 from umt_fast.data.loader import ClipLoader
-from umt_fast.errors import RunError
 from umt_fast.evaluation import probe
 from umt_fast.evaluation.classification import score
 from umt_fast.evaluation.features import encoder_of
 from umt_fast.evaluation.views import Views, view_stream
 from umt_fast.recipe import load_recipe
-from umt_fast.run import world
+from umt_fast.run import launch, world
 from umt_fast.run.log import say
 from umt_fast.weights import read_model
 
@@ -147,13 +145,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo-finetune"), help="default %(default)s")
     parser.add_argument("--videos", type=int, default=VIDEOS, help="seed of the labelled videos (default %(default)s)")
     given = parser.parse_args()
-    try:
+    with launch.one_line_errors():
         read_model(given.init)  # before the videos are written
         lists = write_lists(given.out / "videos", given.videos)
         frozen = probe_frozen(given.init, given.videos, lists)
         found = compare(given.init, lists, given.out)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
     (given.out / "frozen.json").write_text(json.dumps(frozen, indent=2) + "\n")
     (given.out / "top1.json").write_text(json.dumps(found, indent=2) + "\n")
     say(f"\ntop-1 on {HELD_OUT} held-out videos, seeds {SEEDS}")

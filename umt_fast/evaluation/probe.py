@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from umt_fast.errors import RunError
 from umt_fast.evaluation.classification import Scores, score
 from umt_fast.evaluation.extract import Features, FeaturesError, read_features
 from umt_fast.models.vit import LAYER_NORM_EPS
@@ -208,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=AttentiveSettings.lr, help="attentive: default %(default)s")
     parser.add_argument("--heads", type=int, default=AttentiveSettings.heads, help="attentive: default %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="linear, attentive: of what is drawn (default 0)")
-    given = parser.parse_args(arguments)
-    try:
+    from umt_fast.run import launch  # library users of the probes must not need its imports
+
+    with launch.one_line_errors():
+        given = parser.parse_args(arguments)
         if given.neighbours < 1:
             raise FeaturesError(f"--neighbours {given.neighbours}: must be an integer >= 1")
         settings = AttentiveSettings(epochs=given.epochs, lr=given.lr, heads=given.heads, seed=given.seed)
@@ -221,8 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.out is not None:
             given.out.parent.mkdir(parents=True, exist_ok=True)
             given.out.write_text(json.dumps({"probe": given.kind, **scores.as_dict()}, indent=2) + "\n")
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

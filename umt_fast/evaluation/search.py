@@ -239,11 +239,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s"
     )
-    options = parser.parse_args(arguments)
-    try:
-        _run(options)
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
+    from umt_fast.run import launch  # library users of `search` must not need its imports
+
+    with launch.one_line_errors():
+        _run(parser.parse_args(arguments))
 
 
 def _label(videos: VideoList, match: Match) -> str:
