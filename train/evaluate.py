@@ -182,17 +182,15 @@ def main(arguments: list[str] | None = None) -> None:
         job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         job.add_argument("--job", default="labels")
         given = sys.argv[1:] if arguments is None else arguments
-        named = job.parse_known_args(given)[0].job
-        if named not in JOBS:
-            raise ConfigError(f"--job {named}: there are {', '.join(JOBS)}")
-        if named != "labels":
+        named, flags = job.parse_known_args(given)
+        if named.job not in JOBS:
+            raise ConfigError(f"--job {named.job}: there are {', '.join(JOBS)}")
+        if named.job != "labels":
             from train import evaluate_video_text
 
             evaluate_video_text.main(given)
             return
-        config, state, classes = read_settings(
-            [flag for flag in given if flag not in ("--job", "labels", "--job=labels")]
-        )
+        config, state, classes = read_settings(flags)
 
         def run(_config: EvaluateConfig, world: World) -> bool:
             evaluate(config, state, classes, world)

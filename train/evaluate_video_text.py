@@ -8,6 +8,7 @@ Writes the figures (JSON), the scores or answers, and for retrieval a page of pi
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -95,7 +96,9 @@ def main(arguments: list[str]) -> None:
 
 def read_settings(arguments: list[str]) -> VideoTextTestConfig:
     """The settings of the flags; their defaults are the data settings of the checkpoint."""
-    checkpoint = next((arguments[i + 1] for i, flag in enumerate(arguments[:-1]) if flag == "--checkpoint"), "")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", default="")
+    checkpoint = first.parse_known_args(arguments)[0].checkpoint
     default = VideoTextTestConfig()
     if checkpoint:
         trained = section_of(read_model(checkpoint)[1], "data")
