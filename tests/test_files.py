@@ -37,13 +37,13 @@ PLAIN = ["a b,c.mp4", "ü/日本.mp4", "s3://bucket/key", "12:30.mp4"]
 
 
 @pytest.mark.parametrize("name", [*STRANGE, *BACKSLASHES])
-def test_names_come_back(name):
+def test_names_survive_writing_and_reading(name):
     assert escape(name) != name or name in STRANGE[-1:]
     assert unescape(escape(name)) == name
     assert escape(name).isprintable() or name in STRANGE[-1:]
 
 
-def test_how_they_are_written():
+def test_escapes_of_names_in_files():
     assert escape("a\tb\n\\\x1b\u2028") == r"a\tb\n\\\x1b\u2028"
     assert [escape(name) for name in PLAIN] == PLAIN
 

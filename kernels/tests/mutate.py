@@ -62,12 +62,12 @@ T_TIES, T_RACE, T_COUNTS, T_SEEDS, T_ZERO, T_LARGE = (
         "each_row_may_draw_its_own_count",
         "seeds_have_62_bits",
         "a_random_number_of_0_still_comes_before_a_score_of_0",
-        "scores_near_the_largest_number_follow_the_same_law",
+        "scores_near_the_largest_number_have_the_same_distribution",
     )
 )
 T_NAN = ("test_sample_visible.py::test_nan_and_0_are_alike",)
 T_ODD = ("test_sample_visible.py::test_infinite_and_subnormal_scores",)
-T_LAW = ("test_sample_visible.py::test_the_law_holds_at_any_size_of_the_scores",)
+T_LAW = ("test_sample_visible.py::test_the_distribution_holds_at_any_size_of_the_scores",)
 T_TRANSFORMS = ("test_derivatives.py",)
 FAR = "test_addresses.py::test_"
 NORM_FAR = (f"{FAR}gather_layer_norm", f"{FAR}gather_layer_norm_of_layers")
@@ -91,7 +91,7 @@ T_ONCE = ("test_linear.py::test_the_result_is_rounded_once",)
 EIGHTS = "test_eight_bit.py::test_"
 T_ROWS = (f"{EIGHTS}rows_and_norms_are_rounded_to_the_nearest",)
 T_GROUPS, T_CHAIN = (
-    (f"{EIGHTS}an_epilogue_that_counts_the_wrong_groups_is_seen",),
+    (f"{EIGHTS}an_epilogue_that_counts_the_wrong_groups_is_detected",),
     (f"{EIGHTS}an_mlp_of_8_bit_products",),
 )
 T_EIGHT_ODD = (f"{EIGHTS}a_row_with_a_nan_or_infinity_is_no_row_of_numbers",)
@@ -99,7 +99,7 @@ T_EIGHT_RANGE = (f"{EIGHTS}the_largest_number_is_the_end_of_the_range",)
 T_EIGHT_ERRORS = (f"{EIGHTS}errors_name_the_value_and_the_place",)
 PIX = "test_pixel_loss.py::test_"
 T_PIXELS, T_COLOURS = (f"{PIX}values_and_gradients",), (f"{PIX}each_colour_has_its_own_scale_and_shift",)
-T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_as_they_lie",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
+T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_without_a_copy",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
 T_PIXEL_FORMS = (f"test_pixel_loss.py::{FORMS}",)
 T_PIXEL_SETS = (f"{PIX}several_masks_of_a_clip_and_ids_of_nothing",)
 PIXELS_FAR = (f"{FAR}pixel_loss",)
@@ -108,7 +108,7 @@ T_FAKES = ("test_library.py::test_opcheck[gather_layer_norm]",)
 T_KEYS, T_COPIES, T_ROW_STRIDES = (
     (f"test_{name}",)
     for name in (
-        "dispatch.py::test_a_key_tells_calls_apart",
+        "dispatch.py::test_different_calls_have_different_keys",
         "dispatch.py::test_a_kept_plan_copies_what_its_kernel_cannot_read",
         "launch.py::test_rows_at_equal_distances",
     )

@@ -34,7 +34,7 @@ def test_fresh_memory_is_filled(device, dtype):
     assert (x.new_empty(4, dtype=torch.int32) == 2**31 - 1).all()
 
 
-def test_which_tensors_take_the_kernels(device, kernels):
+def test_which_tensors_run_the_kernels(device, kernels):
     x = torch.zeros(1, device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8):
         assert runs_triton(x.to(dtype), None) == kernels
@@ -58,7 +58,7 @@ def test_no_op_falls_back_in_silence(device, needs_kernels, monkeypatch):
         sample_visible(x[0].double(), 2)
 
 
-def test_keys_beyond_the_kernels_reach_take_the_reference(device, monkeypatch, fresh_plans):
+def test_too_many_keys_run_the_reference(device, monkeypatch, fresh_plans):
     q, k = torch.randn(2, 3, 4, device=device), torch.randn(2, 3, 9, 4, device=device)
     expected = reference.cls_scores(q.double(), k.double())
     module = importlib.import_module("umt_kernels.cls_scores")

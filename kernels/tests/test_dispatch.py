@@ -21,7 +21,7 @@ from umt_kernels.dispatch import call_key
         (torch.empty(2, 3), (1, None)),
     ],
 )
-def test_a_key_tells_calls_apart(tensor, settings):
+def test_different_calls_have_different_keys(tensor, settings):
     key = call_key("op", (torch.empty(2, 3),), (1,))
     assert key == call_key("op", (torch.zeros(2, 3),), (1,))
     assert key != call_key("op", (tensor,), settings)

@@ -134,7 +134,7 @@ def test_an_mlp_of_8_bit_products(device, form, dtype, hidden, assert_near):
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_an_epilogue_that_counts_the_wrong_groups_is_seen(device, form, monkeypatch, large):
+def test_an_epilogue_that_counts_the_wrong_groups_is_detected(device, form, monkeypatch, large):
     """Groups of very different size: another group's scale would be off by far. Tiles of `large` products have two."""
     config = matmul.config
     if large:  # as for the sizes of the models

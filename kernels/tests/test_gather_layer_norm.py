@@ -273,7 +273,7 @@ def test_weight_gradients_are_the_same_every_time(device, few_programs):
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(0, 4), (2, 0)])
-def test_nothing_kept(device, batch, kept):
+def test_no_rows_are_kept(device, batch, kept):
     x = torch.randn(batch, 5, 8, device=device, requires_grad=True)
     weight = torch.ones(8, device=device, requires_grad=True)
     ids = torch.zeros(batch, kept, dtype=torch.int64, device=device)

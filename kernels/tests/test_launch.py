@@ -59,7 +59,7 @@ def test_pointers_off_the_16_byte_grid_are_looked_at(place):
     assert [call[0] for call in kernel.calls] == ["looked at"] * 3 + ["kept"]
 
 
-def test_plans_do_not_grow_for_ever(monkeypatch, fresh_plans):
+def test_plans_do_not_grow_without_limit(monkeypatch, fresh_plans):
     monkeypatch.setattr(launch, "MOST_PLANS", 3)
     for i in range(5):
         launch.keep((i,), launch.Plan(Kernel(), (1,), (), {}))

@@ -73,7 +73,7 @@ def test_value_and_gradients(device, kind, halo, left_out, assert_near):
         assert_near(ours, theirs)
 
 
-def test_float64_takes_the_reference(device):
+def test_float64_runs_the_reference(device):
     given = case(device, "float", 1, torch.float64)
     assert (run(given) - convolved(**given)).abs().max() < 1e-12
 
@@ -319,7 +319,7 @@ def test_forms_for_other_models(device, form, copied, assert_near):
         assert_near(ours, theirs, 3e-5)
 
 
-def test_planar_uint8_frames_are_read_where_they_lie(device, needs_kernels, monkeypatch):
+def test_planar_uint8_frames_are_read_without_a_copy(device, needs_kernels, monkeypatch):
     """A decoder's [B,T,3,H,W] is read without a copy into another order."""
     clip = torch.randint(0, 256, (1, 2, 3, 8, 8), dtype=torch.uint8, device=device)
     seen = []

@@ -181,7 +181,7 @@ def test_each_colour_has_its_own_scale_and_shift(device, assert_near):
     assert_near(one, two.double(), arithmetic=1e-6)
 
 
-def test_views_are_read_as_they_lie(device, spread):
+def test_views_are_read_without_a_copy(device, spread):
     predictions, clip, ids = inputs(device, True, 4, 2, torch.float32)
     plain = pixel_loss(predictions, clip, ids, 4, reduction="none")
     assert torch.equal(pixel_loss(spread(predictions), spread(clip), spread(ids), 4, reduction="none"), plain)

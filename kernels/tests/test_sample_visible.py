@@ -82,7 +82,7 @@ def test_layout_and_gradient_mode_do_not_change_the_draw(device, spread):
         assert not drawn.requires_grad
 
 
-def test_rows_are_drawn_apart(device):
+def test_rows_are_drawn_independently(device):
     drawn = sample_visible(torch.ones(60, 30, device=device), 7, generator(0, device))
     assert len(torch.unique(drawn, dim=0)) > 57
 
@@ -192,7 +192,7 @@ def test_ties_take_exactly_as_many_as_fit(device, needs_kernels, monkeypatch, nu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_scores_near_the_largest_number_follow_the_same_law(device, dtype):
+def test_scores_near_the_largest_number_have_the_same_distribution(device, dtype):
     """score / wait would be infinite for most scores, and the first infinite one would be drawn."""
     rows = 4000 if not INTERPRETED else 800
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=dtype)
@@ -216,7 +216,7 @@ def test_infinite_and_subnormal_scores(device):
 
 
 @pytest.mark.parametrize("unit", [2.0**-149, 1e-40, 2.0**-126, 1e-3, 5e37])
-def test_the_law_holds_at_any_size_of_the_scores(device, unit):
+def test_the_distribution_holds_at_any_size_of_the_scores(device, unit):
     """1 : 2 : 5, from the smallest float32 on, beside a score of 0 that is never drawn."""
     rows = 3000
     scores = torch.tensor([1.0, 0.0, 2.0, 5.0], dtype=torch.float64).mul(unit).float().to(device).expand(rows, -1)
@@ -275,7 +275,7 @@ def test_bad_counts_are_named(counts, error, words):
         assert word in str(caught.value)
 
 
-def test_rows_beyond_the_kernels_reach_run_the_reference(device, monkeypatch, fresh_plans):
+def test_too_long_rows_run_the_reference(device, monkeypatch, fresh_plans):
     monkeypatch.setattr(module, "LONGEST", 8)
     monkeypatch.setattr(module._draw, "launch", None)
     assert sample_visible(torch.ones(2, 9, device=device), 4).shape == (2, 4)

@@ -203,7 +203,7 @@ def test_answers_that_are_not_a_list_are_refused(tmp_path, content):
         read_answers(str(tmp_path / "answers.json"))
 
 
-def test_a_source_of_which_no_file_is_there_is_refused(tmp_path):
+def test_a_source_without_existing_files_is_refused(tmp_path):
     (tmp_path / "a.mp4").touch()
     for name in ("there", "gone"):
         (tmp_path / f"{name}.json").write_text(json.dumps([{"video": f"{n}.mp4", "caption": "x"} for n in "abc"]))

@@ -110,7 +110,7 @@ def test_flip_frequency(flip):
     assert abs(np.mean([view.flip for view in views]) - flip) <= 4 * (flip * (1 - flip) / 4000) ** 0.5
 
 
-def test_flip_does_not_hang_on_the_crop():
+def test_flip_is_independent_of_the_crop():
     views = _views(340, 256, 20000)
     for width in _sizes(340, 256):
         share = np.mean([view.flip for view in views if view.width == width])

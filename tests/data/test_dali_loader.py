@@ -520,7 +520,7 @@ def test_nothing_readable(tmp_path, workers):
         _by_dali(stream, batches=2, batch_size=2)
 
 
-def test_a_codec_of_other_frames_is_left_to_pyav(mixed, monkeypatch):
+def test_a_codec_with_other_frames_is_left_to_pyav(mixed, monkeypatch):
     """A run on a GPU compares the first videos; here the comparison runs on the CPU, once with a fault."""
     with DaliLoader(_stream(mixed), CPU, None, start=0, batches=1, batch_size=1, say=print) as loader:
         assert loader._find_wrong(DaliSupport(), range(8)) == frozenset()

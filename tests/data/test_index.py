@@ -26,7 +26,7 @@ def _facts(times: list[int], keys: list[int]) -> Facts:
         ([-512, 0, 512, 2**40], [-512, 0, 512, 2**40]),
     ],
 )
-def test_facts_come_back(times, keys):
+def test_facts_survive_writing_and_reading(times, keys):
     row = {"path": "a.mp4", "bytes": 9, **describe(_facts(times, keys)), "label": 3, "caption": "zwei Möwen"}
     (video,) = parse_index(write_index([row]), "/data/index.jsonl")
     assert video.path == video.name == "/data/a.mp4"
@@ -38,7 +38,7 @@ def test_facts_come_back(times, keys):
     assert (video.facts.fps, video.facts.codec) == (29.97, "h264")
 
 
-def test_where_packets_lie_comes_back():
+def test_packets_survive_writing_and_reading():
     where = Packets(sizes=712, first=2017, setup=bytes(range(256)))
     row = {"path": "a.mp4", **describe(replace(_facts([0, 1], [0]), packets=where))}
     (video,) = parse_index(write_index([row]), "/data/index.jsonl")
@@ -144,7 +144,7 @@ def test_files_that_are_not_an_index_are_refused(content, message):
     assert message in str(caught.value)
 
 
-def test_a_video_of_more_frames_than_there_are_is_refused():
+def test_an_index_with_too_many_frames_is_refused():
     """Its times would use all memory of the machine."""
     row = {"path": "a", **describe(_facts([0], [0])), "times": [0, [1, 1 << 24]], "frames": (1 << 24) + 1}
     with pytest.raises(BadIndex, match="16777217 frames"):
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_the_indexed_one_is_a_bad_video(indexed, write_video)
         read_frames(video, lambda count: [0])
 
 
-def test_probe_tells_plain_files_from_others(tmp_path, write_video):
+def test_probe_recognises_plain_files(tmp_path, write_video):
     (plain, turned) = VideoList.of_paths(
         [
             str(write_video(tmp_path / "plain.mp4", frames=12, size=(64, 48))),

@@ -408,7 +408,7 @@ def test_the_settings_are_the_runs(videos):
     assert ClipDataset(stream)[[0]].clip.shape == (1, 2, 16, 16, 3)
 
 
-def test_a_search_for_garbage_leaves_alone_what_workers_share(videos):
+def test_garbage_collection_keeps_shared_memory(videos):
     gc.unfreeze()
     with ClipLoader(_stream(videos, workers=1), start=0, batches=2, batch_size=2) as loader:
         next(loader)
@@ -466,7 +466,7 @@ def test_a_copy_in_a_forked_process_gives_nothing_back():
     assert buffers.lease((10,), np.dtype(np.uint8)) is not None
 
 
-def test_more_memory_than_there_is_is_done_without():
+def test_the_loader_works_without_enough_shared_memory():
     """The loader continues with fresh memory."""
     assert BufferPool.for_workers(1 << 10, 1 << 10, 1 << 36) is None
     assert BufferPool.for_workers(0, 4, 10) is None

@@ -59,7 +59,7 @@ def test_codecs_without_vectors_count_as_still(tmp_path, write_video):
     assert (read_motion(video, [0, 3], 2) == 0).all()
 
 
-def test_a_frame_that_is_not_there_is_named(tmp_path, write_video):
+def test_a_missing_frame_is_named(tmp_path, write_video):
     video = Video(str(write_video(tmp_path / "a.mp4", frames=4)))
     with pytest.raises(BadVideo, match="no frame 4"):
         read_motion(video, [1, 4], 2)

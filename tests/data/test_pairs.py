@@ -45,7 +45,7 @@ def test_only_the_first_seconds_of_a_long_video_are_looked_at():
     assert IntervalSampling(2, max_seconds=300)(timeline, rng()) == [249, 749]
 
 
-def test_crops_have_the_law_of_random_resized_crop():
+def test_crops_have_the_distribution_of_random_resized_crop():
     boxes = np.array([draw_crop(120, 200, rng(seed)) for seed in range(2000)])
     top, left, rows, columns = boxes.T
     assert (top + rows <= 120).all()

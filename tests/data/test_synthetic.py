@@ -86,7 +86,7 @@ def test_other_seed_other_pictures(small_videos, decode_all):
         assert np.abs(difference).mean() > 10
 
 
-def test_a_video_does_not_hang_on_how_many_there_are(small_videos, demo_videos, decode_all):
+def test_a_video_does_not_depend_on_their_number(small_videos, demo_videos, decode_all):
     for one, other in zip(small_videos(0), read_manifest(str(demo_videos)), strict=False):
         assert np.array_equal(decode_all(one), decode_all(other))
 

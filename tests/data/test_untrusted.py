@@ -173,7 +173,7 @@ def test_a_reply_without_an_end_does_not_fill_the_disk_of_a_cache(serve, monkeyp
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_what_a_broken_connection_left_is_no_copy(serve, monkeypatch, tmp_path, cache):
+def test_a_partial_download_is_no_copy(serve, monkeypatch, tmp_path, cache):
     """The second attempt fetches the whole file, and a later read fetches nothing."""
     content, gets = os.urandom(100_000), []
 

@@ -95,6 +95,6 @@ def test_views_of_pairs():
     [{"views": "other"}, {"gap": (5, 4)}, {"step": 0}, {"area": (0.0, 1.0)}, {"inner_area": (0.6, 0.3)}, {"flip": 2.0}],
     ids=str,
 )
-def test_pairings_that_cannot_be(settings):
+def test_impossible_pairings_are_refused(settings):
     with pytest.raises(ConfigError, match=rf"pairing\.{next(iter(settings))}"):
         Pairing(**settings)

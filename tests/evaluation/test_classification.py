@@ -176,7 +176,7 @@ def test_the_report_names_what_went_wrong(listed, model, tmp_path: Path):
     assert (tmp_path / "mistakes.png").stat().st_size > 1000
 
 
-def test_a_list_of_which_nothing_can_be_read(model, tmp_path: Path):
+def test_a_list_without_readable_videos(model, tmp_path: Path):
     videos = VideoList.of_paths([str(tmp_path / "none.mp4")])
     with pytest.raises(NothingReadable, match=r"none of the 1 videos could be read; the first, .*none\.mp4"):
         predict(model, videos, Views(FRAMES, SIDE), DataConfig(workers=0), World(0, 1, torch.device("cpu")))

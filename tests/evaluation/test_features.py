@@ -44,7 +44,7 @@ def test_a_fine_tuned_encoder_gives_the_features_of_its_head(tmp_path: Path, poo
     assert encoder(clip).shape == (2, frames * 4, 64)
 
 
-def test_sizes_that_the_file_does_not_tell(tmp_path: Path):
+def test_sizes_missing_in_the_file(tmp_path: Path):
     model = VideoClassifier(ClassifierConfig(**{**SIZES, "image_size": 224}, frames=8, num_classes=3)).eval()
     write_weights(tmp_path / "x.safetensors", model.state_dict())
     encoder = umt_fast.load_encoder(tmp_path / "x.safetensors")
@@ -75,7 +75,7 @@ def test_refuses_what_is_not_an_encoder(tmp_path: Path):
         ("head.weight", torch.zeros(()), "head.weight"),
     ],
 )
-def test_sizes_that_would_take_the_memory_or_cannot_be(key, value, says):
+def test_huge_or_impossible_sizes_are_refused(key, value, says):
     config = ClassifierConfig(image_size=32, frames=2, width=64, depth=2, heads=1, num_classes=2)
     state = {**VideoClassifier(config).state_dict(), key: value}
     if key == "head.weight":

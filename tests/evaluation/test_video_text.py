@@ -96,7 +96,7 @@ def test_a_list_is_embedded_once_and_its_report_written(trained, listed, tmp_pat
         video_text_report.run_retrieval(loaded, found, tmp_path, replace(settings, antialias=True), DATA)
 
 
-def test_odd_texts_are_taken(trained, listed, tmp_path):
+def test_unusual_texts_are_accepted(trained, listed, tmp_path):
     """Texts that are empty, have 10,000 words or no letter: as captions, questions, answers and queries."""
     odd = ["", "word " * 10_000, "?!,.", "\U0001f600 \u4e2d"]
     entries = json.loads(Path(listed).read_text())[:4]

@@ -62,6 +62,6 @@ def test_running_cells_on_the_device_are_rows_of_the_table():
     ("arguments", "words"),
     [((8, 14, 14, 0.1), "ratio = 0.1 hides 0"), ((2, 3, 4, 0.5), "3 x 4 patches has an odd side")],
 )
-def test_cells_that_cannot_be(arguments, words):
+def test_impossible_cells_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         published.running_cell_table(*arguments)

@@ -114,7 +114,7 @@ def test_uint8_clips_are_normalised_inside():
         ({"image_size": 40}, "image_size = 40"),
     ],
 )
-def test_refuses_sizes_that_cannot_be(change, says):
+def test_refuses_impossible_sizes(change, says):
     with pytest.raises(ConfigError, match=says):
         ClassifierConfig(**{**TINY, **change})
 

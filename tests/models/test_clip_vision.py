@@ -125,7 +125,7 @@ def test_visible_may_be_int32(shape):
     assert torch.equal(teacher.targets(state, visible.int()), teacher.targets(state, visible))
 
 
-def test_frames_are_seen_apart():
+def test_frames_are_encoded_independently():
     teacher = small_teacher()
     clip = torch.randn(1, 3, 4, 64, 64)
     together = teacher.encode(clip)

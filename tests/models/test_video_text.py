@@ -251,6 +251,6 @@ def test_sizes_of_the_published_models():
         (lambda: VideoTextConfig(StudentConfig(tubelet_size=2), None), "an image has one frame; use 1"),
     ],
 )
-def test_settings_that_cannot_be_are_named(make, says):
+def test_impossible_settings_are_named(make, says):
     with pytest.raises(ConfigError, match=says):
         make()

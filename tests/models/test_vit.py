@@ -112,7 +112,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert abs(float(ratio.mean()) - 1) < 0.02
 
 
-def test_both_branches_are_dropped_apart():
+def test_both_branches_are_dropped_independently():
     block = Block(8, 2, drop_path=0.5).train()
     torch.nn.init.ones_(block.attn.proj.bias)
     torch.nn.init.zeros_(block.attn.proj.weight)

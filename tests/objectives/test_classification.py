@@ -24,7 +24,7 @@ def test_mixes_as_published(recorded):
 
 
 @pytest.mark.parametrize("mode", ["batch", "elem"])
-def test_mixed_clips_and_targets_tell_the_same(mode):
+def test_mixed_clips_and_targets_agree(mode):
     """With clips filled with their class number, the mean pixel equals the target's mean class."""
     labels = torch.tensor([0, 1, 2, 3])
     clips = labels.float()[:, None, None, None, None].expand(4, 3, 2, 40, 40).contiguous()

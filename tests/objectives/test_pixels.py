@@ -323,7 +323,7 @@ def test_sizes_of_the_giant_model():
         (MaeStConfig, {"target_frames": 32}, "target_frames = 32 is more than frames = 16"),
     ],
 )
-def test_settings_that_cannot_be(kind, settings, words):
+def test_impossible_settings_are_refused(kind, settings, words):
     with pytest.raises(ConfigError) as caught:
         kind(**settings)
     assert words in str(caught.value)

@@ -119,7 +119,7 @@ def test_saving_again_replaces_it(saved):
     assert checkpoint.load_checkpoint(checkpoint.list_checkpoints(saved)[-1])["model"]["weight"][0] == 21
 
 
-def test_what_was_just_saved_stays_though_later_steps_are_there(tmp_path):
+def test_a_new_checkpoint_stays_beside_later_steps(tmp_path):
     """A run that restarts from an early checkpoint, or with a larger batch, has smaller step numbers."""
     for clips in (800, 900, 1000):
         checkpoint.save_checkpoint(tmp_path, clips, content(clips), keep=3)

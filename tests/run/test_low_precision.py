@@ -201,7 +201,7 @@ def test_the_error_of_a_float8_student_is_measured_without_dropped_paths(clip):
         lower_student_precision(VideoStudent(replace(STUDENT, frames=3)), clip, 4, 12, 1.1, emulate=True)
 
 
-def test_where_a_float8_student_cannot_be_is_named():
+def test_an_impossible_float8_student_is_named():
     with pytest.raises(ConfigError, match="student_precision = fp8 needs a GPU"):
         convert_student(VideoStudent(STUDENT), 2, 16)
     with pytest.raises(ConfigError, match=r"visible tokens of a batch = 12 is not a multiple of 16"):

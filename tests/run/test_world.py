@@ -32,7 +32,7 @@ PAIR = {"RANK": "0", "WORLD_SIZE": "2", **MASTER}
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", **MASTER}, (1, 2, 0)),
     ],
 )
-def test_ranks_that_are_clear(environment, expected):
+def test_ranks_from_the_environment(environment, expected):
     assert read_environment(environment) == expected
 
 

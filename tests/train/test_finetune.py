@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_a_bit(config, mode):
     assert best[0]["top1"] == best[1]["top1"]
 
 
-def test_a_stop_before_a_validation_makes_up_for_it(config, monkeypatch):
+def test_a_validation_missed_by_a_stop_runs_at_the_next_start(config, monkeypatch):
     """After a signal in the last step of the last epoch, the next start validates, writes best.pth and tests."""
     with monkeypatch.context() as patch:
         patch.setattr(finetune.StopSignal, "requested", lambda _: job_steps.append(1) or len(job_steps) == 8)

@@ -127,13 +127,13 @@ def test_every_guided_rule_goes_from_files_to_a_picture(tmp_path, demo_videos, r
     assert (tmp_path / "visible.png").stat().st_size > 5000
 
 
-def test_a_folder_of_masks_that_is_not_there_is_named(tmp_path):
+def test_a_missing_folder_of_masks_is_named(tmp_path):
     mask = PixelMaskConfig("region", 0.75, regions=str(tmp_path / "none"), order=(0, 255))
     with pytest.raises(ConfigError, match=r"mask\.regions = .*none: no such folder"):
         PixelObjective.make_stream(VideoMaePretrainConfig(mask=mask, model=TINY), VideoList.of_paths(["a.mp4"]))
 
 
-def test_captions_that_are_not_there_are_named(monkeypatch):
+def test_missing_captions_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "given_here", types.SimpleNamespace(likeness=len))
     config = VideoMaePretrainConfig(
         mask=PixelMaskConfig("text", 0.75, source="given_here:likeness"), data=DataConfig(frame_step=1), model=TINY

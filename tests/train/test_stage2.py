@@ -86,7 +86,7 @@ def test_two_processes_go_on_to_the_same_bits(runner):
     assert len(found["rng"]) == 2
 
 
-def test_kinds_alternate_and_every_list_is_walked_once_an_epoch():
+def test_kinds_alternate_and_every_list_is_read_once_an_epoch():
     plan = stage2_data.Alternation({"image": 3, "video": 5}, seed=1)
     kinds = [plan.kind(step) for step in range(80)]
     for epoch in range(10):
@@ -236,7 +236,7 @@ def test_the_log_has_time_and_mfu_of_each_kind(whole, runner, capsys):
     assert "image ms" in capsys.readouterr().out
 
 
-def test_captions_of_any_length_are_taken(runner):
+def test_captions_of_any_length_are_accepted(runner):
     texts = ["", "word " * 10_000, "?!,.", "\U0001f600 \u4e2d", *["a star"] * 4]
     entries = [{"video": path, "caption": text} for path, text in zip(runner.paths, texts, strict=True)]
     (runner.folder / "odd.json").write_text(json.dumps(entries))
@@ -274,7 +274,7 @@ def test_settings_that_cannot_run_end_with_a_one_line_error(runner, options, say
         ({"text": TextConfig(max_positions=31)}, "data.max_words = 32, but the text encoder has 31 positions"),
     ],
 )
-def test_settings_that_cannot_be_are_named(changes, says):
+def test_impossible_settings_are_named(changes, says):
     with pytest.raises(ConfigError, match=says):
         Stage2Config(**changes)
 
@@ -283,7 +283,7 @@ def test_settings_that_cannot_be_are_named(changes, says):
     ("changes", "says"),
     [({"max_words": 2}, "max_words = 2"), ({"crops_per_clip": 2}, "stage 2 makes one clip of a video")],
 )
-def test_data_that_cannot_be_is_named(changes, says):
+def test_impossible_data_is_named(changes, says):
     with pytest.raises(ConfigError, match=says):
         CaptionDataConfig(**changes)
 

@@ -401,7 +401,7 @@ def test_a_clip_runs_with_its_own_activation_alone(tmp_path, capsys, name, confi
 
 
 @pytest.mark.timeout(30)
-def test_a_dictionary_that_holds_itself_is_not_unwrapped_for_ever(tmp_path):
+def test_a_dictionary_that_holds_itself_is_not_unwrapped_without_end(tmp_path):
     state = {"x": torch.zeros(2)}
     state["model"] = state
     torch.save(state, tmp_path / "a.pth")
@@ -415,6 +415,6 @@ def test_weights_of_eight_bits_are_checked_as_others(value):
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x.pth", "a\nb.pth"])
-def test_names_that_cannot_be_are_refused_in_one_line(name):
+def test_impossible_names_are_refused_in_one_line(name):
     with pytest.raises(WeightsError, match="no weights at"):
         read_weights(name)

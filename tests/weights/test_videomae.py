@@ -203,7 +203,7 @@ def test_heads_of_fine_tuned_mae_st(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"image_size": [32, 48]}, {"num_frames": "16"}, {"tubelet_size": 0}])
-def test_a_config_that_cannot_be_is_refused(tmp_path, settings):
+def test_an_impossible_config_is_refused(tmp_path, settings):
     model = VideoClassifier(ClassifierConfig(**SIZES, positions="direct"))
     save_hugging_face_videomae(model, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

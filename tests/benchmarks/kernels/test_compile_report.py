@@ -87,7 +87,7 @@ def test_kernels_pass_the_gate(op):
         assert row.kernel in compile_report.table(rows)
 
 
-def test_the_whole_of_a_launch_is_seen():
+def test_bulk_arguments_of_a_launch_are_found():
     """Bulk arguments are found in the code under their own names, in 16-byte loads."""
     rows = {
         row.kernel: row for row in compile_report.report(find_case("gather_layer_norm", FIRST["gather_layer_norm"]), 80)

@@ -73,7 +73,7 @@ def test_a_contender_with_wrong_numbers_is_not_timed(tmp_path, monkeypatch):
     assert [one["seconds"] is None for one in found] == [False, True, False, True]
 
 
-def test_an_element_that_nobody_writes_is_seen(monkeypatch):
+def test_an_unwritten_element_is_detected(monkeypatch):
     one = dataclasses.replace(case("cls_scores"), triton=lambda x: torch.empty(4, 4).expand(4, 4))
     monkeypatch.setattr(OpCase, "truth", lambda _case, x: (torch.zeros(4, 4, dtype=torch.float64),))
     assert (

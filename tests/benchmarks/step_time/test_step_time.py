@@ -265,7 +265,7 @@ def test_report_has_the_work_beside_the_step(results):
     assert report.stall(content, timed) == 0
 
 
-def test_a_stall_is_drawn_with_the_phases(results, monkeypatch, tmp_path):
+def test_a_data_stall_is_drawn_with_the_phases(results, monkeypatch, tmp_path):
     content = report.read(results / "step_time.json")
     content["beside"] = [{**found, "decode_seconds": 1.0, "all_reduce_seconds": 0.5} for found in content["beside"]]
     drawn = []
@@ -278,7 +278,7 @@ def test_a_stall_is_drawn_with_the_phases(results, monkeypatch, tmp_path):
         assert [bar.get_x() + bar.get_width() for bar in stalled] == pytest.approx([1000] * 3, rel=0.1)
 
 
-def test_files_of_before_load(results, tmp_path):
+def test_files_of_the_first_format_load(results, tmp_path):
     """The first format has only the first loss, and no times of overlapping work."""
     content = report.read(results / "step_time.json")
     del content["beside"]

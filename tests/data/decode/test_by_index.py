@@ -81,7 +81,7 @@ def test_only_what_a_frame_needs_is_read_and_decoded(copies, monkeypatch):
     assert read == [4 * FRAMES, decoded[0] + decoded[1], decoded[2], decoded[3] + decoded[4]]
 
 
-def test_a_video_of_which_no_packets_are_known_is_left_to_the_demuxer(copies, decode_all):
+def test_a_video_without_known_packets_is_left_to_the_demuxer(copies, decode_all):
     video = copies("h264", 4)
     expected = decode_all(video.path)[11]
     for facts in (None, replace(video.facts, packets=None)):
@@ -157,7 +157,7 @@ def test_a_file_of_another_size_is_a_bad_video(copies, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"", "empty file")])
-def test_a_file_that_is_not_there_or_empty_is_a_bad_video(copies, tmp_path, content, message):
+def test_a_missing_or_empty_file_is_a_bad_video(copies, tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(BadVideo, match=message):

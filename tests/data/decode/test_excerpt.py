@@ -67,7 +67,7 @@ def _decode(excerpt: Excerpt) -> list[np.ndarray | None]:
 
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_its_frames_are_those_asked_for(sample, kind, indexed):
+def test_excerpts_have_the_wanted_frames(sample, kind, indexed):
     video = _video(sample(kind))
     facts = probe(video)
     if indexed:
@@ -86,7 +86,7 @@ def test_its_frames_are_those_asked_for(sample, kind, indexed):
 
 
 @pytest.mark.parametrize("kind", ["h264.mp4", "vp9_444.mp4", "mjpeg.avi"])
-def test_it_holds_no_more_than_the_groups_need(sample, kind):
+def test_excerpts_hold_only_the_needed_groups(sample, kind):
     excerpt = cut_excerpt(_video(sample(kind)), lambda count: [2, 50])  # key frames are 12 apart
     with av.open(io.BytesIO(excerpt.content)) as container:
         packets = sum(1 for packet in container.demux(video=0) if packet.size)
@@ -94,7 +94,7 @@ def test_it_holds_no_more_than_the_groups_need(sample, kind):
     assert 2 <= packets <= (2 if kind == "mjpeg.avi" else 3 + 3 + 3 + 3)  # with references of B-frames
 
 
-def test_it_is_cut_from_bytes_too(sample):
+def test_excerpts_are_cut_from_bytes_too(sample):
     path = sample("vp9_alt_ref.webm")
     one = cut_excerpt(_video(path), lambda count: [3, 40])
     assert cut_excerpt(_video("s3://bucket/a.webm"), lambda count: [3, 40], path.read_bytes()) == one
@@ -116,7 +116,7 @@ def test_no_excerpt_from_an_open_gop_of_h264(write_video, tmp_path):
     assert cut_excerpt(_video(path), lambda count: [2, 5]) is not None
 
 
-def test_a_video_that_is_not_there(tmp_path):
+def test_a_missing_video(tmp_path):
     with pytest.raises(BadVideo, match="No such file"):
         cut_excerpt(_video(tmp_path / "none.mp4"), lambda count: [0])
 
@@ -150,7 +150,7 @@ def _join(first: Path, second: Path, target: Path) -> Path:
     ],
 )
 @pytest.mark.parametrize("size", [(96, 64), (32, 32), (64, 64)])
-def test_frames_that_change_in_size_have_none(write_video, tmp_path, codec, suffix, settings, size):
+def test_no_excerpt_of_frames_that_change_in_size(write_video, tmp_path, codec, suffix, settings, size):
     first, second = (
         write_video(tmp_path / f"{number}{suffix}", codec, frames=10, size=one, **settings)
         for number, one in enumerate(((64, 48), size))
@@ -160,7 +160,7 @@ def test_frames_that_change_in_size_have_none(write_video, tmp_path, codec, suff
     assert cut_excerpt(video, lambda count: [2, 5]) is not None
 
 
-def test_pixels_that_change_have_none(write_video, tmp_path):
+def test_no_excerpt_of_a_pixel_format_that_changes(write_video, tmp_path):
     first, second = (
         write_video(tmp_path / f"{pixels}.webm", "libvpx-vp9", frames=10, pixels=pixels)
         for pixels in ("yuv420p", "yuv444p")

@@ -44,7 +44,7 @@ def machine(monkeypatch):
     return pretend
 
 
-def test_auto_takes_dali_where_it_and_an_engine_are(machine):
+def test_auto_chooses_dali_if_it_and_an_engine_exist(machine):
     machine(True, H200)
     choice = choose_decoder("auto", GPU)
     assert (choice.name, choice.engines) == ("dali", H200)
@@ -60,21 +60,21 @@ def test_auto_takes_dali_where_it_and_an_engine_are(machine):
         (False, H200, GPU, "pyav (the GPU has 7 NVDEC, but DALI is not installed: pip install 'umt-fast[dali]'"),
     ],
 )
-def test_auto_takes_pyav_else_and_says_why(machine, dali, engines, device, text):
+def test_auto_chooses_pyav_otherwise_and_says_why(machine, dali, engines, device, text):
     machine(dali, engines)
     choice = choose_decoder("auto", device)
     assert choice.name == "pyav"
     assert choice.text.startswith(text)
 
 
-def test_dali_on_the_cpu_is_for_who_asks(machine):
+def test_dali_on_the_cpu_must_be_requested(machine):
     machine(True, "no GPU")
     choice = choose_decoder("dali", CPU)
     assert (choice.name, choice.engines) == ("dali", None)
     assert choice.text.startswith("dali on the CPU (no GPU)")
 
 
-def test_pyav_asks_for_nothing(machine):
+def test_pyav_needs_no_other_package(machine):
     machine(True, H200)
     assert choose_decoder("pyav", GPU) == decoder.DecoderChoice("pyav", "pyav")
 

@@ -228,6 +228,6 @@ def test_an_encoder_that_does_otherwise_is_noticed(uneven, tmp_path, monkeypatch
         ({"quality": 0}, "1 to 51"),
     ],
 )
-def test_recipes_that_cannot_be(settings, message):
+def test_impossible_recipes_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Recipe(**settings)

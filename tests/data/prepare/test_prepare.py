@@ -479,7 +479,7 @@ def test_a_full_disk_ends_it_with_what_is_done_kept(source, unbroken, tmp_path, 
     assert _tree(tmp_path / "out") == _tree(unbroken[3][0])
 
 
-def test_a_full_disk_that_ffmpeg_does_not_tell(source, tmp_path, monkeypatch):
+def test_a_full_disk_that_ffmpeg_does_not_report(source, tmp_path, monkeypatch):
     def write(*_args):
         raise encode.BadCopy("the copy does not read: truncated")
 
