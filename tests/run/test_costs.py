@@ -256,6 +256,9 @@ def test_the_dry_run_prints_the_plan(capsys):
         40 * costs.GIB
     )
     assert f"a GPU with 40 GiB has room for {batch} clips" in text
+    for options in (["--dry-run", "--gpu-memory", "-3"], ["--dry-run", "--gpu-memory", "nan"], ["--gpu-memory", "40"]):
+        with pytest.raises(SystemExit, match=f"--gpu-memory {options[-1]}: give GiB above 0, with --dry-run"):
+            pretrain.main(["--recipe", "umt_b16_k710", *options])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -40,11 +41,13 @@ def read_settings(
     `kind` is the class of the settings, or a class for each value of the recipe's `objective` (the first is the
     default). `recipes` is the folder of the job's recipes, `default` the name of one. Raises ConfigError.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=default)
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--gpu-memory", type=float)
     named, flags = first.parse_known_args(arguments)
+    if named.gpu_memory is not None and not (named.dry_run and 0 < named.gpu_memory < math.inf):
+        raise ConfigError(f"--gpu-memory {named.gpu_memory:g}: give GiB above 0, with --dry-run")
     path = expand_home(named.recipe) if named.recipe.endswith(".toml") else recipes / f"{named.recipe}.toml"
     if not path.is_file():
         known = ", ".join(sorted(found.stem for found in recipes.glob("*.toml")))
