@@ -49,8 +49,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Settings, str]:
         type=float,
         help=f"seconds for fetching a video from a URL, default {Settings.read_timeout:g}",
     )
-    add("--max-bytes", type=int, help=f"largest video or list from a URL, default {Settings.max_bytes}")
-    add("--max-pixels", type=int, help=f"largest frame, width times height, default {Settings.max_pixels}")
+    add(
+        "--max-bytes",
+        type=int,
+        help=f"most bytes of a video or list from a URL, default {Settings.max_bytes >> 20} MiB",
+    )
+    add("--max-pixels", type=int, help=f"largest frame, pixels, default {Settings.max_pixels} (8K)")
     add("--verify", metavar="OUT", help="check the copies in OUT and compare them with their sources")
     add(
         "--list",
