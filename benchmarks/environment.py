@@ -64,5 +64,5 @@ def sources_digest(root: Path = ROOT) -> str:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("no CUDA GPU is visible to PyTorch; the kernels are timed on one only")
+        sys.exit("no CUDA GPU is visible to PyTorch; kernels are timed only on a GPU")
     print(gpu_name(torch.cuda.get_device_name()))

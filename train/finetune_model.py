@@ -55,7 +55,9 @@ def load_init(classifier: Classifier, config: FinetuneConfig) -> list[str]:
     if init.strict and (unforeseen := report.unforeseen()):
         shown = "\n  ".join(unforeseen[:8] + ([f"and {len(unforeseen) - 8} more"] if len(unforeseen) > 8 else []))
         sizes = _compare_sizes(config.classifier, state, settings)
-        raise WeightsError(f"{init.checkpoint} does not fit{sizes} (--init.strict false loads what does):\n  {shown}")
+        raise WeightsError(
+            f"{init.checkpoint} does not fit{sizes} (--init.strict false loads the fitting keys):\n  {shown}"
+        )
     return [f"init: {len(report.loaded)} tensors from {init.checkpoint}", *(f"  {line}" for line in report.lines())]
 
 

@@ -116,8 +116,8 @@ def build_teacher(sizes: TeacherConfig, source: str, seed: int) -> umt_fast.Clip
     """
     if source == "random" and sizes.width > WIDEST_RANDOM_TEACHER:
         raise WeightsError(
-            f"a random teacher teaches nothing, so only one up to {WIDEST_RANDOM_TEACHER} wide may be `random`, to try "
-            f"the code; this one is {sizes.width} wide.\n{HOW_TO_GET_CLIP}"
+            f"a random teacher teaches nothing: `random` is for trying the code, with teachers up to "
+            f"{WIDEST_RANDOM_TEACHER} wide; this one is {sizes.width} wide.\n{HOW_TO_GET_CLIP}"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -64,7 +64,7 @@ def read_lists(config: Stage2Config) -> tuple[dict[str, CaptionList], list[Quest
             captions.check_files(found.videos, found.starts)
         return lists, []
     if not data.videos or data.images:
-        raise ConfigError(f"job = {config.job} takes --data.videos alone; pictures may be among them")
+        raise ConfigError(f"job = {config.job} takes only --data.videos, which may contain pictures")
     if config.job == "retrieval":
         found = captions.read_retrieval_training(
             data.videos, data.join_captions, data.same_caption, data.read_timeout, data.identity

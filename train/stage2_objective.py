@@ -71,7 +71,7 @@ def make_objective(
         if alone and chosen.vtm > 0:
             chosen = dataclasses.replace(chosen, vtm=0.0)
             if not reported:
-                say(f"note: all {len(idx)} samples of a batch match each other ({batch.paths[0]}): no VTM for such")
+                say(f"note: all {len(idx)} samples of a batch match each other ({batch.paths[0]}); VTM skips it")
                 reported.append(batch.paths[0])
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             out = video_text_step(model, clip, ids, mask, idx, objective=chosen)

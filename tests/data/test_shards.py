@@ -223,7 +223,7 @@ def test_remote_shards_without_an_index_are_listed_by_their_headers(server, loca
 
 def test_error_names_a_server_without_ranges(server):
     server.fail = lambda path, _number: "whole" if path.endswith(".tar") else None
-    with pytest.raises(NothingReadable, match=r"were asked for; does the server answer range requests\?"):
+    with pytest.raises(NothingReadable, match=r"were requested; does the server answer range requests\?"):
         _batches(read_manifest(server.url))
 
 

@@ -60,7 +60,7 @@ def test_refuses_what_is_not_an_encoder(tmp_path: Path):
         umt_fast.load_encoder(tmp_path / "a.pth")
     model = VideoClassifier(ClassifierConfig(**{**SIZES, "width": 48, "heads": 3}, num_classes=3))
     write_weights(tmp_path / "b.pth", model.state_dict())
-    with pytest.raises(WeightsError, match="nothing says how many heads; give heads="):
+    with pytest.raises(WeightsError, match="the number of heads is unknown; give heads="):
         umt_fast.load_encoder(tmp_path / "b.pth")
     assert umt_fast.load_encoder(tmp_path / "b.pth", heads=3, frames=2, image_size=32)(clip_of(2)).shape == (2, 8, 48)
 

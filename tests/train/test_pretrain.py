@@ -247,7 +247,7 @@ def test_mistakes_end_with_a_one_line_error(trainer, tmp_path):
         ("--teacher-weights", "/nowhere.pt"): "no weights at /nowhere.pt",
         ("--run.resume", "/nowhere.pth"): "cannot read checkpoint /nowhere.pth",
         ("--teacher-weights", ""): "no teacher weights are named",
-        ("--teacher.width", "512"): "only one up to 256 wide may be `random`",
+        ("--teacher.width", "512"): "with teachers up to 256 wide",
         ("--run.stop-at", "0"): "run.stop_at = 0: must be a finite number >= 1",
         ("--optim.lr", "nan"): "optim.lr = nan: must be a finite number >= 0",
         ("--data.read-timeout", "inf"): "data.read_timeout = inf: must be a finite number >= 1",

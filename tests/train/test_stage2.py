@@ -250,8 +250,8 @@ def test_captions_of_any_length_are_accepted(runner):
     [
         (["--optim.batch-size", "9"], "6 images, 8 videos do not fill one batch of 9"),
         (["--data.videos", "none.json"], "cannot read none.json"),
-        (["--job", "retrieval"], "takes --data.videos alone"),
-        (["--job", "qa"], "takes --data.videos alone"),
+        (["--job", "retrieval"], "takes only --data.videos"),
+        (["--job", "qa"], "takes only --data.videos"),
         (["--init", "none.pth"], "no weights at none.pth"),
         (["--vocabulary", "none.txt"], "cannot read the vocabulary none.txt"),
         (["--bert", "/no/such/bert"], "no folder /no/such/bert"),

@@ -73,7 +73,9 @@ class PixelMaskConfig:
         if len(set(self.order)) < len(self.order) or not all(0 <= value <= 255 for value in self.order):
             raise ConfigError(f"mask.order = {self.order}: must be grey values from 0 to 255, each once")
         if not 0 <= self.shuffled <= len(self.order):
-            raise ConfigError(f"mask.shuffled = {self.shuffled}: must be in 0..{len(self.order)}, as mask.order has")
+            raise ConfigError(
+                f"mask.shuffled = {self.shuffled}: must be in 0..{len(self.order)}, the length of mask.order"
+            )
         if self.rule in ("flow", "text") and not re.fullmatch(r"[\w.]+:\w+", self.source):
             what = "optical flow" if self.rule == "flow" else "similarity to the caption"
             raise ConfigError(

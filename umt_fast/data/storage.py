@@ -115,7 +115,7 @@ def read(
         if end is not None and len(content) != most:
             hint = "; does the server answer range requests?" if len(content) > most else ""
             came = f"more than {most}" if len(content) > most else f"{len(content)}"
-            raise OSError(f"{came} bytes came where {most} were asked for{hint}")
+            raise OSError(f"{came} bytes came, but {most} were requested{hint}")
         return content
 
     return _persist(path, attempt, timeout)
@@ -292,7 +292,7 @@ async def _blocks(system: Any, url: str, start: int, end: int | None) -> AsyncGe
         answer.raise_for_status()
         encoding = answer.headers.get("Content-Encoding", "identity")
         if encoding != "identity":  # could be a decompression bomb
-            raise OSError(f"the answer is compressed ({encoding}), which was not asked for")
+            raise OSError(f"the answer is compressed ({encoding}), which was not requested")
         async for block in answer.content.iter_chunked(_BLOCK):
             yield block
 
@@ -307,7 +307,7 @@ async def _download(system: Any, url: str, target: Path, size: int, timeout: flo
                 async for block in blocks:
                     done += file.write(block)
                     if done > size:
-                        raise TooLarge(f"{url}: more than the {size} bytes that its server said")
+                        raise TooLarge(f"{url}: more than the {size} bytes that its server announced")
 
     await asyncio.wait_for(write(), timeout)
 

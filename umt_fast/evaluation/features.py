@@ -129,7 +129,9 @@ def infer_sizes(state: TensorDict, settings: dict[str, Any], source: str, heads:
     heads = heads or ours.get("heads") or _HEADS.get(width)
     heads = heads or (width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None)
     if heads is None or depth == 0:
-        raise WeightsError(f"{source}: {depth} blocks of width {width}, and nothing says how many heads; give heads=")
+        raise WeightsError(
+            f"{source}: {depth} blocks of width {width}, but the number of heads is unknown; give heads="
+        )
     frames = ours.get("frames") or settings.get("num_frames")
     size = ours.get("image_size") or _named_size(settings.get("model")) or settings.get("input_size")
     positions = ours.get("positions", "resized")

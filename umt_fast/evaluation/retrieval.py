@@ -98,7 +98,7 @@ def embed(
     batches = clips.split(videos_at_once) if isinstance(clips, Tensor) else clips
     seen = [[x.cpu() for x in model.embed_video(clip.to(device, non_blocking=True))] for clip in batches]
     if not seen:
-        raise ValueError("no videos: retrieval needs some")
+        raise ValueError("no videos: give at least one")
     tokens, video = (torch.cat(parts) for parts in zip(*seen, strict=True))
     hidden, attention_mask, text = embed_texts(model, input_ids, attention_mask)
     return Embedded(tokens, video, hidden, attention_mask, text)
@@ -109,7 +109,7 @@ def embed_texts(
 ) -> tuple[Float[Tensor, "n l h"], Int[Tensor, "n l"], Float[Tensor, "n e"]]:
     """Hidden states below the fusion layers, the mask cut to the longest text, normalised projections; on the CPU."""
     if not len(input_ids):
-        raise ValueError("no texts: retrieval needs some")
+        raise ValueError("no texts: give at least one")
     device = model.temp.device
     input_ids, attention_mask = cut_padding(input_ids.cpu(), attention_mask.cpu())
     read = []

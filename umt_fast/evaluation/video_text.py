@@ -116,7 +116,7 @@ def infer_config(
         raise WeightsError(f"{source} is not a stage-2 model: no layer of its text encoder looks at the video")
     for name, size, known in (("vision", width, vision), ("text", text_width, text)):
         if "heads" not in known and size % HEAD_WIDTH:
-            raise WeightsError(f"{source}: {name} is {size} wide, and nothing says how many heads it has")
+            raise WeightsError(f"{source}: {name} is {size} wide, but its number of heads is unknown")
     special = {key: text[key] for key in ("pad_id", "cls_id", "sep_id", "mask_id") if key in text}
     try:
         return VideoTextConfig(
@@ -289,4 +289,4 @@ def _read(path: Path) -> tuple[Embedded, list[tuple[str, str]]]:
             bad = [(str(name), str(reason)) for name, reason in json.loads((file.metadata() or {}).get("bad", "[]"))]
         return Embedded(**tensors), bad
     except Exception as error:  # a damaged file can raise any error
-        raise WeightsError(f"cannot read the kept embeddings {path}; remove the file: {error}") from error
+        raise WeightsError(f"cannot read the saved embeddings {path}; remove the file: {error}") from error

@@ -35,7 +35,7 @@ def strip_wrappers(state: Mapping[str, Any]) -> TensorDict:
             before = name
             name = _ATTRIBUTE.sub("", _WRAPPER.sub("", name))
         if name in found:
-            raise WeightsError(f"these weights hold {name} twice, once as {key}; save one model alone")
+            raise WeightsError(f"these weights hold {name} twice, once as {key}; save only one model")
         found[name] = value
     return found
 
@@ -46,7 +46,7 @@ def _below(state: TensorDict, anchor: str) -> TensorDict:
     if anchor in state or not prefixes:
         return state
     if len(prefixes) > 1:
-        raise WeightsError(f"these weights hold several models: {', '.join(prefixes)}; save one alone")
+        raise WeightsError(f"these weights hold several models: {', '.join(prefixes)}; save only one")
     return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
 
 
