@@ -67,16 +67,24 @@ class Validation:
             score, line, figures, bad = test(Loaded(model, self._tokenizer, ""), say)
         unread = f"; {len(bad)} could not be read, the first one {bad[0][0]}: {bad[0][1]}" if bad else ""
         say(f"validation after step {state.step}: {line}{unread}")
+        score = state.world.gather(score)[0]  # all ranks save, or none
         if self._config.job != "pretrain" and score > state.plan["best"]:
             state.plan["best"] = score
             self._save_best(figures)
 
     def _save_best(self, figures: dict[str, Any]) -> None:
-        state, path = self._state, self._config.run.folder / BEST
-        if not state.world.main:
-            return
-        content = {"model": weights.video_text_state_dict(state.model), "config": dataclasses.asdict(state.config)}
-        write_tensors(path, {**content, "schedule": state.plan, "step": state.step, "validation": figures})
+        """Write best.pth. Raises OSError, on every rank, for a disk that is full."""
+        state, problem = self._state, None
+        if state.world.main:
+            content = {"model": weights.video_text_state_dict(state.model), "config": dataclasses.asdict(state.config)}
+            content |= {"schedule": state.plan, "step": state.step, "validation": figures}
+            try:
+                write_tensors(self._config.run.folder / BEST, content)
+            except OSError as error:
+                problem = error
+        problem = state.world.gather(problem)[0]
+        if problem is not None:
+            raise problem
 
     def _read(self) -> Test:
         config, data = self._config, self._config.data

@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from forked import start_ranks
 from stage2_runs import Runner, assert_equal, last_checkpoint
 
 pytest.importorskip("av")
 
-from train import stage2_validation
+from train import stage2, stage2_validation
 from umt_fast import weights
 from umt_fast.config import DataConfig
 from umt_fast.data.captions import read_retrieval
@@ -117,6 +118,16 @@ def test_two_processes_validate_as_one(runner, start):
         DataConfig(workers=0),
     )
     assert best["validation"] == result.recalls
+
+
+def test_a_full_disk_is_named_by_every_process(runner, start):
+    """Only one of them writes the best weights; the others must not wait for it."""
+    options = ("--job", "retrieval", "--init", start, "--data.validation", runner.videos, "--optim.epochs", "1")
+    arguments = runner.arguments("full", *options, "--objective.vtm", "0", images=False)
+    for rank in start_ranks(stage2.main, [(arguments,)] * 2, largest_file=50_000):
+        output, _ = rank.communicate(timeout=60)
+        assert rank.returncode == 1
+        assert "best.pth" in output.rpartition("error: ")[2], output
 
 
 @pytest.mark.parametrize(
