@@ -64,6 +64,7 @@ def train(config: Any, world: World) -> bool:
     losses, start, out, step_clips = LossBuffer(), state.step, None, optim.step_clips(world.size)
     if start >= job.last:
         log.say(run.nothing_left(start, job.schedule.total_steps))
+        log.finish(state, job.objective.loss_label)
         job.loader.close()
         return True
 

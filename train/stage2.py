@@ -76,8 +76,12 @@ def train(config: Stage2Config, world: World) -> bool:
     losses, start, validation, step_clips = LossBuffer(), state.step, job.validation, optim.step_clips(world.size)
     if validation.missed():
         validation.run(log.say)
+    curve: tuple[str, tuple[str, ...]] = ("loss: weighted sum", LOSSES)
+    if config.job == "qa":
+        curve = ("loss: -log likelihood of the answers", ())
     if start >= job.last:
         log.say(run.nothing_left(start, job.total))
+        log.finish(state, *curve)
         return True
 
     def report() -> None:
@@ -136,10 +140,7 @@ def train(config: Stage2Config, world: World) -> bool:
         if state.step > start:
             report()
             save()
-        if config.job == "qa":
-            log.finish(state, "loss: -log likelihood of the answers")
-        else:
-            log.finish(state, "loss: weighted sum", LOSSES)
+        log.finish(state, *curve)
     stop.raise_failure()
     return state.step >= job.last
 

@@ -109,6 +109,16 @@ def test_records_without_a_loss_are_not_drawn(tmp_path):
     assert (tmp_path / "loss.png").exists()
 
 
+def test_a_run_that_was_killed_before_its_picture_is_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "lr": 0.5}\n')
+    with RunLog(tmp_path, ALONE, 2, 2, 4) as log:
+        log.finish(state_at(2), "loss")
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "loss.png").write_bytes(b"mine")
+        log.finish(state_at(2), "loss")
+    assert (tmp_path / "loss.png").read_bytes() == b"mine"
+
+
 def test_a_picture_without_room_ends_no_run(tmp_path, small_disk, capsys):
     with RunLog(tmp_path, ALONE, 0, 2, 4) as log:
         log.report(state_at(1), losses_of(1), lr=1.0)

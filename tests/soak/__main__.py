@@ -265,7 +265,8 @@ class Soak:
             name, ended = f"end-{tally.runs}", False
             folder = self.folder / name / "checkpoints"
             folder.mkdir(parents=True)
-            shutil.copy(checkpoint.list_checkpoints(whole / "checkpoints")[-2], folder)  # three steps are left
+            for path in checkpoint.list_checkpoints(whole / "checkpoints")[:-1]:  # three steps are left
+                shutil.copy(path, folder)
             shutil.copy(whole / "metrics.jsonl", folder.parent)
             run = self.start_torchrun(name, 2, restarts=5)
             try:

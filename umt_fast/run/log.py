@@ -259,18 +259,23 @@ class RunLog:
                 self.say(f"note: cannot write {path}: {error.strerror or error}; the run continues")
 
     def finish(self, state: TrainState, label: str, parts: Sequence[str] = ()) -> None:
-        """Print how the run ended. Draw its losses if it trained: `label` names the curve, `parts` other losses."""
-        if self._world.main and state.step > self._first_step:
+        """Print how the run ended. Draw its losses: `label` names the curve, `parts` other losses.
+
+        A run that was killed between its last save and its picture is drawn when it is started again.
+        """
+        trained, picture = state.step > self._first_step, self.folder / "loss.png"
+        if self._world.main and (trained or (state.step and not picture.exists())):
             from umt_fast.run.pictures import draw_loss_curve
 
             lines = read_metrics(self.metrics_path)
             metrics = [line for line in lines if all(isinstance(line.get(key), int | float) for key in ("loss", "lr"))]
             parts = [name for name in parts if any(line.get(name) for line in metrics)]
-            draw_loss_curve(metrics, self.folder / "loss.png", label, parts)
+            draw_loss_curve(metrics, picture, label, parts)
             if len(metrics) > 1:
                 losses = f"loss {metrics[0]['loss']:.4f} -> {metrics[-1]['loss']:.4f}"
                 self.say(f"{losses}; pictures and metrics in {self.folder}")
-            self.say(f"waited for data {self._waited / max(self._elapsed, 1e-9):.1%} of the time")
+            if trained:
+                self.say(f"waited for data {self._waited / max(self._elapsed, 1e-9):.1%} of the time")
         ended = "done" if state.step >= self._total_steps else "stopped"
         self.say(f"{ended} at step {state.step}: {state.last_saved or 'nothing to save'}")
 
