@@ -77,9 +77,9 @@ class Validation:
         state, problem = self._state, None
         if state.world.main:
             content = {"model": weights.video_text_state_dict(state.model), "config": dataclasses.asdict(state.config)}
-            content |= {"schedule": state.plan, "step": state.step, "validation": figures}
+            facts = {"schedule": state.plan, "step": state.step, "validation": figures}
             try:
-                write_tensors(self._config.run.folder / BEST, content)
+                write_tensors(self._config.run.folder / BEST, content | facts)
             except OSError as error:
                 problem = error
         problem = state.world.gather(problem)[0]
