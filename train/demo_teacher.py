@@ -99,7 +99,7 @@ def render(seed: int, count: int, side: int) -> tuple[UInt8[np.ndarray, "n s s 3
 def batches(
     frames: UInt8[Tensor, "n s s 3"], facts: Float[Tensor, "n a f"], size: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of normalised frames and their facts, shuffled anew for every pass."""
+    """Endless batches of normalised frames and their facts, shuffled again for every pass."""
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in IMAGENET_STATISTICS)
     while True:

@@ -68,7 +68,7 @@ class VideoTextTestConfig:
     """A test of one stage-2 checkpoint."""
 
     job: VideoTextTestJob = "retrieval"
-    """What is tested."""
+    """The test to run: retrieval, qa or multiple_choice."""
     checkpoint: str = ""
     """A stage-2 or fine-tuned file, ours or a published one."""
     vocabulary: str = ""

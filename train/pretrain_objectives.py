@@ -50,7 +50,7 @@ class Objective(Protocol):
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        """Modules that FSDP shards apart."""
+        """Modules that FSDP shards separately."""
 
     @property
     def no_decay(self) -> Collection[str]:

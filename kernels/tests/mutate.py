@@ -1,9 +1,9 @@
-"""`make mutate`: breaks the ops on purpose, one fault at a time, and sees that their tests notice.
+"""`make mutate`: breaks the ops on purpose, one fault at a time, and checks that a test fails for each.
 
-Each fault replaces a piece of source that must be there exactly as often as it says (once, if it says nothing). The
-broken copy runs the tests of its op in Triton's interpreter, in a process of its own that already has torch imported.
-First every test runs on the source as it is, and must pass. A fault that no test notices is printed, and the exit
-status is 1. `python kernels/tests/mutate.py WORD...` runs only the faults whose file or source contains a WORD.
+Each fault replaces a piece of source, which must occur exactly as often as the fault says (by default once). The tests
+of the op run on the broken copy in Triton's interpreter, in a separate process that already has torch imported. First
+every test must pass on the unchanged source. A fault without a failing test is printed, and the exit status is 1.
+`python kernels/tests/mutate.py WORD...` runs only the faults whose file or source contains a WORD.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "umt_kernels"
 SECONDS = 300
-"""A fault that makes the tests run longer than this is noticed, too."""
+"""Seconds; a fault that makes its tests run longer counts as found."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Fault:
     old: str
     new: str
     tests: tuple[str, ...]
-    """Files of tests, or files and names, the quickest to notice it first."""
+    """Files of tests, or files and names; the test that fails first comes first."""
     which: int | None = None
-    """Number of the place to change among those with `old`, from 0; None: there is only one."""
+    """Index of the occurrence of `old` to change, from 0; None: there is only one."""
 
 
 NORM, NORM_BACK = "gather_layer_norm.py", "gather_layer_norm_backward.py"
@@ -361,7 +361,7 @@ FAULTS = [
 
 
 def broken(fault: Fault) -> str:
-    """The source with the fault. Raises ValueError if what it replaces is not there as it says."""
+    """The source with the fault. Raises ValueError if `old` does not occur as often as the fault says."""
     source = (PACKAGE / fault.file).read_text()
     pieces = source.split(fault.old)
     if len(pieces) == 1 or (fault.which is None and len(pieces) > 2):
@@ -371,7 +371,7 @@ def broken(fault: Fault) -> str:
 
 
 def run_tests(fault: Fault, folder: Path) -> int:
-    """In a process of its own: 0 if all tests passed."""
+    """Run the tests in this process; 0 if all passed."""
     import pytest
 
     shutil.copytree(PACKAGE, folder / "umt_kernels", ignore=shutil.ignore_patterns("__pycache__"))
@@ -415,7 +415,7 @@ def main(*words: str) -> int:
     for fault in chosen:
         broken(fault)
     begun = time.monotonic()
-    # Without a fault: a test that fails anyway would seem to catch all.
+    # First without a fault: a test that always fails would seem to find every fault.
     controls = {fault.tests: replace(fault, new=fault.old) for fault in chosen}
     if failed := run_all(list(controls.values()), wanted=False):
         print(f"{len(failed)} groups of tests fail without a fault")
@@ -426,7 +426,7 @@ def main(*words: str) -> int:
 
 
 def run_all(waiting: list[Fault], wanted: bool) -> list[Fault]:
-    """Run the tests of every fault, as many at a time as there are cores; those not noticed, or not as `wanted`."""
+    """Run the tests of every fault, one fault per core. Returns the faults whose tests did not fail as `wanted`."""
     running: dict[int, tuple[Fault, tempfile.TemporaryDirectory, float]] = {}
     others = []
     while waiting or running:

@@ -54,7 +54,7 @@ def widened(given: dict) -> dict:
 
 
 def expected(given: dict, rms: bool = False, post_norm: bool = False, stored: Tensor | None = None) -> tuple:
-    """Written out. `stored` is the sum as it was rounded, of which the norm is taken."""
+    """The plain computation. `stored` is the rounded sum, the input of the norm."""
     rows, added = given["residual"], given["branch"]
     if given["row_ids"] is not None:
         rows = torch.stack([sample[i] for sample, i in zip(rows, given["row_ids"], strict=True)])
@@ -246,7 +246,7 @@ def test_errors_name_the_value_and_the_place(change, error, words):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_sets_of_a_sample_and_ids_of_nothing(device, padded, post_norm, dtype, assert_near):
-    """Against each set as a sample of its own; rows of nothing are zeros, whatever lies in the branch there."""
+    """Against each set as a separate sample; rows with id -1 are zeros for any value of the branch."""
     batch, length, sets, kept, width = 2, 7, 3, 4, 24
     given = drawn(device, (batch * sets, length, kept, width), "everything", dtype)
     given["residual"] = given["residual"][:batch]

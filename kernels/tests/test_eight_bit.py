@@ -87,7 +87,7 @@ def test_zero_rows_stay_zero(device, form):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e-9, 1.0, 3e38])
 def test_the_largest_number_is_the_end_of_the_range(device, form, dtype, size):
-    """Neither wraps around nor becomes NaN, whatever a row's size."""
+    """It neither wraps around nor becomes NaN, for rows of any magnitude."""
     x = size * torch.tensor([[1.0, -1.0, 0.5, 0.0], [-1.0, 0.999, 0.25, 1e-30]], device=device)
     values, scale = quantize_rows(x, dtype)
     largest = DTYPES[dtype][0]
@@ -135,7 +135,7 @@ def test_an_mlp_of_8_bit_products(device, form, dtype, hidden, assert_near):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_an_epilogue_that_counts_the_wrong_groups_is_detected(device, form, monkeypatch, large):
-    """Groups of very different size: another group's scale would be off by far. Tiles of `large` products have two."""
+    """Groups differ much in magnitude, so another group's scale gives large errors. `large` tiles have two groups."""
     config = matmul.config
     if large:  # as for the sizes of the models
         monkeypatch.setattr(matmul, "config", lambda m, *rest: config(128 * 100, *rest))

@@ -317,7 +317,7 @@ def by_hand(
     return stacked if x.dim() == 4 else stacked[0]
 
 
-# Of samples, rows and sets: sets per sample, kept rows, layers (0: x has no such axis), and what is switched on
+# Sets per sample, kept rows, layers (0: x has no such axis), and the options
 FORMS = [
     (2, 3, 0, ()),
     (1, 4, 3, ("position",)),

@@ -3,11 +3,11 @@
 The tests run a few. `python kernels/tests/test_sweep.py 500 [OP...]` runs 500 seeds of each op, with its kernels under
 TRITON_INTERPRET=1, and prints the faults.
 
-What counts as equal follows from the dtypes. An element may be off by roundings of its own dtype, and by what
-relative errors of one unit of the dtype that the op computes in do to the definition, where they are in every input:
-where that differences large numbers, no arithmetic in this dtype is better. Where the definition gives NaN or
-infinity, so must the op. Where the op gives them alone, what is squared or summed has left the range of the dtype: then
-the definition, computed in that dtype, must overflow too.
+Tolerances follow from the dtypes. The error of an element may be a few roundings of its own dtype, plus the change of
+the definition when every input has a relative error of one unit of the op's computing dtype: if the definition
+subtracts large numbers, no arithmetic in this dtype is better. Where the definition gives NaN or infinity, the op must
+too. Where only the op does, a square or sum has left the range of the dtype: then the definition in this dtype must
+overflow too.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ UNIT = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-1
 TINIEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DRAWS = 4
-"""Perturbed copies of the inputs from which the effect of rounding is estimated."""
+"""Number of perturbed copies of the inputs, to estimate the effect of rounding."""
 ALLOWED = 32
-"""Times that effect: sums of a few hundred terms, in another order, round several times."""
+"""Factor of this effect: sums of a few hundred terms in another order round several times."""
 
 
 @dataclass
 class Call:
-    """A function of tensors, those tensors, and which of them get a gradient."""
+    """A function of tensors, its tensors, and the names of those with a gradient."""
 
     name: str
     run: Callable[..., Tensor | tuple[Tensor, ...]]
@@ -112,7 +112,7 @@ class Draw:
 
 
 WIDTHS = (3, 24, 65, 200)
-"""Columns of normalised rows. One alone is left out: it becomes 0, and its gradient is rounding times 1 / sqrt(eps)."""
+"""Widths of normalised rows. Not 1: a single column becomes 0, and its gradient is rounding times 1 / sqrt(eps)."""
 ROOT = 5e17
 """Largest values of rows to normalise: float32 holds the sum of their squares. Beyond 1e19 the kernels
 give 0, as F.rms_norm does (F.layer_norm on a CPU: NaN)."""
@@ -136,7 +136,7 @@ def _norm(draw: Draw, kind: str, dtype: torch.dtype) -> Call:
         tensors["position"] = draw.values("normal", 9, width, dtype=torch.float32)
         ids["position_ids"] = draw.ids(sets, kept, 9, padded)
     eps = draw.one_of((1e-6, 1e-3))
-    # Rows that several sets keep get the sum of their gradients, which PyTorch's gather adds in the dtype of x.
+    # Rows of several sets get the sum of their gradients, which PyTorch's gather adds in the dtype of x.
     computes = dtype if sets > batch and not runs_triton(tensors["x"]) else torch.float32
 
     def run(**t: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _add(draw: Draw, kind: str, dtype: torch.dtype) -> Call:
     def run(**t: Tensor) -> tuple[Tensor, ...]:
         first = t.pop("residual"), t.pop("branch"), t.pop("weight", None), t.pop("bias", None)
         both = add_layer_norm(*first, eps, rms=rms, post_norm=post, scale=scale, **fixed, **t)
-        return both[:1] if post else both  # then they are one tensor
+        return both[:1] if post else both  # with `post` both are the same tensor
 
     return Call(
         "add_layer_norm", run, tensors, tuple(tensors), f"rms={rms} post={post} scale={type(scale).__name__}", computes
@@ -318,7 +318,7 @@ OPS: dict[str, Callable[[Draw, str, torch.dtype], Call]] = {
 
 
 def outcome(call: Call, tensors: dict[str, Tensor], upstream: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs and gradients, and the upstream gradients that gave them."""
+    """Outputs and gradients, and the upstream gradients used for them."""
     leaves = {n: x.detach().requires_grad_(n in call.differentiated) for n, x in tensors.items()}
     outputs = call.run(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -391,7 +391,7 @@ def overflowed(ours: Tensor, defined: Tensor) -> Tensor:
 
 
 def faults_in_eight_bits(seed: int) -> list[str]:
-    """Rows in 8 bits are off by half a step of their scale; their products as bfloat16 is off."""
+    """Errors: of 8-bit rows half a step of their scale, of their products a rounding to bfloat16."""
     draw = Draw(seed)
     kind, dtype = draw.one_of(KINDS), draw.one_of(DTYPES)
     eight, (m, k, n) = draw.one_of((torch.int8, torch.float8_e4m3fn)), (draw.number(1, 5), 48, draw.one_of((8, 40)))
@@ -421,7 +421,7 @@ def faults_in_eight_bits(seed: int) -> list[str]:
 
 
 def faults_in_draws(seed: int) -> list[str]:
-    """Ids in range, ascending, each once, and positive scores first, whatever the scores are."""
+    """For any scores: ids in range, ascending, each once, and positive scores first."""
     draw = Draw(seed)
     kind, dtype = draw.one_of(KINDS), draw.one_of(DTYPES)
     scores = draw.values(kind, draw.number(1, 4), draw.number(1, 40), dtype=dtype)

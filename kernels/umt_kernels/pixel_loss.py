@@ -365,7 +365,7 @@ if triton is not None:
         BACKWARD: tl.constexpr,
         PADDED: tl.constexpr,
         MEAN: tl.constexpr,
-        ALIGN: tl.constexpr,  # a row of predictions begins at a multiple of so many numbers
+        ALIGN: tl.constexpr,  # every row of predictions begins at a multiple of ALIGN numbers
         SCALES: tl.constexpr,
         SHIFTS: tl.constexpr,
         CHANNELS: tl.constexpr,

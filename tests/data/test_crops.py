@@ -96,7 +96,7 @@ def test_pairs_and_positions_are_drawn_uniformly():
     pairs = Counter((view.width, view.height) for view in views)
     assert set(pairs) == set(_pairs(640, 480))
     assert all(abs(count - 2600) < 5 * 2600**0.5 for count in pairs.values())
-    # Of a crop as high as the frame several corners are one; the others tell all 13 apart.
+    # A crop as high as the frame has equal corners; the other crops have 13 different ones.
     smaller = [view for view in views if view.height < 480]
     places = Counter(_corners(640, 480, (v.width, v.height)).index((v.x, v.y)) for v in smaller)
     expected = len(smaller) / 13

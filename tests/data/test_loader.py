@@ -416,7 +416,7 @@ def test_garbage_collection_keeps_shared_memory(videos):
     assert gc.get_freeze_count() == 0
 
 
-# The memory that batches lie in.
+# Memory of batches.
 
 
 def test_memory_of_batches_is_used_again(videos):

@@ -111,7 +111,7 @@ def test_a_step_under_ddp_contrasts_the_batches_of_both_ranks(two_processes):
     model, (clip, ids, mask, idx) = spread_model(), spread_inputs()
     with torch.no_grad():
         alone = video_text_step(model, clip[:2], ids[:2], mask[:2], idx[:2])
-    assert abs(alone.vtc - two_processes[0]["vtc"]) > 0.1  # 4 samples are harder to tell apart than 2
+    assert abs(alone.vtc - two_processes[0]["vtc"]) > 0.1  # 4 samples are harder to distinguish than 2
 
 
 def test_two_processes_retrieve_as_one(two_processes):
@@ -160,7 +160,7 @@ def test_sharp_similarities_stay_finite():
 
 
 def print_memory_of_a_large_batch() -> None:
-    # Every chunk has pages of its own and gives them back. By default glibc keeps gaps, in some runs 300 MiB.
+    # Every chunk has its own pages and returns them. By default glibc keeps gaps, in some runs 300 MiB.
     m_mmap_threshold = -3
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
     contrast.MOST_SIMILARITIES = 1 << 20

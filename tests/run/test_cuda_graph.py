@@ -43,7 +43,7 @@ def test_warm_up_then_one_recording_then_replays(cuda):
     step = graph.CapturedStep(lambda clip: seen.append(clip) or clip.sum(), warm_ups=2)
     clips = torch.arange(6, dtype=torch.uint8)[:, None].expand(-1, 4).contiguous()
     results = [step(clip) for clip in clips]
-    assert len(seen) == 3  # two as they are, one recorded; never again
+    assert len(seen) == 3  # two eager steps, one recorded step, and no more
     assert seen[0] is not seen[2]
     assert all(torch.equal(seen[i], clips[i]) for i in range(2))
     recorded, buffer, result = step._recorded

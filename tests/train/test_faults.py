@@ -104,7 +104,7 @@ DIES = """
 import os, signal, time
 
 def die(*_, **__):
-    time.sleep(0.5)  # what it has sent arrives
+    time.sleep(0.5)  # until its messages arrive
     os.kill(os.getpid(), signal.SIGKILL)
 
 rank, attempt = os.environ.get("RANK"), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -145,7 +145,7 @@ def test_a_lost_rank_costs_no_whole_step(trainer):
 
 
 def die(*_, **__) -> None:
-    time.sleep(0.5)  # what it has sent arrives
+    time.sleep(0.5)  # until its messages arrive
     os.kill(os.getpid(), signal.SIGKILL)
 
 

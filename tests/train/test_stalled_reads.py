@@ -71,7 +71,7 @@ def test_a_signal_saves_though_no_data_comes(trainer, server, tmp_path, number, 
     trainer.wait_for_step(child, 4)
     server.silent.set()
     assert server.asked.wait(20)
-    time.sleep(2)  # what was ready is used up
+    time.sleep(2)  # until the prefetched batches are used up
     begun = time.monotonic()
     child.send_signal(number)
     folder = trainer.folder / "s" / "checkpoints"

@@ -99,7 +99,7 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class DaliSupport:
-    """Tells which videos DALI can decode. `engines`: limits of NVDEC by codec; None for DALI on the CPU."""
+    """Decides which videos DALI can decode. `engines`: limits of NVDEC by codec; None for DALI on the CPU."""
 
     engines: dict[str, nvdec.Limits] | None = None
     square_pixels: bool = False

@@ -40,8 +40,8 @@ class GuidedStream(ClipStream):
 
     motion   length of the motion vectors, one value per patch of `grid` x `grid` (`umt_fast.data.motion`). The decoder
              returns them with the frames.
-    regions  grey values of the mask file in `folder` with the video's name and any suffix: a video of as many frames,
-             or one picture. Its frames may be smaller. Raises ConfigError if there is no such folder.
+    regions  grey values of the mask file in `folder` with the video's name and any suffix: one picture, or a video
+             with the same number of frames. Its frames may be smaller. Raises ConfigError if there is no such folder.
     """
 
     guide: Guide = "motion"

@@ -15,7 +15,7 @@ format, then one JSON object per video:
     packets       position of the frames' packets: one after another from byte `first` on, in presentation order; a
                   table of their sizes, 32-bit big-endian, begins at byte `sizes`; `setup` (base64) is FFmpeg's
                   extradata, which the decoder needs first
-    label caption of the video, if the data set has them; `class` in place of `label`: the name of its class
+    label caption of the video, if the data set has them; `class` instead of `label`: the name of its class
     start end     the part that clips are made of, in seconds; or `first` and `count`, in frames
 """
 

@@ -107,7 +107,7 @@ def _free(leased: np.ndarray, opened: set[int], buffer: int, opened_by: int) -> 
 
 
 def check_locks() -> None:
-    """Raise NoSharedMemory where processes cannot share a lock, which lies in /dev/shm. Workers need some."""
+    """Raise NoSharedMemory if processes cannot share a lock, which workers need; locks are in /dev/shm."""
     try:
         multiprocessing.Lock()
     except (OSError, ImportError) as error:  # ImportError: a system without semaphores

@@ -58,8 +58,8 @@ def stop_workers(batches: Iterator[Any], grace: float) -> None:
 def end_if_one_died(batches: Iterator[Any] | None) -> None:
     """Where a worker of a DataLoader's iterator was killed, end the others, and with them the wait for their batches.
 
-    A worker that is killed in the middle of a message holds the lock of the pipe for ever, and the reader waits for the
-    rest of the message. It gets an error once nobody can write to the pipe, and then notices the dead worker.
+    A worker that is killed in the middle of a message never releases the lock of the pipe, and the reader waits for the
+    rest of the message. When no process can write to the pipe, the reader gets an error and notices the dead worker.
     """
     if isinstance(batches, _MultiProcessingDataLoaderIter) and any(worker.exitcode for worker in batches._workers):
         _kill(batches._workers)

@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits for reading one file, whatever its header says; the settings of the same names."""
+    """Limits for reading one file, independent of its header; see the settings of the same names."""
 
     max_bytes: int = DataConfig.max_bytes
     max_pixels: int = DataConfig.max_pixels

@@ -47,7 +47,7 @@ def count_seen(rule: Masking | PixelMasking, frames: int, patches: int, ratio: f
 def draw_by_score(
     scores: Float[Tensor, "b t p"], num_visible: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b t n"]:
-    """Per frame, `num_visible` patches without replacement in proportion to their scores (torch.multinomial's law)."""
+    """Per frame, `num_visible` patches without replacement in proportion to their scores, as in torch.multinomial."""
     return RULES["attention"].draw(scores, num_visible, generator)
 
 

@@ -3,7 +3,7 @@
     sdpa                                   torch's own choice of kernel; the default of every model
     cudnn, flash, efficient, math          torch's kernels, each by name
     matmul                                 two matmuls around a softmax: much memory, but fast on CPUs
-    heads                                  the same for as many heads at a time as fit a cache: the fastest on CPUs
+    heads                                  the same for groups of heads that fit a cache: the fastest on CPUs
     flash_attn_2, flash_attn_3, flash_attn_4, xformers    libraries, imported only on request
 
 The fastest backend depends on GPU, shapes and versions, so `umt_fast.run.attention_choice` measures them. The backend

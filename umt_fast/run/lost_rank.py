@@ -25,7 +25,7 @@ ARRIVAL_SECONDS = 2.0
 
 
 _GLOO_WORDS = ("gloo", "Timed out waiting", "Application timeout caused pair closure", "Connection closed by peer")
-"""What its errors say; some do not hold its name."""
+"""Texts of gloo's errors; some do not contain its name."""
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -178,7 +178,7 @@ class TrainState:
         return True
 
     def _fill(self, content: dict[str, Any]) -> None:
-        """Copy a checkpoint's tensors into this state. Raises what torch raises for those of another model."""
+        """Copy a checkpoint's tensors into this state. Raises torch's errors for tensors of another model."""
         options = StateDictOptions(full_state_dict=True)
         if not content["model"]:
             raise ValueError("it holds no weights")

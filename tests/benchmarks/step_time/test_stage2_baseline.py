@@ -55,7 +55,7 @@ def test_rungs_give_the_reference_losses_step_by_step():
     for step in others:
         losses = [float(step(True, no_mark)) for _ in range(4)]
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 0.05
-        assert float(step(False, no_mark)) > 0  # with draws of its own
+        assert float(step(False, no_mark)) > 0  # with its own draws
 
 
 def test_lean_flops_are_fewer():

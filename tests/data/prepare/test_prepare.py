@@ -87,7 +87,7 @@ def unbroken(source, tmp_path_factory):
     return made
 
 
-# What is made.
+# Output.
 
 
 def test_files_and_index(source, unbroken):

@@ -1,7 +1,7 @@
 """The front door of decoding: frames of any video by index.
 
 `umt_fast.data.decode.choice` says which decoder a run uses. A decoder of files is a module of its name here, with a
-function `opened` as in `pyav`; pictures and folders of them are read by `stills`, whatever the decoder.
+function `opened` as in `pyav`. `stills` reads pictures and folders of pictures for every decoder.
 """
 
 from __future__ import annotations

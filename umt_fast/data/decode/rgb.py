@@ -22,7 +22,7 @@ class RgbConverter:
     """Converts the frames of one video to uint8 RGB [H,W,3], upright.
 
     It keeps FFmpeg's converter, and the display matrix of the first frame. Indexed videos are not mirrored, so their
-    rotation tells whether the matrix must be read.
+    rotation shows whether the matrix must be read.
     """
 
     def __init__(self, indexed: bool, aspect: Fraction = Fraction(1), motion: MotionMaps | None = None) -> None:
