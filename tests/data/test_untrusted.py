@@ -202,11 +202,11 @@ def test_copies_lie_where_the_configuration_of_fsspec_says(serve, monkeypatch, t
         request.send_header("Content-Length", "4")
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(b"video")
+            request.wfile.write(b"data")
 
-    assert storage.read(f"filecache::{serve(reply)}/a.mp4") == b"video"
+    assert storage.read(f"filecache::{serve(reply)}/a.mp4") == b"data"
     (copy,) = (tmp_path / "copies").iterdir()
-    assert copy.read_bytes() == b"video"
+    assert copy.read_bytes() == b"data"
 
 
 def test_a_reference_file_opens_nothing(tmp_path, good_video):
@@ -634,7 +634,7 @@ def test_a_state_of_prepare_that_is_a_link_is_refused(tmp_path, good_video):
 
 def test_a_sparse_member_is_left_out(tmp_path, good_video):
     """Its bytes in the shard differ from the file's, so a range of the shard would be wrong."""
-    content = b"1\n0\n4\n".ljust(512, b"\0") + b"video".ljust(512, b"\0")
+    content = b"1\n0\n4\n".ljust(512, b"\0") + b"data".ljust(512, b"\0")
     member = tarfile.TarInfo("b.mp4")
     member.size = len(content)
     sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "b.mp4"}
