@@ -46,7 +46,7 @@ SEEDS = (0, 1, 2)
 STARTS = ("random weights", "stage-1 encoder")
 TASKS = {"motion": synthetic.MOTIONS, "shape": synthetic.SHAPES, "colour": synthetic.HUES}
 """Classes of the larger shape, in the order of `synthetic.describe`."""
-VIDEOS = 100
+VIDEO_SEED = 100
 """Seed of the generator of the labelled videos; the held-out videos have twice this seed."""
 
 
@@ -143,7 +143,9 @@ def main() -> None:
     )
     parser.add_argument("--init", required=True, help="checkpoint of the stage-1 demo")
     parser.add_argument("--out", type=Path, default=Path("runs/demo-finetune"), help="default %(default)s")
-    parser.add_argument("--videos", type=int, default=VIDEOS, help="seed of the labelled videos (default %(default)s)")
+    parser.add_argument(
+        "--videos", type=int, default=VIDEO_SEED, help="seed of the labelled videos (default %(default)s)"
+    )
     given = parser.parse_args()
     with launch.one_line_errors():
         read_model(given.init)  # before the videos are written

@@ -9,7 +9,7 @@
 
 Writes step_time.json, .md and .html and two plots to benchmarks/results/<gpu or cpu>/<job>, or --out. Times are medians
 (see measure.py). Exits with 1 if a rung's losses differ from the reference's. Decoding and the all-reduce overlap with
-a step: all processes time them separately (beside.py), and then the first process times the steps alone.
+a step: all processes time them separately (overlap.py), and then the first process times the steps alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 
 from benchmarks.environment import RESULTS, describe, gpu_name
 from benchmarks.rates import GPUS
-from benchmarks.step_time import beside, page, prediction, report
-from benchmarks.step_time.beside import Beside
+from benchmarks.step_time import overlap, page, prediction, report
 from benchmarks.step_time.jobs import JOBS, Job
 from benchmarks.step_time.ladder import Rung
 from benchmarks.step_time.measure import CHECKED_STEPS, GEMM_SIDE, RungResult, measure_model
+from benchmarks.step_time.overlap import Overlap
 from umt_fast.config import DataConfig
 from umt_fast.data.manifest import read_manifest
 from umt_fast.errors import RunError
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     measured = previous(folder, content) if options.resume else {}
     try:
         if job.student is not None and not (options.no_decoding or options.check_only):
-            content["beside"] = measure_beside(options, job, cases, measured.get("beside", []), world)
+            content["beside"] = measure_overlap(options, job, cases, measured.get("beside", []), world)
     finally:
         world.close()
     if not world.main:
@@ -175,18 +175,18 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def measure_beside(
+def measure_overlap(
     options: argparse.Namespace, job: Job, cases: list[tuple[str, int]], measured: list[dict[str, Any]], world: World
 ) -> list[dict[str, Any]]:
     """Decoding and all-reduce of each case, except those in `measured`, the list of the first process."""
     assert job.student is not None
-    known = {(found.model, found.batch): found for found in (Beside(**found) for found in world.gather(measured)[0])}
+    known = {(found.model, found.batch): found for found in (Overlap(**found) for found in world.gather(measured)[0])}
     found = []
     for model, batch in cases:
         if (model, batch) not in known:
             if world.main:
                 print(f"{model} x {batch}: decoding and all-reduce ...", flush=True)
-            known[model, batch] = beside.measure(
+            known[model, batch] = overlap.measure(
                 model, batch, job.student(model), options.videos, options.workers, options.repeats, world
             )
         found.append(asdict(known[model, batch]))
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         if content is None:
             return
     print(report.table(content))
-    print(report.beside_table(content))
+    print(report.overlap_table(content))
     complaints: list[str] = []
     if before is not None and (slower := report.regressions(before, content)):
         complaints += ["slower than before:", *slower]

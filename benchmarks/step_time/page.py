@@ -9,13 +9,13 @@ from pathlib import Path
 
 from benchmarks.step_time import plots
 from benchmarks.step_time.report import (
-    BESIDE_HEADER,
     HEADER,
+    OVERLAP_HEADER,
     Content,
-    beside_rows,
-    beside_table,
     facts,
     filled,
+    overlap_rows,
+    overlap_table,
     rows,
     table,
 )
@@ -31,7 +31,7 @@ HOW_PRETRAIN = (
     " K710 days are 200 epochs of 658,000 videos on 32 such devices, if data and network keep up. `data stall` is by "
     "how much decoding, which overlaps with the step, takes longer than it."
 )
-HOW_BESIDE = (
+HOW_OVERLAP = (
     "Work that overlaps with the step, timed on its own, on all processes at once: decoding, from one batch of a "
     "process to the next, by the loader of a run (a step on the CPU would share its cores with it); and the all-reduce "
     "of the student's gradients, which DDP starts during the backward pass."
@@ -53,7 +53,7 @@ def write(content: Content, folder: Path) -> None:
     pictures = "\n\n".join(f"![{title}]({name})" for name, title in shown.items())
     parts = [f"# Step time: {content['job']}", _how(content), facts(content), table(content)]
     if content.get("beside"):
-        parts += [HOW_BESIDE, beside_table(content)]
+        parts += [HOW_OVERLAP, overlap_table(content)]
     (folder / "step_time.md").write_text("\n\n".join([*(part.strip() for part in parts), pictures]).strip() + "\n")
     (folder / "step_time.html").write_text(page(content, [folder / name for name in shown]))
 
@@ -68,16 +68,16 @@ def page(content: Content, pictures: list[Path]) -> str:
         f'<img alt="{plot.stem}" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">\n'
         for plot in pictures
     )
-    beside = ""
+    overlap = ""
     if content.get("beside"):
-        beside = f"<p>{html.escape(HOW_BESIDE)}</p>\n{_html_table(BESIDE_HEADER, beside_rows(content))}"
+        overlap = f"<p>{html.escape(HOW_OVERLAP)}</p>\n{_html_table(OVERLAP_HEADER, overlap_rows(content))}"
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Step time</title>\n'
         "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}"
         "td,th{padding:.3em .6em;border-bottom:1px solid #ccc;text-align:left}img{max-width:100%}</style>\n"
         f"<h1>Step time: {content['job']}</h1>\n<p>{html.escape(_how(content))}</p>\n"
         f"<p>{html.escape(facts(content))}</p>\n"
-        f"{_html_table(*filled(HEADER, rows(content)))}{beside}{images}</html>\n"
+        f"{_html_table(*filled(HEADER, rows(content)))}{overlap}{images}</html>\n"
     )
 
 

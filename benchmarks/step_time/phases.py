@@ -11,7 +11,7 @@ Mark = Callable[[str], None]
 """Called with a phase's name at its end."""
 
 PHASES = ("teacher", "sampling", "student forward", "loss", "backward", "optimiser")
-"""The phases of a stage-1 step. Decoding and the all-reduce overlap with it: `benchmarks.step_time.beside`."""
+"""The phases of a stage-1 step. Decoding and the all-reduce overlap with it: `benchmarks.step_time.overlap`."""
 
 
 def no_mark(_phase: str) -> None:

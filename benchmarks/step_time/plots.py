@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step_time.report import BESIDE, Content, beside_of, groups, stall
+from benchmarks.step_time.report import OVERLAP, Content, groups, overlap_of, stall
 
 
 def draw_ladder(content: Content, path: Path) -> None:
@@ -36,8 +36,8 @@ def draw_phases(content: Content, path: Path) -> None:
                 colour = "lightgrey" if phase == "data stall" else None
                 panel.barh([result["rung"] for result in shown], lengths, left=left, label=phase, color=colour)
                 left = [a + b for a, b in zip(left, lengths, strict=True)]
-        for name, key in BESIDE.items():
-            if seconds := beside_of(content, results[0]).get(key):
+        for name, key in OVERLAP.items():
+            if seconds := overlap_of(content, results[0]).get(key):
                 panel.barh([f"beside: {name}"], [1e3 * seconds], color="white", edgecolor="black", hatch="//")
         panel.invert_yaxis()
         panel.set(title=title, xlabel="ms per step")

@@ -15,13 +15,13 @@ K710_VIDEOS, K710_EPOCHS, K710_GPUS = 658_000, 200, 32
 REGRESSION = 0.05
 REFUSED = "refused"
 CHECKED = "losses right"
-BESIDE = {"decode": "decode_seconds", "all-reduce": "all_reduce_seconds"}
+OVERLAP = {"decode": "decode_seconds", "all-reduce": "all_reduce_seconds"}
 
 HEADER = (
     *("model", "batch", "rung", "precision", "ms / step", "fastest", "speed-up", "clips/s", "TFLOP/s", "% of matmul"),
     *("peak GiB", "K710 days on 32", "data stall ms", "loss error", "allowed"),
 )
-BESIDE_HEADER = ("model", "batch", "decode ms", "by", "all-reduce ms", "by")
+OVERLAP_HEADER = ("model", "batch", "decode ms", "by", "all-reduce ms", "by")
 
 
 def k710_days(clips_per_second: float) -> float:
@@ -63,7 +63,7 @@ def groups(content: Content) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     yield from found.items()
 
 
-def beside_of(content: Content, result: dict[str, Any]) -> dict[str, Any]:
+def overlap_of(content: Content, result: dict[str, Any]) -> dict[str, Any]:
     """Times of the work that overlaps with a result's step; empty if it was not timed."""
     alike = (b for b in content.get("beside", ()) if (b["model"], b["batch"]) == (result["model"], result["batch"]))
     return next(alike, {})
@@ -71,7 +71,7 @@ def beside_of(content: Content, result: dict[str, Any]) -> dict[str, Any]:
 
 def stall(content: Content, result: dict[str, Any]) -> float | None:
     """Seconds per step that a run would wait for its clips; None if decoding was not measured."""
-    decode = beside_of(content, result).get("decode_seconds")
+    decode = overlap_of(content, result).get("decode_seconds")
     return None if decode is None else max(0.0, decode - result["seconds"])
 
 
@@ -108,8 +108,8 @@ def rows(content: Content) -> list[list[str]]:
     return lines
 
 
-def beside_rows(content: Content) -> list[list[str]]:
-    """Lines of the table of decoding and the all-reduce, in the order of BESIDE_HEADER."""
+def overlap_rows(content: Content) -> list[list[str]]:
+    """Lines of the table of decoding and the all-reduce, in the order of OVERLAP_HEADER."""
     return [
         [
             *(found["model"], str(found["batch"]), _milliseconds(found["decode_seconds"]), found["decode"]),
@@ -128,10 +128,10 @@ def table(content: Content) -> str:
     return markdown(*filled(HEADER, rows(content)))
 
 
-def beside_table(content: Content) -> str:
+def overlap_table(content: Content) -> str:
     """Decoding and the all-reduce as Markdown; empty if neither was timed."""
-    lines = beside_rows(content)
-    return markdown(BESIDE_HEADER, lines) if lines else ""
+    lines = overlap_rows(content)
+    return markdown(OVERLAP_HEADER, lines) if lines else ""
 
 
 def filled(header: Sequence[str], lines: list[list[str]]) -> tuple[list[str], list[list[str]]]:

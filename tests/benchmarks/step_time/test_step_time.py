@@ -15,7 +15,7 @@ import umt_kernels.backend
 from forked import run_ranks
 
 from benchmarks.step_time import __main__ as step_time
-from benchmarks.step_time import beside, measure, page, plots, report
+from benchmarks.step_time import measure, overlap, page, plots, report
 from benchmarks.step_time.jobs import JOBS, pretrain
 from benchmarks.step_time.jobs.pretrain import PretrainWork, prepare
 from benchmarks.step_time.ladder import ladder, missing
@@ -200,8 +200,8 @@ def test_a_rung_with_a_wrong_loss_is_refused(monkeypatch, no_decoding, tmp_path)
 
 @pytest.fixture
 def no_decoding(monkeypatch):
-    monkeypatch.setattr(beside, "decode_seconds", lambda *_: 0.25)
-    monkeypatch.setattr(beside, "_synthetic", lambda folder: write_list(folder))
+    monkeypatch.setattr(overlap, "decode_seconds", lambda *_: 0.25)
+    monkeypatch.setattr(overlap, "_synthetic", lambda folder: write_list(folder))
 
 
 def write_list(folder):
@@ -300,9 +300,9 @@ def test_without_pyav_decoding_says_what_it_needs(no_decoding, monkeypatch):
     def without(_folder):
         raise ModuleNotFoundError("no", name="av")
 
-    monkeypatch.setattr(beside, "_synthetic", without)
+    monkeypatch.setattr(overlap, "_synthetic", without)
     world = World(0, 1, CPU)
-    found = beside.measure("tiny", 1, pretrain.MODELS["tiny"][0], None, 1, 1, world)
+    found = overlap.measure("tiny", 1, pretrain.MODELS["tiny"][0], None, 1, 1, world)
     assert found.decode_seconds is None
     assert found.decode == "needs av (pip install av)"
 
@@ -313,11 +313,11 @@ def test_two_processes_time_their_all_reduce_and_the_first_reports(demo_videos, 
     printed = run_ranks(step_time.main, [options], timeout=180)
     assert printed.count("tiny x 2: baseline ...") == 1
     content = report.read(tmp_path / "step_time.json")
-    (beside,) = content["beside"]
-    assert beside["decode_seconds"] > 0
-    assert beside["decode"].startswith(f"pyav, 1 workers, 8 videos of {demo_videos}")
-    assert beside["all_reduce_seconds"] > 0
-    assert beside["all_reduce"].startswith("2 processes, gloo, ")
+    (found,) = content["beside"]
+    assert found["decode_seconds"] > 0
+    assert found["decode"].startswith(f"pyav, 1 workers, 8 videos of {demo_videos}")
+    assert found["all_reduce_seconds"] > 0
+    assert found["all_reduce"].startswith("2 processes, gloo, ")
     assert [result["rung"] for result in content["results"]] == [FLOAT.name, BASELINE.name]
 
 

@@ -32,7 +32,7 @@ SYNTHETIC_VIDEOS = 16
 
 
 @dataclass
-class Beside:
+class Overlap:
     """Times for one model and batch. A missing time is None, and its text says why."""
 
     model: str
@@ -47,7 +47,7 @@ class Beside:
 
 def measure(
     model: str, batch: int, student: StudentConfig, source: str | None, workers: int, rounds: int, world: World
-) -> Beside:
+) -> Overlap:
     """Every process calls this and gets the slowest one's times. `source`: as --data.train; None: synthetic videos."""
     seconds: float | None = None
     try:
@@ -64,11 +64,11 @@ def measure(
     failed = [found for found in decoded if found[0] is None]
     seconds, how = failed[0] if failed else max(decoded)
     if world.size == 1:
-        return Beside(model, batch, seconds, how, None, "needs several processes (torchrun)")
+        return Overlap(model, batch, seconds, how, None, "needs several processes (torchrun)")
     numbers = costs.student_parameters(student)
     reduced = max(world.gather(all_reduce_seconds(numbers, rounds, world)))
     by = f"{world.size} processes, {dist.get_backend()}, {4 * numbers / 2**20:.0f} MiB in float32"
-    return Beside(model, batch, seconds, how, reduced, by)
+    return Overlap(model, batch, seconds, how, reduced, by)
 
 
 def _synthetic(folder: Path) -> str:
