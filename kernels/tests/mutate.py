@@ -47,6 +47,7 @@ T_LOSS = (f"test_cosine_alignment_loss.py::{FORMS}", "test_cosine_alignment_loss
 T_SHORT = ("test_cosine_alignment_loss.py::test_a_prediction_without_a_direction_gets_no_gradient",)
 T_EQUAL = ("test_cosine_alignment_loss.py::test_a_prediction_equal_to_its_target_gets_no_gradient",)
 T_TWICE = ("test_cosine_alignment_loss.py::test_the_last_backward_scales_in_place_and_earlier_ones_do_not",)
+T_NOTHING = ("test_cosine_alignment_loss.py::test_what_lies_in_a_row_of_nothing_does_not_count",)
 T_NAN_LOSS = ("test_cosine_alignment_loss.py::test_a_nan_reaches_the_gradient",)
 T_PATCHES = ("test_gather_patches.py", "test_patch_embed.py")
 T_EMBED_AGAIN = ("test_patch_embed.py::test_a_second_call_of_the_same_shapes",)
@@ -177,7 +178,12 @@ FAULTS = [
     Fault(LOSS, "1e-4 if half else 1e-12", "1e-12", T_SHORT),
     Fault(LOSS_KERNEL, "centred = tl.where(mask, x - mean[:, None], 0.0)", "centred = x - mean[:, None]", T_LOSS),
     Fault(LOSS_KERNEL, "y = x * w + b", "y = x * w", T_LOSS),
-    Fault(LOSS, "valid = (target_ids >= 0).float()", "valid = torch.ones_like(target_ids).float()", T_LOSS, 1),
+    Fault(LOSS, "return (target_ids >= 0).float()", "return torch.ones_like(target_ids).float()", T_LOSS),
+    Fault(LOSS, ".masked_fill(target_ids < 0, 0)", "", T_NOTHING),
+    Fault(LOSS_KERNEL, "column, mask=read, other=0.0)", "column, mask=mask, other=0.0)", T_NOTHING, 0),
+    Fault(LOSS_KERNEL, "rstd = tl.where(there, rstd, 0.0)", "rstd = rstd", T_NOTHING),
+    Fault(LOSS_KERNEL, "factor = tl.where(there, factor, 0.0)", "factor = factor", T_NOTHING),
+    Fault(PIXELS, ".masked_fill(token_ids < 0, 0)", "", T_PIXEL_SETS),
     Fault(LOSS_OP, "0 if shared else sets * rows", "0", T_LOSS),
     Fault(LOSS_KERNEL, "(row_set // masks).to(tl.int64) * t_b", "row_set.to(tl.int64) * t_b", T_LOSS),
     Fault(LOSS, "(count // row_weights.numel())", "1", T_LOSS, 1),

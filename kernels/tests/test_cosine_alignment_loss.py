@@ -459,3 +459,29 @@ def test_a_nan_reaches_the_gradient(device):
     x = torch.tensor([float("nan"), 2.0, -2.0], device=device).view(1, 1, 3).requires_grad_()
     alignment_loss(x, torch.zeros_like(x), "smooth_l1", reduction="sum").backward()
     assert x.grad.isnan().tolist() == [[[True, False, False]]]
+
+
+@pytest.mark.parametrize("distance", ["cosine", "l1", "smooth_l1", "mse"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_lies_in_a_row_of_nothing_does_not_count(device, kernels, distance, reduction, norm):
+    """Attention without keys gives NaN: neither that nor a weight or an upstream gradient of NaN goes further."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([[0, -1, 2], [-1, -1, -1]], device=device)
+    predictions, targets = (torch.randn(2, 2, n, 6, generator=generator).to(device) for n in (3, 4))
+    affine = [torch.rand(2, 6, generator=generator).to(device).requires_grad_() for _ in range(2)] if norm else []
+    given = dict(zip(("weight", "bias"), affine, strict=False))
+    given["eps"] = 0.0 if kernels else 1e-6  # a row of zeros has no norm then
+    results = []
+    for filling in (0.5, float("nan")):
+        nothing = (ids < 0).expand(2, 2, 3)
+        filled = torch.where(nothing[..., None], filling * torch.arange(6, device=device), predictions).requires_grad_()
+        weights = torch.where(ids < 0, filling, 2.0)
+        loss = alignment_loss(
+            filled, targets, distance, target_ids=ids, row_weights=weights, padded=True, reduction=reduction, **given
+        )
+        upstream = torch.where(nothing, filling, 1.5) if reduction == "none" else torch.tensor(1.5, device=device)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [filled, *affine], upstream)])
+        assert (results[-1][1][nothing] == 0).all()
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

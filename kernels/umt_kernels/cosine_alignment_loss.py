@@ -94,8 +94,7 @@ def alignment_loss(
         settings = _settings(predictions, weight, bias, distance, eps, beta, row_weights, padded, reduction)
         rows = reference.alignment_rows(predictions, targets, target_ids, weight, bias, *settings[:5])
         if padded and target_ids is not None:
-            valid = (target_ids >= 0).to(rows.dtype)
-            row_weights = valid if row_weights is None else row_weights.to(rows.dtype) * valid
+            row_weights = _without_nothing(row_weights, target_ids)
         return reference.reduce_rows(rows, row_weights, reduction)
     layered = predictions.dim() == 4
     if not layered:
@@ -134,8 +133,7 @@ def _on_shards(
         return loss
     count = predictions.numel() // predictions.shape[-1]
     if padded and target_ids is not None:
-        valid = (target_ids >= 0).float()
-        row_weights = valid if row_weights is None else row_weights.detach() * valid
+        row_weights = _without_nothing(None if row_weights is None else row_weights.detach(), target_ids)
     if row_weights is None:
         return loss / count
     return loss / (row_weights.detach().sum() * (count // row_weights.numel()))
@@ -156,13 +154,19 @@ def _settings(
     return kind, float(eps), float(beta), 1e-4 if half else 1e-12, padded, scale, per_row, with_grad
 
 
+def _without_nothing(row_weights: Tensor | None, target_ids: Tensor) -> Tensor:
+    """Weights of the rows, 0 where there is no target."""
+    if row_weights is None:
+        return (target_ids >= 0).float()
+    return row_weights.to(torch.promote_types(row_weights.dtype, torch.float32)).masked_fill(target_ids < 0, 0)
+
+
 def _weigh(
     predictions: Tensor, target_ids: Tensor | None, row_weights: Tensor | None, padded: bool, reduction: str
 ) -> tuple[Tensor | None, float | Tensor | None]:
     """Weights of the rows for the kernel, and the factor of its result."""
     if padded and target_ids is not None:
-        valid = (target_ids >= 0).float()
-        row_weights = valid if row_weights is None else row_weights.float() * valid
+        row_weights = _without_nothing(row_weights, target_ids)
     if reduction != "mean":
         return row_weights, None
     count = predictions.numel() // predictions.shape[-1]

@@ -72,17 +72,20 @@ if triton is not None:
             factor = tl.where(here, scale, 0.0)
             if WEIGHTED:
                 factor = factor * tl.load(factor_ptr + layer * factor_k + row, mask=here, other=0.0).to(tl.float32)
-            t_mask = mask
-            if PADDED:  # the factor of such a row is 0
-                t_mask = mask & (other >= 0)[:, None]
+            there = here
+            if PADDED:  # what lies in a row of nothing may be NaN
+                there = here & (other >= 0)
+                factor = tl.where(there, factor, 0.0)
+            read = there[:, None] & inside
             x_row = layer * x_k + row_set.to(tl.int64) * x_r + place.to(tl.int64) * x_m
             t_row = layer * t_k + (row_set // masks).to(tl.int64) * t_b + other * t_n
-            x = tl.load(x_ptr + x_row[:, None] + column, mask=mask, other=0.0).to(tl.float32)
-            t = tl.load(t_ptr + t_row[:, None] + column, mask=t_mask, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + x_row[:, None] + column, mask=read, other=0.0).to(tl.float32)
+            t = tl.load(t_ptr + t_row[:, None] + column, mask=read, other=0.0).to(tl.float32)
             if NORM:
                 mean = tl.sum(x, axis=1) / width
                 centred = tl.where(mask, x - mean[:, None], 0.0)
                 rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+                rstd = tl.where(there, rstd, 0.0)  # infinite in a row of zeros if eps is 0
                 x = centred * rstd[:, None]
                 y = x * w + b
             else:

@@ -121,8 +121,7 @@ def _weigh(token_ids: Tensor, weights: Tensor | None, padded: bool) -> Tensor:
     if not padded:
         assert weights is not None
         return weights.detach()
-    there = (token_ids >= 0).float()
-    return there if weights is None else weights.detach() * there
+    return (token_ids >= 0).float() if weights is None else weights.detach().masked_fill(token_ids < 0, 0)
 
 
 def _on_shards(

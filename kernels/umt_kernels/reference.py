@@ -192,11 +192,19 @@ def alignment_rows(
 ) -> Float[Tensor, "*k r m"]:
     """Loss of every row: 2 - 2 cos (kind 0), or the columns' mean L1 (1), smooth L1 (2) or squared (3) distance."""
     y, t = _wide(predictions), _wide(targets)
+    if padded and target_ids is not None:  # what lies in a row of nothing may be NaN
+        y = y.masked_fill((target_ids < 0)[..., None], 0)
     if weight is not None and bias is not None:
         y = F.layer_norm(y, y.shape[-1:], eps=eps)
         y = y * weight.to(y.dtype)[..., None, None, :] + bias.to(y.dtype)[..., None, None, :]
     if target_ids is not None:
         t = _choose(t, target_ids, padded)
+    rows = _distances(y, t, kind, beta, floor)
+    return rows.masked_fill(target_ids < 0, 0) if padded and target_ids is not None else rows
+
+
+def _distances(y: Tensor, t: Tensor, kind: int, beta: float, floor: float) -> Tensor:
+    """`alignment_rows` of chosen, normalised rows."""
     if kind == 1:
         return (y - t).abs().mean(-1)
     if kind == 2:
