@@ -132,7 +132,7 @@ def evaluate(config: EvaluateConfig, state: TensorDict, classes: list[str] | Non
     if config.compute.compile:
         model.compile(fullgraph=True, dynamic=False)
     if world.main:
-        say(describe(world.device, bf16, "pyav"))
+        say(describe(world.device, bf16, data.file_decoder))
         say(
             f"{len(listed.videos)} videos, {test.segments} x {test.crops} views of {sizes.frames} frames ({data.rule}) "
             f"at {sizes.image_size} px, {sizes.num_classes} classes"

@@ -92,6 +92,7 @@ class AlignmentObjective:
         def step(clip: Tensor) -> umt_fast.Alignment:
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=bf16):
                 sets = len(clip) * mask.masks_per_clip
+                # None if the rule needs the teacher: then alignment_step draws, from its scores
                 visible = masking.draw_blind(mask.rule, sets, frames, patches, mask.ratio, clip.device)
                 return umt_fast.alignment_step(
                     model, self.teacher, clip, num_visible, visible, masks_per_clip=mask.masks_per_clip, rule=mask.rule

@@ -41,8 +41,8 @@ class PixelMaskConfig:
     """Which tokens the encoder sees, and which the model's decoder (a network) predicts."""
 
     rule: PixelMasking = "tube"
-    """tube, random, frame and mae_st need nothing; everest and adamae depend on the patches; motion needs videos with
-    motion vectors; region needs `regions` and `order`; flow and text need `source`."""
+    """tube, random, frame and mae_st need nothing; everest and adamae use the model's embedded patches; motion needs
+    videos with motion vectors; region needs `regions` and `order`; flow and text need `source`."""
     ratio: float = 0.9
     """Share of the patches that the encoder does not see."""
     decoder_ratio: float | None = None

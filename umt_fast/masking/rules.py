@@ -145,7 +145,7 @@ def _flow(clips: Clips) -> Float[Tensor, "b t p"]:
     sizes, pixels = clips.sizes, clips.pixels
     flow = clips.source((len(pixels), sizes.frames - 1, 2, sizes.image_size, sizes.image_size), pixels)
     between = {(f, f - 1): flow[:, f - 1] for f in range(1, sizes.frames)}
-    count = count_visible(sizes.patches, clips.mask.ratio)
+    count = count_visible(sizes.patches, clips.mask.ratio)  # of bumps; MGMAE rounds the visible tokens differently
     centres = torch.rand(len(pixels), sizes.patches, device=pixels.device).topk(count).indices
     start = guided.gaussian_map(centres, sizes.grid, sizes.grid, sizes.patch_size)
     return guided.flow_scores(start, between, sizes.frames, sizes.patch_size, sizes.tubelet_size)
