@@ -101,6 +101,7 @@ T_EIGHT_ERRORS = (f"{EIGHTS}errors_name_the_value_and_the_place",)
 PIX = "test_pixel_loss.py::test_"
 T_PIXELS, T_COLOURS = (f"{PIX}values_and_gradients",), (f"{PIX}each_colour_has_its_own_scale_and_shift",)
 T_PIXEL_VIEWS, T_PIXEL_MEAN = (f"{PIX}views_are_read_without_a_copy",), (f"{PIX}weighted_mean_is_over_the_whole_batch",)
+T_PIXEL_NOTHING = (f"{PIX}an_id_of_nothing_has_no_error_even_with_eps_0",)
 T_PIXEL_FORMS = (f"test_pixel_loss.py::{FORMS}",)
 T_PIXEL_SETS = (f"{PIX}several_masks_of_a_clip_and_ids_of_nothing",)
 PIXELS_FAR = (f"{FAR}pixel_loss",)
@@ -332,7 +333,7 @@ FAULTS = [
           "target - _channel_sums(target, channel, CHANNELS) / PIXELS, 1.0)", T_PIXEL_FORMS),
     Fault(PIXELS, "1 / token_ids.numel() if mean else 1.0", "1.0", T_PIXELS),
     Fault(PIXELS, "(0 if MEAN else row)", "row", T_PIXELS),
-    Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXELS),
+    Fault(PIXELS, "difference = tl.where(inside, x", "difference = tl.where(column < BLOCK, x", T_PIXEL_NOTHING),
     Fault(PIXELS, "sample = (row_set // masks).to(tl.int64)", "sample = row_set // masks", PIXELS_FAR),
     Fault(PIXELS, "row_set.to(tl.int64) * x_b", "row_set * x_b", PIXELS_FAR),
     Fault(PIXELS, "sample = (row_set // masks)", "sample = row_set", T_PIXEL_SETS),

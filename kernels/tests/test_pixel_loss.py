@@ -118,6 +118,18 @@ def test_several_masks_of_a_clip_and_ids_of_nothing(device, assert_near, uint8, 
     assert_near(weighted, (errors * weights).sum() / (there * weights).sum())
 
 
+@pytest.mark.parametrize("normalise", ["channel", "token"])
+def test_an_id_of_nothing_has_no_error_even_with_eps_0(device, normalise):
+    predictions, clip, ids = inputs(device, True, 4, 2, torch.float32)
+    ids[:, 0] = -1
+    predictions.requires_grad_()
+    rows = pixel_loss(predictions, clip, ids, 4, normalise=normalise, eps=0.0, padded=True, reduction="none")
+    (grad,) = torch.autograd.grad(rows.sum(), predictions)
+    assert rows.isfinite().all()
+    assert torch.equal(rows == 0, ids < 0)
+    assert torch.equal((grad == 0).all(-1), ids < 0)
+
+
 # layout, channels, dtype of the clip, patch, tubelet; the last one is beyond the kernel's channels
 FORMS = [
     ("BTHWC", 1, torch.uint8, (2, 6), 2),
