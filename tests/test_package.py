@@ -15,6 +15,7 @@ from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, al
 
 ROOT = Path(__file__).parents[1]
 
+TRAIN_EXTRA = ("tyro", "tqdm", "tensorboard", "matplotlib", "filelock", "pebble", "PIL", "tokenizers", "tomli")
 OPTIONAL = ("av", "PIL", "tyro", "matplotlib", "tensorboard", "transformers", "huggingface_hub", "nvidia.dali")
 OPTIONAL += ("flash_attn", "xformers", "torchao", "jaxtyping", "scipy")
 
@@ -28,16 +29,24 @@ def test_import_brings_nothing_optional_and_not_even_torch():
 
 def test_the_library_needs_nothing_of_the_train_extra():
     """Models, weights, losses, data and evaluation work without the packages of training programs."""
-    extra = ("tyro", "tqdm", "tensorboard", "matplotlib", "filelock", "pebble", "PIL", "tokenizers", "tomli")
     modules = ("models.vit", "models.clip_vision", "models.heads", "models.classifier", "models.pixels", "masking")
     modules += ("objectives.alignment", "objectives.pixels", "weights", "data", "data.loader", "data.manifest")
     modules += ("data.clips", "evaluation.classification", "config", "files")
-    lines = [f"import sys; sys.modules.update(dict.fromkeys({extra}))"]
+    lines = [f"import sys; sys.modules.update(dict.fromkeys({TRAIN_EXTRA}))"]
     lines += [
         "from umt_fast import ClipTeacher, StudentConfig, TeacherConfig, VideoStudent, alignment_step, checkpoint"
     ]
     lines += [f"import umt_fast.{module}" for module in modules]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True)
+
+
+def test_a_program_without_the_train_extra_says_how_to_install_it():
+    """Programs import without it, so that the error is one line."""
+    code = [f"import sys; sys.modules.update(dict.fromkeys({TRAIN_EXTRA}))"]
+    code += ["import train.pretrain, umt_fast.evaluation.features, umt_fast.evaluation.probe"]
+    code += ["import train.evaluate; train.evaluate.main([])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == "error: command line needs tyro, which is missing: pip install 'umt-fast[train]'\n"
 
 
 def test_kernels_package_does_not_import_umt_fast():

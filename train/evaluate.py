@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import tyro
 
 from umt_fast.config import (
     ClassifierConfig,
@@ -79,6 +78,8 @@ class EvaluateConfig:
 
 def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDict, list[str] | None]:
     """Returns the config (flags override the checkpoint's settings), the checkpoint's tensors, and its class names."""
+    import tyro
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", default="")
     named, _ = first.parse_known_args(arguments)

@@ -13,8 +13,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import tyro
-
 from umt_fast.config import ComputeConfig, ConfigError, DataConfig, RunConfig
 from umt_fast.config.base import check_at_least
 from umt_fast.data.captions import check_files, read_answers, read_questions, read_retrieval
@@ -96,6 +94,8 @@ def main(arguments: list[str]) -> None:
 
 def read_settings(arguments: list[str]) -> VideoTextTestConfig:
     """The settings of the flags; their defaults are the data settings of the checkpoint."""
+    import tyro
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", default="")
     checkpoint = first.parse_known_args(arguments)[0].checkpoint

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from umt_fast.errors import RunError
 from umt_fast.files import append_whole, escape, read_reasons, write_reasons, write_whole
@@ -28,6 +27,8 @@ from umt_fast.run.train_state import TrainState
 from umt_fast.run.world import World
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from umt_fast.data.batch import Batch
 
 
@@ -181,6 +182,8 @@ class RunLog:
         """Restart the clock of the next rate, such as after saving a checkpoint."""
         self._since = (time.monotonic(), step)
         if self._world.main and self._bar is None and _is_terminal():
+            from tqdm import tqdm  # here and below: a program without it says in one line how to install it
+
             self._bar = tqdm(total=self._total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
@@ -332,6 +335,8 @@ class TensorBoard:
 
 def say(text: str) -> None:
     """Print a line, above the progress bar if there is one. If the reader has gone (`| head`), print nothing more."""
+    from tqdm import tqdm
+
     encoding = sys.stdout.encoding or "utf-8"
     printable = text.encode("utf-8", "replace").decode().encode(encoding, "backslashreplace").decode(encoding)
     try:
