@@ -473,7 +473,8 @@ def test_a_full_disk_ends_it_with_what_is_done_kept(source, unbroken, tmp_path, 
     settings = _settings(source, tmp_path / "out", per_shard=3, workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, function, _full)
-        with pytest.raises(CannotPrepare, match=r"No space left on device\. \d+ of 11 .* the same command again"):
+        words = r"No space left on device\. \d+ of 11 videos are copied; the same command continues from there"
+        with pytest.raises(CannotPrepare, match=words):
             prepare(settings)
     prepare(settings)
     assert _tree(tmp_path / "out") == _tree(unbroken[3][0])
