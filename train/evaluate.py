@@ -10,7 +10,6 @@ the flags below override them. Writes test.json, predictions.npz and pictures in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from dataclasses import dataclass, field
@@ -80,18 +79,16 @@ def read_settings(arguments: list[str] | None) -> tuple[EvaluateConfig, TensorDi
     """Returns the config (flags override the checkpoint's settings), the checkpoint's tensors, and its class names."""
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--checkpoint", default="")
-    named, _ = first.parse_known_args(arguments)
-    if not named.checkpoint:
+    checkpoint, _ = launch.read_flag(arguments, "--checkpoint", "")
+    if not checkpoint:
         tyro.cli(EvaluateConfig, args=arguments, prog="python -m train.evaluate", description=__doc__)  # for --help
         raise ConfigError("give --checkpoint a fine-tuned classifier")
-    state, settings = read_model(named.checkpoint)
+    state, settings = read_model(checkpoint)
     state = strip_prefixes(state)
     if "head.weight" not in state:
-        raise WeightsError(f"{named.checkpoint} has no head: it is not fine-tuned; see train.finetune --init")
-    with using_settings_of(named.checkpoint):
-        sizes = infer_sizes(state, settings, named.checkpoint)
+        raise WeightsError(f"{checkpoint} has no head: it is not fine-tuned; see train.finetune --init")
+    with using_settings_of(checkpoint):
+        sizes = infer_sizes(state, settings, checkpoint)
         data, test = section_of(settings, "data"), section_of(settings, "test")
         rule = data.get("rule") or DATA_SETS.get(str(settings.get("data_set", "")), "sparse")
         default = EvaluateConfig(
@@ -180,13 +177,11 @@ def explain_numbers(listed: LabelledVideos) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     with launch.one_line_errors():
-        job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        job.add_argument("--job", default="labels")
         given = sys.argv[1:] if arguments is None else arguments
-        named, flags = job.parse_known_args(given)
-        if named.job not in JOBS:
-            raise ConfigError(f"--job {named.job}: there are {', '.join(JOBS)}")
-        if named.job != "labels":
+        job, flags = launch.read_flag(given, "--job", "labels")
+        if job not in JOBS:
+            raise ConfigError(f"--job {job}: there are {', '.join(JOBS)}")
+        if job != "labels":
             from train import evaluate_video_text
 
             evaluate_video_text.main(given)

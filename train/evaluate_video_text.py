@@ -8,7 +8,6 @@ Writes the figures (JSON), the scores or answers, and for retrieval a page of pi
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,9 +95,7 @@ def read_settings(arguments: list[str]) -> VideoTextTestConfig:
     """The settings of the flags; their defaults are the data settings of the checkpoint."""
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--checkpoint", default="")
-    checkpoint = first.parse_known_args(arguments)[0].checkpoint
+    checkpoint, _ = launch.read_flag(arguments, "--checkpoint", "")
     default = VideoTextTestConfig()
     if checkpoint:
         trained = section_of(read_model(checkpoint)[1], "data")

@@ -56,7 +56,7 @@ FORMS = {
     "+ own int8 teacher": Form(eight_bit=True, own_eight_bit=True),
 }
 """Form of each rung. Rungs of the same form differ only in uncounted costs: memory-bound ops move the same bytes
-compiled as in Triton, and a CUDA graph closes the gaps between kernels. The experiment `+ fp8 student` has no form."""
+compiled as in Triton, and a CUDA graph closes the gaps between kernels. `+ fp8 student` is not predicted."""
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,8 @@ def gather_patches(
     """Pixels of the tokens `token_ids` (all tokens if None), one row per token.
 
     clip       a video or an image. Without `layout`: uint8 [B,T,H,W,3] or [B,H,W,3]; float [B,3,T,H,W] or [B,3,H,W].
-    patch_size, halo  one number, or (height, width). The halo widens each window by these pixels on every side, so
-    windows
-               overlap; the clip's border is replicated.
+    patch_size, halo  one number, or (height, width). The halo widens each window by these pixels on every side, so that
+               windows overlap; the clip's border is replicated.
     token_ids  index of each token in the flattened (t, h, w) grid, int32 or int64. With r a multiple of b, sets
                0 .. r/b - 1 belong to clip 0, and so on.
     mean, std  per channel. Default: ImageNet's, applied to uint8 pixels / 255; none for floats. Floats are not divided.
@@ -157,9 +156,8 @@ def as_matrix(weight: Tensor, order: str) -> Tensor:
     if order == "BCTHW":
         return weight.flatten(1)
     rows, channels, tubelet, height, width = weight.shape
-    return weight.permute(_WEIGHT_AXES[order]).reshape(
-        rows, channels * tubelet * height * width
-    )  # quicker than flatten
+    features = channels * tubelet * height * width
+    return weight.permute(_WEIGHT_AXES[order]).reshape(rows, features)  # faster than flatten
 
 
 def default_layout(clip: Tensor) -> str:

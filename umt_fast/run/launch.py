@@ -60,6 +60,14 @@ def read_settings(
     return recipe.parse(kind, path, flags, prog, description), named
 
 
+def read_flag(arguments: list[str] | None, flag: str, default: str) -> tuple[str, list[str]]:
+    """The value of one flag, which decides how the others are read; and the other arguments."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(flag, dest="value", default=default)
+    named, others = first.parse_known_args(arguments)
+    return named.value, others
+
+
 def run(config: Any, train: Callable[[Any, World], bool]) -> None:
     """Train in the run's folder, with all processes. Exits with EXIT_STOPPED if `train` returns False (a signal)."""
     world = processes.start(config.run.device, config.run.start_timeout)
